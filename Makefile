@@ -1,0 +1,41 @@
+# Two commands do everything on a fresh machine that has Python >= 3.10, git and make: `make demo` and `make test`.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+
+.PHONY: demo test lint setup clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo    train BiFormer-T on real handwritten digits, test it, draw what it attends to (runs/demo/)'
+	@echo 'make test    the whole test-suite'
+	@echo 'make lint    ruff'
+	@echo 'make setup   the virtual environment that the others use ($(VENV)); they call it themselves'
+
+demo: setup
+	$(PY) tools/demo.py
+
+test: setup
+	$(PY) -m pytest
+
+lint: setup
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+setup: $(VENV)/.ready
+
+# Installed once, and again only when what is to be installed changes. The last step checks what a CPU-only or otherwise
+# mismatched torch breaks (torchvision's compiled operators) and, if need be, puts the pinned pair from the index in its place.
+$(VENV)/.ready: pyproject.toml constraints.txt tools/setup_check.py
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "saccade needs Python >= 3.10, %s is %s: make PYTHON=python3.11 …" % (sys.executable, sys.version.split()[0]))'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade -c constraints.txt pip setuptools
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(PY) tools/setup_check.py torchvision || ( \
+	  $(PY) -m pip install --quiet --force-reinstall -c constraints.txt 'torch===2.11.0' 'torchvision===0.26.0' && \
+	  $(PY) tools/setup_check.py torchvision )
+	$(PY) tools/setup_check.py timm-tests
+	@touch $@
+
+clean:
+	rm -rf $(VENV) runs build dist

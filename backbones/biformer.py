@@ -1,0 +1,520 @@
+"""BiFormer: a four-stage pyramid whose tokens attend to the few regions that their own region is routed to.
+
+Paper: "BiFormer: Vision Transformer with Bi-Level Routing Attention", CVPR 2023, arXiv 2303.08810.
+Published code: rayleizhu/BiFormer@1697bbb (MIT). Parameters map one to one (`checkpoint_filter_fn`), outputs are equal.
+
+Each map is cut into n_win x n_win regions whatever its size. Inside, everything is channels-last: maps travel as
+(B, H, W, C) through the blocks and leave a stage as an NCHW view of the same memory.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_module
+from torch import Tensor, nn
+
+from ..ops import bilevel_routing_attention, region_routing
+
+FULL, FULL_LEPE = -1, -2  # the published codes in `topks` for attention over the whole map, without and with LePE
+
+
+def _lepe(dim: int, kernel: int, **dd) -> nn.Conv2d:
+    """Locally enhanced position encoding: a depthwise convolution whose output is added to the attention's."""
+    return nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, **dd)
+
+
+# Padding depends on the size, so an fx trace keeps the layer whole.
+@register_notrace_module
+class RoutedAttention(nn.Module):
+    """Bi-level routing attention (paper, section 3.2), with LePE: (B, H, W, C) -> (B, H, W, C).
+
+    Each of the n_win x n_win regions picks the `topk` regions whose mean key its own mean query likes best; its tokens
+    attend to all tokens of those. The choice carries no gradient. Logits are scaled by dim**-0.5, not head_dim**-0.5.
+
+    A map that n_win does not divide is padded, in one of the two published ways:
+
+    - default (ops/bra_legacy.py): x is padded with zeros on the bottom and the right before the projection, so that a
+      padding token holds the biases; it counts in region means and is attended to like any other.
+    - `pad_projected` (ops/bra_nchw.py): regions have floor(H / n_win) x floor(W / n_win) tokens and there may be more
+      than n_win**2 of them; q, k and v are padded with zeros. Where the map has fewer rows than n_win, which the
+      published code refuses, a region is one row (and topk at most the number of regions).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        n_win: int,
+        topk: int,
+        auto_pad: bool = True,
+        pad_projected: bool = False,
+        lepe_kernel: int = 5,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        if not 1 <= topk <= n_win**2:
+            raise ValueError(f"topk must be between 1 and the n_win**2 = {n_win**2} regions, got {topk}")
+        self.heads, self.n_win, self.topk = heads, n_win, topk
+        self.auto_pad, self.pad_projected = auto_pad, pad_projected
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.lepe = _lepe(dim, lepe_kernel, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, n_win={self.n_win}, topk={self.topk}"
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int], tuple[int, int]]:
+        """(qkv padded, v for LePE, idx, regions per column and row, tokens per region's column and row)."""
+        n = self.n_win
+        H, W, C = x.shape[1], x.shape[2], x.shape[3]
+        if self.pad_projected:
+            h, w = max(1, H // n), max(1, W // n)
+            rows, cols = (H + h - 1) // h, (W + w - 1) // w
+        else:
+            h, w = (H + n - 1) // n, (W + n - 1) // n
+            rows, cols = n, n
+        down, right = rows * h - H, cols * w - W
+        padded = down > 0 or right > 0
+        if padded and not self.auto_pad:
+            raise ValueError(
+                f"auto_pad=False needs maps that n_win={n} divides, got one of {H}x{W}: "
+                "choose another image size or auto_pad=True"
+            )
+        if padded and not self.pad_projected:
+            x = F.pad(x, (0, 0, 0, right, 0, down))
+        qkv = self.qkv(x)
+        v = qkv[..., 2 * C :]
+        idx = region_routing(qkv, (h, w), min(self.topk, rows * cols))
+        if padded and self.pad_projected:
+            qkv = F.pad(qkv, (0, 0, 0, right, 0, down))
+        return qkv, v, idx, (rows, cols), (h, w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        H, W = x.shape[1], x.shape[2]
+        qkv, v, idx, regions, _ = self._project(x)
+        lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out = bilevel_routing_attention(qkv, idx, self.heads, regions)
+        return self.proj(out[:, :H, :W] + lepe[:, :H, :W])
+
+
+class FullAttention(nn.Module):
+    """Attention over the whole map (the last stage), 8 heads, no qkv bias: (B, H, W, C) -> (B, H, W, C).
+
+    LePE convolves the layer's input, or v where `lepe_on_v` (the published nchw flavour).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int = 8,
+        lepe: bool = True,
+        lepe_on_v: bool = False,
+        lepe_kernel: int = 5,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        if dim % heads:
+            raise ValueError(f"dim must be a multiple of the last stage's {heads} heads, got {dim}")
+        self.heads, self.lepe_on_v = heads, lepe_on_v
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
+        self.lepe = _lepe(dim, lepe_kernel, **dd) if lepe else None
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, H, W, C = x.shape
+        qkv = self.qkv(x)
+        q, k, v = qkv.reshape(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
+        if self.lepe is not None:
+            source = qkv[..., 2 * C :] if self.lepe_on_v else x
+            out = out + self.lepe(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(out)
+
+
+class Block(nn.Module):
+    """Convolutional position embedding, attention, MLP, each a residual (paper, figure 3): (B, H, W, C) -> same."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, pos_embed: bool, drop_path: float, **dd):
+        super().__init__()
+        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if pos_embed else None
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.attn = attn
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pos_embed is not None:
+            x = x + self.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+
+class Stage(nn.Module):
+    """Downsampling and blocks: NCHW -> NCHW, channels-last in memory."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[Block]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1).contiguous()
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class BiFormer(nn.Module):
+    """Images (B, in_chans, H, W) of any size to logits (B, num_classes) or to four maps of strides 4, 8, 16 and 32.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: classes of the head, 0 for pooled features.
+        global_pool: timm's name of the pooling over the last map, '' for none.
+        depths: blocks per stage.
+        dims: width per stage.
+        topks: per stage, the number of regions a region is routed to, or -1 (attention over the whole map) or -2 (the
+            same, with LePE), the published codes. At most n_win**2.
+        n_win: regions per side of each map of a routed stage; 7 for classification at 224, 8 (segmentation) or 16
+            (detection) in the published dense models.
+        head_dim: width of a head in the routed stages (the others have 8 heads).
+        mlp_ratio: hidden width of the MLPs over their input's.
+        patchify: the Swin-like layout of the paper's ablation (`stl`): stem and downsampling by non-overlapping
+            patches, no convolutional position embedding.
+        pad_projected: the refactored published operator ("nchw"): see `RoutedAttention`; LePE on v in the last stage.
+        auto_pad: False refuses maps that n_win does not divide, as the published classification models do.
+        out_norms: a LayerNorm for each stage's map in `forward_intermediates` and `features_only`, as the published
+            detection and segmentation backbones have. The next stage gets the map without it.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: tuple[int, ...] = (2, 2, 8, 2),
+        dims: tuple[int, ...] = (64, 128, 256, 512),
+        topks: tuple[int, ...] = (1, 4, 16, FULL_LEPE),
+        n_win: int = 7,
+        head_dim: int = 32,
+        mlp_ratio: float = 3.0,
+        patchify: bool = False,
+        pad_projected: bool = False,
+        auto_pad: bool = True,
+        out_norms: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        if not len(depths) == len(dims) == len(topks):
+            raise ValueError(f"depths, dims and topks must be equally long, got {depths}, {dims} and {topks}")
+        if any(dim % head_dim for dim, k in zip(dims, topks) if k > 0):
+            raise ValueError(f"dims of routed stages must be multiples of head_dim={head_dim}, got {dims}")
+        if bad := [k for k in topks if k not in (FULL, FULL_LEPE) and not 1 <= k <= n_win**2]:
+            limit = f"the n_win**2 = {n_win**2} regions"
+            raise ValueError(f"topks must be -1, -2 or between 1 and {limit}, got {bad[0]} in {tuple(topks)}")
+        self.in_chans, self.num_classes, self.pad_projected = in_chans, num_classes, pad_projected
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.drop_rate = drop_rate
+
+        if patchify:
+            self.stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], 4, 4, **dd), nn.BatchNorm2d(dims[0], **dd))
+        else:
+            self.stem = nn.Sequential(
+                nn.Conv2d(in_chans, dims[0] // 2, 3, 2, 1, **dd),
+                nn.BatchNorm2d(dims[0] // 2, **dd),
+                nn.GELU(),
+                nn.Conv2d(dims[0] // 2, dims[0], 3, 2, 1, **dd),
+                nn.BatchNorm2d(dims[0], **dd),
+            )
+        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        self.feature_info = []
+        for i, (dim, topk) in enumerate(zip(dims, topks)):
+            if i == 0:
+                downsample = nn.Identity()
+            elif patchify:
+                downsample = nn.Sequential(nn.BatchNorm2d(dims[i - 1], **dd), nn.Conv2d(dims[i - 1], dim, 2, 2, **dd))
+            else:
+                downsample = nn.Sequential(nn.Conv2d(dims[i - 1], dim, 3, 2, 1, **dd), nn.BatchNorm2d(dim, **dd))
+            blocks = []
+            for rate in rates[i]:
+                if topk > 0:
+                    attn = RoutedAttention(dim, dim // head_dim, n_win, topk, auto_pad, pad_projected, **dd)
+                else:
+                    attn = FullAttention(dim, lepe=topk == FULL_LEPE, lepe_on_v=pad_projected, **dd)
+                blocks.append(Block(dim, attn, mlp_ratio, not patchify, rate, **dd))
+            stages.append(Stage(downsample, blocks))
+            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
+        self.stages = nn.Sequential(*stages)
+        self.out_norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6, **dd) for dim in dims) if out_norms else None
+        self.norm = nn.BatchNorm2d(dims[-1], **dd)
+        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Linear layers from a normal of std 0.02, biases 0; convolutions keep torch's default (spec of the release).
+
+        The nchw flavour's projections and MLPs were 1x1 convolutions, so there torch's default stays too.
+        """
+        linears = [self.head.fc] if self.pad_projected else list(self.modules())
+        for m in linears:
+            if isinstance(m, nn.Linear):
+                trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()  # norms and biases are one-dimensional, which timm's optimisers exempt anyway
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^(?:norm|out_norms)", (99999,)),
+        ]
+        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The stages' maps (timm's contract), each through its own norm where the model has `out_norms`.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: the last n stages if an int, these if a list, all if None.
+            norm: apply the head's BatchNorm to the last stage's map (only without `out_norms`).
+            stop_early: run no stage after the last that is asked for.
+            output_fmt: "NCHW", nothing else.
+            intermediates_only: return the list of maps alone, not (final features, list).
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last_taken = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        intermediates = []
+        for i, stage in enumerate(self.stages if not stop_early else self.stages[: last_taken + 1]):
+            x = stage(x)
+            if i in take:
+                if self.out_norms is not None:
+                    intermediates.append(self.out_norms[i](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+                else:
+                    intermediates.append(self.norm(x) if norm and i == last else x)
+        if intermediates_only:
+            return intermediates
+        return self.norm(x) if i == last else x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps `indices` do not need: later stages, unused norms and (`prune_head`) the head."""
+        take, last_taken = feature_take_indices(len(self.stages), indices)
+        shortened = last_taken < len(self.stages) - 1
+        self.stages = self.stages[: last_taken + 1]
+        if self.out_norms is not None:
+            kept = [norm if i in take else nn.Identity() for i, norm in enumerate(self.out_norms)]
+            self.out_norms = nn.ModuleList(kept[: last_taken + 1])
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
+        if prune_head or shortened:
+            self.num_classes = 0
+            self.head = ClassifierHead(self.num_features, 0, pool_type="", **get_device_dtype(self))
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> the last map after its BatchNorm, (B, num_features, H/32, W/32)."""
+        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(self.stages(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def attended_regions(self, x: Tensor) -> dict[str, dict]:
+        """What each routed layer attends to on images x (B, in_chans, H, W), for pictures and analysis.
+
+        Returns, per layer name ('stages.0.blocks.0', …): `idx` (B, P, K), the regions chosen by each region, row-major
+        over `grid` = (rows, columns) of regions, and `pixels`, the image pixels (height, width) that a region covers.
+        """
+        found: dict[str, dict] = {}
+
+        def hook(name: str, stride: int):
+            def record(module: RoutedAttention, args: tuple[Tensor]) -> None:
+                _, _, idx, grid, (h, w) = module._project(args[0])
+                found[name] = dict(idx=idx, grid=grid, pixels=(h * stride, w * stride))
+
+            return record
+
+        handles = []
+        for name, module in self.named_modules():
+            if isinstance(module, RoutedAttention):
+                stride = self.feature_info[int(name.split(".")[1])]["reduction"]
+                handles.append(module.register_forward_pre_hook(hook(name.removesuffix(".attn"), stride)))
+        try:
+            self.forward_features(x)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+PUBLISHED_KEYS = [  # published name -> ours, applied in order
+    (r"^downsample_layers\.0\.", "stem."),
+    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
+    (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.attn\.(?:qkv\.qkv|qkv_linear)\.", ".attn.qkv."),
+    (r"\.attn\.(?:wo|output_linear)\.", ".attn.proj."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.[23]\.", ".mlp.fc2."),
+    (r"^extra_norms\.", "out_norms."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+]
+
+
+def rename(key: str) -> str:
+    """Our name of a published state-dict key; ours stay as they are."""
+    for pattern, ours in PUBLISHED_KEYS:
+        key = re.sub(pattern, ours, key)
+    return key
+
+
+def checkpoint_filter_fn(state_dict: dict, model: BiFormer) -> dict[str, Tensor]:
+    """Weights under the published names (classification, detection or segmentation files) or ours, to ours.
+
+    A container is opened ('state_dict' first, then 'model'); of a whole detector or segmentor the `backbone.` part is
+    taken. A dense model's file lacks the head and a classification file the `out_norms`: those keep the model's own
+    initial values.
+    """
+    for container in ("state_dict", "model"):
+        if isinstance(state_dict.get(container), dict):
+            state_dict = state_dict[container]
+    if any(key.startswith("backbone.") for key in state_dict):
+        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    out = {}
+    for key, value in state_dict.items():
+        key = rename(key)
+        if value.ndim == 4 and re.search(r"\.(qkv|proj|fc1|fc2)\.weight$", key):
+            value = value.flatten(1)  # the nchw flavour's 1x1 convolutions
+        out[key] = value
+    own = model.state_dict()
+    dense_file = "head.fc.weight" not in out
+    for key in own:
+        if key not in out and (key.startswith("out_norms.") or (dense_file and key.startswith(("norm.", "head.")))):
+            out[key] = own[key]
+    return {k: v for k, v in out.items() if k in own or not k.startswith("out_norms.")}
+
+
+def _cfg(**kwargs) -> dict:
+    return dict(
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(7, 7),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="stem.0",
+        classifier="head.fc",
+        license="mit",
+        origin_url="https://github.com/rayleizhu/BiFormer",
+        paper_name="BiFormer: Vision Transformer with Bi-Level Routing Attention",
+        paper_ids="arXiv:2303.08810",
+        **kwargs,
+    )
+
+
+STL = dict(depths=(2, 2, 6, 2), dims=(96, 192, 384, 768), mlp_ratio=4.0, patchify=True)
+VARIANTS = dict(
+    biformer_t=dict(depths=(2, 2, 8, 2), dims=(64, 128, 256, 512)),
+    biformer_s=dict(depths=(4, 4, 18, 4), dims=(64, 128, 256, 512)),
+    biformer_b=dict(depths=(4, 4, 18, 4), dims=(96, 192, 384, 768)),
+    biformer_stl=STL,
+    biformer_stl_nchw=dict(STL, pad_projected=True),
+)
+# The authors' files lie on share links that users report dead, so there is no URL to name: pass a file of your own as
+# pretrained_cfg_overlay=dict(file=PATH).
+default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg() for name in VARIANTS})
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> BiFormer:
+    return build_model_with_cfg(
+        BiFormer,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        **(VARIANTS[name] | kwargs),
+    )
+
+
+@register_model
+def biformer_t(pretrained: bool = False, **kwargs) -> BiFormer:
+    return _create("biformer_t", pretrained, **kwargs)
+
+
+@register_model
+def biformer_s(pretrained: bool = False, **kwargs) -> BiFormer:
+    return _create("biformer_s", pretrained, **kwargs)
+
+
+@register_model
+def biformer_b(pretrained: bool = False, **kwargs) -> BiFormer:
+    return _create("biformer_b", pretrained, **kwargs)
+
+
+@register_model
+def biformer_stl(pretrained: bool = False, **kwargs) -> BiFormer:
+    return _create("biformer_stl", pretrained, **kwargs)
+
+
+@register_model
+def biformer_stl_nchw(pretrained: bool = False, **kwargs) -> BiFormer:
+    return _create("biformer_stl_nchw", pretrained, **kwargs)

@@ -1,0 +1,67 @@
+"""The plain-PyTorch form for speed: what runs where Triton does not, above all on a CPU.
+
+Both forms read the packed map as it lies and leave the softmax to scaled_dot_product_attention, so no logits are kept.
+"""
+
+from typing import Final
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Gathered keys and values per chunk, in bytes. Beyond some 32 MB glibc maps fresh pages for every buffer, and page faults
+# then cost more than the attention itself (measured: 0.9 ms, and 52 ms for twice the bytes).
+CHUNK_BYTES: Final[int] = 16 << 20
+
+
+def bilevel_routing_attention(
+    qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale: float | None = None
+) -> Tensor:
+    """See saccade.ops.bilevel_routing_attention, which checks the arguments."""
+    _, H, W, C3 = qkv.shape
+    P, K = idx.shape[1], idx.shape[2]
+    s = (C3 // 3) ** -0.5 if scale is None else scale
+    t = H * W // max(P, 1)
+    # Dense attention under a mask copies nothing but computes P / K times the logits: worth it for small regions, whose
+    # gather is many short rows (stage 3 at 224, 4 tokens, P / K = 3: 2.7 ms, against 7.1 ms and an 11 ms gather).
+    if K == P or (P <= 4 * K and t <= 16):
+        return _dense(qkv, idx, heads, regions, s)
+    return _gather(qkv, idx, heads, regions, s)
+
+
+def _dense(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale: float) -> Tensor:
+    B, H, W, C3 = qkv.shape
+    (R, S), C = regions, C3 // 3
+    P, K = R * S, idx.shape[2]
+    q, k, v = qkv.reshape(B, H * W, 3, heads, C // heads).permute(2, 0, 3, 1, 4).unbind(0)
+    mask = None
+    if K < P:
+        row = torch.arange(H, device=qkv.device) // (H // R)
+        col = torch.arange(W, device=qkv.device) // (W // S)
+        region = (row[:, None] * S + col).reshape(-1)  # of each token
+        chosen = torch.zeros(B, P, P, dtype=torch.bool, device=qkv.device).scatter_(2, idx.long(), True)
+        mask = chosen[:, region][:, :, region].unsqueeze(1)  # (B, 1, N, N)
+    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).reshape(B, H, W, C)
+
+
+def _gather(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale: float) -> Tensor:
+    B, H, W, C3 = qkv.shape
+    (R, S), C = regions, C3 // 3
+    P, K, t = R * S, idx.shape[2], H * W // (R * S)
+    D, h, w = C // heads, H // R, W // S
+    # (P, t): the tokens of each region
+    tokens = torch.arange(H * W, device=qkv.device).view(R, h, S, w).transpose(1, 2).reshape(P, t)
+    step = max(1, CHUNK_BYTES // max(1, P * K * t * 2 * C * qkv.element_size()))
+    outs = []
+    for b in range(0, B, step):
+        part = qkv[b : b + step]
+        n = part.shape[0]
+        first = torch.arange(n, device=qkv.device) * (H * W)
+        rows = (first[:, None, None, None] + tokens[idx[b : b + step].long()]).view(-1)
+        flat = part.reshape(n * H * W, C3)
+        kv = flat[:, C:].index_select(0, rows).view(n * P, K * t, 2, heads, D)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+        q = part[..., :C].reshape(n, R, h, S, w, C).transpose(2, 3).reshape(n * P, t, heads, D).transpose(1, 2)
+        out = F.scaled_dot_product_attention(q, k, v, scale=scale)  # (n*P, heads, t, D)
+        outs.append(out.transpose(1, 2).reshape(n, R, S, h, w, C).transpose(2, 3).reshape(n, H, W, C))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)

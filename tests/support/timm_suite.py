@@ -1,0 +1,41 @@
+"""pytest plugin: timm's own tests/test_models.py, run over the models that saccade registers and no others.
+
+timm's tests are parametrised by `list_models` at import; here it lists our names. Token models, whose features are
+(B, N, C), go where timm puts its vision transformers: name them in TOKEN_MODELS.
+"""
+
+import fnmatch
+
+import timm
+import timm.models
+from timm.models import _registry
+
+TOKEN_MODELS: tuple[str, ...] = ()
+
+
+def pytest_configure(config):  # before timm's test module is imported
+    theirs = set(timm.list_models())
+    import saccade.backbones  # noqa: F401
+
+    names = sorted(set(timm.list_models()) - theirs)
+    tokens = [n for n in names if any(fnmatch.fnmatch(n, pattern) for pattern in TOKEN_MODELS)]
+    config.saccade_models = names
+
+    def list_models(filter="", module="", pretrained=False, exclude_filters="", **kwargs):
+        if pretrained:
+            return []  # no weights can be fetched here; tests/backbones loads published state dicts
+        if isinstance(filter, list | tuple) and "vit_*" in filter:
+            return tokens
+        if isinstance(exclude_filters, list | tuple) and "vit_*" in exclude_filters:
+            return [n for n in names if n not in tokens]
+        return [] if filter else names  # a filter asks for one of timm's own families
+
+    for module in (timm, timm.models, _registry):
+        module.list_models = list_models
+        module.list_pretrained = lambda filter="", exclude_filters="": []
+
+
+def pytest_collection_modifyitems(config, items):
+    ours = [item for item in items if any(name in item.name for name in config.saccade_models)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in ours])
+    items[:] = ours

@@ -1,0 +1,34 @@
+"""timm's own model suite passes on every model that we register (fetched by `make setup` from timm's source archive)."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+SUITE = Path(sys.prefix) / "src" / f"timm-{version('timm')}"
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_timms_own_suite():
+    if not (SUITE / "tests" / "test_models.py").exists():
+        pytest.skip(f"timm's source archive is not unpacked at {SUITE}: `make setup` fetches it")
+    command = [sys.executable, "-m", "pytest", "-p", "support.timm_suite", "-p", "no:cacheprovider", "-q", "-n", "2"]
+    command += ["--import-mode=importlib", f"--rootdir={SUITE}", "-c", str(SUITE / "pyproject.toml")]
+    env = os.environ | {"PYTHONPATH": str(HERE), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(SUITE / "tests" / "test_models.py")], capture_output=True, text=True, env=env)
+    summary = done.stdout.strip().splitlines()[-1]
+    assert done.returncode == 0, done.stdout[-6000:]
+    # timm's suite has at least 9 tests for every model; fewer means that it no longer finds ours.
+    import saccade.backbones
+    import timm
+
+    ours = [n for n in timm.list_models() if timm.model_entrypoint(n).__module__.startswith(saccade.backbones.__name__)]
+    passed = re.search(r"(\d+) passed", summary)
+    assert passed and int(passed[1]) >= 9 * len(ours), summary
+    assert "skipped" not in summary, summary
