@@ -3,15 +3,13 @@
 Both forms read the packed map as it lies and leave the softmax to scaled_dot_product_attention, so no logits are kept.
 """
 
-from typing import Final
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Gathered keys and values per chunk, in bytes. Beyond some 32 MB glibc maps fresh pages for every buffer, and page faults
-# then cost more than the attention itself (measured: 0.9 ms, and 52 ms for twice the bytes).
-CHUNK_BYTES: Final[int] = 16 << 20
+# Gathered keys and values per chunk, in bytes. Beyond some 32 MB glibc maps fresh pages for every buffer, and page
+# faults then cost more than the attention itself (measured: 0.9 ms, and 52 ms for twice the bytes).
+CHUNK_BYTES = 16 << 20
 
 
 def bilevel_routing_attention(
@@ -34,7 +32,7 @@ def _dense(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale
     (R, S), C = regions, C3 // 3
     P, K = R * S, idx.shape[2]
     q, k, v = qkv.reshape(B, H * W, 3, heads, C // heads).permute(2, 0, 3, 1, 4).unbind(0)
-    mask = None
+    mask: Tensor | None = None
     if K < P:
         row = torch.arange(H, device=qkv.device) // (H // R)
         col = torch.arange(W, device=qkv.device) // (W // S)
@@ -44,14 +42,16 @@ def _dense(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).reshape(B, H, W, C)
 
 
-def _gather(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale: float) -> Tensor:
+def _gather(
+    qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale: float, chunk_bytes: int = CHUNK_BYTES
+) -> Tensor:
     B, H, W, C3 = qkv.shape
     (R, S), C = regions, C3 // 3
     P, K, t = R * S, idx.shape[2], H * W // (R * S)
     D, h, w = C // heads, H // R, W // S
     # (P, t): the tokens of each region
     tokens = torch.arange(H * W, device=qkv.device).view(R, h, S, w).transpose(1, 2).reshape(P, t)
-    step = max(1, CHUNK_BYTES // max(1, P * K * t * 2 * C * qkv.element_size()))
+    step = max(1, chunk_bytes // max(1, P * K * t * 2 * C * qkv.element_size()))
     outs = []
     for b in range(0, B, step):
         part = qkv[b : b + step]

@@ -1,0 +1,199 @@
+"""Processes that train together: started by torchrun (any number of machines), or just one without it.
+
+CPU tensors travel by gloo, CUDA tensors by nccl. All the functions work in a single process too, where they do nothing.
+"""
+
+import hashlib
+import os
+import random
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm
+from torch import Tensor, nn
+
+from .errors import UserError
+
+
+def world() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, 0 … world() - 1; number 0 writes files and the log."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextmanager
+def processes() -> Iterator[None]:
+    """Join the processes that torchrun started, for the duration of the block."""
+    if "WORLD_SIZE" not in os.environ:
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def choose_device(name: str | None) -> torch.device:
+    """`name`, or this process's GPU, or the CPU where there is none. Raises UserError for a GPU that is not there."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UserError(f"device={name!r} is no device: use cpu or cuda") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device=cuda, but torch sees no GPU here: use device=cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A UserError that any process raises in the block ends all of them, with its exit code and said once."""
+    mine = None
+    try:
+        yield
+    except UserError as error:
+        mine = error
+    if world() == 1:
+        if mine:
+            raise mine
+        return
+    raised: list = [None] * world()
+    dist.all_gather_object(raised, mine and (str(mine), mine.code))
+    for number, found in enumerate(raised):
+        if found:
+            raise UserError(*found, quiet=number != rank()) from mine
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum of a tensor over all processes."""
+    if world() > 1:
+        tensor = tensor.clone()
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def broadcast_buffers(model: nn.Module) -> None:
+    """Give every process the buffers of process 0, which are the ones a checkpoint holds."""
+    if world() > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def derive(*key: int) -> int:
+    """A seed, 0 … 2**63 - 1, that is a function of the key alone."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def seed_generators(*key: int) -> None:
+    """Start Python's, numpy's and torch's global generators anew from the key."""
+    seed = derive(*key)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+class StopRequest:
+    """SIGTERM or SIGUSR1 asks for a checkpoint and an end; the processes agree on the step at which they stop."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._agreed, self._pending = torch.zeros(1), None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: object) -> None:
+        self.asked = True
+
+    def agreed(self) -> bool:
+        """Whether any process had been asked when it last called this. Every process calls it after each step.
+
+        The answer is the one gathered since the last call, so that no step waits for the network.
+        """
+        if world() == 1:
+            return self.asked
+        if self._pending is not None:
+            self._pending.wait()
+        stop = bool(self._agreed)
+        self._agreed = torch.tensor([float(self.asked)])
+        self._pending = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, async_op=True)
+        return stop
+
+
+class _Total(torch.autograd.Function):
+    """Sum over processes; the gradient of a sum over processes is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return total(x)
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> Tensor:
+        return total(dy)
+
+
+class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch normalisation over the batches of all processes, on any device (torch's own refuses the CPU).
+
+    It takes over the tensors of a torch or timm BatchNorm, and the activation of timm's.
+    """
+
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
+        self._parameters.update(norm._parameters)
+        self._buffers.update(norm._buffers)
+        self._modules.update(norm._modules)  # timm's `drop` and `act`
+        self.train(norm.training)
+
+    def _check_input_dim(self, x: Tensor) -> None:
+        pass
+
+    def forward(self, x: Tensor) -> Tensor:  # (N, C, ...)
+        if self.training:
+            y = self._normalise(x.float()).to(x.dtype)
+        else:
+            y = super().forward(x)
+        for module in self._modules.values():
+            y = module(y)
+        return y
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        dims = [0, *range(2, x.dim())]
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        n = total(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
+        mean = _Total.apply(x.sum(dims)) / n
+        x = x - mean.view(shape)
+        var = _Total.apply(x.square().sum(dims)) / n
+        if self.track_running_stats:
+            with torch.no_grad():
+                self.num_batches_tracked += 1
+                momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
+                self.running_mean.lerp_(mean, momentum)
+                self.running_var.lerp_(var * n / (n - 1), momentum)
+        x = x * (var + self.eps).rsqrt().view(shape)
+        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+
+
+def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with every BatchNorm computing over all processes; nothing changes where there is only one."""
+    if world() == 1:
+        return model
+    if device.type == "cuda":
+        return convert_sync_batchnorm(model)
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.modules.batchnorm._BatchNorm):
+                setattr(parent, name, SyncBatchNorm(child))
+    return model
