@@ -1,0 +1,141 @@
+"""Bi-level routing attention (BiFormer, arXiv 2303.08810): every region's tokens attend to the tokens of K regions."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from ..dispatch import use_triton
+from . import eager
+
+__all__ = ["bilevel_routing_attention", "region_routing"]
+
+MAX_HEAD_DIM = 128  # of the kernels
+
+
+def bilevel_routing_attention(
+    qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale: float | None = None
+) -> Tensor:
+    """Attention of each region's tokens to the tokens of the K regions that `idx` lists for it.
+
+    qkv      (B, H, W, 3C): q | k | v on the last axis; head m owns channels m·D to (m+1)·D of each. If the last axis
+             has stride 1, a view of a bigger map is read where it lies; if not, the kernels take a copy.
+    idx      (B, P, K), int32 or int64: the key regions of each query region, row-major over the grid of P = R_h · R_w
+             regions; distinct within a row. One outside 0 … P-1 raises in plain PyTorch; the kernels, which cannot look
+             without waiting for the GPU, turn the outputs and gradients of that region's queries to NaN.
+    regions  (R_h, R_w), which divide H and W.
+    scale    of the logits; C ** -0.5 if None (by the full width, as published: not by the head dimension).
+
+    Returns (B, H, W, C), contiguous. The gradient goes to qkv only, and is the same in every run. A NaN among the
+    queries stays where it is; among the keys and values it reaches the queries that see it and, where the kernels take
+    the dense form (kernel.py: small regions), the others of its image too.
+    """
+    if torch.jit.is_scripting():
+        return eager.bilevel_routing_attention(qkv, idx, heads, regions, scale)
+    else:
+        _check(qkv, idx, heads, regions)
+        C = qkv.shape[3] // 3
+        if qkv.numel() == 0:
+            return qkv[..., :C].contiguous()
+        scale = C**-0.5 if scale is None else scale
+        _, P, K = idx.shape
+        D, t = C // heads, qkv.shape[1] * qkv.shape[2] // P
+        cannot = []
+        if D > MAX_HEAD_DIM:
+            cannot.append(f"a head dimension of {D}, over {MAX_HEAD_DIM}")
+        if K * t * t >= 2**44:  # kernel.divide
+            cannot.append(f"{K} regions of {t} tokens each")
+        if use_triton(qkv, idx, cannot=cannot):
+            return _triton(qkv, idx, heads, regions, scale)
+        _check_range(idx)
+        return eager.bilevel_routing_attention(qkv, idx, heads, regions, scale)
+
+
+def _triton(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale: float) -> Tensor:
+    from . import op  # and with it Triton: only now
+
+    return op.fwd(qkv, idx, heads, regions[0], regions[1], scale)[0]
+
+
+def _check(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int]) -> None:
+    if qkv.dim() != 4 or qkv.shape[3] % 3 or not qkv.dtype.is_floating_point:
+        raise ValueError(
+            f"qkv must be floating point of shape (B, H, W, 3C), got {qkv.dtype} of shape {tuple(qkv.shape)}"
+        )
+    B, H, W, C3 = qkv.shape
+    C, (R, S) = C3 // 3, regions
+    if heads < 1 or C % heads:
+        raise ValueError(f"heads must divide the C = {C} channels of qkv, got {heads}")
+    if qkv.numel() == 0:
+        return
+    if R < 1 or S < 1 or H % R or W % S:
+        raise ValueError(f"regions must divide the {H} x {W} map of qkv, got {R} x {S}")
+    if idx.dim() != 3 or idx.shape[0] != B or idx.shape[1] != R * S or not 1 <= idx.shape[2] <= R * S:
+        raise ValueError(
+            f"idx must be ({B}, {R * S}, K) with K from 1 to {R * S}, for {B} images of {R} x {S} regions, "
+            f"got {tuple(idx.shape)}"
+        )
+    if idx.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"idx must be int32 or int64, got {idx.dtype}")
+    if idx.device != qkv.device:
+        raise ValueError(f"idx must be on {qkv.device} as qkv is, got {idx.device}")
+
+
+def _check_range(idx: Tensor) -> None:
+    if torch.compiler.is_compiling() or idx.is_meta or isinstance(idx, FakeTensor):
+        return  # no values to look at
+    low, high = idx.aminmax()
+    if low < 0 or high >= idx.shape[1]:
+        raise IndexError(f"idx must be from 0 to {idx.shape[1] - 1}, got {low.item()} to {high.item()}")
+
+
+def region_routing(qkv: Tensor, region_size: tuple[int, int], topk: int) -> Tensor:
+    """The regions that each region attends to: top-k by the dot product of the mean query and the mean keys.
+
+    qkv          (B, H, W, 3C) as above.
+    region_size  (h, w) in tokens. Where they do not divide H or W, the last row or column of regions is smaller, and
+                 its means are of the tokens that are there.
+    topk         K, from 1 to P = ceil(H/h) · ceil(W/w).
+
+    Returns (B, P, K), int64. No gradient. Means, products and the choice are in float32 (float64 for float64), under
+    autocast too: in half precision a close second would win now and then.
+
+    Plain PyTorch on every device: it reads q and k once, and what follows has P ≤ 256 rows.
+    """
+    if torch.jit.is_scripting():
+        return _routing(qkv, region_size, topk)
+    else:
+        if qkv.dim() != 4 or qkv.shape[3] % 3 or not qkv.dtype.is_floating_point:
+            raise ValueError(
+                f"qkv must be floating point of shape (B, H, W, 3C), got {qkv.dtype} of shape {tuple(qkv.shape)}"
+            )
+        (B, H, W, _), (h, w) = qkv.shape, region_size
+        if h < 1 or w < 1:
+            raise ValueError(f"region_size must be at least 1 x 1, got {h} x {w}")
+        P = -(-H // h) * -(-W // w)
+        if P == 0:
+            return torch.empty(B, 0, topk, dtype=torch.int64, device=qkv.device)
+        if not 1 <= topk <= P:
+            raise ValueError(
+                f"topk must be from 1 to {P}, the number of {h} x {w} regions in a {H} x {W} map, got {topk}"
+            )
+        device = qkv.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return _routing(qkv, region_size, topk)
+        return _routing(qkv, region_size, topk)
+
+
+def _routing(qkv: Tensor, region_size: tuple[int, int], topk: int) -> Tensor:
+    B, H, W, C3 = qkv.shape
+    h, w = region_size
+    x = qkv.detach()[..., : C3 // 3 * 2]
+    full = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if H % h == 0 and W % w == 0:
+        # Summed in `full` as it is read, without a copy; one axis at a time, which is ten times faster on a CPU.
+        means = x.reshape(B, H // h, h, W // w, w, C3 // 3 * 2).sum(4, dtype=full).sum(2) / (h * w)
+    else:
+        x = x.to(full).permute(0, 3, 1, 2)  # channels last, as it lies
+        means = F.avg_pool2d(x, region_size, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1)
+    q, k = means.flatten(1, 2).chunk(2, -1)  # (B, P, C) each
+    return (q @ k.mT).topk(topk, -1)[1]

@@ -47,21 +47,29 @@ def _gather(
 ) -> Tensor:
     B, H, W, C3 = qkv.shape
     (R, S), C = regions, C3 // 3
-    P, K, t = R * S, idx.shape[2], H * W // (R * S)
-    D, h, w = C // heads, H // R, W // S
-    # (P, t): the tokens of each region
-    tokens = torch.arange(H * W, device=qkv.device).view(R, h, S, w).transpose(1, 2).reshape(P, t)
-    step = max(1, chunk_bytes // max(1, P * K * t * 2 * C * qkv.element_size()))
-    outs = []
-    for b in range(0, B, step):
-        part = qkv[b : b + step]
-        n = part.shape[0]
-        first = torch.arange(n, device=qkv.device) * (H * W)
-        rows = (first[:, None, None, None] + tokens[idx[b : b + step].long()]).view(-1)
-        flat = part.reshape(n * H * W, C3)
-        kv = flat[:, C:].index_select(0, rows).view(n * P, K * t, 2, heads, D)
-        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
-        q = part[..., :C].reshape(n, R, h, S, w, C).transpose(2, 3).reshape(n * P, t, heads, D).transpose(1, 2)
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)  # (n*P, heads, t, D)
-        outs.append(out.transpose(1, 2).reshape(n, R, S, h, w, C).transpose(2, 3).reshape(n, H, W, C))
+    P, t = R * S, H * W // (R * S)
+    # tokens (P, t): those of each region, numbered in the map
+    tokens = torch.arange(H * W, device=qkv.device).view(R, H // R, S, W // S).transpose(1, 2).reshape(P, t)
+    if not torch.jit.is_scripting() and torch.compiler.is_compiling():
+        return _gather_chunk(qkv, idx, tokens, heads, regions, scale)  # a loop would fix the batch size in the graph
+    step = max(1, chunk_bytes // max(1, P * idx.shape[2] * t * 2 * C * qkv.element_size()))
+    outs = [
+        _gather_chunk(qkv[b : b + step], idx[b : b + step], tokens, heads, regions, scale)
+        for b in range(0, max(B, 1), step)
+    ]
     return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def _gather_chunk(
+    qkv: Tensor, idx: Tensor, tokens: Tensor, heads: int, regions: tuple[int, int], scale: float
+) -> Tensor:
+    B, H, W, C3 = qkv.shape
+    (R, S), C, D = regions, C3 // 3, C3 // 3 // heads
+    (P, t), K = tokens.shape, idx.shape[2]
+    first = torch.arange(B, device=qkv.device) * (H * W)
+    rows = (first[:, None, None, None] + tokens[idx.long()]).view(-1)
+    kv = qkv.reshape(B * H * W, C3)[:, C:].index_select(0, rows).view(B * P, K * t, 2, heads, D)
+    k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
+    q = qkv[..., :C].reshape(B, R, H // R, S, W // S, C).transpose(2, 3).reshape(B * P, t, heads, D).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)  # (B*P, heads, t, D)
+    return out.transpose(1, 2).reshape(B, R, S, H // R, W // S, C).transpose(2, 3).reshape(B, H, W, C)

@@ -1,0 +1,148 @@
+"""What every kernel costs on every supported card, found without one: `python -m saccade.ops.aot [--json]`.
+
+Compiles ahead of time and reads the registers of a thread, the bytes it spills and the shared memory of a program: off
+the cubin on NVIDIA, with the cuobjdump that Triton ships; off the assembly on AMD. The exit status is 1 if a kernel
+spills on sm_90 or needs more shared memory than a card has.
+
+An operator takes part by its name in OPERATORS and, in its kernel.py, a function
+
+    def aot(dtype: str, hip: bool) -> Iterator[tuple[JITFunction, dict, dict]]
+
+that yields, for each tile it may launch on tensors of "fp32", "fp16" or "bf16": the kernel, the types of those pointers
+that do not point to dtype ({"lse_ptr": "*fp32"}), and the keyword arguments of the launch (constexprs, num_warps, …).
+Of the rest, stride_* count as divisible by 16, magic_* as 64-bit, scale as fp32, and what remains as plain integers.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import NamedTuple
+
+OPERATORS = ["bilevel_routing"]
+DTYPES = ["fp32", "fp16", "bf16"]
+
+
+class Card(NamedTuple):
+    backend: str
+    arch: int | str
+    warp: int
+    shared: int  # bytes a program may have
+
+
+CARDS = {
+    "sm_80": Card("cuda", 80, 32, 163 << 10),
+    "sm_90": Card("cuda", 90, 32, 227 << 10),
+    "sm_100": Card("cuda", 100, 32, 227 << 10),
+    "gfx942": Card("hip", "gfx942", 64, 64 << 10),
+}
+
+
+class Usage(NamedTuple):
+    operator: str
+    kernel: str
+    dtype: str
+    card: str
+    tile: str
+    registers: int
+    spills: int  # bytes a thread
+    shared: int  # bytes a program
+
+    @property
+    def problem(self) -> str:
+        if self.shared > CARDS[self.card].shared:
+            return f"{CARDS[self.card].shared} bytes of shared memory is all there is"
+        return "spills" if self.spills and self.card == "sm_90" else ""
+
+
+def build(kernel, dtype: str, pointers: dict, options: dict, card: str):
+    """The kernel compiled for card, as it would be launched with these options on tensors of dtype."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    if not isinstance(kernel, triton.runtime.JITFunction):
+        raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1: unset it, in a process of its own")
+    const = {name: options[name] for name in kernel.arg_names if name in options}
+
+    def typed(name: str) -> str:
+        if name in const:
+            return "constexpr"
+        if name.endswith("_ptr"):
+            return pointers.get(name, f"*{dtype}")
+        return "i64" if name.startswith("magic_") else "fp32" if name == "scale" else "i32"
+
+    aligned = [i for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name.startswith("stride_")]
+    source = triton.compiler.ASTSource(
+        kernel,
+        signature={name: typed(name) for name in kernel.arg_names},
+        constexprs={(kernel.arg_names.index(name),): value for name, value in const.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
+    )
+    launch = {name: value for name, value in options.items() if name not in const}
+    return triton.compile(source, target=GPUTarget(*CARDS[card][:3]), options=launch)
+
+
+@functools.cache
+def _cuobjdump() -> str:
+    import triton
+
+    return triton.knobs.nvidia.cuobjdump.path
+
+
+def measure(compiled) -> tuple[int, int, int]:
+    """Registers of a thread, bytes it spills, bytes of shared memory of a program."""
+    if "cubin" not in compiled.asm:
+        counts = {key: int(n) for key, n in re.findall(r"\.(\w+):\s+(\d+)$", compiled.asm["amdgcn"], re.MULTILINE)}
+        return counts["vgpr_count"], counts["private_segment_fixed_size"], compiled.metadata.shared
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "kernel.cubin")
+        with open(path, "wb") as file:
+            file.write(compiled.asm["cubin"])
+        text = subprocess.run(
+            [_cuobjdump(), "--dump-resource-usage", path], check=True, capture_output=True, text=True
+        ).stdout
+    counts = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    # No kernel here has arrays of its own: what stands on its stack was spilled.
+    return counts["REG"], counts["STACK"] + counts["LOCAL"], compiled.metadata.shared
+
+
+def usage(operators=tuple(OPERATORS), cards=tuple(CARDS), dtypes=tuple(DTYPES)) -> Iterator[Usage]:
+    for operator in operators:
+        module = importlib.import_module(f"{__package__}.{operator}.kernel")
+        for card in cards:
+            for dtype in dtypes:
+                for kernel, pointers, options in module.aot(dtype, CARDS[card].backend == "hip"):
+                    tile = " ".join(f"{name.removeprefix('BLOCK_')}={value}" for name, value in options.items())
+                    compiled = build(kernel, dtype, pointers, options, card)
+                    yield Usage(operator, kernel.__name__, dtype, card, tile, *measure(compiled))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m saccade.ops.aot", description=__doc__.split("\n")[0])
+    parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
+    parser.add_argument("--cards", nargs="+", choices=CARDS, default=list(CARDS))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    args = parser.parse_args(argv)
+    problems = 0
+    for row in usage(args.operators, args.cards, args.dtypes):
+        if args.json:
+            print(json.dumps(row._asdict() | {"problem": row.problem}), flush=True)
+        else:
+            print(
+                f"{row.card:7} {row.kernel:12} {row.dtype:5} {row.registers:4} registers {row.spills:5} bytes spilled "
+                f"{row.shared:7} shared  {row.tile}{'  ! ' if row.problem else ''}{row.problem}",
+                flush=True,
+            )
+        problems += bool(row.problem)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

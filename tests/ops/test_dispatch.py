@@ -1,0 +1,106 @@
+"""Which form of an operator runs, and what is said when the one asked for cannot."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from saccade.ops import backend, dispatch
+from saccade.ops.dispatch import use_triton
+from support.ops import DEVICE
+
+
+def python(code: str, **env) -> subprocess.CompletedProcess:
+    clean = {key: value for key, value in os.environ.items() if not key.startswith(("SACCADE_", "TRITON_"))}
+    return subprocess.run([sys.executable, "-c", code], env=clean | env, capture_output=True, text=True)
+
+
+def test_auto_runs_kernels_on_a_gpu_alone():
+    x = torch.ones(2, device=DEVICE)
+    assert use_triton(x) == (DEVICE == "cuda")
+    assert not use_triton(torch.ones(2))
+    assert not use_triton(x.double())
+    assert not use_triton(x, torch.ones(2))
+    assert not use_triton(x, cannot=["a head dimension of 136"])
+
+
+def test_asked_for_by_name():
+    x = torch.ones(2, device=DEVICE)
+    with backend("triton"):
+        assert use_triton(x, torch.ones(2, dtype=torch.int64, device=DEVICE))
+        with backend("torch"):
+            assert not use_triton(x)
+        assert use_triton(x)
+    assert dispatch._backend == "auto"
+
+
+def test_the_previous_one_returns_after_an_error():
+    with pytest.raises(KeyError), backend("torch"):
+        raise KeyError
+    assert dispatch._backend == "auto"
+
+
+def test_a_refusal_names_all_in_one_sentence():
+    bad = torch.ones(2, device=DEVICE, dtype=torch.float64)
+    with backend("triton"), pytest.raises(RuntimeError) as error:
+        use_triton(bad, bad, torch.ones(2, device="meta"), cannot=["a head dimension of 136"])
+    assert str(error.value) == (
+        "backend 'triton' was asked for by name, but it cannot take: a head dimension of 136; "
+        "a tensor of torch.float64; kernels take float32, float16 and bfloat16; a tensor on meta, where no kernel runs"
+    )
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "Triton", None])
+def test_a_wrong_name_is_refused_at_once(name):
+    with pytest.raises(ValueError, match=r"^backend must be one of 'triton', 'torch', 'auto', got"):
+        backend(name)
+
+
+def test_environment_sets_the_first_choice():
+    code = "import saccade.ops.dispatch as d; print(d._backend)"
+    assert python(code, SACCADE_BACKEND="torch").stdout == "torch\n"
+    wrong = python(code, SACCADE_BACKEND="cuda").stderr.strip().splitlines()[-1]
+    assert wrong == "ValueError: SACCADE_BACKEND must be one of 'triton', 'torch', 'auto', got 'cuda'"
+
+
+def test_works_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch, saccade.ops as ops
+x = torch.ones(1, 4, 4, 24)
+print(ops.bilevel_routing_attention(x, ops.region_routing(x, (2, 2), 1), 1, (2, 2)).shape)
+with ops.backend("triton"):
+    ops.bilevel_routing_attention(x, ops.region_routing(x, (2, 2), 1), 1, (2, 2))
+"""
+    run = python(code)
+    assert run.stdout == "torch.Size([1, 4, 4, 8])\n", run.stderr
+    assert "RuntimeError: backend 'triton'" in run.stderr
+    assert "Triton is not installed; a tensor on cpu, where no kernel runs" in run.stderr
+
+
+def test_importing_brings_no_kernel():
+    code = "import sys, torch; before = set(sys.modules); import saccade.ops; print(sorted(set(sys.modules) - before))"
+    run = python(code)
+    assert "saccade.ops.bilevel_routing" in run.stdout, run.stderr
+    assert "'triton'" not in run.stdout
+    assert "saccade.ops.bilevel_routing.kernel" not in run.stdout
+
+
+def test_both_forms_under_compile():
+    def f(x):
+        return x + 1 if use_triton(x) else x - 1
+
+    x = torch.ones(2, device=DEVICE)
+    compiled = torch.compile(f, fullgraph=True, backend="eager")
+    for name in ("torch", "triton", "torch"):
+        with backend(name):
+            assert torch.equal(compiled(x), f(x))
+
+    def g(x):
+        with backend("torch"):
+            return f(x)
+
+    assert torch.equal(torch.compile(g, fullgraph=True, backend="eager")(x), x - 1)
+    assert dispatch._backend == "auto"
