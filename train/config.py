@@ -1,6 +1,7 @@
 """Configurations: Python files read by mmengine, changed from the command line, checked against what they build.
 
-A config is a .py file of plain assignments; `with read_base():` inherits one base, and classes are imported. There is no
+A config is a .py file of plain assignments; `with read_base():` inherits one base, and classes are imported. There is
+no
 schema beside the code: the keys a section may have are the arguments of what it builds.
 """
 

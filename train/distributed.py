@@ -6,7 +6,9 @@ CPU tensors travel by gloo, CUDA tensors by nccl. All the functions work in a si
 import hashlib
 import os
 import random
+import re
 import signal
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -31,7 +33,10 @@ def rank() -> int:
 
 @contextmanager
 def processes() -> Iterator[None]:
-    """Join the processes that torchrun started, for the duration of the block."""
+    """Join the processes that torchrun started, for the duration of the block.
+
+    Raises UserError where one of them goes away.
+    """
     if "WORLD_SIZE" not in os.environ:
         yield
         return
@@ -41,6 +46,11 @@ def processes() -> Iterator[None]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo")
     try:
         yield
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # what they hold of the group, freed after it, can hang for ever
+        if isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error)):
+            raise UserError(f"process {rank()} stops because another has; that one's message says why") from error
+        raise
     finally:
         dist.destroy_process_group()
 
@@ -92,12 +102,12 @@ def broadcast_buffers(model: nn.Module) -> None:
             dist.broadcast(buffer, 0)
 
 
-def derive(*key: int) -> int:
+def derive(*key: int | str) -> int:
     """A seed, 0 … 2**63 - 1, that is a function of the key alone."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
-def seed_generators(*key: int) -> None:
+def seed_generators(*key: int | str) -> None:
     """Start Python's, numpy's and torch's global generators anew from the key."""
     seed = derive(*key)
     random.seed(seed)
@@ -110,7 +120,6 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
-        self._agreed, self._pending = torch.zeros(1), None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
@@ -118,18 +127,8 @@ class StopRequest:
         self.asked = True
 
     def agreed(self) -> bool:
-        """Whether any process had been asked when it last called this. Every process calls it after each step.
-
-        The answer is the one gathered since the last call, so that no step waits for the network.
-        """
-        if world() == 1:
-            return self.asked
-        if self._pending is not None:
-            self._pending.wait()
-        stop = bool(self._agreed)
-        self._agreed = torch.tensor([float(self.asked)])
-        self._pending = dist.all_reduce(self._agreed, dist.ReduceOp.MAX, async_op=True)
-        return stop
+        """Whether any process has been asked. Every process calls it at the same places."""
+        return bool(total(torch.tensor(float(self.asked))))
 
 
 class _Total(torch.autograd.Function):
@@ -161,15 +160,13 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         pass
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, ...)
-        if self.training:
-            y = self._normalise(x.float()).to(x.dtype)
-        else:
-            y = super().forward(x)
+        y = self._normalise(x) if self.training else super().forward(x)
         for module in self._modules.values():
             y = module(y)
         return y
 
     def _normalise(self, x: Tensor) -> Tensor:
+        dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         n = total(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
@@ -183,7 +180,8 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(var * n / (n - 1), momentum)
         x = x * (var + self.eps).rsqrt().view(shape)
-        return x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+        x = x * self.weight.view(shape) + self.bias.view(shape) if self.affine else x
+        return x.to(dtype)
 
 
 def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:

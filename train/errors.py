@@ -1,10 +1,10 @@
 """What a user is told when a run can't go on: one sentence that says what to do, and an exit code.
 
-    0    done
-    2    the user's to mend: configuration, data, files, permissions, a loss that is not finite
-    74   a file could not be written or read (disk full, quota, I/O error); earlier checkpoints are intact
-    75   stopped by SIGTERM or SIGUSR1 after saving: the same command with --resume continues
-    130  stopped from the keyboard
+0    done
+2    the user's to mend: configuration, data, files, permissions, a loss that is not finite
+74   a file could not be written or read (disk full, quota, I/O error); earlier checkpoints are intact
+75   stopped by SIGTERM or SIGUSR1 after saving: the same command with --resume continues
+130  stopped from the keyboard
 """
 
 import difflib

@@ -75,7 +75,7 @@ class Block(nn.Module):
 
 
 class BiFormer(nn.Module):
-    def __init__(self, name: str = "biformer_t", n_win: int = 7, topks=(1, 4, 16), num_classes: int = 1000):
+    def __init__(self, name: str, n_win: int = 7, topks=(1, 4, 16), num_classes: int = 1000):
         super().__init__()
         dims = DIMS[name]
         c = dims[0] // 2
@@ -106,3 +106,7 @@ class BiFormer(nn.Module):
             state[key.replace("pos_embed", "pos").replace("head.fc", "head")] = value
         self.load_state_dict(state)
         return self
+
+
+def build(name: str) -> BiFormer:
+    return BiFormer(name)

@@ -1,0 +1,106 @@
+"""Running the command lines: in this process where an error is expected, as real processes where processes matter."""
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from saccade.train.errors import run
+
+ROOT = Path(__file__).resolve().parents[2]
+DIGITS = ROOT / "configs/digits/resnet18.py"
+# Seconds a run: 0.1 M parameters, BatchNorm, images of 16x16.
+TINY = ["model.name=test_resnet", "data.img_size=16", "epochs=2", "batch_size=128", "log_every=1", "device=cpu"]
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """command("train", *arguments) -> (exit code, stdout, stderr) of a tool, run in this process."""
+
+    def call(tool: str, *arguments) -> tuple[int, str, str]:
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+        script = str(ROOT / f"tools/{tool}.py")
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        main = runpy.run_path(script)["main"]
+        capfd.readouterr()
+        try:
+            code = run(main)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return code, *capfd.readouterr()
+
+    return call
+
+
+@pytest.fixture
+def tiny(command):
+    """tiny(folder, *arguments) -> (exit code, stdout, stderr) of a run of seconds on digits."""
+    return lambda folder, *arguments: command("train", DIGITS, *TINY, "--run-dir", folder, *arguments)
+
+
+@pytest.fixture
+def start():
+    """start(processes, *arguments) -> a run as of `tiny`, under torchrun if processes > 0; ended after the test."""
+    started = []
+
+    def call(
+        processes: int, *arguments, torchrun: tuple[str, ...] = (), config: Path = DIGITS, **options
+    ) -> subprocess.Popen:
+        prefix = [sys.executable]
+        if processes:
+            prefix += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *torchrun]
+        line = [*prefix, str(ROOT / "tools/train.py"), str(config), *TINY, *map(str, arguments)]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
+        started.append(subprocess.Popen(line, **pipes, **options))
+        return started[-1]
+
+    yield call
+    for process in started:
+        if process.poll() is None:
+            for child in children(process):
+                os.kill(child, signal.SIGKILL)
+            process.kill()
+        process.stdout.close()
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
+
+
+@pytest.fixture(name="children")
+def _children():
+    """children(process) -> the numbers of the processes that a process has started."""
+    return children
+
+
+@pytest.fixture
+def records():
+    """records(folder, kind=None) -> the lines of a run's log.jsonl, without what depends on the machine's speed."""
+
+    def read(folder: Path, kind: str | None = None) -> list[dict]:
+        lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+        timing = {"images_per_s", "data_share", "memory_gib", "seconds"}
+        return [{k: v for k, v in line.items() if k not in timing} for line in lines if kind in (None, line["kind"])]
+
+    return read
+
+
+@pytest.fixture
+def wait_for():
+    """wait_for(condition, process=None, seconds=60): until the condition holds; fails when the process ends before."""
+
+    def wait(condition, process: subprocess.Popen | None = None, seconds: float = 60) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end, "waited too long"
+            assert process is None or process.poll() is None, process.stdout.read()
+            time.sleep(0.02)
+
+    return wait

@@ -1,0 +1,149 @@
+"""What goes wrong is one sentence on stderr, the right exit code, and nothing half-written."""
+
+import errno
+import os
+
+import pytest
+import torch
+from saccade.train import checkpoint
+from saccade.train.tasks.classify import Classify
+from timm.models import load_state_dict  # noqa: F401  (timm is imported before stderr is captured)
+
+
+def says(result, code: int, *words: str) -> None:
+    found, _, err = result
+    assert found == code, err
+    assert err.count("\n") == 1 and err.startswith(("error: ", "stopped: ")), err
+    assert all(word in err for word in words), err
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["model.name=resnet81"], ["unknown model resnet81, did you mean resnet"]),
+        (["model.drop_rat=0.1"], ["no argument model.drop_rat, did you mean drop_rate"]),
+        (["epoch=3"], ["unknown key epoch, did you mean epochs"]),
+        (["epochs"], ["'epochs' is no override"]),
+        (["model.name=vit_tiny_patch16_224", "model.img_size=48"], ["can't take images of 16x16", "Input height (16)"]),
+        (["model.num_classes=3"], ["model.num_classes can't be set"]),
+        (["optimizer.lr=-1"], ["the optimizer or schedule section does not do", "-1"]),
+        (["model.in_chans=1"], ["can't take images of 16x16 with 3 channels"]),
+        (["checkpoint=nowhere.pth"], ["there is no checkpoint nowhere.pth"]),
+        (["batch_size=2000"], ["batch_size=2000 is more than the 1257 training images"]),
+        (["accumulate=3"], ["batch_size=128 must be a multiple of 3"]),
+        (["precision=fp16"], ["precision=fp16 needs a GPU"]),
+        (["device=quantum"], ["device='quantum' is no device"]),
+        (
+            ["optimizer.lr=1e30", "schedule.warmup_epochs=0"],
+            ["the loss became ", "at step ", "try a smaller optimizer.lr"],
+        ),
+        (["task.mixup=0.5", "batch_size=63"], ["must be an even number"]),
+    ],
+    ids=lambda x: x[0] if isinstance(x, list) and "=" in x[0] else "",
+)
+def test_arguments(tiny, tmp_path, arguments, words):
+    says(tiny(tmp_path / "run", *arguments), 2, *words)
+    assert not list(tmp_path.glob("run/checkpoints/*")) and not list(tmp_path.glob("run/**/.*"))
+
+
+def test_other_checkpoint(tiny, tmp_path):
+    other, torn = tmp_path / "other.pth", tmp_path / "torn.pth"
+    torch.save(dict(a=torch.zeros(3)), other)
+    torn.write_bytes(other.read_bytes()[:100])
+    says(tiny(tmp_path / "run", f"checkpoint={other}"), 2, "does not fit test_resnet (it lacks", "it has a")
+    says(tiny(tmp_path / "run", f"checkpoint={torn}"), 2, "can't be read", "fetch or convert")
+
+
+def test_run_folder_that_cannot_be_written(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    says(tiny(tmp_path / "file" / "run"), 2, "making ", "Not a directory", "--run-dir")
+
+
+def test_unfinished_run(tiny, command, tmp_path):
+    says(command("test", tmp_path), 2, "there is no config")
+    says(tiny(tmp_path / "run", "optimizer.lr=1e30"), 2, "the loss became")
+    says(command("test", tmp_path / "run"), 2, "has no finished model: give the weights with --checkpoint")
+
+
+@pytest.mark.parametrize("moment", ["first", "second", "export"])
+def test_disk_full(tiny, tmp_path, monkeypatch, moment):
+    """Earlier checkpoints are intact, and with space again the run goes on to the same end."""
+    assert tiny(tmp_path / "whole")[0] == 0
+    calls = []
+    real = checkpoint.save_file
+
+    def write(tensors, path, *rest):
+        calls.append(1)
+        if moment != "export" and len(calls) == (1 if moment == "first" else 2):
+            path.write_bytes(b"some of it")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(tensors, path, *rest)
+
+    def export(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint, "save_file", write)
+    if moment == "export":
+        monkeypatch.setattr("saccade.train.model.save_for_hf", export)
+    run = tmp_path / "run"
+    says(tiny(run), 74, "saving ", "No space left on device", "--resume")
+    assert not list(run.rglob(".*")) and not (run / "model.safetensors").exists()
+    assert len(list(run.glob("checkpoints/*"))) == dict(first=0, second=2, export=3)[moment]
+    monkeypatch.undo()
+    assert tiny(run, "--resume")[0] == 0
+    ends = [checkpoint.read(tmp_path / name / "checkpoints" / checkpoint.LAST) for name in ("whole", "run")]
+    assert ends[0][1] == ends[1][1] and all(torch.equal(v, ends[1][0][k]) for k, v in ends[0][0].items())
+
+
+def test_loss_not_finite_names_the_step(tiny, tmp_path, monkeypatch):
+    real = Classify.loss
+    steps = []
+
+    def loss(self, model, batch):
+        steps.append(1)
+        value, extra = real(self, model, batch)
+        return (value * float("nan") if len(steps) == 13 else value), extra
+
+    monkeypatch.setattr(Classify, "loss", loss)
+    says(tiny(tmp_path, "log_every=50"), 2, "the loss became nan at step 13")
+    assert checkpoint.load(tmp_path / "checkpoints")[1]["step"] == 9  # nothing saved after it
+
+
+def test_weights_not_finite(tiny, tmp_path, monkeypatch):
+    """A loss may stay finite while a weight it does not depend on does not."""
+    real = Classify.loss
+
+    def loss(self, model, batch):
+        value, extra = real(self, model, batch)
+        corner = torch.tensor([0])  # which a 3x3 kernel never uses on a map of 1x1
+        model.layer4[0].conv2.weight.register_hook(lambda grad: grad.index_fill(3, corner, float("nan")))
+        return value, extra
+
+    monkeypatch.setattr(Classify, "loss", loss)
+    says(tiny(tmp_path), 2, "layer4.0.conv2.weight is not finite after step 9, so it is not saved")
+    assert not list(tmp_path.glob("checkpoints/*"))
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda root: None, "is no folder"),
+        (lambda root: root.mkdir(), "holds no class folders"),
+        (lambda root: [(root / name).mkdir(parents=True) for name in "ab"], "holds no images"),
+    ],
+)
+def test_data(command, tmp_path, make, words):
+    make(tmp_path / "data")
+    config, run = os.path.join(os.path.dirname(__file__), "../../configs/finetune/folder.py"), tmp_path / "run"
+    says(command("train", config, f"data.root={tmp_path / 'data'}", "--run-dir", run), 2, words)
+    says(
+        command("train", config, "--run-dir", run, "--resume"), 2, "data.root is missing: set it in the config or with"
+    )
+
+
+def test_help(command, capfd):
+    for tool in ("train", "test"):
+        with pytest.raises(SystemExit) as end:
+            command(tool, "--help")
+        assert end.value.code == 0
+        assert "Exit codes" in capfd.readouterr().out

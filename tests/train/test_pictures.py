@@ -1,0 +1,47 @@
+"""The pictures of a run show what they say."""
+
+import json
+
+import numpy as np
+import pytest
+import saccade.backbones  # noqa: F401  (registers the models)
+import timm
+import torch
+from matplotlib import pyplot as plt
+from saccade.train import pictures
+
+
+def test_curves(tmp_path):
+    records = [dict(kind="train", step=i, epoch=i / 10, loss=2 / (i + 1), top1=float(i), lr=1e-3) for i in range(20)]
+    records += [dict(kind="val", step=10 * i, epoch=i, loss=1.0, top1=50.0 + i, ema_top1=60.0) for i in range(2)]
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(json.dumps(r) + "\n" for r in records))
+    assert plt.imread(pictures.curves(log, tmp_path / "curves.png")).shape[1] > 1000
+    log.write_text("")
+    assert pictures.curves(log, tmp_path / "none.png") is None
+
+
+@pytest.mark.parametrize("classes", [2, 10, 40])
+def test_confusion(tmp_path, classes):
+    counts = torch.eye(classes, dtype=torch.int64) * 9
+    counts[0, 1] = 3
+    file = pictures.confusion(counts, [f"class {i}" for i in range(classes)], tmp_path / "confusion.png")
+    assert plt.imread(file).ndim == 3
+
+
+def test_attended_regions_are_bright_and_others_dark():
+    figure, axis = plt.subplots()
+    picture = np.ones((8, 12, 3)) * 0.9
+    picture[:4, :4] *= np.linspace(0, 1, 4)[:, None, None]  # most contrast: region 0 is the query
+    pictures._regions(axis, picture, np.array([[5], [0], [0], [0], [0], [0]]), (2, 3), (4, 4))
+    drawn = axis.images[0].get_array()
+    assert drawn[4:, 8:].min() > 0.89 and drawn[:, :8].max() < 0.45
+    plt.close(figure)
+
+
+def test_attended(tmp_path):
+    images = [(torch.randn(3, 40, 36), i % 3) for i in range(5)]
+    model = timm.create_model("biformer_t", num_classes=3, n_win=4, topks=(1, 2, 3, -2))
+    assert pictures.attended(model, images, ["a", "b", "c"], tmp_path / "attended.png").stat().st_size > 20_000
+    other = timm.create_model("resnet18", num_classes=3)
+    assert pictures.attended(other, images, ["a", "b", "c"], tmp_path / "none.png") is None

@@ -1,0 +1,169 @@
+"""Real processes: torchrun on the CPU, and runs that are killed."""
+
+import os
+import re
+import resource
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from saccade.train import checkpoint
+from saccade.train.data.folder import ImageFolder
+
+# Plain SGD follows its gradients without magnifying their rounding, as Adam does where they are near zero.
+SGD = ["optimizer.opt=sgd", "optimizer.lr=0.005", "schedule.warmup_epochs=0"]
+
+
+def finish(process: subprocess.Popen, code: int = 0) -> str:
+    out = process.communicate(timeout=120)[0]
+    assert process.returncode == code, out
+    return out
+
+
+def state(folder):
+    return checkpoint.read(folder / "checkpoints" / checkpoint.LAST)
+
+
+def assert_same_end(a, b):
+    (tensors, meta), (others, other_meta) = state(a), state(b)
+    assert meta == other_meta and tensors.keys() == others.keys()
+    assert all(torch.equal(tensors[k], others[k]) for k in tensors)
+
+
+def test_processes_equal_one(start, tmp_path, records):
+    """Two, two of two torchrun agents, and three processes: as one, BatchNorm and evaluation included."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    meet = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test")
+    sizes = ["batch_size=120", "epochs=1"]
+    runs = {name: tmp_path / name for name in ("one", "two", "agents", "three")}
+    finish(start(0, *SGD, *sizes, "--run-dir", runs["one"]))
+    finish(start(2, *SGD, *sizes, "workers=1", "--run-dir", runs["two"]))
+    agents = [start(1, *SGD, *sizes, "--run-dir", runs["agents"], torchrun=meet) for _ in range(2)]
+    for agent in agents:
+        finish(agent)
+    finish(start(3, *SGD, *sizes, "--run-dir", runs["three"]))
+    expected = records(runs["one"])
+    assert len(expected) == 11
+    for name, run in runs.items():
+        for mine, line in zip(records(run), expected):
+            assert mine.keys() == line.keys()
+            assert mine["loss"] == pytest.approx(line["loss"], rel=1e-4), (name, line["step"])
+            assert mine.get("images") == line.get("images")
+        tensors, others = state(run)[0], state(runs["one"])[0]
+        for key in ("model.bn1.running_mean", "model.layer4.0.bn1.running_var"):
+            assert torch.allclose(tensors[key], others[key], rtol=1e-3, atol=1e-5), (name, key)
+    for name, tensor in state(runs["two"])[0].items():
+        assert torch.equal(state(runs["agents"])[0][name], tensor)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_killed_run_resumes_to_the_same_end(start, tmp_path, records, wait_for, children, processes):
+    """SIGKILL in the middle of an epoch: weights, averages, optimiser and log end bit-identical."""
+    arguments = ["ema.decay=0.9", "save_every=2", "model.drop_path_rate=0.1", "epochs=3"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(processes, *arguments, "--run-dir", whole))
+    run = start(processes, *arguments, "--run-dir", killed)
+    wait_for(lambda: (killed / "log.jsonl").exists() and len(records(killed)) >= 13, run)
+    victims = children(run) if processes else [run.pid]
+    for victim in victims:
+        os.kill(victim, signal.SIGKILL)
+    run.communicate(timeout=60)
+    step = state(killed)[1]["step"]
+    assert 10 <= step < 27, "killed too late"
+    out = finish(start(processes, *arguments, "--run-dir", killed, "--resume"))
+    assert f"going on after step {step}" in out
+    assert_same_end(whole, killed)
+    assert records(whole) == records(killed)
+    assert not list((killed / "checkpoints").glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_asked_to_stop(start, tmp_path, records, wait_for, number):
+    arguments = [*SGD, "epochs=1000", "--run-dir", tmp_path]
+    run = start(0, *arguments)
+    wait_for(lambda: (tmp_path / "log.jsonl").exists() and len(records(tmp_path)) > 3, run)
+    run.send_signal(number)
+    out = finish(run, 75)
+    step = state(tmp_path)[1]["step"]
+    assert f"stopped: step {step} of 9000 is saved in" in out and "--resume goes on" in out and "Traceback" not in out
+    assert records(tmp_path)[-1]["step"] == step
+
+
+@pytest.mark.parametrize("target", ["torchrun", "one process"])
+def test_processes_agree_to_stop(start, tmp_path, records, wait_for, children, target):
+    """torchrun passes SIGTERM on to its processes; one process that is asked alone stops all, at the same step."""
+    run = start(2, *SGD, "epochs=1000", "--run-dir", tmp_path)
+    wait_for(lambda: (tmp_path / "log.jsonl").exists() and len(records(tmp_path)) > 3, run)
+    os.kill(run.pid if target == "torchrun" else children(run)[1], signal.SIGTERM)
+    out = finish(run, 1)  # torchrun's own exit code
+    step = state(tmp_path)[1]["step"]
+    assert out.count(f"stopped: step {step} of 9000 is saved in") == 1
+    assert records(tmp_path)[-1]["step"] == step
+    if target != "torchrun":
+        assert re.search(r"exitcode *: 75 ", out)
+
+
+def test_torchrun_restarts_resume(start, tmp_path, records, wait_for, children):
+    """With --max-restarts, processes that torchrun starts again go on without being told to."""
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    arguments = [*SGD, "save_every=1", "epochs=3"]
+    finish(start(0, *arguments, "--run-dir", whole))
+    process = start(1, *arguments, "--run-dir", run, torchrun=("--max-restarts=1",))
+    wait_for(lambda: (run / "log.jsonl").exists() and len(records(run)) > 3, process)
+    os.kill(children(process)[0], signal.SIGKILL)
+    assert "going on after step" in finish(process)
+    assert records(run) == records(whole)
+    assert_same_end(run, whole)
+
+
+def test_disk_full_for_one_of_two(start, tmp_path):
+    """The process that writes says so, the other does not hang, and nothing is half-written."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+    run = start(2, *SGD, "--run-dir", tmp_path, preexec_fn=limit)
+    out = finish(run, 1)  # torchrun's own exit code
+    assert out.count("error: saving ") == 1 and "File too large" in out and "free some space" in out
+    assert re.search(r"exitcode *: 74 ", out) and "engine.py" not in out
+    assert not list((tmp_path / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_synchronised_batchnorm(processes):
+    """In float64, training steps over processes are those of one process to the last digits."""
+    script = Path(__file__).with_name("sync_batchnorm.py")
+    line = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", str(script)]
+    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_broken_image_of_one_process(start, tmp_path):
+    """The process that meets it says so, and no traceback of the other hides it."""
+    for name in ("cat", "dog"):
+        for i in range(20):
+            path = tmp_path / "images" / name / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (i, 0, 0)).save(path)
+    images = [f"data.root={tmp_path / 'images'}", "batch_size=28", "epochs=30"]
+    broken = ImageFolder(str(tmp_path / "images"))._splits["train"][0][0]
+    Path(broken).write_bytes(b"no image")
+    folder = Path(__file__).parents[2] / "configs/finetune/folder.py"
+    run = start(2, *images, "model={'name': 'test_resnet'}", "--run-dir", tmp_path / "run", config=folder)
+    out = finish(run, 1)
+    assert out.count(f"{broken} can't be read as an image") == 1 and "repair or remove it" in out
+    assert re.search(r"exitcode *: 2 ", out) and "engine.py" not in out
+
+
+def test_mistakes_are_said_once(start, tmp_path):
+    out = finish(start(2, "epoch=3", "--run-dir", tmp_path / "run"), 1)
+    assert out.count("error: unknown key epoch, did you mean epochs") == 1
+    assert re.search(r"exitcode *: 2 ", out)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,181 @@
+"""Time models side by side: inference and training steps, interleaved, with peak memory.
+
+    python tools/benchmark.py --models biformer_t --vs published
+    python tools/benchmark.py --models biformer_t --vs resnet50 --modes inference --dtypes float32 bfloat16
+
+`--vs published` is the plain transcription of the published model under tools/published/; any timm name works too.
+The peer is timed in turn with each of our runs, and the ratio is the median of the ratios run by run. Every further
+dtype is also compared with our own float32. Writes benchmark.json and benchmark.png into --out.
+"""
+
+import argparse
+import importlib
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import saccade.backbones  # noqa: F401  (registers the models)
+import timm
+import torch
+from rich.console import Console
+from rich.table import Table
+from saccade.train import measure
+from torch import nn
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def build_model(name: str, peer_of: str | None, device: torch.device) -> nn.Module:
+    """A timm model by name, or ("published") the published form of `peer_of`, with its weights."""
+    torch.manual_seed(0)
+    if name != "published":
+        return timm.create_model(name).to(device)
+    ours = timm.create_model(peer_of)
+    module = importlib.import_module(f"published.{peer_of.split('_')[0]}")
+    return module.build(peer_of).load(ours).to(device)
+
+
+def build_step(name, peer_of, shape, mode, amp, device):
+    """In the same process as the caller or, for the memory figure, in a fresh one."""
+    device = torch.device(device)
+    x = torch.randn(shape, device=device)
+    return measure.step_of(build_model(name, peer_of, device), x, mode, amp)
+
+
+def peak(name, peer_of, shape, mode, amp, device: torch.device) -> int:
+    if device.type == "cpu":
+        return measure.peak_memory(build_step, name, peer_of, shape, mode, amp, "cpu")
+    step = build_step(name, peer_of, shape, mode, amp, device)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def compare(args, device: torch.device, console: Console) -> list[dict]:
+    rows = []
+    for name in args.models:
+        for mode in args.modes:
+            batch = args.batch if mode == "inference" else args.train_batch
+            shape = (batch, 3, args.size, args.size)
+            x = torch.randn(shape, device=device)
+            ours, peer = build_model(name, None, device), build_model(args.vs, name, device)
+            if args.vs == "published":
+                with torch.inference_mode():
+                    a, b = ours.eval()(x), peer.eval()(x)
+                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # else their times compare nothing
+            steps, facts = {}, {}
+            for dtype in args.dtypes:
+                for label, model, built in ((name, ours, name), (args.vs, peer, args.vs)):
+                    key = f"{label} {dtype}"
+                    steps[key] = measure.step_of(model, x, mode, DTYPES[dtype])
+                    console.print(f"[dim]memory of {key}, {mode}[/dim]")
+                    facts[key] = dict(peak_bytes=peak(built, name, shape, mode, DTYPES[dtype], device))
+            console.print(f"[dim]timing {', '.join(steps)}, {mode}, batch {batch}[/dim]")
+            times = measure.interleaved(steps, args.runs, device)
+            work = measure.macs(ours, x) * 2 * (1 if mode == "inference" else 3)
+            for dtype in args.dtypes:
+                mine, theirs = f"{name} {dtype}", f"{args.vs} {dtype}"
+                seconds = statistics.median(times[mine])
+                rows.append(
+                    dict(
+                        model=name,
+                        peer=args.vs,
+                        mode=mode,
+                        dtype=dtype,
+                        batch=batch,
+                        size=args.size,
+                        ms=1e3 * seconds,
+                        peer_ms=1e3 * statistics.median(times[theirs]),
+                        speedup=measure.ratio(times[theirs], times[mine]),
+                        speedup_over_float32=measure.ratio(times.get(f"{name} float32", times[mine]), times[mine]),
+                        peak_mib=facts[mine]["peak_bytes"] / 2**20,
+                        peer_peak_mib=facts[theirs]["peak_bytes"] / 2**20,
+                        flops_per_second=work / seconds,
+                    )
+                )
+    return rows
+
+
+def draw(rows: list[dict], file: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(11, 1.6 + 0.9 * len(rows)), layout="constrained")
+    labels = [f"{r['model']}, {r['mode']}\n{r['dtype']}, batch {r['batch']}" for r in rows]
+    for axis, ours, theirs, unit in ((axes[0], "ms", "peer_ms", "ms"), (axes[1], "peak_mib", "peer_peak_mib", "MiB")):
+        y = range(len(rows))
+        axis.barh([i + 0.2 for i in y], [r[theirs] for r in rows], 0.38, color="#b8bec8", label=rows[0]["peer"])
+        bars = axis.barh([i - 0.2 for i in y], [r[ours] for r in rows], 0.38, color="#2a6fbb", label="saccade")
+        axis.bar_label(bars, [f" {r[theirs] / r[ours]:.2f}× less" for r in rows], fontsize=9)
+        axis.set_yticks(list(y), labels, fontsize=9)
+        axis.set_xlabel(unit)
+        axis.margins(x=0.25)
+        axis.invert_yaxis()
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_title("time of a step")
+    axes[1].set_title("peak memory of a step")
+    axes[0].legend(frameon=False, fontsize=9)
+    figure.suptitle(title, fontsize=9, color="#555555")
+    figure.savefig(file, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["biformer_t"], help="names in timm.create_model")
+    parser.add_argument("--vs", default="published", help="'published' or a timm name")
+    parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES), help="others run by autocast")
+    parser.add_argument("--batch", type=int, default=8, help="images per inference step")
+    parser.add_argument("--train-batch", type=int, default=4, help="images per training step")
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--runs", type=int, default=15, help="counted runs of each")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    device, console = torch.device(args.device), Console(width=None if sys.stdout.isatty() else 130)
+    known = set(timm.list_models())
+    for name in [*args.models, *([args.vs] if args.vs != "published" else [])]:
+        if name not in known:
+            parser.error(f"unknown model {name!r}; timm.list_models('*{name.split('_')[0]}*') lists what is near")
+    rows = compare(args, device, console)
+    rate = measure.gemm_rate(device)
+    facts = measure.machine(device)
+    table = Table(title=f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}")
+    heads = [
+        "model",
+        "mode",
+        "dtype",
+        "batch",
+        "ms",
+        f"{args.vs} ms",
+        "speed-up",
+        "vs our fp32",
+        "memory",
+        "of fp32 GEMM",
+    ]
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("model", "mode", "dtype") else "right")
+    for r in rows:
+        r["share_of_gemm"] = r["flops_per_second"] / rate
+        memory = f"{r['peak_mib']:.0f} / {r['peer_peak_mib']:.0f} MiB"
+        figures = [f"{r['ms']:.0f}", f"{r['peer_ms']:.0f}", f"{r['speedup']:.2f}×", f"{r['speedup_over_float32']:.2f}×"]
+        row = [r["model"], r["mode"], r["dtype"], str(r["batch"]), *figures, memory, f"{r['share_of_gemm']:.0%}"]
+        table.add_row(*row)
+    console.print(table)
+    args.out.mkdir(parents=True, exist_ok=True)
+    result = dict(machine=facts, gemm_flops_per_second=rate, runs=args.runs, rows=rows)
+    (args.out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+    title = f"{table.title}; medians of {args.runs} interleaved runs"
+    draw(rows, args.out / "benchmark.png", title)
+    console.print(f"wrote {args.out / 'benchmark.json'} and {args.out / 'benchmark.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,339 @@
+"""A run, from top to bottom: build, resume, steps, evaluation, checkpoints, finish. Labels are the tasks' affair."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
+
+from .checkpoint import write_text
+from .config import build, check, check_typed, dump
+from .data.loader import EvaluationOrder, TrainingOrder, batches, steps_per_epoch, to_device
+from .distributed import (
+    StopRequest,
+    choose_device,
+    rank,
+    seed_generators,
+    synchronise_batchnorm,
+    together,
+    world,
+)
+from .errors import PREEMPTED, UserError, closest, from_os
+from .log import Log, environment, spell
+from .model import export, probe
+from .state import State
+
+RUN_FILES = ("checkpoints", "pictures", "config.py", "config.json", "environment.json", "log.jsonl", "log.txt")
+RUN_FILES += ("metrics.json", "model.safetensors")
+SCHEDULES = (
+    "cosine",
+    "tanh",
+    "step",
+    "multistep",
+    "poly",
+    "wsd",
+    "rsqrt",
+    "constant",
+    "none",
+)  # timm's that follow steps
+
+
+def train(
+    run_dir: Path,
+    resume: bool,
+    /,
+    *,
+    model: dict,
+    data: dict,
+    task: dict,
+    optimizer: dict,
+    schedule: dict,
+    epochs: int,
+    batch_size: int,
+    accumulate: int = 1,
+    clip_grad: float | None = None,
+    ema: dict | None = None,
+    checkpoint: str | None = None,
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    sync_bn: bool = False,
+    compile: bool = False,
+    channels_last: bool = False,
+    grad_checkpointing: bool = False,
+    seed: int = 0,
+    workers: int = 0,
+    device: str | None = None,
+    log_every: int = 50,
+    save_every: int | None = None,
+    eval_every: int = 1,
+) -> None:
+    """Train a model; a config's keys are these arguments.
+
+    model: name, and what timm.create_model takes. data, task: `type`, a class, and its arguments.
+    optimizer: arguments of timm.optim.create_optimizer_v2. schedule: of timm's create_scheduler_v2, followed step by
+    step.
+    epochs: passes over the training images; images that don't fill a last batch are left out of a pass.
+    batch_size: images that one optimiser step sees, over all processes and accumulated parts, as papers count.
+    accumulate: forward and backward passes that a step is made of. clip_grad: largest norm of the gradient.
+    ema: arguments of timm.utils.ModelEmaV3; the averaged weights are evaluated beside the others.
+    checkpoint: weights to begin with; a classifier of another size than the data's is left out.
+    precision: of autocast. sync_bn: BatchNorm over all processes. compile, channels_last, grad_checkpointing: switches.
+    workers: loader processes of each process. device: cpu or cuda; None: cuda where there is one.
+    log_every, save_every: steps; eval_every: epochs. A checkpoint is saved at each evaluation too.
+    Raises UserError for whatever the user can mend, and (exit code 75) after SIGTERM or SIGUSR1, the state saved.
+    """
+    config = {key: value for key, value in locals().items() if key not in ("run_dir", "resume")}
+    stop = StopRequest()
+
+    # Build
+    with together():
+        place = choose_device(device)
+        if precision == "fp16" and place.type == "cpu":
+            raise UserError("precision=fp16 needs a GPU: use precision=bf16 on the CPU")
+        seed_generators(seed)
+        source = build(data)
+        job = build(task, source)
+        net = job.model(**model, checkpoint=checkpoint, new_head=True)
+        inputs = source.inputs(net.pretrained_cfg)
+        net = net.to(place, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+        probe(net, inputs["input_size"])
+        if sync_bn:
+            net = synchronise_batchnorm(net, place)
+        if grad_checkpointing:
+            net.set_grad_checkpointing(True)
+        training, validation = source.dataset("train", inputs, training=True), source.dataset("val", inputs)
+        per_epoch = steps_per_epoch(len(training), batch_size, accumulate)
+        try:
+            stepper = create_optimizer_v2(net, **optimizer)
+            by_step = dict(num_epochs=epochs, step_on_epochs=False, updates_per_epoch=per_epoch)
+            scheduler, epochs = create_scheduler_v2(stepper, **schedule, **by_step)
+        except (ValueError, TypeError, AssertionError) as error:  # values that timm or torch refuse
+            raise UserError(f"the optimizer or schedule section does not do: {error}") from error
+        steps = epochs * per_epoch
+        averaged = ModelEmaV3(net, **ema) if ema is not None else None
+        if compile:
+            net.compile()
+        scaler = torch.amp.GradScaler(place.type, enabled=precision == "fp16")
+        autocast = _autocast(place, precision)
+        log = Log(run_dir, steps, per_epoch, batch_size, place)
+
+    # Resume
+    state = State(net, averaged, stepper, scaler, dump(config))
+    folder = run_dir / "checkpoints"
+    with together():
+        if resume:
+            for line in state.load(folder, place):
+                log.say(line)
+        if rank() == 0:
+            write_text(run_dir / "config.py", f'"""The configuration of this run."""\n\n{state.config}')
+            write_text(run_dir / "environment.json", json.dumps(environment(place), indent=2) + "\n")
+            log.start(state.step, state.evaluated)
+
+    def save(best: bool = False) -> None:
+        state.check_finite()
+        with log.aside(), together():
+            if rank() == 0:
+                state.save(folder, best)
+
+    def preempted() -> UserError:
+        save()
+        said = f"step {state.step} of {steps} is saved in {folder}; the same command with --resume goes on"
+        log.say(said, show=False)
+        return UserError(said, PREEMPTED, quiet=rank() > 0)
+
+    # Steps
+    parallel = net
+    if world() > 1:
+        parallel = DistributedDataParallel(net, device_ids=[place] if place.type == "cuda" else None)
+    order = TrainingOrder(len(training), batch_size, seed, state.step, steps, accumulate)
+    training_batches = iter(batches(training, order, seed, workers, place))
+    order = EvaluationOrder(len(validation), max(1, batch_size // world()))
+    validation_batches = batches(validation, order, seed, workers, place)
+    resumed_at = state.step
+    while True:
+        finished = state.step == steps
+        if state.step > state.evaluated and (finished or state.step % (eval_every * per_epoch) == 0):
+            state.check_finite()
+            with log.aside():
+                metrics = state.evaluate(lambda m: evaluate(m, job, validation_batches, place, autocast, stop)[0])
+            if stop.agreed():
+                raise preempted()
+            improved = state.judge(metrics, job.score)
+            log.evaluation(state.step, metrics, improved)
+            save(improved)
+        elif save_every and state.step % save_every == 0 and state.step > resumed_at:
+            save()
+        if finished:
+            break
+        if stop.agreed():
+            raise preempted()
+
+        seed_generators("step", seed, state.step, rank())
+        if scheduler:
+            scheduler.step_update(state.step)
+        parallel.train()
+        sums: dict[str, Tensor] = {}
+        for part in range(accumulate):
+            with log.waiting():
+                batch = to_device(next(training_batches), place)
+            with nullcontext() if parallel is net or part == accumulate - 1 else parallel.no_sync():
+                with autocast():
+                    loss, extra = job.loss(parallel, batch)
+                scaler.scale(loss / accumulate).backward()
+            for name, value in {"loss": loss.detach(), **extra}.items():
+                sums[name] = sums.get(name, 0) + value / accumulate
+        if clip_grad is not None:
+            scaler.unscale_(stepper)
+            nn.utils.clip_grad_norm_(net.parameters(), clip_grad)
+        scaler.step(stepper)
+        scaler.update()
+        stepper.zero_grad()
+        state.step += 1
+        if averaged is not None:
+            averaged.update(net, step=state.step)
+        state.note(sums)
+        log.stepped(state.step)
+        if state.step % log_every == 0 or state.step == steps:
+            log.training(state.step, state.take_means(), max(group["lr"] for group in stepper.param_groups))
+
+    # Finish
+    with together():
+        if rank() == 0:
+            state.load_best(folder)
+            export(net, run_dir, inputs, source.class_names)
+    log.stop()
+    if rank() == 0:
+        drawn = job.pictures(run_dir)
+        log.say(f"done: the best on val was step {state.best['step']} of {steps} ({spell(state.best['metrics'])})")
+        log.say(_where(run_dir, [run_dir / "model.safetensors", run_dir / "log.jsonl", *drawn]))
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    job: Any,
+    loader: DataLoader,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager],
+    stop: StopRequest | None = None,
+) -> tuple[dict[str, float], Any]:
+    """The task's metrics over all processes, each image counted once, and its detail; `stop` cuts it short."""
+
+    def arriving() -> Iterator:
+        for batch in loader:
+            if stop is not None and stop.asked:
+                return
+            yield to_device(batch, device)
+
+    model.eval()
+    with autocast():
+        return job.evaluate(model, arriving())
+
+
+def test(run_dir: Path | None, config: dict, checkpoint: Path | None, split: str, out: Path) -> None:
+    """Evaluate a model on a split, write out/metrics.json (top1, top5 in percent, images, seconds, …), and draw.
+
+    run_dir: of a finished run, whose exported model is taken unless a checkpoint is given; or None, with a checkpoint.
+    config: the run's, or any that `train` takes. Raises UserError for what the user can mend.
+    """
+    with together():
+        place = choose_device(config.get("device"))
+        source = build(config["data"])
+        job = build(config["task"], source)
+        if checkpoint is not None:
+            net = job.model(**config["model"], checkpoint=checkpoint)
+        else:
+            net = job.model(f"local-dir:{run_dir}", pretrained=True)
+        net = net.to(place)
+        inputs = source.inputs(net.pretrained_cfg)
+        probe(net, inputs["input_size"])
+        images = source.dataset(split, inputs)
+        out.mkdir(parents=True, exist_ok=True)
+    order = EvaluationOrder(len(images), max(1, config["batch_size"] // world()))
+    loader = batches(images, order, 0, config.get("workers", 0), place)
+    began = time.perf_counter()
+    metrics, detail = evaluate(net, job, loader, place, _autocast(place, config.get("precision", "fp32")))
+    metrics["seconds"] = round(time.perf_counter() - began, 3)
+    with together():
+        if rank() == 0:
+            write_text(out / "metrics.json", json.dumps(dict(split=split, **metrics), indent=2) + "\n")
+    if rank() == 0:
+        drawn = job.pictures(out, net, images, detail)
+        print(f"{split}: {metrics['images']} images {spell(metrics)}")
+        print(_where(run_dir or out, [out / "metrics.json", *drawn]))
+
+
+def _where(run_dir: Path, paths: list[Path]) -> str:
+    """Where everything is, and the line that loads the model."""
+    lines = [f"  {path}" for path in paths]
+    if (run_dir / "model.safetensors").exists():
+        lines.append(f'  import saccade.backbones, timm; timm.create_model("local-dir:{run_dir}", pretrained=True)')
+    return "\n".join(lines)
+
+
+def _autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager]:
+    if precision == "fp32":
+        return nullcontext
+    return partial(torch.autocast, device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+def validate(config: dict) -> None:
+    """Hold a config to what it builds; raises UserError for a key, a value or a name that is not known."""
+    check("", config, train)
+    check_typed("data", config["data"])
+    check_typed("task", config["task"])
+    if not isinstance(config["model"].get("name"), str):
+        raise UserError("model.name is missing: set it in the config or with model.name=… on the command line")
+    for key in {"num_classes", "checkpoint", "new_head"} & config["model"].keys():
+        raise UserError(f"model.{key} can't be set: classes come from the data, weights from checkpoint=…")
+    name = config["optimizer"].get("opt", "sgd")
+    if name not in list_optimizers():
+        raise UserError(f"unknown optimizer.opt {name!r}{closest(str(name), list_optimizers())}")
+    optimizer = create_optimizer_v2, get_optimizer_class(name, bind_defaults=False)
+    check(
+        "optimizer", config["optimizer"], *optimizer, without=("model_or_params", "params", "param_group_fn", "kwargs")
+    )
+    engine_gives = ("optimizer", "num_epochs", "step_on_epochs", "updates_per_epoch")
+    check("schedule", config["schedule"], create_scheduler_v2, without=engine_gives)
+    name = config["schedule"].get("sched", "cosine")
+    if name not in SCHEDULES:
+        raise UserError(f"unknown schedule.sched {name!r}{closest(str(name), SCHEDULES)}")
+    if config.get("ema") is not None:
+        check("ema", config["ema"], ModelEmaV3, without=("model", "device"))
+    for key in ("epochs", "batch_size", "accumulate", "log_every", "save_every", "eval_every"):
+        if config.get(key) is not None and config[key] < 1:
+            raise UserError(f"{key}={config[key]} must be 1 or more")
+
+
+def prepare_folder(run_dir: Path, resume: bool, overwrite: bool) -> None:
+    """Make the run's folder, or take it as it is to resume, or empty it of an earlier run's files to overwrite.
+
+    Raises UserError for a folder that holds something and for one that can't be written.
+    """
+    with together():
+        if rank() > 0:
+            return
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if overwrite:
+                for path in map(run_dir.joinpath, RUN_FILES):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            elif resume:
+                for path in (*run_dir.glob("checkpoints/.*"), *run_dir.glob(".*")):  # of a process that was killed
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            elif any(run_dir.iterdir()):
+                raise UserError(
+                    f"{run_dir} is not empty: go on with --resume, start again with --overwrite, or --run-dir"
+                )
+        except OSError as error:
+            raise from_os(error, f"making {run_dir}") from error

@@ -1,0 +1,133 @@
+"""Measuring time, memory and arithmetic, for tools/benchmark.py and its like.
+
+Times are medians of interleaved runs (A B A B …), so that a machine whose speed drifts is as unkind to one as to the
+other.
+"""
+
+import multiprocessing
+import platform
+import resource
+import statistics
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def interleaved(steps: dict[str, Callable[[], None]], runs: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds of each of `runs` runs of each step, taken in turn after two runs that are not counted."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for i in range(runs + 2):
+        for name, step in steps.items():
+            synchronize(device)
+            start = time.perf_counter()
+            step()
+            synchronize(device)
+            if i >= 2:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(theirs: list[float], ours: list[float]) -> float:
+    """How many times faster ours is: the median of the ratios run by run."""
+    return statistics.median(a / b for a, b in zip(theirs, ours, strict=True))
+
+
+def step_of(model: nn.Module, x: Tensor, mode: str, amp: torch.dtype | None = None) -> Callable[[], None]:
+    """One `inference` (no gradients) or `training` step (forward, backward of a sum, gradients dropped) on images x."""
+    model.train(mode == "training")
+
+    def step() -> None:
+        model.train(mode == "training")
+        with (
+            torch.inference_mode(mode == "inference"),
+            torch.autocast(x.device.type, amp, enabled=amp is not None),
+        ):
+            y = model(x)
+        if mode == "training":
+            y.float().sum().backward()
+            model.zero_grad(set_to_none=True)
+
+    return step
+
+
+def gemm_rate(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
+    """FLOP/s of a large square matrix product on random data: the ceiling that a dense model is held against."""
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    times = interleaved({"mm": lambda: torch.mm(a, b)}, 7, device)["mm"]
+    return 2 * size**3 / statistics.median(times)
+
+
+def macs(model: nn.Module, x: Tensor) -> int:
+    """Multiply-accumulates of one inference on x, as torch's FLOP counter sees them (matrix products, convolutions)."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(x)
+    return counter.get_total_flops() // 2
+
+
+def _rss() -> int:
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * resource.getpagesize()
+
+
+def _peak_in_child(build: Callable[..., Callable[[], None]], args: tuple, threads: int, send) -> None:
+    torch.set_num_threads(threads)
+    step = build(*args)
+    before = _rss()
+    done = threading.Event()
+    highest = before
+
+    def watch() -> None:
+        nonlocal highest
+        while not done.wait(0.0005):
+            highest = max(highest, _rss())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    step()
+    done.set()
+    watcher.join()
+    send.send(max(highest, _rss()) - before)
+
+
+def peak_memory(build: Callable[..., Callable[[], None]], *args) -> int:
+    """Bytes by which one run of build(*args)() raises a fresh process's resident memory (sampled; Linux).
+
+    The weights and the input are there before; what counts is activations, buffers and, when training, gradients.
+    """
+    context = multiprocessing.get_context("spawn")
+    receive, send = context.Pipe(duplex=False)
+    child = context.Process(target=_peak_in_child, args=(build, args, torch.get_num_threads(), send))
+    child.start()
+    send.close()
+    peak = receive.recv()
+    child.join()
+    return peak
+
+
+def machine(device: torch.device) -> dict[str, str | int]:
+    """What a measurement was made on."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = platform.processor() or platform.machine()
+        try:
+            with open("/proc/cpuinfo") as f:
+                name = next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
+        except (OSError, StopIteration):
+            pass
+    return dict(
+        device=name,
+        threads=torch.get_num_threads(),
+        torch=torch.__version__,
+        python=platform.python_version(),
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+    )

@@ -1,0 +1,169 @@
+"""Models by name, from timm's registry: the one place where training meets them."""
+
+import inspect
+import os
+import re
+import tempfile
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.models import (
+    is_model,
+    load_state_dict,
+    parse_model_name,
+    resolve_model_input_args,
+    save_for_hf,
+    split_model_name_tag,
+)
+from torch import nn
+
+from .. import backbones  # noqa: F401  (registers ours)
+from .checkpoint import Foreign, as_os_error, read, replacing
+from .errors import UserError, closest, from_os
+
+
+def create(
+    name: str,
+    num_classes: int,
+    img_size: int | None = None,
+    checkpoint: str | Path | None = None,
+    new_head: bool = False,
+    pretrained: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """A timm model for `num_classes` classes; `img_size` reaches models that are built for one size.
+
+    checkpoint: a file of weights that timm can load (published, timm's, or of a run here), or a run folder. With
+    `new_head`, a classifier of another size than ours is left out. pretrained: the weights that timm publishes.
+    Raises UserError for a name, an argument or a file that does not do, saying what would.
+    """
+    try:
+        source, known = parse_model_name(name)
+    except ValueError as error:
+        raise UserError(f"model.name={name}: {error}") from error
+    if source is None and not is_model(split_model_name_tag(known)[0]):
+        raise UserError(f"unknown model {name}{closest(split_model_name_tag(known)[0], timm.list_models())}")
+    try:
+        arguments = resolve_model_input_args(name, dict(img_size=img_size), num_classes=num_classes, **kwargs)
+        if checkpoint is None:
+            return timm.create_model(**arguments, pretrained=pretrained)
+    except TypeError as error:
+        raise _unknown_argument(name, error) from error
+    except (ValueError, AssertionError, RuntimeError, OSError) as error:
+        raise UserError(f"{name} can't be built with {_call(img_size, kwargs)}: {_first_line(error)}") from error
+    return _create_from(Path(checkpoint), arguments, new_head)
+
+
+def _create_from(file: Path, arguments: dict[str, Any], new_head: bool) -> nn.Module:
+    """Create a model through timm's own pretrained path, with the weights of a file."""
+    name, classes = arguments["model_name"], arguments["num_classes"]
+    overlay = _weights(file)
+    try:  # with the file's classifier, every tensor must find its place
+        return timm.create_model(
+            **arguments, pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=classes)
+        )
+    except TypeError as error:
+        raise _unknown_argument(name, error) from error
+    except Exception as error:  # a foreign file fails wherever a model's own key mapping meets the unexpected
+        problems = _disagreements(error)
+        with torch.device("meta"):
+            heads = timm.create_model(**arguments).pretrained_cfg.get("classifier") or ()
+        heads = (heads,) if isinstance(heads, str) else tuple(heads)
+        if not (new_head and problems and all(key.rpartition(".")[0] in heads for key, _ in problems)):
+            said = "; ".join(text for _, text in problems[:3]) or _first_line(error)
+            more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
+            raise UserError(
+                f"checkpoint {file} does not fit {name} ({said}{more}): "
+                "give the model.name and model arguments that it was trained with"
+            ) from error
+    overlay["num_classes"] = -1  # of another number than ours: timm leaves the file's classifier out
+    return timm.create_model(**arguments, pretrained=True, pretrained_cfg_overlay=overlay)
+
+
+def _weights(file: Path) -> dict[str, Any]:
+    """The pretrained_cfg entries that make timm load a file; of a training checkpoint, its best weights' tensors."""
+    if file.is_dir():
+        file = file / "model.safetensors"
+    if not file.is_file():
+        raise UserError(f"there is no checkpoint {file}: give a file of weights or the folder of a finished run")
+    try:
+        if file.suffix == ".safetensors":
+            tensors, meta = read(file)
+            kind = meta["best"]["weights"] + "." if meta["best"] else "model."
+            return dict(state_dict={k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)})
+        load_state_dict(str(file))
+    except Foreign:
+        pass
+    except Exception as error:  # zip, pickle and tensor readers each have their own
+        raise UserError(f"checkpoint {file} can't be read ({_first_line(error)}): fetch or convert it again") from error
+    return dict(file=str(file))
+
+
+def _disagreements(error: Exception) -> list[tuple[str, str]]:
+    """(key, what is wrong with it) for each complaint of load_state_dict's message, the kinds taking turns."""
+    text = str(error)
+    kinds = []
+    for label, said in (("Missing key", "it lacks"), ("Unexpected key", "it has")):
+        block = re.search(rf'{label}\(s\) in state_dict: (("[^"]+"(, )?)+)', text)
+        kinds.append([(key, f"{said} {key}") for key in re.findall(r'"([^"]+)"', block[1])] if block else [])
+    shapes = r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)"
+    kinds.append([(key, f"{key} is ({theirs}), not ({ours})") for key, theirs, ours in re.findall(shapes, text)])
+    return [problem for turn in zip_longest(*kinds) for problem in turn if problem]
+
+
+def _unknown_argument(name: str, error: TypeError) -> UserError:
+    """The sentence for an argument that a model does not take."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if not unknown:
+        return UserError(f"{name} can't be built: {error}")
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    names = [*inspect.signature(type(model)).parameters, "pretrained"]
+    return UserError(f"{name} has no argument model.{unknown[1]}{closest(unknown[1], names)}")
+
+
+def _call(img_size: int | None, kwargs: dict[str, Any]) -> str:
+    return ", ".join(f"{k}={v!r}" for k, v in {"img_size": img_size, **kwargs}.items() if v is not None) or "defaults"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
+@torch.no_grad()
+def probe(model: nn.Module, input_size: tuple[int, int, int]) -> None:
+    """Show the model a black image (channels, height, width); raises UserError in its own words if it can't take it."""
+    training = model.training
+    first = next(model.parameters())
+    try:
+        model.eval()(torch.zeros(1, *input_size, device=first.device))
+    except (ValueError, AssertionError, RuntimeError) as error:
+        channels, height, width = input_size
+        raise UserError(
+            f"the model can't take images of {height}x{width} with {channels} channels: {_first_line(error)}; "
+            "change data.img_size or the model's arguments"
+        ) from error
+    model.train(training)
+
+
+def export(model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: list[str]) -> None:
+    """Write model.safetensors and config.json, which timm.create_model("local-dir:FOLDER", pretrained=True) reads.
+
+    inputs: preprocessing as timm names it (input_size, interpolation, mean, std, crop_pct). Raises UserError where they
+    can't be written.
+    """
+    model = model.cpu().to(memory_format=torch.contiguous_format)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as scratch:
+        try:
+            save_for_hf(
+                model, scratch, dict(label_names=class_names), safe_serialization=True, data_config=dict(inputs)
+            )
+        except (OSError, SafetensorError) as error:
+            raise from_os(as_os_error(error), f"saving {folder / 'model.safetensors'}") from error
+        for name in ("model.safetensors", "config.json"):
+            with replacing(folder / name) as temporary:
+                os.replace(Path(scratch, name), temporary)

@@ -1,0 +1,149 @@
+"""Pictures of a run: curves, confusion, and what the model attends to. PNG files, drawn without a display."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import numpy as np
+import torch
+from matplotlib import pyplot as plt
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+
+BLUE, ORANGE, GREY = "#2a6fbb", "#e07b39", "#8a8f98"
+
+
+def _save(figure: plt.Figure, file: Path) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    plt.close(figure)
+    return file
+
+
+def curves(log: Path, file: Path) -> Path | None:
+    """Loss, top-1 and learning rate over the epochs of a run's log.jsonl; None where it has no lines yet."""
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    train = [r for r in records if r["kind"] == "train"]
+    val = [r for r in records if r["kind"] == "val"]
+    if not train:
+        return None
+    figure, (loss, top1, rate) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
+
+    def line(axis: plt.Axes, rows: list[dict], key: str, label: str, color: str, **style: Any) -> None:
+        rows = [r for r in rows if key in r]
+        if rows:
+            axis.plot([r["epoch"] for r in rows], [r[key] for r in rows], color=color, label=label, **style)
+
+    line(loss, train, "loss", "training", GREY)
+    line(loss, val, "loss", "validation", BLUE, marker=".")
+    line(loss, val, "ema_loss", "validation, averaged weights", ORANGE, marker=".")
+    loss.set(title="loss", xlabel="epoch", yscale="log")
+    line(top1, train, "top1", "training", GREY)
+    line(top1, val, "top1", "validation", BLUE, marker=".")
+    line(top1, val, "ema_top1", "validation, averaged weights", ORANGE, marker=".")
+    top1.set(title="top-1 accuracy (%)", xlabel="epoch")
+    if val:
+        best = max(max(r["top1"], r.get("ema_top1", 0.0)) for r in val if "top1" in r)
+        top1.axhline(best, color=BLUE, lw=0.7, ls=":")
+        top1.annotate(f"best {best:.2f} %", (0, best), (3, -4), textcoords="offset points", va="top", color=BLUE)
+    line(rate, train, "lr", "learning rate", BLUE)
+    rate.set(title="learning rate", xlabel="epoch")
+    for axis in (loss, top1):
+        axis.legend(frameon=False, fontsize=9)
+    for axis in (loss, top1, rate):
+        axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, file)
+
+
+def confusion(counts: Tensor, names: list[str], file: Path) -> Path:
+    """Counts (classes, classes), rows the true class; of many classes, the 20 most confused ones."""
+    counts = counts.cpu().numpy()
+    shown = np.arange(len(names))
+    if len(names) > 20:
+        wrong = counts - np.diag(np.diag(counts))
+        shown = np.sort(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[:20])
+    part, names = counts[np.ix_(shown, shown)], [names[i] for i in shown]
+    share = part / np.maximum(counts[shown].sum(1, keepdims=True), 1)
+    side = max(4.0, 0.5 * len(shown) + 1.5)
+    figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
+    axis.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)  # the root, since one mistake in a hundred should show
+    for i, j in np.argwhere(part > 0):
+        axis.text(j, i, str(part[i, j]), ha="center", va="center", color="white" if share[i, j] > 0.35 else "#333333")
+    turn = 90 if max(map(len, names)) > 3 else 0
+    axis.set_xticks(range(len(shown)), names, rotation=turn)
+    axis.set_yticks(range(len(shown)), names)
+    right = np.trace(counts) / max(counts.sum(), 1)
+    subset = f", the {len(shown)} most confused of {len(counts)} classes" if len(shown) < len(counts) else ""
+    axis.set(xlabel="predicted", ylabel="true", title=f"{int(counts.sum())} images, {100 * right:.2f} % right{subset}")
+    return _save(figure, file)
+
+
+@torch.no_grad()
+def attended(model: nn.Module, images: Any, names: list[str], file: Path, rows: int = 6) -> Path | None:
+    """What the model attends to: for some of `images` and one query region of each, the regions it was routed to.
+
+    `images` is a dataset of (image (3, H, W), label). A model that has something to show has
+    `attended_regions(x) -> {layer: dict(idx (B, P, K), grid, pixels)}`; with others this returns None. The query is the
+    region with most contrast; of each stage the last layer is drawn.
+    """
+    if not hasattr(model, "attended_regions") or not len(images):
+        return None
+    device = next(model.parameters()).device
+    chosen = np.linspace(0, len(images) - 1, min(rows, len(images))).round().astype(int)
+    x, labels = zip(*(images[int(i)] for i in chosen))
+    x = torch.stack(x).to(device)
+    found = model.eval().attended_regions(x)
+    last = {name.rsplit(".blocks.", 1)[0]: layer for name, layer in found.items()}  # of each stage
+    guess = model(x).argmax(1).tolist()
+    low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
+    pictures = ((x - low) / (high - low).clamp_min(1e-6)).permute(0, 2, 3, 1).cpu().numpy()
+
+    size = (1.7 * (1 + len(last)) + 0.6, 1.72 * len(x) + 0.6)
+    figure, axes = plt.subplots(len(x), 1 + len(last), figsize=size, squeeze=False, layout="constrained")
+    for b, row in enumerate(axes):
+        row[0].imshow(pictures[b], interpolation="nearest")
+        right = guess[b] == labels[b]
+        said = f"{names[labels[b]]}" if right else f"{names[labels[b]]}, taken for {names[guess[b]]}"
+        row[0].set_ylabel(said, color="black" if right else "#c0392b", fontsize=9)
+        for axis, (stage, layer) in zip(row[1:], last.items()):
+            _regions(axis, pictures[b], layer["idx"][b].cpu().numpy(), layer["grid"], layer["pixels"])
+            if b == 0:
+                k = layer["idx"].shape[2]
+                count = layer["grid"][0] * layer["grid"][1]
+                axis.set_title(f"{stage}\n{k} of {count} regions", fontsize=9)
+        for axis in row:
+            axis.set(xticks=[], yticks=[])
+    axes[0, 0].set_title("image", fontsize=9)
+    figure.supxlabel("orange frame: the query region; bright: the regions it attends to", fontsize=9)
+    return _save(figure, file)
+
+
+def _regions(axis: plt.Axes, picture: np.ndarray, idx: np.ndarray, grid: tuple, pixels: tuple) -> None:
+    """One image (H, W, 3), dark but for the regions idx[query] of a grid of regions of `pixels` (height, width)."""
+    (R, S), (h, w) = grid, pixels
+    H, W = picture.shape[:2]
+
+    def box(region: int) -> tuple[slice, slice]:
+        i, j = divmod(int(region), S)
+        return slice(i * h, min((i + 1) * h, H)), slice(j * w, min((j + 1) * w, W))
+
+    inside = [r for r in range(R * S) if picture[box(r)].size]  # the padding of an uneven map lies outside
+    query = max(inside, key=lambda r: picture[box(r)].std())
+    light = np.full((H, W, 1), 0.22)
+    for region in idx[query]:
+        light[box(region)] = 1.0
+    tint = np.array([0.30, 0.45, 0.75])
+    axis.imshow(np.clip(picture * light + (1 - light) * 0.18 * tint, 0, 1), interpolation="nearest")
+    for i in range(1, R):
+        axis.axhline(i * h - 0.5, color="white", lw=0.4, alpha=0.35)
+    for j in range(1, S):
+        axis.axvline(j * w - 0.5, color="white", lw=0.4, alpha=0.35)
+    rows, cols = box(query)
+    corner = (cols.start - 0.5, rows.start - 0.5)
+    frame = Rectangle(corner, cols.stop - cols.start, rows.stop - rows.start, fill=False, ec=ORANGE, lw=2.2)
+    axis.add_patch(frame)
+    axis.set(xlim=(-0.5, W - 0.5), ylim=(H - 0.5, -0.5))
