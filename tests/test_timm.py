@@ -1,4 +1,4 @@
-"""timm's own model suite passes on every model that we register (fetched by `make setup` from timm's source archive)."""
+"""timm's own model suite passes on every model that we register; `make setup` fetches it, timm's source archive."""
 
 import os
 import re

@@ -126,3 +126,151 @@ def test_equals_published_layer(name):
 
 def region_means(qkv: Tensor, rows: int, cols: int) -> Tensor:
     return qkv.unflatten(2, (cols, -1)).unflatten(1, (rows, -1)).mean((2, 4)).flatten(1, 2)
+
+
+def small(**kwargs):
+    """BiFormer with every kind of layer, small enough to run anywhere."""
+    kwargs = dict(depths=(1, 1, 2, 1), dims=(32, 64, 64, 64), topks=(1, 2, 4, -2), n_win=4, num_classes=7) | kwargs
+    torch.manual_seed(0)
+    return timm.create_model(kwargs.pop("name", "biformer_t"), **kwargs)
+
+
+COUNTS = dict(biformer_t=13_142_760, biformer_s=25_536_232, biformer_b=56_804_968, biformer_stl=28_372_552)
+
+
+@pytest.mark.parametrize(("name", "count"), [*COUNTS.items(), ("biformer_stl_nchw", 28_372_552)])
+def test_parameter_counts(name, count):
+    """Those counted on the published models."""
+    with torch.device("meta"):
+        assert sum(p.numel() for p in timm.create_model(name).parameters()) == count
+
+
+@pytest.mark.parametrize("container", ["model", "state_dict", None])
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_published_containers(tmp_path, container, prefix):
+    """Files hold the weights under 'model' or 'state_dict'; a detector's file holds ours behind 'backbone.'."""
+    want = parity.load("biformer", "biformer_tiny")
+    weights = {prefix + k: v for k, v in parity.weights(want).items()}
+    if prefix:
+        weights["decode_head.conv_seg.weight"] = torch.zeros(3)
+    file = tmp_path / "published.pth"
+    torch.save({container: weights, "epoch": 3} if container else weights, file)
+    model = timm.create_model("biformer_t", pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
+    expected = parity.weights(want)["stages.2.7.attn.qkv.qkv.weight"]
+    assert torch.equal(model.stages[2].blocks[7].attn.qkv.weight, expected)
+    assert torch.equal(model.head.fc.bias, parity.weights(want)["head.bias"])
+
+
+def test_dense_weights_load_into_a_classifier(tmp_path):
+    """What a dense model's file lacks, the head, keeps its initial values; what it has beyond, the norms, is dropped."""
+    want = parity.load("biformer", "biformer_tiny_dense_n8_160x200")
+    model = published(tmp_path, want, "biformer_t", "state_dict", num_classes=5)
+    assert model.head.fc.weight.shape == (5, 512) and model.head.fc.weight.std() > 0.01
+    expected = parity.weights(want)["stages.0.0.norm1.weight"]
+    assert torch.equal(model.stages[0].blocks[0].norm1.weight, expected)
+
+
+@pytest.mark.parametrize("name", ["biformer_t", "biformer_stl", "biformer_stl_nchw"])
+@pytest.mark.parametrize("size", [(32, 32), (33, 70), (97, 45), (224, 112)], ids=str)
+def test_any_size(name, size):
+    model = small(name=name, features_only=True).eval()
+    floor = "stl" in name
+    for level, m in enumerate(model(torch.randn(2, 3, *size))):
+        stride = 4 * 2**level
+        assert m.shape[2:] == tuple(n // stride if floor else -(-n // stride) for n in size)
+        assert m.isfinite().all()
+
+
+def test_auto_pad_changes_nothing_where_the_map_divides():
+    x = torch.randn(2, 3, 128, 128)
+    assert torch.equal(small().eval()(x), small(auto_pad=False).eval()(x))
+
+
+def test_images_do_not_see_each_other():
+    model, x = small().eval(), torch.randn(3, 3, 75, 90)
+    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-12, atol=1e-12)
+
+
+def test_gradient_checkpointing_changes_nothing():
+    x, grads = torch.randn(2, 3, 64, 64), []
+    for enable in (False, True):
+        model = small()
+        model.set_grad_checkpointing(enable)
+        model(x).square().sum().backward()
+        grads.append([p.grad for p in model.parameters()])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_out_norms_do_not_reach_the_next_stage():
+    x = torch.randn(1, 3, 64, 64)
+    plain, normed = small().eval(), small(out_norms=True).eval()
+    normed.load_state_dict(plain.state_dict(), strict=False)
+    assert torch.equal(plain(x), normed(x))
+    for raw, out in zip(*(m.forward_intermediates(x, intermediates_only=True) for m in (plain, normed))):
+        centred = raw - raw.mean(1, keepdim=True)
+        torch.testing.assert_close(out, centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt())
+
+
+def test_bfloat16_autocast_is_close():
+    torch.set_default_dtype(torch.float32)
+    model, x = small().eval(), torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(x)
+    exact = model.double()(x.double())
+    assert low.dtype == torch.bfloat16
+    assert (low.double() - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.slow
+def test_compiles_and_exports():
+    torch.set_default_dtype(torch.float32)
+    model, x = small().eval(), torch.randn(2, 3, 72, 64)
+    compiled = torch.compile(model, fullgraph=True)
+    batch = torch.export.Dim("batch", min=1, max=16)
+    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+        more = torch.randn(5, 3, 72, 64)
+        torch.testing.assert_close(exported(more), model(more), rtol=1e-4, atol=1e-5)
+
+
+def test_attended_regions_are_those_the_layer_uses():
+    model, x = small().eval(), torch.randn(2, 3, 80, 64)
+    found = model.attended_regions(x)
+    assert list(found) == ["stages.0.blocks.0", "stages.1.blocks.0", "stages.2.blocks.0", "stages.2.blocks.1"]
+    assert [f["idx"].shape for f in found.values()] == [(2, 16, 1), (2, 16, 2), (2, 16, 4), (2, 16, 4)]
+    assert [f["pixels"] for f in found.values()] == [(20, 16), (24, 16), (32, 16), (32, 16)]
+    # Keys that no region chose do not matter to the first layer; those that were chosen do.
+    block = model.stages[0].blocks[0]
+    h = block.norm1(torch.randn(1, 20, 16, 32))
+    qkv, _, idx, grid, (rows, cols) = block.attn._project(h)
+    from saccade.ops import bilevel_routing_attention
+
+    with torch.no_grad():
+        before = bilevel_routing_attention(qkv, idx, 1, grid)
+        chosen = set(idx.flatten().tolist())
+        for region in range(16):
+            i, j = divmod(region, 4)
+            changed = qkv.clone()
+            changed[:, i * rows : (i + 1) * rows, j * cols : (j + 1) * cols, 32:] += 1.0
+            same = torch.equal(bilevel_routing_attention(changed, idx, 1, grid), before)
+            assert same == (region not in chosen)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "sentence"),
+    [
+        (dict(topks=(1, 17, 4, -2)), "topks must be -1, -2 or between 1 and the n_win\\*\\*2 = 16 regions, got 17"),
+        (dict(topks=(1, 4, -2)), "depths, dims and topks must be equally long"),
+        (dict(dims=(32, 48, 64, 64)), "dims of routed stages must be multiples of head_dim=32"),
+    ],
+)
+def test_impossible_models_are_refused_in_one_sentence(kwargs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        small(**kwargs)
+
+
+def test_sizes_that_do_not_divide_are_refused_without_auto_pad():
+    with pytest.raises(ValueError, match="auto_pad=False needs maps that n_win=4 divides, got one of 18x16"):
+        small(auto_pad=False)(torch.randn(1, 3, 72, 64))

@@ -1,0 +1,36 @@
+"""tools/benchmark.py runs, compares equals, and writes what it says (its figures are nobody's business here)."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def benchmark(*arguments: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "benchmark.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_compares_with_the_published_form(tmp_path):
+    small = ["--size", "112", "--batch", "1", "--train-batch", "1", "--runs", "1", "--out", str(tmp_path)]
+    done = benchmark("--models", "biformer_t", "--vs", "published", "--dtypes", "float32", "bfloat16", *small)
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "benchmark.json").read_text())
+    kinds = [(r["mode"], r["dtype"]) for r in result["rows"]]
+    assert kinds == [(mode, dtype) for mode in ("inference", "training") for dtype in ("float32", "bfloat16")]
+    for row in result["rows"]:
+        assert row["ms"] > 0 and row["peer_ms"] > 0 and row["speedup"] > 0
+        assert row["peak_mib"] > 0 and row["peer_peak_mib"] > 0
+    assert result["machine"]["torch"] and result["gemm_flops_per_second"] > 1e8
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
+
+
+def test_unknown_model_is_one_sentence():
+    done = benchmark("--models", "biformer_x")
+    assert done.returncode == 2
+    assert "unknown model 'biformer_x'" in done.stderr and "Traceback" not in done.stderr
