@@ -118,7 +118,7 @@ def usage(operators=tuple(OPERATORS), cards=tuple(CARDS), dtypes=tuple(DTYPES)) 
         for card in cards:
             for dtype in dtypes:
                 for kernel, pointers, options in module.aot(dtype, CARDS[card].backend == "hip"):
-                    tile = " ".join(f"{name.removeprefix('BLOCK_')}={value}" for name, value in options.items())
+                    tile = " ".join(f"{name}={value}" for name, value in options.items())
                     compiled = build(kernel, dtype, pointers, options, card)
                     yield Usage(operator, kernel.__name__, dtype, card, tile, *measure(compiled))
 

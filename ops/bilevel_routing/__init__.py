@@ -22,7 +22,8 @@ def bilevel_routing_attention(
              has stride 1, a view of a bigger map is read where it lies; if not, the kernels take a copy.
     idx      (B, P, K), int32 or int64: the key regions of each query region, row-major over the grid of P = R_h · R_w
              regions; distinct within a row. One outside 0 … P-1 raises in plain PyTorch; the kernels, which cannot look
-             without waiting for the GPU, turn the outputs and gradients of that region's queries to NaN.
+             without waiting for the GPU, turn the outputs of that region's queries to NaN, and all that their gradients
+             reach.
     regions  (R_h, R_w), which divide H and W.
     scale    of the logits; C ** -0.5 if None (by the full width, as published: not by the head dimension).
 

@@ -98,7 +98,7 @@ def once(x):
 
 
 # Arguments that change from one image size to the next are not specialised on: no recompilation for a divisible one.
-SIZES = ["heads", "h", "w", "Rw", "P", "K", "magic_t", "magic_w", "magic_Rw"]
+SIZES = ["B", "heads", "h", "w", "Rw", "P", "K", "magic_t", "magic_w", "magic_Rw"]
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -306,17 +306,17 @@ def dkdv_kernel(
     tl.store(dqkv_ptr + 2 * C, dv.to(dqkv_ptr.dtype.element_ty), mine)
 
 
-# By bytes of an element and head dim: rows of the own tile at most, rows a warp, stages.
+# By bytes of an element and head dim: rows of the tallest own tile, its warps, those of the lowest (16 rows), stages.
 # Chosen by registers and shared memory from ahead-of-time compilation (saccade.ops.aot), not yet timed on a GPU: the
 # tiles that keep most warps on an SM of sm_90 without a spill. Walking 64 tokens at a time takes half as many registers
 # again, for lists of 64 to 384 tokens in all; taller tiles, on the other hand, load what they walk fewer times from L2.
 TILES = {
-    (2, 32): (128, 16, 3),
-    (2, 64): (64, 8, 3),
-    (2, 128): (64, 4, 2),
-    (4, 32): (32, 8, 3),
-    (4, 64): (32, 4, 2),
-    (4, 128): (32, 4, 2),
+    (2, 32): (128, 8, 1, 3),
+    (2, 64): (64, 8, 2, 3),
+    (2, 128): (64, 8, 4, 2),
+    (4, 32): (32, 4, 4, 3),
+    (4, 64): (32, 8, 4, 2),
+    (4, 128): (32, 8, 8, 2),
 }
 WALKED = 32  # as many regions at most: `sees` counts on it
 
@@ -329,16 +329,15 @@ def is_dense(t: int, K: int, P: int) -> bool:
 def launch_options(itemsize: int, D: int, t: int, dense: bool, hip: bool) -> dict:
     """The tile, as constexprs and launch options: no taller than a region of t tokens needs if it is to lie in one."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
-    rows, rows_a_warp, stages = TILES[itemsize, max(32, BLOCK_D)]
-    if not dense:
-        rows = max(16, min(rows, triton.next_power_of_2(t)))
+    most, warps, least_warps, stages = TILES[itemsize, max(32, BLOCK_D)]
+    rows = most if dense else max(16, min(most, triton.next_power_of_2(t)))
     return dict(
         D=D,
         BLOCK_D=BLOCK_D,
         BLOCK_M=rows,
         BLOCK_N=WALKED,
         DENSE=dense,
-        num_warps=min(8, rows // rows_a_warp),
+        num_warps=max(least_warps, warps * rows // most),
         num_stages=2 if hip else stages,
     )
 
@@ -361,13 +360,14 @@ def _launch(qkv: Tensor, K: int, heads: int, regions: tuple[int, int], scale: fl
 
 
 def _bits(idx: Tensor, P: int, of_keys: bool = False) -> Tensor:
-    """(B, P, P // 32 + 2) int32: row p has bit r if region p is routed to region r, or the other way round for of_keys;
-    and bit P if an index of region p is out of range."""
+    """(B, P, P // 32 + 2) int32: row p has bit r if region p is routed to region r (of_keys: r to p), and bit P if an
+    index of region p is out of range."""
     member = torch.zeros(*idx.shape[:2], 32 * (P // 32 + 2), dtype=torch.bool, device=idx.device)
     member.scatter_(2, idx.where((idx >= 0) & (idx < P), P).long(), True)
     if of_keys:
         member[..., :P] = member[..., :P].mT.clone()
-    return (member.unflatten(2, (-1, 32)) << torch.arange(32, device=idx.device)).sum(-1).int()
+    bit = torch.arange(32, dtype=torch.int32, device=idx.device)
+    return (member.unflatten(2, (-1, 32)) << bit).sum(-1, dtype=torch.int32)
 
 
 def _inverse(idx: Tensor, P: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -384,8 +384,8 @@ def _inverse(idx: Tensor, P: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fwd(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale: float) -> tuple[Tensor, Tensor]:
-    """The output (B, H, W, C), and for the backward the base-2 log-sum-exp of each row of logits: (B, heads,
-    H·W), in region-major order."""
+    """The output (B, H, W, C) and, for the backward, the base-2 log-sum-exp of each query's logits (B, heads, H·W), in
+    region-major order."""
     B, H, W, C3 = qkv.shape
     out = qkv.new_empty(B, H, W, C3 // 3)
     lse = qkv.new_empty(B, heads, H * W, dtype=torch.float32)
@@ -438,8 +438,5 @@ def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]
         for kernel in (fwd_kernel, dq_kernel, dkdv_kernel):
             yield kernel, bits, launch_options(itemsize, D, 1, True, hip)
             for n in range(4, TILES[itemsize, D][0].bit_length()):
-                yield (
-                    kernel,
-                    inverse if kernel is dkdv_kernel else gather,
-                    launch_options(itemsize, D, 1 << n, False, hip),
-                )
+                pointers = inverse if kernel is dkdv_kernel else gather
+                yield kernel, pointers, launch_options(itemsize, D, 1 << n, False, hip)

@@ -24,6 +24,7 @@ SHAPES = [
     (1, (2, 2), (1, 3), 4, 2, 16),  # K = P
     (1, (1, 1), (3, 3), 1, 1, 16),  # one region
     (2, (5, 3), (1, 1), 3, 1, 16),  # of one token
+    (1, (5, 8), (1, 2), 6, 1, 16),  # more regions than there are bits in a word
 ]
 
 
@@ -284,7 +285,7 @@ def test_neither_logits_nor_gathered_keys_are_kept(form, monkeypatch):
     for name in ("fwd_kernel", "dq_kernel", "dkdv_kernel"):
         monkeypatch.setattr(kernel, name, NotLaunched())
     qkv, idx, *rest = *inputs((1, (2, 2), (8, 8), 2, 2, 16)), 0.2
-    tables = 8 * 8 * idx.shape[1] * (idx.shape[1] + 1)  # membership or the inverse list, and what it takes to make them
+    tables = 20 * 4 * 64  # bits or inverse list, for 4 regions, and what it takes to make them
     with Allocations() as forward:
         out, lse = kernel.fwd(qkv, idx, *rest)
     dout = rand(out.shape)
@@ -292,7 +293,7 @@ def test_neither_logits_nor_gathered_keys_are_kept(form, monkeypatch):
         dqkv = kernel.bwd(dout, qkv, idx, out, lse, *rest)
     assert out.nbytes + lse.nbytes <= forward.total() <= out.nbytes + lse.nbytes + tables
     assert dqkv.nbytes + lse.nbytes <= backward.total() <= dqkv.nbytes + lse.nbytes + tables
-    assert tables < qkv.nbytes // 20  # small enough for anything else to show
+    assert tables < qkv.nbytes // 10  # small enough for anything else to show
 
 
 def test_registration():
