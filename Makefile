@@ -13,7 +13,8 @@ help:
 	@echo 'make setup   the virtual environment that the others use ($(VENV)); they call it themselves'
 
 demo: setup
-	$(PY) tools/demo.py
+	$(PY) tools/train.py configs/digits/biformer_t.py --run-dir runs/demo --overwrite
+	$(PY) tools/test.py runs/demo
 
 test: setup
 	$(PY) -m pytest

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError
 
@@ -85,6 +86,27 @@ def together() -> Iterator[None]:
     for number, found in enumerate(raised):
         if found:
             raise UserError(*found, quiet=number != rank()) from mine
+
+
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with gradients averaged over the processes; itself where there is only one."""
+    if world() == 1:
+        return model
+    shared = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    if device.type == "cpu" and world() > 2:
+        shared.register_comm_hook(None, _average_each)
+    return shared
+
+
+def _average_each(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Average a bucket's gradients one by one.
+
+    Three or more terms are added in an order that depends on a value's place in the message. Buckets are filled anew
+    after a process's first step, so whole buckets would make a resumed run's first step round differently than it did
+    before.
+    """
+    waiting = [dist.all_reduce(g.div_(world()), async_op=True).get_future() for g in bucket.gradients()]
+    return torch.futures.collect_all(waiting).then(lambda _: bucket.buffer())
 
 
 def total(tensor: Tensor) -> Tensor:

@@ -14,7 +14,6 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
 from .checkpoint import write_text
@@ -23,6 +22,7 @@ from .data.loader import EvaluationOrder, TrainingOrder, batches, steps_per_epoc
 from .distributed import (
     StopRequest,
     choose_device,
+    parallel,
     rank,
     seed_generators,
     synchronise_batchnorm,
@@ -152,9 +152,7 @@ def train(
         return UserError(said, PREEMPTED, quiet=rank() > 0)
 
     # Steps
-    parallel = net
-    if world() > 1:
-        parallel = DistributedDataParallel(net, device_ids=[place] if place.type == "cuda" else None)
+    shared = parallel(net, place)
     order = TrainingOrder(len(training), batch_size, seed, state.step, steps, accumulate)
     training_batches = iter(batches(training, order, seed, workers, place))
     order = EvaluationOrder(len(validation), max(1, batch_size // world()))
@@ -181,14 +179,14 @@ def train(
         seed_generators("step", seed, state.step, rank())
         if scheduler:
             scheduler.step_update(state.step)
-        parallel.train()
+        shared.train()
         sums: dict[str, Tensor] = {}
         for part in range(accumulate):
             with log.waiting():
                 batch = to_device(next(training_batches), place)
-            with nullcontext() if parallel is net or part == accumulate - 1 else parallel.no_sync():
+            with nullcontext() if shared is net or part == accumulate - 1 else shared.no_sync():
                 with autocast():
-                    loss, extra = job.loss(parallel, batch)
+                    loss, extra = job.loss(shared, batch)
                 scaler.scale(loss / accumulate).backward()
             for name, value in {"loss": loss.detach(), **extra}.items():
                 sums[name] = sums.get(name, 0) + value / accumulate

@@ -93,9 +93,12 @@ def attended(model: nn.Module, images: Any, names: list[str], file: Path, rows: 
     if not hasattr(model, "attended_regions") or not len(images):
         return None
     device = next(model.parameters()).device
-    chosen = np.linspace(0, len(images) - 1, min(rows, len(images))).round().astype(int)
-    x, labels = zip(*(images[int(i)] for i in chosen))
-    x = torch.stack(x).to(device)
+    chosen = {}  # an image of each of `rows` classes
+    for i in np.linspace(0, len(images) - 1, min(20 * rows, len(images))).round().astype(int):
+        image, label = images[int(i)]
+        if len(chosen) < rows:
+            chosen.setdefault(label, image)
+    labels, x = list(chosen), torch.stack(list(chosen.values())).to(device)
     found = model.eval().attended_regions(x)
     last = {name.rsplit(".blocks.", 1)[0]: layer for name, layer in found.items()}  # of each stage
     guess = model(x).argmax(1).tolist()

@@ -67,15 +67,15 @@ class State:
             metrics |= {f"ema_{k}": v for k, v in function(self.ema.module).items() if k != "images"}
         return metrics
 
-    def judge(self, metrics: dict[str, float], score: Callable[[dict[str, float]], list[float]]) -> bool:
-        """Note an evaluation at this step; whether it is the best so far."""
+    def judge(self, metrics: dict[str, float], score: Callable[[dict[str, float]], float]) -> bool:
+        """Note an evaluation at this step; whether it is the best so far, the later of equals."""
         self.evaluated = self.step
         candidates = {"model": {k: v for k, v in metrics.items() if not k.startswith("ema_")}}
         if self.ema is not None:
             candidates["ema"] = {k.removeprefix("ema_"): v for k, v in metrics.items() if k.startswith("ema_")}
         weights = max(candidates, key=lambda kind: score(candidates[kind]))
         found = dict(step=self.step, weights=weights, score=score(candidates[weights]), metrics=candidates[weights])
-        if self.best is not None and found["score"] <= self.best["score"]:
+        if self.best is not None and found["score"] < self.best["score"]:
             return False
         self.best = found
         return True

@@ -162,7 +162,7 @@ def test_published_containers(tmp_path, container, prefix):
 
 
 def test_dense_weights_load_into_a_classifier(tmp_path):
-    """What a dense model's file lacks, the head, keeps its initial values; what it has beyond, the norms, is dropped."""
+    """What a dense file lacks, the head, keeps its initial values; what it has beyond, the norms, is dropped."""
     want = parity.load("biformer", "biformer_tiny_dense_n8_160x200")
     model = published(tmp_path, want, "biformer_t", "state_dict", num_classes=5)
     assert model.head.fc.weight.shape == (5, 512) and model.head.fc.weight.std() > 0.01

@@ -15,7 +15,8 @@ from saccade.train.errors import run
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "configs/digits/resnet18.py"
 # Seconds a run: 0.1 M parameters, BatchNorm, images of 16x16.
-TINY = ["model.name=test_resnet", "data.img_size=16", "epochs=2", "batch_size=128", "log_every=1", "device=cpu"]
+TINY = ["model.name=test_resnet", "data.img_size=16", "epochs=2", "batch_size=128"]
+TINY += ["log_every=1", "eval_every=1", "device=cpu"]
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def start():
         line = [*prefix, str(ROOT / "tools/train.py"), str(config), *TINY, *map(str, arguments)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-        started.append(subprocess.Popen(line, **pipes, **options))
+        started.append(subprocess.Popen(line, **pipes | options))
         return started[-1]
 
     yield call
@@ -67,7 +68,8 @@ def start():
             for child in children(process):
                 os.kill(child, signal.SIGKILL)
             process.kill()
-        process.stdout.close()
+        if process.stdout:
+            process.stdout.close()
 
 
 def children(process: subprocess.Popen) -> list[int]:

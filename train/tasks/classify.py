@@ -73,16 +73,26 @@ class Classify:
             counts.update(model(images), labels)
         return counts.result()
 
-    def score(self, metrics: dict[str, float]) -> list[float]:
-        """What the best checkpoint has most of: top-1, and of equals, the smaller loss."""
-        return [metrics["top1"], -metrics["loss"]]
+    def score(self, metrics: dict[str, float]) -> float:
+        """What the best checkpoint has most of."""
+        return metrics["top1"]
 
     def pictures(
         self, folder: Path, model: nn.Module | None = None, images: Any = None, detail: Any = None
     ) -> list[Path]:
-        """Draw what a run shows into `folder`; returns the files.
+        """Draw what a run shows into folder/pictures; returns the files.
 
-        After training: the curves of folder/log.jsonl. After testing, `model`, the split's dataset `images` and the
-        evaluation's `detail` (the confusion counts) are given as well.
+        After training: the curves of folder/log.jsonl. After testing, with `model`, the split's dataset `images` and
+        the evaluation's `detail`: the confusion counts, and what the model attends to on some images.
         """
-        return []
+        from .. import pictures  # matplotlib takes a second to import, and only this needs it
+
+        place = folder / "pictures"
+        if model is None:
+            drawn = [pictures.curves(folder / "log.jsonl", place / "curves.png")]
+        else:
+            drawn = [
+                pictures.confusion(detail, self.class_names, place / "confusion.png"),
+                pictures.attended(model, images, self.class_names, place / "attended.png"),
+            ]
+        return [file for file in drawn if file is not None]
