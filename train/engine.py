@@ -34,8 +34,9 @@ from .log import Log, environment, spell
 from .model import export, probe
 from .state import State
 
-RUN_FILES = ("checkpoints", "pictures", "config.py", "config.json", "environment.json", "log.jsonl", "log.txt")
-RUN_FILES += ("metrics.json", "model.safetensors")
+HEADER = '"""The configuration of this run."""'  # config.py's, by which a run's folder is known
+RUN_FILES = ("checkpoints", "pictures", "config.json", "environment.json", "log.jsonl", "log.txt")
+RUN_FILES += ("metrics.json", "model.safetensors", "config.py")
 SCHEDULES = (
     "cosine",
     "tanh",
@@ -131,13 +132,13 @@ def train(
     state = State(net, averaged, stepper, scaler, dump(config))
     folder = run_dir / "checkpoints"
     with together():
-        if resume:
-            for line in state.load(folder, place):
-                log.say(line)
+        said = state.load(folder, place) if resume else []
         if rank() == 0:
-            write_text(run_dir / "config.py", f'"""The configuration of this run."""\n\n{state.config}')
+            write_text(run_dir / "config.py", f"{HEADER}\n\n{state.config}")
             write_text(run_dir / "environment.json", json.dumps(environment(place), indent=2) + "\n")
             log.start(state.step, state.evaluated)
+        for line in said:
+            log.say(line)
 
     def save(best: bool = False) -> None:
         state.check_finite()
@@ -298,9 +299,7 @@ def validate(config: dict) -> None:
     if name not in list_optimizers():
         raise UserError(f"unknown optimizer.opt {name!r}{closest(str(name), list_optimizers())}")
     optimizer = create_optimizer_v2, get_optimizer_class(name, bind_defaults=False)
-    check(
-        "optimizer", config["optimizer"], *optimizer, without=("model_or_params", "params", "param_group_fn", "kwargs")
-    )
+    check("optimizer", config["optimizer"], *optimizer, without=("model_or_params", "params", "param_group_fn"))
     engine_gives = ("optimizer", "num_epochs", "step_on_epochs", "updates_per_epoch")
     check("schedule", config["schedule"], create_scheduler_v2, without=engine_gives)
     name = config["schedule"].get("sched", "cosine")
@@ -316,22 +315,22 @@ def validate(config: dict) -> None:
 def prepare_folder(run_dir: Path, resume: bool, overwrite: bool) -> None:
     """Make the run's folder, or take it as it is to resume, or empty it of an earlier run's files to overwrite.
 
-    Raises UserError for a folder that holds something and for one that can't be written.
+    Raises UserError for a folder that holds something else, and for one that can't be written.
     """
     with together():
         if rank() > 0:
             return
         try:
             run_dir.mkdir(parents=True, exist_ok=True)
-            if overwrite:
-                for path in map(run_dir.joinpath, RUN_FILES):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-            elif resume:
-                for path in (*run_dir.glob("checkpoints/.*"), *run_dir.glob(".*")):  # of a process that was killed
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
-            elif any(run_dir.iterdir()):
-                raise UserError(
-                    f"{run_dir} is not empty: go on with --resume, start again with --overwrite, or --run-dir"
-                )
+            patterns = (".*.*.tmp", "checkpoints/.*.tmp", "checkpoints/.tmp*")
+            stale = [path for pattern in patterns for path in run_dir.glob(pattern)]  # of a process that was killed
+            if any(path not in stale for path in run_dir.iterdir()):
+                config = run_dir / "config.py"
+                if not config.exists() or HEADER not in config.read_text(encoding="utf-8"):
+                    raise UserError(f"{run_dir} is not empty and not a run's folder: choose another with --run-dir")
+                if not resume and not overwrite:
+                    raise UserError(f"{run_dir} holds a run: go on with --resume, or start again with --overwrite")
+            for path in [*stale, *(map(run_dir.joinpath, RUN_FILES) if overwrite else ())]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         except OSError as error:
             raise from_os(error, f"making {run_dir}") from error

@@ -5,14 +5,16 @@
 74   a file could not be written or read (disk full, quota, I/O error); earlier checkpoints are intact
 75   stopped by SIGTERM or SIGUSR1 after saving: the same command with --resume continues
 130  stopped from the keyboard
+141  whoever read the output has gone (`| head`)
 """
 
 import difflib
 import errno
+import os
 import sys
 from collections.abc import Callable, Iterable
 
-USER, IO, PREEMPTED, INTERRUPTED = 2, 74, 75, 130
+USER, IO, PREEMPTED, INTERRUPTED, PIPE = 2, 74, 75, 130, 141
 
 _DEVICE_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _PERMISSION_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
@@ -51,6 +53,9 @@ def run(main: Callable[[], None]) -> int:
         if not error.quiet:
             print(f"{'stopped' if error.code == PREEMPTED else 'error'}: {error}", file=sys.stderr, flush=True)
         return error.code
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return PIPE
     except OSError as error:
         if error.errno not in _DEVICE_ERRNO | _PERMISSION_ERRNO:
             raise

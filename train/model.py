@@ -51,29 +51,29 @@ def create(
         arguments = resolve_model_input_args(name, dict(img_size=img_size), num_classes=num_classes, **kwargs)
         if checkpoint is None:
             return timm.create_model(**arguments, pretrained=pretrained)
+        with torch.device("meta"):  # whatever is wrong with the arguments is said before the file is opened
+            heads = timm.create_model(**arguments).pretrained_cfg.get("classifier") or ()
     except TypeError as error:
         raise _unknown_argument(name, error) from error
     except (ValueError, AssertionError, RuntimeError, OSError) as error:
         raise UserError(f"{name} can't be built with {_call(img_size, kwargs)}: {_first_line(error)}") from error
-    return _create_from(Path(checkpoint), arguments, new_head)
+    heads = (heads,) if isinstance(heads, str) else tuple(heads)
+    model = _create_from(Path(checkpoint), arguments, heads if new_head else ())
+    model.pretrained_cfg.pop("state_dict", None)  # it would be copied with the model
+    return model
 
 
-def _create_from(file: Path, arguments: dict[str, Any], new_head: bool) -> nn.Module:
-    """Create a model through timm's own pretrained path, with the weights of a file."""
+def _create_from(file: Path, arguments: dict[str, Any], heads: tuple[str, ...]) -> nn.Module:
+    """Create a model through timm's own pretrained path, with the weights of a file; `heads` need not fit."""
     name, classes = arguments["model_name"], arguments["num_classes"]
     overlay = _weights(file)
     try:  # with the file's classifier, every tensor must find its place
         return timm.create_model(
             **arguments, pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=classes)
         )
-    except TypeError as error:
-        raise _unknown_argument(name, error) from error
     except Exception as error:  # a foreign file fails wherever a model's own key mapping meets the unexpected
         problems = _disagreements(error)
-        with torch.device("meta"):
-            heads = timm.create_model(**arguments).pretrained_cfg.get("classifier") or ()
-        heads = (heads,) if isinstance(heads, str) else tuple(heads)
-        if not (new_head and problems and all(key.rpartition(".")[0] in heads for key, _ in problems)):
+        if not (problems and all(key.rpartition(".")[0] in heads for key, _ in problems)):
             said = "; ".join(text for _, text in problems[:3]) or _first_line(error)
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(
@@ -157,7 +157,7 @@ def export(model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: 
     can't be written.
     """
     model = model.cpu().to(memory_format=torch.contiguous_format)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".export") as scratch:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".model.", suffix=".tmp") as scratch:
         try:
             save_for_hf(
                 model, scratch, dict(label_names=class_names), safe_serialization=True, data_config=dict(inputs)

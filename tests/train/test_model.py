@@ -130,6 +130,13 @@ def test_image_size():
         probe(create("test_resnet", 10, in_chans=1), (3, 32, 32))
 
 
+def test_wrong_arguments_beside_a_checkpoint(weights):
+    _, file = weights(num_classes=3)
+    for kwargs, sentence in ((dict(drop_rat=1), "has no argument model.drop_rat"), (dict(layers=3), "can't be built")):
+        with pytest.raises(UserError, match=sentence):
+            create("test_resnet", 3, checkpoint=file, new_head=True, **kwargs)
+
+
 def test_probe_changes_nothing():
     model = create("test_resnet", 10)
     before = {k: v.clone() for k, v in model.state_dict().items()}

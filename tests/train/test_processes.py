@@ -100,6 +100,12 @@ def test_terminal(start, tmp_path):
     assert b"step 3/9 epoch" not in shown and "step 3/9 epoch" in (tmp_path / "log.txt").read_text()
 
 
+def test_nobody_reads_the_output(start, tmp_path):
+    run = start(0, *SGD, "--run-dir", tmp_path, stderr=subprocess.PIPE)
+    run.stdout.close()
+    assert run.wait(60) == 141 and run.stderr.read() == ""
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_asked_to_stop(start, tmp_path, records, wait_for, number):
     arguments = [*SGD, "epochs=1000", "--run-dir", tmp_path]

@@ -10,6 +10,7 @@ from saccade.train import checkpoint, config, distributed, model
 from saccade.train.data.digits import Digits
 from saccade.train.data.folder import ImageFolder
 
+DIGITS = config.__file__.replace("train/config.py", "configs/digits/resnet18.py")
 SGD = ["optimizer.opt=sgd", "optimizer.lr=0.05"]
 
 
@@ -74,6 +75,10 @@ def test_what_a_run_leaves(tiny, command, tmp_path, records):
     again = json.loads((tmp_path / "b" / "metrics.json").read_text())
     assert (again["top1"], again["loss"]) == (metrics["top1"], metrics["loss"])
 
+    arguments = [DIGITS, "model.name=test_resnet", "data.img_size=16", "device=cpu"]
+    assert command("test", *arguments, "--checkpoint", best, "--out", tmp_path / "c", "--split", "val")[0] == 0
+    assert json.loads((tmp_path / "c" / "metrics.json").read_text())["top1"] == meta["best"]["metrics"]["top1"]
+
     # The resolved config makes the same run; --resume on a finished one changes nothing.
     arguments = [run / "config.py", "--run-dir", tmp_path / "again"]
     assert command("train", *arguments)[0] == 0
@@ -83,11 +88,24 @@ def test_what_a_run_leaves(tiny, command, tmp_path, records):
 
 
 def test_folder_in_use(tiny, tmp_path):
-    (tmp_path / "mine.txt").write_text("")
-    code, _, err = tiny(tmp_path)
-    assert code == 2 and "is not empty: go on with --resume, start again with --overwrite" in err
-    assert tiny(tmp_path, "--overwrite", "epochs=1")[0] == 0
-    assert (tmp_path / "mine.txt").exists()
+    """An earlier run is not lost by accident, and other people's files not at all."""
+    theirs, run = tmp_path / "theirs", tmp_path / "run"
+    (theirs / "checkpoints").mkdir(parents=True)
+    (theirs / "config.py").write_text("mine")
+    for way in ((), ("--overwrite",), ("--resume",)):
+        code, _, err = tiny(theirs, *way)
+        assert code == 2 and "is not empty and not a run's folder: choose another with --run-dir" in err
+    assert (theirs / "checkpoints").exists() and (theirs / "config.py").read_text() == "mine"
+    assert tiny(run, "epochs=1")[0] == 0
+    (run / "notes.txt").write_text("mine")
+    code, _, err = tiny(run, "epochs=1")
+    assert code == 2 and "holds a run: go on with --resume, or start again with --overwrite" in err
+    assert tiny(run, "epochs=1", "--overwrite")[0] == 0
+    assert (run / "notes.txt").exists()
+    for stale in (".config.py.77.tmp", "checkpoints/.last.safetensors.77.tmp", "checkpoints/.tmpAbC123"):
+        (run / stale).write_text("half")
+    assert tiny(run, "epochs=1", "--resume")[0] == 0
+    assert not list(run.rglob(".*"))
 
 
 def test_resume_notices_what_changed(tiny, tmp_path):
