@@ -267,9 +267,9 @@ def test(run_dir: Path | None, config: dict, checkpoint: Path | None, split: str
         if rank() == 0:
             write_text(out / "metrics.json", json.dumps(dict(split=split, **metrics), indent=2) + "\n")
     if rank() == 0:
-        drawn = job.pictures(out, net, images, detail)
+        job.pictures(out, net, images, detail)
         print(f"{split}: {metrics['images']} images {spell(metrics)}")
-        print(_where(run_dir or out, [out / "metrics.json", *drawn]))
+        print(_where(run_dir or out, [out / "metrics.json", *sorted(out.glob("pictures/*.png"))]))
 
 
 def _where(run_dir: Path, paths: list[Path]) -> str:

@@ -38,7 +38,7 @@ def curves(log: Path, file: Path) -> Path | None:
         if rows:
             axis.plot([r["epoch"] for r in rows], [r[key] for r in rows], color=color, label=label, **style)
 
-    line(loss, train, "loss", "training", GREY)
+    line(loss, train, "loss", "training, as optimised", GREY)
     line(loss, val, "loss", "validation", BLUE, marker=".")
     line(loss, val, "ema_loss", "validation, averaged weights", ORANGE, marker=".")
     loss.set(title="loss", xlabel="epoch", yscale="log")
@@ -49,7 +49,8 @@ def curves(log: Path, file: Path) -> Path | None:
     if val:
         best = max(max(r["top1"], r.get("ema_top1", 0.0)) for r in val if "top1" in r)
         top1.axhline(best, color=BLUE, lw=0.7, ls=":")
-        top1.annotate(f"best {best:.2f} %", (0, best), (3, -4), textcoords="offset points", va="top", color=BLUE)
+        place = dict(xycoords=("axes fraction", "data"), textcoords="offset points")
+        top1.annotate(f"best {best:.2f} %", (0.02, best), (0, 3), va="bottom", color=BLUE, **place)
     line(rate, train, "lr", "learning rate", BLUE)
     rate.set(title="learning rate", xlabel="epoch")
     for axis in (loss, top1):

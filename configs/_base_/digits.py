@@ -10,5 +10,6 @@ optimizer = dict(opt="adamw", lr=1e-3, weight_decay=0.05)
 schedule = dict(sched="cosine", warmup_epochs=2, warmup_lr=1e-6)
 epochs = 20
 eval_every = 2
+log_every = 10
 batch_size = 64
 sync_bn = True
