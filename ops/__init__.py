@@ -5,5 +5,7 @@ Importing this package imports no kernel, and not Triton: those come with the fi
 
 from .bilevel_routing import bilevel_routing_attention, region_routing
 from .dispatch import backend
+from .strip_gate import strip_gate
+from .subspace_gate import subspace_gate
 
-__all__ = ["backend", "bilevel_routing_attention", "region_routing"]
+__all__ = ["backend", "bilevel_routing_attention", "region_routing", "strip_gate", "subspace_gate"]

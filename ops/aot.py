@@ -25,7 +25,7 @@ import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
-OPERATORS = ["bilevel_routing"]
+OPERATORS = ["bilevel_routing", "strip_gate", "subspace_gate"]
 DTYPES = ["fp32", "fp16", "bf16"]
 
 

@@ -1,0 +1,184 @@
+"""The plain-PyTorch form for speed, and what it shares with the Triton form: the arithmetic on the strips.
+
+The operator ends at the map. What touches the map is `strip_means` and `gate` forward, `strip_sums` and `gate` again
+backward: here they are PyTorch, in kernel.py they are Triton. What lies between works on the strips, (H + W) / (H · W)
+of the map (a quarter at 7 x 7, a thirtieth at 56 x 56), and is PyTorch in both forms: a grouped convolution with eight
+channels a group and a GroupNorm whose groups straddle the convolution's, a launch each, with nothing left to save but
+launches.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from . import reference
+
+
+def strip_gate(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    norm_groups: int,
+    eps: float = 1e-5,
+    residual: bool = False,
+) -> Tensor:
+    """See saccade.ops.strip_gate, which checks the arguments."""
+    return StripGate.apply(x, weight, norm_weight, norm_bias, norm_groups, eps, residual)
+
+
+class StripGate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        weight: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        norm_groups: int,
+        eps: float,
+        residual: bool,
+    ) -> Tensor:
+        ctx.rest = norm_groups, eps, residual
+        with exactly(x):
+            ctx.save_for_backward(x, weight, norm_weight, norm_bias)
+            ctx.gates = Gates(*strip_means(x), weight, norm_weight, norm_bias, norm_groups, eps)
+            return gate(x, *ctx.gates.a, residual)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, norm_weight, norm_bias = ctx.saved_tensors
+        norm_groups, eps, residual = ctx.rest
+        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
+            args = [t for t, needed in zip((x, weight, norm_weight, norm_bias), ctx.needs_input_grad) if needed]
+            y = reference.strip_gate(x, weight, norm_weight, norm_bias, norm_groups, eps, residual)
+            grads = iter(torch.autograd.grad(y, args, dy, create_graph=True))
+            return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
+        with exactly(x):
+            dz_h, dz_w, *grads = ctx.gates.backward(*strip_sums(dy, x, *ctx.gates.a))
+            return gate(dy, *ctx.gates.a, residual, dz_h, dz_w), *grads, None, None, None
+
+
+def full(x: Tensor) -> torch.dtype:
+    """What means, gates and sums are computed in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+class Gates:
+    """a = sigmoid(GroupNorm(conv(z))) of both strips, kept to be differentiated by hand: an operator's implementation
+    runs below autograd. Strips of one length go through together, as a batch of 2B."""
+
+    def __init__(self, z_h: Tensor, z_w: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, *rest):
+        self.params = weight, norm_weight, norm_bias
+        weight, norm_weight, norm_bias = (p.to(z_h.dtype) for p in self.params)
+        self.weight, self.norm_weight, (self.norm_groups, eps) = weight, norm_weight, rest
+        self.z = (torch.cat((z_h, z_w)),) if z_h.shape == z_w.shape else (z_h, z_w)
+        C, M, K = weight.shape
+        self.geometry = ([1], [K // 2], [1], False, [0], C // M)
+        self.u = [torch.convolution(z, weight, None, *self.geometry) for z in self.z]
+        normed = [
+            torch.native_group_norm(u, norm_weight, norm_bias, u.shape[0], C, u.shape[2], self.norm_groups, eps)
+            for u in self.u
+        ]
+        self.statistics = [statistics for _, *statistics in normed]
+        self.sigmoids = [n.sigmoid_() for n, *_ in normed]
+        self.a = self.sigmoids[0].chunk(2) if len(self.z) == 1 else self.sigmoids
+
+    def backward(self, da_h: Tensor, da_w: Tensor) -> tuple[Tensor, ...]:
+        """Gradients to z_h and z_w, and to the weight, norm_weight and norm_bias."""
+        das = (torch.cat((da_h, da_w)),) if len(self.z) == 1 else (da_h, da_w)
+        dzs, sums = [], []
+        for z, u, a, statistics, da in zip(self.z, self.u, self.sigmoids, self.statistics, das):
+            B, C, L = z.shape
+            da = torch.ops.aten.sigmoid_backward(da, a)
+            normed = u, *statistics, self.norm_weight, B, C, L, self.norm_groups
+            if da.is_cuda:
+                du, *dnorm = torch.ops.aten.native_group_norm_backward(da, *normed, [True] * 3)
+            else:
+                du, *dnorm = _norm_backward(da, *normed)
+            dz, dweight, _ = torch.ops.aten.convolution_backward(
+                du, z, self.weight, None, *self.geometry, [True, True, False]
+            )
+            dzs.append(dz)
+            sums.append((dweight, *dnorm))
+        grads = sums[0] if len(sums) == 1 else [p + q for p, q in zip(*sums)]
+        return *(dzs[0].chunk(2) if len(dzs) == 1 else dzs), *(g.to(p.dtype) for g, p in zip(grads, self.params))
+
+
+def _norm_backward(dn: Tensor, u: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, B: int, C: int, L: int, G: int):
+    """PyTorch's own for a CPU walks channel by channel: at seven elements each, three times slower than this."""
+    mean, rstd = mean[..., None], rstd[..., None]
+    xhat = (u.view(B, G, -1) - mean).mul_(rstd)
+    dxhat = (dn * weight[:, None]).view(B, G, -1)
+    du = dxhat - dxhat.mean(2, keepdim=True)
+    du.addcmul_(xhat, (dxhat * xhat).mean(2, keepdim=True), value=-1).mul_(rstd)
+    return du.view(B, C, L), (dn * xhat.view(B, C, L)).sum((0, 2)), dn.sum((0, 2))
+
+
+class exactly:
+    """No autocast, no TF32, and no algorithm whose sums change from run to run."""
+
+    def __init__(self, x: Tensor):
+        self.contexts = [] if x.is_meta else [torch.autocast(x.device.type, enabled=False)]
+        if x.is_cuda:
+            self.contexts.append(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
+
+    def __enter__(self):
+        for context in self.contexts:
+            context.__enter__()
+
+    def __exit__(self, *error):
+        for context in reversed(self.contexts):
+            context.__exit__(*error)
+
+
+# PyTorch's reductions and broadcasts want the long axis innermost in the view as it is in memory: permuted so, a
+# channels-last map takes a tenth of the time that it takes as (B, C, H, W).
+
+
+def _channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.stride(3) != 1
+
+
+def strip_means(x: Tensor) -> tuple[Tensor, Tensor]:
+    if _channels_last(x):
+        p = x.permute(0, 2, 3, 1)
+        return p.mean(2, dtype=full(x)).mT.contiguous(), p.mean(1, dtype=full(x)).mT.contiguous()
+    if x.is_contiguous() and x.dtype == full(x):  # a product with a column of 1 / W is twice as fast as a mean over W
+        W = x.shape[3]
+        return (x.view(-1, W) @ x.new_full((W, 1), 1 / W)).view(x.shape[:3]), x.mean(2)
+    return x.mean(3, dtype=full(x)), x.mean(2, dtype=full(x))
+
+
+def strip_sums(dy: Tensor, x: Tensor, a_h: Tensor, a_w: Tensor) -> tuple[Tensor, Tensor]:
+    """Of dy · x: over W, weighted with a_w; over H, weighted with a_h."""
+    t = dy * x if dy.dtype == a_h.dtype else dy.to(a_h.dtype) * x
+    if _channels_last(t):
+        p = t.permute(0, 2, 3, 1)
+        da_h = (p * a_w.mT.contiguous()[:, None]).sum(2)
+        return da_h.mT.contiguous(), p.mul_(a_h.mT.contiguous()[:, :, None]).sum(1).mT.contiguous()
+    da_h = (t @ a_w[..., None]).squeeze(3)
+    if t.shape[3] < 24:  # rows too short for a product of a vector and a matrix
+        return da_h, t.mul_(a_h[..., None]).sum(2)
+    return da_h, (a_h[:, :, None] @ t).squeeze(2)
+
+
+def gate(
+    x: Tensor, a_h: Tensor, a_w: Tensor, residual: bool, dz_h: Tensor | None = None, dz_w: Tensor | None = None
+) -> Tensor:
+    """x · (a_h · a_w, or 1 + a_h · a_w), plus what the strips' means send back to their elements."""
+    last = _channels_last(x)
+
+    def rows(a: Tensor) -> Tensor:
+        return a.mT.contiguous()[:, :, None] if last else a[..., None]
+
+    def columns(a: Tensor) -> Tensor:
+        return a.mT.contiguous()[:, None] if last else a[:, :, None]
+
+    y = rows(a_h) * columns(a_w)  # in the full type; all else in place
+    if residual:
+        y.add_(1)
+    y.mul_(x.permute(0, 2, 3, 1) if last else x)
+    if dz_h is not None and dz_w is not None:
+        y.add_(rows(dz_h / x.shape[3])).add_(columns(dz_w / x.shape[2]))
+    return (y.permute(0, 3, 1, 2) if last else y).to(x.dtype)

@@ -1,0 +1,200 @@
+"""Triton kernels of the strip gate: what passes over the map, forward and backward, and what launches it.
+
+`sums_kernel` reads the map once and makes both strips of it; `gate_kernel` reads it again and writes the gated one.
+Backward the same two run on dy: `sums_kernel` reads dy and x and makes the gradients of both gates, `gate_kernel` reads
+dy and writes dx. Between them stands the arithmetic on the strips (eager.Gates). So the map is read twice and written
+once forward, read three times and written once backward; the published form, a pass for each mean and each product,
+reads four maps and writes two forward alone.
+
+One program takes BLOCK_C channels x BLOCK_W columns x ROWS rows, BLOCK_H at a time. A strip that no program sees whole
+comes in parts, which are then summed in their order: no atomics. Triton lays a tile out along the axis whose stride is
+1: both memory formats, and views, are read where they lie.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SIZES = ["C", "H", "W"]
+
+
+@triton.jit
+def place(c, h, w, stride_c, stride_h, stride_w):
+    """Offsets of a tile of channels c, rows h and columns w."""
+    return (c * stride_c)[:, None, None] + (h * stride_h)[None, :, None] + (w * stride_w)[None, None, :]
+
+
+@triton.jit
+def program(C, H, W, ROWS, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
+    """A program's image, channels, first row, columns; and the numbers of its row and its column tile. 64-bit, all that
+    is multiplied by strides."""
+    pid = tl.program_id(0)
+    column_tiles = (W + BLOCK_W - 1) // BLOCK_W
+    row_tiles = (H + ROWS - 1) // ROWS
+    channel_tiles = (C + BLOCK_C - 1) // BLOCK_C
+    column_tile = pid % column_tiles
+    pid = pid // column_tiles
+    row_tile = pid % row_tiles
+    pid = pid // row_tiles
+    c = (pid % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    w = (column_tile * BLOCK_W + tl.arange(0, BLOCK_W)).to(tl.int64)
+    return (pid // channel_tiles).to(tl.int64), c, row_tile * ROWS, w, row_tile, column_tile
+
+
+@triton.jit(do_not_specialize=["B", *SIZES])
+def sums_kernel(
+    x_ptr, dy_ptr, ah_ptr, aw_ptr, rows_ptr, columns_ptr,
+    stride_b, stride_c, stride_h, stride_w, stride_db, stride_dc, stride_dh, stride_dw,
+    B, C, H, W,
+    GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    b, c, top, w, row_tile, column_tile = program(C, H, W, ROWS, BLOCK_C, BLOCK_W)
+    inside = (c < C)[:, None, None] & (w < W)[None, None, :]
+    strip = b * C + c  # of each channel, in (B, C)
+    x_ptr += b * stride_b
+    dy_ptr += b * stride_db
+    rows_ptr += column_tile.to(tl.int64) * B * C * H
+    columns_ptr += row_tile.to(tl.int64) * B * C * W
+    of_w = strip[:, None] * W + w[None, :]
+    has_w = (c < C)[:, None] & (w < W)[None, :]
+    if GRAD:
+        aw = tl.load(aw_ptr + of_w, has_w, 0.0)
+    columns = tl.full((BLOCK_C, BLOCK_W), 0, tl.float32)
+    for start in range(top, min(top + ROWS, H), BLOCK_H):
+        h = (start + tl.arange(0, BLOCK_H)).to(tl.int64)
+        ok = inside & (h < H)[None, :, None]
+        of_h = strip[:, None] * H + h[None, :]
+        has_h = (c < C)[:, None] & (h < H)[None, :]
+        x = tl.load(x_ptr + place(c, h, w, stride_c, stride_h, stride_w), ok, 0.0).to(tl.float32)
+        if GRAD:
+            x *= tl.load(dy_ptr + place(c, h, w, stride_dc, stride_dh, stride_dw), ok, 0.0).to(tl.float32)
+            ah = tl.load(ah_ptr + of_h, has_h, 0.0)
+            rows = tl.sum(x * aw[:, None, :], 2)
+            columns += tl.sum(x * ah[:, :, None], 1)
+        else:
+            rows = tl.sum(x, 2) / W
+            columns += tl.sum(x, 1)
+        tl.store(rows_ptr + of_h, rows, has_h)
+    if not GRAD:
+        columns = columns / H
+    tl.store(columns_ptr + of_w, columns, has_w)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def gate_kernel(
+    x_ptr, ah_ptr, aw_ptr, dzh_ptr, dzw_ptr, y_ptr,
+    stride_b, stride_c, stride_h, stride_w, stride_yb, stride_yc, stride_yh, stride_yw,
+    C, H, W,
+    GRAD: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+):  # fmt: skip
+    b, c, top, w, _, _ = program(C, H, W, BLOCK_H, BLOCK_C, BLOCK_W)
+    h = (top + tl.arange(0, BLOCK_H)).to(tl.int64)
+    strip = b * C + c
+    of_h = strip[:, None] * H + h[None, :]
+    of_w = strip[:, None] * W + w[None, :]
+    has_h = (c < C)[:, None] & (h < H)[None, :]
+    has_w = (c < C)[:, None] & (w < W)[None, :]
+    ok = has_h[:, :, None] & (w < W)[None, None, :]
+    x = tl.load(x_ptr + b * stride_b + place(c, h, w, stride_c, stride_h, stride_w), ok, 0.0).to(tl.float32)
+    a = tl.load(ah_ptr + of_h, has_h, 0.0)[:, :, None] * tl.load(aw_ptr + of_w, has_w, 0.0)[:, None, :]
+    if RESIDUAL:
+        a += 1
+    y = x * a
+    if GRAD:
+        dzh = tl.load(dzh_ptr + of_h, has_h, 0.0) / W
+        dzw = tl.load(dzw_ptr + of_w, has_w, 0.0) / H
+        y += dzh[:, :, None] + dzw[:, None, :]
+    y_ptr += b * stride_yb + place(c, h, w, stride_yc, stride_yh, stride_yw)
+    tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), ok)
+
+
+# Elements of a tile, and its warps; chosen by registers from ahead-of-time compilation (saccade.ops.aot), not yet timed
+# on a GPU: 8 elements a thread. With 16, dy · x of a channels-last map takes over 200 registers: half the warps run.
+TILE, WARPS = 2048, 8
+ROWS = 32  # of a program of sums_kernel: parts of z_w are H / 32 rows, a few per cent of the map
+CHANNELS = 32  # side by side in memory, of a channels-last map: whole sectors in half precision
+
+
+def tile(C: int, H: int, W: int, channels_last: bool) -> dict:
+    """Along the inner axis as far as it goes, then along the next."""
+    if channels_last:
+        c = min(CHANNELS, triton.next_power_of_2(C))
+        w = min(TILE // c, triton.next_power_of_2(W))
+        h = min(TILE // c // w, ROWS, triton.next_power_of_2(H))
+    else:
+        w = min(128, triton.next_power_of_2(W))
+        h = min(TILE // w, ROWS, triton.next_power_of_2(H))
+        c = min(TILE // w // h, triton.next_power_of_2(C))
+    return dict(BLOCK_C=c, BLOCK_H=h, BLOCK_W=w, num_warps=WARPS)
+
+
+def _tile(x: Tensor) -> dict:
+    return tile(*x.shape[1:], x.stride(1) == 1 and x.stride(3) != 1)
+
+
+def _grid(x: Tensor, rows: int, options: dict) -> tuple[int]:
+    B, C, H, W = x.shape
+    cdiv = triton.cdiv
+    return (B * cdiv(C, options["BLOCK_C"]) * cdiv(H, rows) * cdiv(W, options["BLOCK_W"]),)
+
+
+def _sums(x: Tensor, dy: Tensor | None = None, a_h: Tensor | None = None, a_w: Tensor | None = None):
+    B, C, H, W = x.shape
+    options, grad = _tile(x), dy is not None
+    rows = x.new_empty(triton.cdiv(W, options["BLOCK_W"]), B, C, H, dtype=torch.float32)
+    columns = x.new_empty(triton.cdiv(H, ROWS), B, C, W, dtype=torch.float32)
+    dy = x if dy is None else dy
+    a_h = rows if a_h is None else a_h.contiguous()  # not read, if None
+    a_w = columns if a_w is None else a_w.contiguous()
+    with torch.cuda.device_of(x):
+        sums_kernel[_grid(x, ROWS, options)](
+            x, dy, a_h, a_w, rows, columns, *x.stride(), *dy.stride(), *x.shape, GRAD=grad, ROWS=ROWS, **options
+        )
+    return tuple(parts[0] if len(parts) == 1 else parts.sum(0) for parts in (rows, columns))
+
+
+def strip_means(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over W (B, C, H) and over H (B, C, W), in float32."""
+    return _sums(x)
+
+
+def strip_sums(dy: Tensor, x: Tensor, a_h: Tensor, a_w: Tensor) -> tuple[Tensor, Tensor]:
+    """Of dy · x: over W weighted with a_w (B, C, H), over H weighted with a_h (B, C, W), in float32."""
+    return _sums(x, dy, a_h, a_w)
+
+
+def gate(
+    x: Tensor,
+    a_h: Tensor,
+    a_w: Tensor,
+    residual: bool,
+    dz_h: Tensor | None = None,
+    dz_w: Tensor | None = None,
+    like: Tensor | None = None,
+) -> Tensor:
+    """x · (a_h · a_w, or 1 + a_h · a_w), plus dz_h / W + dz_w / H if given; lying in memory as `like`, or as x."""
+    y, options, grad = torch.empty_like(x if like is None else like), _tile(x), dz_h is not None
+    a_h, a_w = a_h.contiguous(), a_w.contiguous()
+    dz_h, dz_w = (a_h, a_w) if dz_h is None or dz_w is None else (dz_h.contiguous(), dz_w.contiguous())
+    with torch.cuda.device_of(x):
+        gate_kernel[_grid(x, options["BLOCK_H"], options)](
+            x, a_h, a_w, dz_h, dz_w, y, *x.stride(), *y.stride(), *x.shape[1:], GRAD=grad, RESIDUAL=residual, **options
+        )
+    return y
+
+
+def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
+    """For saccade.ops.aot: the tiles of the smallest and of the largest maps, in both memory formats."""
+    strips = dict.fromkeys(("ah_ptr", "aw_ptr", "rows_ptr", "columns_ptr", "dzh_ptr", "dzw_ptr"), "*fp32")
+    for channels_last in (False, True):
+        inner = "c" if channels_last else "w"
+        for size in (7, 14, 112):
+            options = tile(64, size, size, channels_last)
+            for grad in (False, True):
+                ones = {f"stride_{tensor}{inner}": 1 for tensor in ("", "d")}
+                yield sums_kernel, strips, ones | dict(GRAD=grad, ROWS=ROWS) | options
+                ones = {f"stride_{tensor}{inner}": 1 for tensor in ("", "y")}
+                yield gate_kernel, strips, ones | dict(GRAD=grad, RESIDUAL=True) | options

@@ -1,0 +1,84 @@
+"""Registration of the Triton form with PyTorch: fakes, autograd and FLOP formulas."""
+
+import torch
+from torch import Tensor
+from torch.library import custom_op
+from torch.utils.flop_counter import register_flop_formula
+
+from . import kernel
+from .eager import Gates, exactly
+
+
+@custom_op("saccade::strip_gate_fwd", mutates_args=())
+def fwd(
+    x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float, residual: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gated map and, for the backward, the strips' means."""
+    with exactly(x):  # under autocast too: the map in the type that it has, the strips in float32
+        z = kernel.strip_means(x)
+        return kernel.gate(x, *Gates(*z, weight, norm_weight, norm_bias, norm_groups, eps).a, residual), *z
+
+
+@fwd.register_fake
+def _(x, weight, norm_weight, norm_bias, norm_groups, eps, residual):
+    B, C, H, W = x.shape
+    z_h, z_w = (x.new_empty(B, C, L, dtype=torch.float32) for L in (H, W))
+    return torch.empty_like(x), z_h, z_w
+
+
+@custom_op("saccade::strip_gate_bwd", mutates_args=())
+def bwd(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    z_h: Tensor,
+    z_w: Tensor,
+    norm_groups: int,
+    eps: float,
+    residual: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to x, weight, norm_weight and norm_bias."""
+    with exactly(x):
+        gates = Gates(z_h, z_w, weight, norm_weight, norm_bias, norm_groups, eps)  # small: cheaper made again than kept
+        dz_h, dz_w, *grads = gates.backward(*kernel.strip_sums(dy, x, *gates.a))
+        dweight, dnorm_weight, dnorm_bias = (g.contiguous() for g in grads)
+        return kernel.gate(dy, *gates.a, residual, dz_h, dz_w, like=x), dweight, dnorm_weight, dnorm_bias
+
+
+@bwd.register_fake
+def _(dy, x, weight, norm_weight, norm_bias, z_h, z_w, norm_groups, eps, residual):
+    return torch.empty_like(x), *(p.new_empty(p.shape) for p in (weight, norm_weight, norm_bias))
+
+
+def _save(ctx, inputs, output):
+    *tensors, norm_groups, eps, residual = inputs
+    ctx.rest = norm_groups, eps, residual
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _backward(ctx, dy, *_):
+    return *bwd(dy, *ctx.saved_tensors, *ctx.rest), None, None, None
+
+
+def _twice(ctx, *_):
+    raise RuntimeError("strip_gate has no second derivative in Triton: use saccade.ops.backend('torch') for it")
+
+
+fwd.register_autograd(_backward, setup_context=_save)
+bwd.register_autograd(_twice)
+
+
+# As PyTorch counts: the convolutions alone.
+@register_flop_formula(torch.ops.saccade.strip_gate_fwd)
+def fwd_flop(x_shape, weight_shape, *args, **kwargs) -> int:
+    B, _, H, W = x_shape
+    C, M, K = weight_shape
+    return 2 * B * C * M * K * (H + W)
+
+
+@register_flop_formula(torch.ops.saccade.strip_gate_bwd)
+def bwd_flop(dy_shape, x_shape, weight_shape, *args, **kwargs) -> int:
+    return 2 * fwd_flop(x_shape, weight_shape)

@@ -1,0 +1,123 @@
+"""Subspace gate (ULSAM, arXiv 2006.15102): each group of channels, gated by one attention map over its positions."""
+
+import torch
+from torch import Tensor
+
+from ..dispatch import use_triton
+from . import eager, reference
+
+__all__ = ["subspace_gate"]
+
+
+def subspace_gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    point_weight: Tensor,
+    point_bias: Tensor,
+    point_norm_weight: Tensor,
+    point_norm_bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    point_running_mean: Tensor | None = None,
+    point_running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.9,
+    eps: float = 1e-5,
+) -> Tensor:
+    """x_n · (1 + A_n) in each of g subspaces of channels, with A_n = softmax(relu(norm'(v_n · p_n + u_n))) over the
+    positions and p = maxpool3(relu(norm(w · x + b))), of 3 x 3 positions.
+
+    x             (B, C, H, W), in any memory format: the kernels read contiguous and channels-last maps, and views of
+                  bigger ones, where they lie. Subspace n has channels n · C / g to (n + 1) · C / g.
+    weight, bias, norm_weight, norm_bias, point_weight
+                  (C,): w, b, the affine of norm, and v.
+    point_bias, point_norm_weight, point_norm_bias
+                  (g,): u and the affine of norm'. Their length says what g is.
+    running_mean, running_var, point_running_mean, point_running_var
+                  (C,), (C,), (g,), (g,): of the two BatchNorms. Needed unless training; where they are given in
+                  training, they are updated: running = (1 - momentum) · running + momentum · the batch's.
+    training      whether the norms take the statistics of the batch, more than one value a channel.
+    momentum      in PyTorch's sense. The published 0.9 keeps little but the last batches.
+
+    Returns (B, C, H, W), lying in memory as x does where x is dense. All but x and y is in float32 (float64 if these
+    are), under autocast too; x keeps its type, and the parameters may have another. Gradients go to x and to the eight
+    parameters, and are the same in every run. A NaN stays in its image, but for the statistics of training.
+    """
+    if torch.jit.is_scripting():
+        return reference.subspace_gate(
+            x, weight, bias, norm_weight, norm_bias, point_weight, point_bias, point_norm_weight, point_norm_bias,
+            running_mean, running_var, point_running_mean, point_running_var, training, momentum, eps,
+        )  # fmt: skip
+    else:
+        parameters = dict(
+            weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, point_weight=point_weight,
+            point_bias=point_bias, point_norm_weight=point_norm_weight, point_norm_bias=point_norm_bias,
+        )  # fmt: skip
+        running = dict(
+            running_mean=running_mean, running_var=running_var,
+            point_running_mean=point_running_mean, point_running_var=point_running_var,
+        )  # fmt: skip
+        return _run(x, parameters, running, training, momentum, eps)
+
+
+def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: float, eps: float) -> Tensor:
+    _check(x, parameters, running, training)
+    if x.numel() == 0:  # with a graph to the parameters
+        return x * sum(p.sum() for p in parameters.values()).to(x.dtype)
+    given = [t for t in (*parameters.values(), *running.values()) if t is not None]
+    cannot = []
+    if sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:])) >= 2**31:  # kernel.REACH
+        cannot.append("an image of 2**31 elements, counting those between")
+    triton = use_triton(x, *given, cannot=cannot)
+    if not triton and torch.compiler.is_compiling():  # which fuses the definition itself
+        full = eager.full(x)
+        with eager.no_autocast(x):
+            y = reference.subspace_gate(
+                x.to(full), *(p.to(full) for p in parameters.values()), *running.values(), training, momentum, eps
+            )
+        return y.to(x.dtype)
+    # In training they are no input: what an operator is given must not change before its backward.
+    args = (*parameters.values(), *([None] * 4 if training else running.values()), training, eps)
+    y, *batch = _triton(x, *args) if triton else eager.subspace_gate(x, *args)
+    if training:
+        _update(running.values(), batch, x.numel() // x.shape[1], momentum)
+    return y
+
+
+def _triton(x: Tensor, *args) -> list[Tensor]:
+    from . import op  # and with it Triton: only now
+
+    y, _, _, _, batch = op.fwd(x, *args)
+    return [y, *batch]
+
+
+@torch.no_grad()
+def _update(running, batch: list[Tensor], n: int, momentum: float) -> None:
+    for i, (r, b) in enumerate(zip(running, batch)):
+        if r is not None:  # mean, variance, mean, variance; the running variance is the unbiased one
+            r.lerp_((b * (n / (n - 1)) if i % 2 else b).to(r.dtype), momentum)
+
+
+def _check(x: Tensor, parameters: dict, running: dict, training: bool) -> None:
+    if x.dim() != 4 or not x.dtype.is_floating_point:
+        raise ValueError(f"x must be floating point of shape (B, C, H, W), got {x.dtype} of shape {tuple(x.shape)}")
+    C, g = x.shape[1], parameters["point_bias"].numel()
+    if g < 1 or C % g:
+        raise ValueError(f"point_bias must have g elements, g dividing the C = {C} channels of x, got {g}")
+    for name, t in (parameters | running).items():
+        if t is None:
+            if not training:
+                raise ValueError(f"{name} must be given, unless training")
+            continue
+        n = g if name.startswith("point_") and name != "point_weight" else C
+        if t.shape != (n,):
+            raise ValueError(f"{name} must be ({n},), got {tuple(t.shape)}")
+        if not t.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} as x is, got {t.device}")
+    if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(f"training needs more than one value a channel, got x of shape {tuple(x.shape)}")

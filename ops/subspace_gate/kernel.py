@@ -1,0 +1,330 @@
+"""Triton kernels of the subspace gate: what passes over the map, forward and backward, and what launches it.
+
+    moments_kernel   mean of each channel of each image, and squares around it            (training only)
+    scores_kernel    Σ_c v_c · maxpool3(relu(scale_c · x + shift_c)), one map a subspace
+    gate_kernel      x · (1 + attention)
+    dgate_kernel     Σ_c dy · x, one map a subspace
+    dmap_kernel      the way back through the pool and the ReLU: sums of it over each channel, or dx, or both
+
+Between them stands the arithmetic on single channels and on one-channel maps (eager.Middle). No map of x's size is made
+but y and dx: the affine map, the ReLU and the pool are made again from x wherever they are wanted.
+
+Backward, position q of channel c gets D(q) · v_c, where D(q) is the sum of ds over those of the nine windows around q
+whose first maximum is at q, if that is positive: so 5 x 5 neighbours decide, most of them from L1. All that the
+parameters need are Σ D and Σ D · x of each channel, for a window's maximum is scale · x + shift at the one q that has
+it. In training dx needs those sums first, and `dmap_kernel` runs twice; else once.
+
+A program has BLOCK_C channels of one subspace and BLOCK_P positions at a time. No atomics: partial sums are those of an
+image, summed in their order. Both memory formats, and views, are read where they lie. Offsets within an image's
+channel are 32-bit (`REACH`), or those of 24 neighbours would fill the registers.
+"""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+SIZES = ["B", "g", "G", "H", "W"]
+NAN = tl.constexpr(tl.PropagateNan.ALL)
+
+
+@triton.jit
+def subspace(pid, g, G, BLOCK_C: tl.constexpr):
+    """A program's image, subspace, channels in it and which there are."""
+    blocks = (G + BLOCK_C - 1) // BLOCK_C
+    c = pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
+    pid = pid // blocks
+    return (pid // g).to(tl.int64), pid % g, c, c < G
+
+
+@triton.jit
+def at(h, w, stride_h, stride_w):
+    return (h * stride_h + w * stride_w)[None, :]
+
+
+@triton.jit
+def near(x_ptr, h, w, scale, shift, ok, H, W, stride_h, stride_w):
+    """scale · x + shift at (h, w), -inf outside of the map. x_ptr points to position 0 of channels (BLOCK_C, 1)."""
+    ok = ok & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[None, :]
+    x = tl.load(x_ptr + at(h, w, stride_h, stride_w), ok, 0.0).to(tl.float32)
+    return tl.where(ok, x * scale + shift, float("-inf"))
+
+
+@triton.jit
+def largest(a, b):
+    return tl.maximum(a, b, propagate_nan=NAN)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def moments_kernel(
+    x_ptr, mean_ptr, square_ptr, stride_b, stride_c, stride_h, stride_w, g, G, H, W,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    b, n, c, has = subspace(tl.program_id(0), g, G, BLOCK_C)
+    channel = n.to(tl.int64) * G + c
+    x_ptr += b * stride_b + (channel * stride_c)[:, None]
+    total = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
+    for start in range(0, H * W, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        total += tl.load(x_ptr + at(p // W, p % W, stride_h, stride_w), has[:, None] & (p < H * W)[None, :], 0.0)
+    mean = tl.sum(total, 1) / (H * W)
+    square = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
+    for start in range(0, H * W, BLOCK_P):  # again, around the mean: no difference of two large numbers
+        p = start + tl.arange(0, BLOCK_P)
+        ok = has[:, None] & (p < H * W)[None, :]
+        x = tl.load(x_ptr + at(p // W, p % W, stride_h, stride_w), ok, 0.0).to(tl.float32)
+        x = tl.where(ok, x - mean[:, None], 0.0)
+        square += x * x
+    tl.store(mean_ptr + b * g * G + channel, mean, has)
+    tl.store(square_ptr + b * g * G + channel, tl.sum(square, 1), has)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def scores_kernel(
+    x_ptr, scale_ptr, shift_ptr, point_ptr, s_ptr, stride_b, stride_c, stride_h, stride_w, g, G, H, W,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    tiles = (H * W + BLOCK_P - 1) // BLOCK_P
+    pid = tl.program_id(0)
+    p = pid % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    b, n = (pid // tiles // g).to(tl.int64), (pid // tiles % g).to(tl.int64)
+    h, w = p // W, p % W
+    s = tl.full((BLOCK_P,), 0, tl.float32)
+    for start in range(0, G, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        has = c < G
+        channel = n * G + c
+        scale = tl.load(scale_ptr + channel, has, 0.0)[:, None]
+        shift = tl.load(shift_ptr + channel, has, 0.0)[:, None]
+        x = x_ptr + b * stride_b + (channel * stride_c)[:, None]
+        ok = has[:, None] & (p < H * W)[None, :]
+        pool = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)  # the ReLU
+        for i in tl.static_range(-1, 2):
+            for j in tl.static_range(-1, 2):
+                pool = largest(pool, near(x, h + i, w + j, scale, shift, ok, H, W, stride_h, stride_w))
+        s += tl.sum(pool * tl.load(point_ptr + channel, has, 0.0)[:, None], 0)
+    tl.store(s_ptr + (b * g + n) * H * W + p, s, p < H * W)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def gate_kernel(
+    x_ptr, attention_ptr, y_ptr,
+    stride_b, stride_c, stride_h, stride_w, stride_yb, stride_yc, stride_yh, stride_yw, g, G, H, W,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    tiles = (H * W + BLOCK_P - 1) // BLOCK_P
+    pid = tl.program_id(0)
+    p = pid % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    b, n, c, has = subspace(pid // tiles, g, G, BLOCK_C)
+    h, w = p // W, p % W
+    ok = has[:, None] & (p < H * W)[None, :]
+    channel = (n.to(tl.int64) * G + c)[:, None]
+    a = tl.load(attention_ptr + (b * g + n) * H * W + p, p < H * W, 0.0)[None, :]
+    x = tl.load(x_ptr + b * stride_b + channel * stride_c + at(h, w, stride_h, stride_w), ok, 0.0).to(tl.float32)
+    y_ptr += b * stride_yb + channel * stride_yc + at(h, w, stride_yh, stride_yw)
+    tl.store(y_ptr, (x + x * a).to(y_ptr.dtype.element_ty), ok)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def dgate_kernel(
+    dy_ptr, x_ptr, da_ptr,
+    stride_db, stride_dc, stride_dh, stride_dw, stride_b, stride_c, stride_h, stride_w, g, G, H, W,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    tiles = (H * W + BLOCK_P - 1) // BLOCK_P
+    pid = tl.program_id(0)
+    p = pid % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    b, n = (pid // tiles // g).to(tl.int64), (pid // tiles % g).to(tl.int64)
+    h, w = p // W, p % W
+    total = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
+    for start in range(0, G, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        ok = (c < G)[:, None] & (p < H * W)[None, :]
+        channel = (n * G + c)[:, None]
+        x = tl.load(x_ptr + b * stride_b + channel * stride_c + at(h, w, stride_h, stride_w), ok, 0.0)
+        dy = tl.load(dy_ptr + b * stride_db + channel * stride_dc + at(h, w, stride_dh, stride_dw), ok, 0.0)
+        total += x.to(tl.float32) * dy.to(tl.float32)
+    tl.store(da_ptr + (b * g + n) * H * W + p, tl.sum(total, 0), p < H * W)
+
+
+@triton.jit
+def grad_at(ds_ptr, h, w, H, W):
+    return tl.load(ds_ptr + h * W + w, (h >= 0) & (h < H) & (w >= 0) & (w < W), 0.0)[None, :]
+
+
+@triton.jit(do_not_specialize=SIZES)
+def dmap_kernel(
+    x_ptr, dy_ptr, ds_ptr, attention_ptr, scale_ptr, shift_ptr, point_ptr, constant_ptr, linear_ptr,
+    dx_ptr, sum_ptr, sumx_ptr,
+    stride_b, stride_c, stride_h, stride_w, stride_db, stride_dc, stride_dh, stride_dw,
+    stride_xb, stride_xc, stride_xh, stride_xw, g, G, H, W,
+    SUMS: tl.constexpr, DX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    b, n, c, has = subspace(tl.program_id(0), g, G, BLOCK_C)
+    channel = n.to(tl.int64) * G + c
+    scale = tl.load(scale_ptr + channel, has, 0.0)[:, None]
+    shift = tl.load(shift_ptr + channel, has, 0.0)[:, None]
+    x_ptr += b * stride_b + (channel * stride_c)[:, None]
+    ds_ptr += (b * g + n) * H * W
+    if DX:
+        dy_ptr += b * stride_db + (channel * stride_dc)[:, None]
+        dx_ptr += b * stride_xb + (channel * stride_xc)[:, None]
+        attention_ptr += (b * g + n) * H * W
+        gain = scale * tl.load(point_ptr + channel, has, 0.0)[:, None]
+        constant = tl.load(constant_ptr + channel, has, 0.0)[:, None]
+        linear = tl.load(linear_ptr + channel, has, 0.0)[:, None]
+    total = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
+    totalx = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
+    for start in range(0, H * W, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        ok = has[:, None] & (p < H * W)[None, :]
+        h, w = p // W, p % W
+        x = tl.load(x_ptr + at(h, w, stride_h, stride_w), ok, 0.0).to(tl.float32)
+        z = x * scale + shift
+        # Of the window centred k columns away: is z its first maximum? In z's own row, what is to the left must be
+        # smaller, what is to the right no larger; in the rows above all must be smaller, below no larger.
+        left = z > near(x_ptr, h, w - 1, scale, shift, ok, H, W, stride_h, stride_w)
+        right = z >= near(x_ptr, h, w + 1, scale, shift, ok, H, W, stride_h, stride_w)
+        first = left & (z > near(x_ptr, h, w - 2, scale, shift, ok, H, W, stride_h, stride_w))
+        last = right & (z >= near(x_ptr, h, w + 2, scale, shift, ok, H, W, stride_h, stride_w))
+        d = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
+        for k in tl.static_range(-1, 2):
+            wins = first if k == -1 else (left & right if k == 0 else last)
+            up = wins
+            down = wins
+            middle = wins
+            for i in tl.static_range(1, 3):
+                above = float("-inf")
+                below = float("-inf")
+                for j in tl.static_range(-1, 2):
+                    column = w + k + j
+                    above = tl.maximum(above, near(x_ptr, h - i, column, scale, shift, ok, H, W, stride_h, stride_w))
+                    below = tl.maximum(below, near(x_ptr, h + i, column, scale, shift, ok, H, W, stride_h, stride_w))
+                up = up & (z > above)
+                down = down & (z >= below)
+                if i == 1:
+                    middle = up & down
+            d += tl.where(up, grad_at(ds_ptr, h - 1, w + k, H, W), 0.0)
+            d += tl.where(middle, grad_at(ds_ptr, h, w + k, H, W), 0.0)
+            d += tl.where(down, grad_at(ds_ptr, h + 1, w + k, H, W), 0.0)
+        d = tl.where(ok & (z > 0), d, 0.0)
+        if SUMS:
+            total += d
+            totalx += d * x
+        if DX:
+            dy = tl.load(dy_ptr + at(h, w, stride_dh, stride_dw), ok, 0.0).to(tl.float32)
+            a = tl.load(attention_ptr + p, p < H * W, 0.0)[None, :]
+            dx = dy + dy * a + gain * d + (constant + linear * x)
+            tl.store(dx_ptr + at(h, w, stride_xh, stride_xw), dx.to(dx_ptr.dtype.element_ty), ok)
+    if SUMS:
+        tl.store(sum_ptr + b * g * G + channel, tl.sum(total, 1), has)
+        tl.store(sumx_ptr + b * g * G + channel, tl.sum(totalx, 1), has)
+
+
+# Elements of a tile and its warps, by kernel. Chosen by registers from ahead-of-time compilation (saccade.ops.aot), not
+# yet timed on a GPU: `dmap_kernel`, which looks at 24 neighbours, spills with eight elements a thread.
+TILES = {
+    moments_kernel: (1024, 4),
+    scores_kernel: (512, 4),
+    gate_kernel: (1024, 4),
+    dgate_kernel: (1024, 4),
+    dmap_kernel: (256, 8),
+}
+CHANNELS = 32  # side by side in memory, of a channels-last map: whole sectors in half precision
+REACH = 2**31  # elements from the first of an image to its last
+
+
+def tile(kernel, G: int, P: int, channels_last: bool) -> dict:
+    """Along the inner axis as far as it goes, then along the other."""
+    elements, warps = TILES[kernel]
+    if channels_last:
+        c = min(CHANNELS, triton.next_power_of_2(G))
+        p = min(elements // c, triton.next_power_of_2(P))
+    else:
+        p = min(64, triton.next_power_of_2(P))
+        c = min(elements // p, triton.next_power_of_2(G))
+    return dict(BLOCK_C=c, BLOCK_P=p, num_warps=warps)
+
+
+def _launch(kernel, x: Tensor, g: int) -> tuple[tuple, dict, int, int]:
+    """Sizes, options, and the numbers of tiles of channels and of positions."""
+    _, C, H, W = x.shape
+    options = tile(kernel, C // g, H * W, x.stride(1) == 1 and x.stride(3) != 1)
+    channels, positions = triton.cdiv(C // g, options["BLOCK_C"]), triton.cdiv(H * W, options["BLOCK_P"])
+    return (g, C // g, H, W), options, channels, positions
+
+
+def moments(x: Tensor, g: int) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance of each channel, float32."""
+    (B, C, H, W), (sizes, options, channels, _) = x.shape, _launch(moments_kernel, x, g)
+    mean, square = (x.new_empty(B, C, dtype=torch.float32) for _ in range(2))
+    with torch.cuda.device_of(x):
+        moments_kernel[(B * g * channels,)](x, mean, square, *x.stride(), *sizes, **options)
+    var, centre = torch.var_mean(mean, 0, correction=0)
+    return centre, square.sum(0) / (B * H * W) + var
+
+
+def scores(x: Tensor, scale: Tensor, shift: Tensor, point_weight: Tensor, g: int) -> Tensor:
+    (B, _, H, W), (sizes, options, _, positions) = x.shape, _launch(scores_kernel, x, g)
+    s = x.new_empty(B, g, H, W, dtype=torch.float32)
+    vectors = (v.contiguous() for v in (scale, shift, point_weight))
+    with torch.cuda.device_of(x):
+        scores_kernel[(B * g * positions,)](x, *vectors, s, *x.stride(), *sizes, **options)
+    return s
+
+
+def gate(x: Tensor, attention: Tensor) -> Tensor:
+    y, (B, g) = torch.empty_like(x), attention.shape[:2]
+    sizes, options, channels, positions = _launch(gate_kernel, x, g)
+    with torch.cuda.device_of(x):
+        gate_kernel[(B * g * channels * positions,)](
+            x, attention.contiguous(), y, *x.stride(), *y.stride(), *sizes, **options
+        )
+    return y
+
+
+def gate_gradient(dy: Tensor, x: Tensor, attention: Tensor) -> Tensor:
+    da, (B, g) = torch.empty_like(attention, memory_format=torch.contiguous_format), attention.shape[:2]
+    sizes, options, _, positions = _launch(dgate_kernel, x, g)
+    with torch.cuda.device_of(x):
+        dgate_kernel[(B * g * positions,)](dy, x, da, *dy.stride(), *x.stride(), *sizes, **options)
+    return da
+
+
+def map_gradient(dy: Tensor, x: Tensor, ds: Tensor, attention: Tensor, middle) -> tuple[Tensor, ...]:
+    """The gradient to x, and what `middle.map_backward` makes of the sums: gradients of the channels' parameters."""
+    (B, C, _, _), g = x.shape, ds.shape[1]
+    sizes, options, channels, _ = _launch(dmap_kernel, x, g)
+    sums = x.new_empty(2, B, C, dtype=torch.float32)
+    vectors = [v.contiguous() for v in (middle.scale, middle.shift, middle.point_weight)]
+    dx = torch.empty_like(x)
+    maps, strides = (x, dy, ds.contiguous(), attention.contiguous()), (*x.stride(), *dy.stride(), *dx.stride())
+
+    def run(constant: Tensor, linear: Tensor, **which) -> None:
+        with torch.cuda.device_of(x):
+            dmap_kernel[(B * g * channels,)](
+                *maps, *vectors, constant, linear, dx, *sums, *strides, *sizes, **which, **options
+            )
+
+    zeros = torch.zeros_like(vectors[0])
+    run(zeros, zeros, SUMS=True, DX=not middle.training)
+    grads, constant, linear = middle.map_backward(*sums.sum(1), x)
+    if middle.training:
+        run(constant, linear, SUMS=False, DX=True)
+    return dx, *grads
+
+
+def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
+    """For saccade.ops.aot: the tiles of small and of large subspaces, in both memory formats."""
+    maps = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
+    for kernel in TILES:
+        pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in maps}
+        forms = ((True, True), (True, False), (False, True)) if kernel is dmap_kernel else (None,)
+        for channels_last, (G, P), form in itertools.product((False, True), ((8, 49), (128, 196)), forms):
+            inner = "c" if channels_last else "w"
+            options = {name: 1 for name in kernel.arg_names if name.startswith("stride_") and name.endswith(inner)}
+            options |= tile(kernel, G, P, channels_last)
+            yield kernel, pointers, options if form is None else options | dict(zip(("SUMS", "DX"), form))

@@ -1,0 +1,370 @@
+"""Strip gate: the reference against loops and the published values, the other forms against it, and the contract."""
+
+import math
+
+import pytest
+import torch
+from saccade.ops import backend, strip_gate
+from saccade.ops.strip_gate import eager, kernel, op, reference
+from support import parity
+from support.ops import DEVICE, DTYPES, check, evaluate, rand
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
+
+torch.set_num_threads(1)
+
+#          B, C, H, W, channels a convolution group, kernel, normalisation groups
+SHAPES = [
+    (2, 8, 5, 7, 1, 5, 4),
+    (1, 24, 3, 3, 8, 7, 4),  # groups of six channels over groups of eight; strips shorter than the kernel
+    (3, 16, 1, 9, 8, 5, 2),  # one row
+    (1, 40, 9, 1, 1, 7, 8),  # one column; no power of two
+    (1, 2, 35, 150, 2, 3, 1),  # more than one tile both ways
+]
+FIXTURES = [
+    "ela_t_c64_14x14",
+    "ela_b_c64_14x14",
+    "ela_s_c64_14x14",
+    "ela_l_c64_14x14",
+    "ela_l_c144_13x7",
+    "ela_s_c96_3x2",
+]
+LAYOUTS = [torch.contiguous_format, torch.channels_last]
+
+
+def inputs(shape, dtype=torch.float32, layout=torch.contiguous_format):
+    B, C, H, W, M, K, G = shape
+    x = rand((B, C, H, W), dtype).contiguous(memory_format=layout)
+    return x, rand((C, M, K), dtype, 1) / (M * K) ** 0.5, 1 + rand((C,), dtype, 2) / 4, rand((C,), dtype, 3) / 4, G
+
+
+def triton(*args, **kwargs):
+    with backend("triton"):
+        return strip_gate(*args, **kwargs)
+
+
+def plain(*args, **kwargs):
+    with backend("torch"):
+        return strip_gate(*args, **kwargs)
+
+
+def loops(x, weight, norm_weight, norm_bias, groups, eps=1e-5):
+    """Channel by channel, tap by tap, group by group."""
+
+    def gate(z):  # (C, L)
+        (C, L), (_, M, K) = z.shape, weight.shape
+        u = torch.zeros_like(z)
+        for c in range(C):
+            for i in range(L):
+                for m in range(M):
+                    for k in range(K):
+                        if 0 <= i + k - K // 2 < L:
+                            u[c, i] += weight[c, m, k] * z[c // M * M + m, i + k - K // 2]
+        for g in range(groups):
+            own = slice(g * C // groups, (g + 1) * C // groups)
+            mean = u[own].sum() / u[own].numel()
+            var = (u[own] - mean).square().sum() / u[own].numel()
+            u[own] = (u[own] - mean) / (var + eps).sqrt() * norm_weight[own, None] + norm_bias[own, None]
+        return 1 / (1 + (-u).exp())
+
+    y = torch.empty_like(x)
+    for b in range(x.shape[0]):
+        a_h, a_w = gate(x[b].sum(2) / x.shape[3]), gate(x[b].sum(1) / x.shape[2])
+        y[b] = x[b] * a_h[:, :, None] * a_w[:, None, :]
+    return y
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("shape", [(2, 4, 3, 2, 1, 5, 2), (1, 6, 2, 4, 3, 3, 3)], ids=str)
+def test_reference_is_the_definition(shape, residual):
+    x, *rest = inputs(shape, torch.float64)
+    expected = loops(x, *rest) + residual * x
+    torch.testing.assert_close(reference.strip_gate(x, *rest, residual=residual), expected)
+
+
+@pytest.mark.parametrize("f", [reference.strip_gate, plain], ids=["reference", "eager"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("name", FIXTURES)
+def test_published_values(name, layout, f):
+    fixture = parity.load("ela", name)
+    state = {key: value.requires_grad_() for key, value in parity.weights(fixture).items()}
+    x = parity.image(fixture).contiguous(memory_format=layout).requires_grad_()
+    out = f(x, state["conv.weight"], state["gn.weight"], state["gn.bias"], 32 if "_t_" in name else 16)
+    parity.assert_equal("out", out, fixture["outputs"]["out"])
+    (out * parity.seeded(1, out.shape)).sum().backward()
+    parity.assert_equal("grad_x", x.grad, fixture["outputs"]["grad_x"])
+    assert set(state) == set(fixture["grads"])
+    for key, expected in fixture["grads"].items():
+        assert abs(state[key].grad.norm().item() - expected) <= 1e-9 * expected, key
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_eager_matches_reference(shape, layout, residual):
+    args = (*inputs(shape, torch.float64, layout), 1e-5, residual)
+    for ours, exact in zip(evaluate(plain, args), evaluate(reference.strip_gate, args), strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_triton_matches_reference(shape, layout, dtype):
+    check(triton, reference.strip_gate, *inputs(shape, dtype, layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_triton_residual(dtype):
+    check(triton, reference.strip_gate, *inputs(SHAPES[0], dtype), 1e-3, True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_eager_errs_no_more_than_reference(dtype):
+    check(plain, reference.strip_gate, *inputs(SHAPES[0], dtype))
+
+
+@pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
+def test_parameters_of_another_type(f):
+    x, *rest = inputs(SHAPES[0])
+    args = [x.half().requires_grad_(), *(p.requires_grad_() for p in rest[:-1]), rest[-1]]
+    out = f(*args)
+    torch.testing.assert_close(out.float(), plain(x, *rest), rtol=2e-3, atol=2e-3)
+    out.sum().backward()
+    assert [p.grad.dtype for p in args[:-1]] == [torch.float16, *[torch.float32] * 3]
+
+
+@pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_memory_format_is_kept(f, layout):
+    x, *rest = inputs(SHAPES[0], layout=layout)
+    y = f(x.requires_grad_(), *rest)
+    assert y.stride() == x.stride()
+    y.sum().backward()
+    assert x.grad.stride() == x.stride()
+
+
+@pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
+def test_reads_a_view_of_a_bigger_map(f):
+    _, *rest = inputs(SHAPES[0])
+
+    def of_view(f):
+        return lambda big: f(big[:, 3:11, 1:-2, ::2], *rest)
+
+    check(of_view(f), of_view(reference.strip_gate), rand((2, 12, 8, 13)))
+    check(of_view(f), of_view(reference.strip_gate), rand((2, 12, 8, 13)).contiguous(memory_format=torch.channels_last))
+
+
+def test_gradient_that_lies_otherwise():
+    x, *rest = inputs(SHAPES[0])
+    dy = rand(x.shape, seed=9)
+    grads = []
+    for layout in LAYOUTS:
+        leaf = x.clone().requires_grad_()
+        grads += torch.autograd.grad(triton(leaf, *rest), leaf, dy.contiguous(memory_format=layout))
+    grads += torch.autograd.grad(triton(leaf, *rest).sum(), leaf)  # an expanded one: all strides 0
+    torch.testing.assert_close(grads[0], grads[1])
+    torch.testing.assert_close(grads[2], torch.autograd.grad(reference.strip_gate(leaf, *rest).sum(), leaf)[0])
+
+
+def test_offsets_beyond_31_bits(tmp_path):
+    """Rows of the map 2**30 elements apart, in a file (or on a card) that is mostly holes."""
+    x = rand((1, 4, 4, 3), torch.float16)
+    size = 3 * 2**30 + 1024
+    if DEVICE == "cpu":
+        big = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=torch.float16)
+    elif torch.cuda.mem_get_info()[0] > 2**33:
+        big = torch.empty(size, dtype=torch.float16, device=DEVICE)
+    else:
+        pytest.skip("needs 8 GB on the card")
+    apart = big.as_strided(x.shape, (size, 4, 2**30, 1))
+    apart.copy_(x)
+    z, far = kernel.strip_means(x), kernel.strip_means(apart)
+    assert all(map(torch.equal, z, far))
+    assert all(map(torch.equal, kernel.strip_sums(x, x, *z), kernel.strip_sums(apart, apart, *z)))
+    assert torch.equal(kernel.gate(x, *z, False, *z), kernel.gate(apart, *z, False, *z))
+
+
+@pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_nan_stays_in_its_image(f, layout):
+    x, *rest = inputs(SHAPES[2], layout=layout)
+    clean = evaluate(f, (x, *rest))
+    x = x.clone()
+    x[1, 3, 0, 4] = math.nan
+    for ours, exact in zip(evaluate(f, (x, *rest))[:2], clean[:2]):
+        assert ours[1].isnan().any()
+        assert torch.equal(ours[[0, 2]], exact[[0, 2]])
+
+
+@pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
+@pytest.mark.parametrize("B", [1, 2])
+def test_a_group_of_one_value_is_its_bias(B, f):
+    x, *rest = inputs((B, 8, 1, 1, 1, 5, 8))
+    out = f(x, *rest)
+    torch.testing.assert_close(out, x * rest[2].sigmoid().square()[:, None, None])
+
+
+BAD = {
+    "rank": (dict(x=rand((8, 5, 7))), r"x must be .*\(B, C, H, W\), got torch.float32 of shape \(8, 5, 7\)"),
+    "integers": (dict(x=torch.ones(2, 8, 5, 7, dtype=torch.int64)), "x must be floating point .* got torch.int64"),
+    "channels": (dict(weight=rand((6, 1, 5))), r"weight must be \(8, M, K\) with M dividing C = 8, got \(6, 1, 5\)"),
+    "divides": (dict(weight=rand((8, 3, 5))), r"weight must be .* got \(8, 3, 5\)"),
+    "no group": (dict(weight=rand((8, 0, 5))), r"weight must be .* got \(8, 0, 5\)"),
+    "weight rank": (dict(weight=rand((8, 1))), r"weight must be .* got \(8, 1\)"),
+    "even": (dict(weight=rand((8, 1, 4))), "weight must have an odd kernel size, got 4"),
+    "norm_weight": (dict(norm_weight=rand((4,))), r"norm_weight must be \(8,\), got \(4,\)"),
+    "norm_bias": (dict(norm_bias=rand((8, 1))), r"norm_bias must be \(8,\), got \(8, 1\)"),
+    "groups": (dict(norm_groups=3), "norm_groups must divide the C = 8 channels of x, got 3"),
+    "no groups": (dict(norm_groups=0), "norm_groups must divide .* got 0"),
+    "device": (dict(weight=torch.ones(8, 1, 5, device="meta")), "weight must be on .* as x is, got meta"),
+    "dtype": (dict(norm_bias=torch.ones(8, dtype=torch.int32)), "norm_bias must be floating point, got torch.int32"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_named_in_one_sentence(case):
+    names = ("x", "weight", "norm_weight", "norm_bias", "norm_groups")
+    change, message = BAD[case]
+    with pytest.raises(ValueError, match=message) as error:
+        strip_gate(**dict(zip(names, inputs(SHAPES[0]))) | change)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
+@pytest.mark.parametrize("B, H, W", [(0, 6, 5), (2, 0, 5), (2, 6, 0)])
+def test_nothing_in_nothing_out(B, H, W, f):
+    args = [t.requires_grad_() if torch.is_tensor(t) else t for t in inputs((B, 8, H, W, 1, 5, 4))]
+    out = f(*args)
+    assert out.shape == args[0].shape
+    out.sum().backward()
+    assert args[0].grad.shape == args[0].shape
+    assert not args[1].grad.any()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_runs_are_equal_to_the_bit(layout):
+    first, *others = (evaluate(triton, inputs(SHAPES[0], layout=layout)) for _ in range(3))
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_tiles_cover_little_else(channels_last):
+    for C, H, W in [(64, 7, 7), (144, 56, 56), (960, 7, 7), (16, 112, 112), (1, 1, 1), (3, 800, 1333)]:
+        t = kernel.tile(C, H, W, channels_last)
+        assert t["BLOCK_C"] * t["BLOCK_H"] * t["BLOCK_W"] <= kernel.TILE
+        assert t["BLOCK_H"] <= kernel.ROWS
+        assert kernel.ROWS % t["BLOCK_H"] == 0
+
+
+def test_registration():
+    x, *rest = inputs(SHAPES[0])
+    view = rand((2, 12, 8, 13))[:, 3:11, 1:6, :7]
+    rest = (*rest, 1e-5, True)
+    for t in (x, x.clone().requires_grad_(), x.contiguous(memory_format=torch.channels_last), view, x.transpose(2, 3)):
+        opcheck(op.fwd, (t, *rest))
+    for layout in LAYOUTS:
+        t, dy = (rand(x.shape, seed=i).contiguous(memory_format=layout) for i in (0, 5))
+        _, *z = op.fwd(t, *rest)
+        for g in (dy, dy.transpose(2, 3).contiguous().transpose(2, 3)):
+            opcheck(op.bwd, (g, t, *rest[:3], *z, *rest[3:]))
+
+
+@pytest.mark.parametrize("f", [plain, reference.strip_gate], ids=["eager", "reference"])
+@pytest.mark.parametrize("residual", [False, True])
+def test_gradcheck(f, residual):
+    args = [t.requires_grad_() if torch.is_tensor(t) else t for t in inputs((2, 4, 2, 3, 2, 3, 2), torch.float64)]
+    torch.autograd.gradcheck(lambda *t: f(*t, args[-1], 1e-5, residual), args[:-1])
+
+
+def test_second_derivative():
+    args = [t.requires_grad_() if torch.is_tensor(t) else t for t in inputs((1, 4, 2, 3, 2, 3, 2), torch.float64)]
+    torch.autograd.gradgradcheck(lambda *t: plain(*t, args[-1]), args[:-1])
+    x, *rest = inputs(SHAPES[0])
+    (grad,) = torch.autograd.grad(triton(x.requires_grad_(), *rest).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative in Triton: use"):
+        grad.sum().backward()
+
+
+def test_frozen_parameters_and_frozen_map():
+    x, weight, *rest = inputs(SHAPES[0], torch.float64)
+    whole = evaluate(plain, (x, weight, *rest))
+    dy = rand(x.shape, torch.float16, 1234).double()
+    (dx,) = torch.autograd.grad(plain(x.requires_grad_(), weight, *rest), x, dy)
+    (dweight,) = torch.autograd.grad(plain(x.detach(), weight.requires_grad_(), *rest), weight, dy)
+    torch.testing.assert_close(dx, whole[1])
+    torch.testing.assert_close(dweight, whole[2])
+
+
+class Module(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        _, *params, self.groups = inputs(SHAPES[0])
+        self.weight, self.norm_weight, self.norm_bias = map(torch.nn.Parameter, params)
+
+    def forward(self, x):
+        return strip_gate(x, self.weight, self.norm_weight, self.norm_bias, self.groups, residual=True)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_compiles_in_one_graph(name, dynamic):
+    model, x = Module().to(DEVICE), rand((2, 8, 5, 7))
+    torch.compiler.reset()
+    with backend(name):
+        compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+        for ours, exact in zip(evaluate(compiled, (x,)), evaluate(model, (x,)), strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+        if dynamic:
+            torch.testing.assert_close(compiled(x[:1]), model(x[:1]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton"])
+def test_exports(name):
+    model, x, y = Module().to(DEVICE), rand((2, 8, 5, 7)), rand((3, 8, 5, 7), seed=1)
+    with backend(name):
+        program = torch.export.export(model, (x,), dynamic_shapes=[{0: torch.export.Dim("batch")}])
+        torch.testing.assert_close(program.module()(y), model(y))
+        called = any("strip_gate_fwd" in str(node.target) for node in program.graph.nodes)
+        assert called == (name == "triton")
+
+
+def test_scripts():
+    args = inputs(SHAPES[0])
+    torch.testing.assert_close(torch.jit.script(strip_gate)(*args), plain(*args))
+
+
+def test_meta_tensors_have_shapes():
+    args = [t.to("meta") if torch.is_tensor(t) else t for t in inputs(SHAPES[0])]
+    assert strip_gate(*args).shape == args[0].shape
+
+
+@pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
+def test_autocast_changes_nothing(f):
+    for dtype in (torch.float32, torch.float16):
+        x, *rest = inputs(SHAPES[0])
+        x = x.to(dtype).requires_grad_()
+        expected = f(x, *rest)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            out = f(x, *rest)
+            (dx,) = torch.autograd.grad(out, x, torch.ones_like(out))
+        assert torch.equal(out, expected)
+        assert torch.equal(dx, torch.autograd.grad(expected, x, torch.ones_like(out))[0])
+
+
+def test_flops_are_those_of_the_convolutions():
+    B, C, H, W, M, K, _ = SHAPES[1]
+    args = inputs(SHAPES[1])
+    args[0].requires_grad_()
+    with FlopCounterMode(display=False) as forward:
+        out = triton(*args)
+    assert forward.get_total_flops() == 2 * B * C * M * K * (H + W)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+
+
+def test_means_are_in_full_precision():
+    x = torch.full((1, 1, 1, 4096), 60000.0, dtype=torch.float16, device=DEVICE)
+    assert eager.strip_means(x)[0].item() == 60000
