@@ -20,9 +20,12 @@ def listing(*args: str) -> list[aot.Usage]:
 
 
 def fits(rows: list[aot.Usage]) -> None:
+    assert all(
+        row.shared > 0 for row in rows if row.operator == "bilevel_routing"
+    )  # its tiles lie there; a gate's do not
     for row in rows:
         assert row.registers > 0
-        assert 0 < row.shared <= aot.CARDS[row.card].shared, row
+        assert row.shared <= aot.CARDS[row.card].shared, row
         assert row.spills == 0 or row.card != "sm_90", row
 
 
