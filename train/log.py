@@ -163,7 +163,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         versions={name: version(name) for name in ("saccade", "torch", "torchvision", "timm", "mmengine", "numpy")},
         machine=platform.platform(),
         host=platform.node(),
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
@@ -172,7 +172,8 @@ def environment(device: torch.device) -> dict[str, Any]:
     )
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """What the processor calls itself."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from .log import cpu_name
+
 
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
@@ -115,15 +117,7 @@ def peak_memory(build: Callable[..., Callable[[], None]], *args) -> int:
 
 def machine(device: torch.device) -> dict[str, str | int]:
     """What a measurement was made on."""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    else:
-        name = platform.processor() or platform.machine()
-        try:
-            with open("/proc/cpuinfo") as f:
-                name = next(line.split(":", 1)[1].strip() for line in f if line.startswith("model name"))
-        except (OSError, StopIteration):
-            pass
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return dict(
         device=name,
         threads=torch.get_num_threads(),

@@ -10,6 +10,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from .checkpoint import write_text
+from .data.folder import read_image
 from .distributed import choose_device
 from .errors import UserError
 from .model import create
@@ -51,18 +52,10 @@ def predict(
     transform = create_transform(**resolve_data_config(model=model))
     for first in range(0, len(images), batch):
         part = images[first : first + batch]
-        x = torch.stack([transform(_read(path)) for path in part]).to(place)
+        x = torch.stack([transform(read_image(path)) for path in part]).to(place)
         for path, p in zip(part, model(x).float().softmax(-1).cpu()):
             likeliest = p.topk(min(top, len(names)))
             yield path, [(names[i], v) for i, v in zip(likeliest.indices.tolist(), likeliest.values.tolist())]
-
-
-def _read(path: Path) -> Image.Image:
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as PIL's readers raise
-        raise UserError(f"{path} can't be read as an image ({error})") from error
 
 
 def write(predictions: list[tuple[Path, list[tuple[str, float]]]], file: Path) -> None:

@@ -94,11 +94,16 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         path, label = self.samples[index]
-        try:
-            with Image.open(path) as image:
-                return self.transform(image.convert("RGB")), label
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as PIL's readers raise
-            raise UserError(f"{path} can't be read as an image ({error}): repair or remove it") from error
+        return self.transform(read_image(path)), label
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """The image in a file, in RGB. Raises UserError, naming the file, where it can't be read as one."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as PIL's readers raise
+        raise UserError(f"{path} can't be read as an image ({error}): repair or remove it") from error
 
 
 def _scan(folder: Path) -> dict[str, list[str]]:
