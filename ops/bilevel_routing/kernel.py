@@ -31,7 +31,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from ..tiles import FLOOR, LOG2E, once, softmax_step
+
 SHIFT = tl.constexpr(44)
 
 
@@ -90,13 +91,6 @@ def sees(bits_ptr, r, i, start, t, P, magic_t):
     return ((window.to(tl.uint32)[:, None] >> (slot - first).to(tl.uint32)[None, :]) & 1) != 0
 
 
-@triton.jit
-def once(x):
-    """x, computed by one thread and shared. Without this sum over an axis of one, the compiler has every thread do all
-    the divisions and loads behind the eight or more lanes of x that its part of a tile of logits needs."""
-    return tl.sum(x[:, None], 1)
-
-
 # Arguments that change from one image size to the next are not specialised on: no recompilation for a divisible one.
 SIZES = ["B", "heads", "h", "w", "Rw", "P", "K", "magic_t", "magic_w", "magic_Rw"]
 
@@ -132,8 +126,7 @@ def fwd_kernel(
         table_ptr += (b * P + region) * K
         total = K * t
 
-    # A finite floor instead of -inf: a row whose keys are all still hidden stays at p = 0 and not at inf - inf.
-    m = tl.full((BLOCK_M,), -1e38, tl.float32)
+    m = tl.full((BLOCK_M,), FLOOR, tl.float32)
     l = tl.full((BLOCK_M,), 0, tl.float32)
     acc = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
     astray = tl.full((BLOCK_N,), 0, tl.int1)
@@ -152,12 +145,7 @@ def fwd_kernel(
             see = (i < total)[None, :]
             astray = astray | (ok & ~there)
         s = tl.where(see, s, float("-inf"))
-        m_new = tl.maximum(m, tl.max(s, 1))
-        p = tl.exp2(s - m_new[:, None])
-        shrink = tl.exp2(m - m_new)
-        l = l * shrink + tl.sum(p, 1)
-        acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
-        m = m_new
+        m, l, acc = softmax_step(s, v, m, l, acc)
     if not DENSE:  # all rows share the list
         broken = tl.max(astray.to(tl.int32), 0) != 0
     l = tl.where(broken, float("nan"), l)

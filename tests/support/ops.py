@@ -1,8 +1,11 @@
-"""What the operators' tests share: a kernel against its reference, and Triton on a machine without a GPU."""
+"""What the operators' tests share: a kernel against its reference, the contract that every operator keeps, and Triton
+on a machine without a GPU."""
 
 import functools
 import os
+import re
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -68,3 +71,111 @@ def check(op, reference, *args) -> None:
             assert error <= allowed, (
                 f"result {i} (outputs, then gradients): {name} error {error:.3g} over {allowed:.3g}"
             )
+
+
+def forced(f, name: str):
+    """f with one form of every operator forced: "torch" or "triton"."""
+    from saccade.ops import backend
+
+    @functools.wraps(f)
+    def run(*args, **kwargs):
+        with backend(name):
+            return f(*args, **kwargs)
+
+    return run
+
+
+def agree(f, reference, *args) -> None:
+    """In float64: outputs and all gradients of f and of reference are equal but for rounding."""
+    for ours, exact in zip(evaluate(f, args), evaluate(reference, args), strict=True):
+        torch.testing.assert_close(ours, exact)
+
+
+def repeats(f, *args) -> None:
+    """Outputs and gradients of three runs are equal to the bit."""
+    first, *others = (evaluate(f, args) for _ in range(3))
+    for other in others:
+        assert all(map(torch.equal, first, other))
+
+
+def gradients_are_right(f, *args, twice: bool = True) -> None:
+    """gradcheck and, unless twice is False, gradgradcheck, on float64 args."""
+    leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+    assert torch.autograd.gradcheck(f, leaves)
+    assert not twice or torch.autograd.gradgradcheck(f, leaves)
+
+
+def refuses_second_derivative(f, *args) -> None:
+    """The Triton form says in one sentence that it has none, and what to use."""
+    leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
+    out = f(*leaves)
+    first = next(x for x in leaves if isinstance(x, Tensor) and x.requires_grad)
+    (grad,) = torch.autograd.grad(out.square().sum(), first, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative in Triton: use"):
+        grad.sum().backward()
+
+
+def compiles(f, *args, name: str, dynamic: bool = False, others: tuple = ()) -> None:
+    """In one graph, forward and backward, with one form forced; `others`: further argument lists for the same f."""
+    torch.compiler.reset()
+    f = forced(f, name)
+    compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for given in (args, *others):
+        for ours, exact in zip(evaluate(compiled, given), evaluate(f, given), strict=True):
+            torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+
+
+class _Module(torch.nn.Module):
+    def __init__(self, f):
+        super().__init__()
+        self.f = f
+
+    def forward(self, *args):
+        return self.f(*args)
+
+
+def exports(f, args, others, name: str, operator: str, batched: tuple[int, ...] = (0,)) -> None:
+    """torch.export of f on tensors args with a dynamic batch, run on `others` of another batch; with the kernels forced
+    the program calls the custom operator by that name. `batched`: which of args have a batch, on axis 0."""
+    model, batch = _Module(f), torch.export.Dim("batch")
+    shapes = (tuple({0: batch} if i in batched else {} for i in range(len(args))),)
+    run = forced(torch.export.export, name)
+    program = run(model, tuple(args), dynamic_shapes=shapes)
+    ours, exact = forced(program.module(), name)(*others), forced(f, name)(*others)
+    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+    called = any(operator in str(node.target) for node in program.graph.nodes)
+    assert called == (name == "triton")
+
+
+def autocast_changes_nothing(f, *args) -> None:
+    """Under bfloat16 autocast: the same bits in output and gradients."""
+    with torch.autocast(DEVICE, torch.bfloat16):
+        under = evaluate(f, args)
+    assert all(map(torch.equal, under, evaluate(f, args)))
+
+
+def refuses(f, message: str, *args, error=ValueError, **kwargs) -> None:
+    """f(*args) raises `error` with one sentence that matches message."""
+    with pytest.raises(error, match=message) as caught:
+        f(*args, **kwargs)
+    assert "\n" not in str(caught.value)
+    assert re.search(message, str(caught.value))
+
+
+def peak_bytes(step) -> int:
+    """The most bytes that PyTorch has allocated at once within step(), over what it held before: also inside custom
+    operators, so the buffers of the kernels count."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
