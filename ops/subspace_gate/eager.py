@@ -181,16 +181,17 @@ def _pool(p: Tensor, dim: int) -> Tensor:
 
 
 def _unpool(d: Tensor, p: Tensor, q: Tensor, dim: int) -> Tensor:
-    """The gradient of _pool: to the first of the largest."""
+    """The gradient of _pool: to the first of the largest. Masks are ones and zeros in the type of the map: a product
+    with a boolean one takes twice as long."""
     n = p.shape[dim] - 1
-    before = p.narrow(dim, 0, n) == q.narrow(dim, 1, n)
-    here = p == q
-    here.narrow(dim, 1, n).logical_and_(~before)
-    after = ~(here.narrow(dim, 0, n))
+    not_before = torch.ne(p.narrow(dim, 0, n), q.narrow(dim, 1, n), out=p.new_empty(p.narrow(dim, 0, n).shape))
+    here = torch.eq(p, q, out=p.new_empty(p.shape))
+    here.narrow(dim, 1, n).mul_(not_before)
+    after = 1 - here.narrow(dim, 0, n)
     if n > 1:
-        after.narrow(dim, 1, n - 1).logical_and_(~before.narrow(dim, 0, n - 1))
-    out = d * here
-    out.narrow(dim, 0, n).addcmul_(d.narrow(dim, 1, n), before)
+        after.narrow(dim, 1, n - 1).mul_(not_before.narrow(dim, 0, n - 1))
+    out = here.mul_(d)
+    out.narrow(dim, 0, n).addcmul_(d.narrow(dim, 1, n), 1 - not_before)
     out.narrow(dim, 1, n).addcmul_(d.narrow(dim, 0, n), after)
     return out
 
