@@ -11,6 +11,7 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -66,6 +67,44 @@ def gemm_rate(device: torch.device, dtype: torch.dtype = torch.float32, size: in
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = interleaved({"mm": lambda: torch.mm(a, b)}, 7, device)["mm"]
     return 2 * size**3 / statistics.median(times)
+
+
+def copy_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """Bytes/s, read and written, of copying a tensor of 256 MiB: what an operator bound by memory is held against."""
+    a = torch.randn(2**28 // dtype.itemsize, device=device).to(dtype)
+    b = torch.empty_like(a)
+    times = interleaved({"copy": lambda: b.copy_(a)}, 9, device)["copy"]
+    return 2 * a.nbytes / statistics.median(times)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Of the last cache before memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size
+    sizes = [int(f.read_text().rstrip("K\n")) << 10 for f in Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size")]
+    return max(sizes, default=32 << 20)
+
+
+def peak_allocated(step: Callable[[], object], device: torch.device) -> int:
+    """The most bytes that PyTorch has allocated at once within step(), over what it held before: also inside custom
+    operators, so the buffers of kernels count."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        step()
+    held = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 def macs(model: nn.Module, x: Tensor) -> int:

@@ -163,19 +163,7 @@ def refuses(f, message: str, *args, error=ValueError, **kwargs) -> None:
 
 
 def peak_bytes(step) -> int:
-    """The most bytes that PyTorch has allocated at once within step(), over what it held before: also inside custom
-    operators, so the buffers of the kernels count."""
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    held = most = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    """The most bytes that PyTorch has allocated at once within step(): also inside custom operators."""
+    from saccade.train.measure import peak_allocated
+
+    return peak_allocated(step, torch.device(DEVICE))
