@@ -7,7 +7,17 @@ import torch
 from saccade.ops import backend, subspace_gate
 from saccade.ops.subspace_gate import kernel, op, reference
 from support import parity
-from support.ops import DEVICE, DTYPES, evaluate, rand
+from support.ops import (
+    DEVICE,
+    DTYPES,
+    autocast_changes_nothing,
+    evaluate,
+    forced,
+    gradients_are_right,
+    rand,
+    refuses,
+    refuses_second_derivative,
+)
 from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -50,14 +60,7 @@ def inputs(shape, dtype=torch.float32, layout=torch.contiguous_format):
     return x, *(t.to(dtype) for t in (*parameters, *running))
 
 
-def triton(*args, **kwargs):
-    with backend("triton"):
-        return subspace_gate(*args, **kwargs)
-
-
-def plain(*args, **kwargs):
-    with backend("torch"):
-        return subspace_gate(*args, **kwargs)
+plain, triton = forced(subspace_gate, "torch"), forced(subspace_gate, "triton")
 
 
 def with_statistics(f, training: bool):
@@ -319,9 +322,7 @@ NAMES += ("point_norm_bias", "running_mean", "running_var", "point_running_mean"
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_named_in_one_sentence(case):
     change, message = BAD[case]
-    with pytest.raises(ValueError, match=message) as error:
-        subspace_gate(**dict(zip(NAMES, inputs(SHAPES[0]))) | change)
-    assert "\n" not in str(error.value)
+    refuses(subspace_gate, message, **dict(zip(NAMES, inputs(SHAPES[0]))) | change)
 
 
 @pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
@@ -371,20 +372,20 @@ def test_registration():
 @pytest.mark.parametrize("f", [plain, reference.subspace_gate], ids=["eager", "reference"])
 @pytest.mark.parametrize("training", [False, True])
 def test_gradcheck(training, f):
-    args = inputs((2, 4, 2, 3, 2), torch.float64)
-    leaves = [t.requires_grad_() for t in args[:9]]
-    torch.autograd.gradcheck(lambda *t: with_statistics(f, training)(*t, *args[9:]), leaves)
+    x, *rest = inputs((2, 4, 2, 3, 2), torch.float64)
+    parameters, running = rest[:8], rest[8:]
+    gradients_are_right(lambda *t: with_statistics(f, training)(*t, *running), x, *parameters, twice=False)
 
 
 @pytest.mark.parametrize("training", [False, True])
 def test_second_derivative(training):
-    args = inputs((1, 2, 2, 2, 1), torch.float64)
-    leaves = [t.requires_grad_() for t in args[:9]]
-    torch.autograd.gradgradcheck(lambda *t: with_statistics(plain, training)(*t, *args[9:]), leaves)
-    x, *rest = inputs(SHAPES[0])
-    (grad,) = torch.autograd.grad(triton(x.requires_grad_(), *rest).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="no second derivative in Triton: use"):
-        grad.sum().backward()
+    x, *rest = inputs((1, 2, 2, 2, 1), torch.float64)
+    parameters, running = rest[:8], rest[8:]
+    gradients_are_right(lambda *t: with_statistics(plain, training)(*t, *running), x, *parameters)
+
+
+def test_second_derivative_is_refused_on_triton():
+    refuses_second_derivative(triton, *inputs(SHAPES[0]))
 
 
 class Module(torch.nn.Module):
@@ -446,13 +447,8 @@ def test_meta_tensors_have_shapes():
 def test_autocast_changes_nothing(f):
     for dtype in (torch.float32, torch.float16):
         x, *rest = inputs(SHAPES[0])
-        x = x.to(dtype).requires_grad_()
-        expected = f(x, *rest)
-        with torch.autocast(DEVICE, torch.bfloat16):
-            out = f(x, *rest)
-            (dx,) = torch.autograd.grad(out, x, torch.ones_like(out))
-        assert torch.equal(out, expected)
-        assert torch.equal(dx, torch.autograd.grad(expected, x, torch.ones_like(out))[0])
+        parameters, running = rest[:8], rest[8:]
+        autocast_changes_nothing(lambda *t, running=running: f(*t, *running), x.to(dtype), *parameters)
 
 
 def test_flops_are_those_of_the_convolutions():
