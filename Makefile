@@ -16,8 +16,10 @@ demo: setup
 	$(PY) tools/train.py configs/digits/biformer_t.py --run-dir runs/demo --overwrite
 	$(PY) tools/test.py runs/demo
 
+# First what computes on one thread, on every core; then what trains, in several processes and with threads of its own.
 test: setup
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto tests/ops tests/backbones
+	$(PY) -m pytest --ignore tests/ops --ignore tests/backbones
 
 lint: setup
 	$(VENV)/bin/ruff check .
