@@ -25,7 +25,19 @@ import tempfile
 from collections.abc import Iterator
 from typing import NamedTuple
 
-OPERATORS = ["bilevel_routing", "strip_gate", "subspace_gate"]
+OPERATORS = [
+    "agent_attention",
+    "bilevel_routing",
+    "channel_attention",
+    "dfa3d",
+    "gaussian_gate",
+    "halo_attention",
+    "sparse_attention",
+    "spatial_gate",
+    "strip_gate",
+    "subspace_gate",
+    "window_attention",
+]
 DTYPES = ["fp32", "fp16", "bf16"]
 
 

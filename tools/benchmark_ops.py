@@ -62,13 +62,22 @@ def run(f: Callable, args: tuple, mode: str, seeds: list) -> tuple:
 
 
 def agree(ours, theirs, dtype: torch.dtype) -> bool:
-    """To about a thousandth of the root mean square: a guard against comparing different things, not a test."""
+    """Most elements to about a thousandth of the root mean square: a guard against comparing different things, no test.
+
+    Not all elements: where rounding turns a choice (the place of a maximum, a key's rank), a few gradients move.
+    """
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
-    pairs = [(a.double(), b.double()) for a, b in zip(_tensors(ours), _tensors(theirs)) if a is not None]
+    pairs = [(a, b) for a, b in zip(_tensors(ours), _tensors(theirs)) if not (a is None and b is None)]
+    # No gradient is one of zero: of what pads nothing, say.
+    pairs = [(_double(a, like=b), _double(b, like=a)) for a, b in pairs]
     rms = [b.square().mean().sqrt() for _, b in pairs]
     # What cancels (the gradient of a bias before a norm, say) is noise: held against the largest of the others.
     least = 1e-3 * max(rms)
-    return all((a - b).square().mean().sqrt() <= tolerance * max(r, least) for (a, b), r in zip(pairs, rms))
+    return all((a - b).abs().median() <= tolerance * max(r, least) for (a, b), r in zip(pairs, rms))
+
+
+def _double(x, like) -> torch.Tensor:
+    return torch.zeros_like(like, dtype=torch.float64) if x is None else x.double()
 
 
 def compare(case: operators.Case, mode: str, dtype: torch.dtype, device: torch.device, runs: int, rates: dict) -> dict:

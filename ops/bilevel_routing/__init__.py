@@ -6,6 +6,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ..dispatch import use_triton
+from ..precision import no_autocast
 from . import eager
 
 __all__ = ["bilevel_routing_attention", "region_routing"]
@@ -120,11 +121,8 @@ def region_routing(qkv: Tensor, region_size: tuple[int, int], topk: int) -> Tens
             raise ValueError(
                 f"topk must be from 1 to {P}, the number of {h} x {w} regions in a {H} x {W} map, got {topk}"
             )
-        device = qkv.device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return _routing(qkv, region_size, topk)
-        return _routing(qkv, region_size, topk)
+        with no_autocast(qkv):
+            return _routing(qkv, region_size, topk)
 
 
 def _routing(qkv: Tensor, region_size: tuple[int, int], topk: int) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
+from ..precision import full, no_autocast
 from . import eager, reference
 
 __all__ = ["strip_gate"]
@@ -43,11 +44,8 @@ def strip_gate(
         if use_triton(x, weight, norm_weight, norm_bias):
             return _triton(x, weight, norm_weight, norm_bias, norm_groups, eps, residual)
         if torch.compiler.is_compiling():  # which fuses the definition itself
-            device = x.device.type
-            with torch.autocast(device, enabled=False):
-                y = reference.strip_gate(
-                    x.to(eager.full(x)), weight, norm_weight, norm_bias, norm_groups, eps, residual
-                )
+            with no_autocast(x):
+                y = reference.strip_gate(x.to(full(x)), weight, norm_weight, norm_bias, norm_groups, eps, residual)
             return y.to(x.dtype)
         return eager.strip_gate(x, weight, norm_weight, norm_bias, norm_groups, eps, residual)
 

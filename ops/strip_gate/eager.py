@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from ..precision import full, no_autocast
 from . import reference
 
 
@@ -57,11 +58,6 @@ class StripGate(torch.autograd.Function):
         with exactly(x):
             dz_h, dz_w, *grads = ctx.gates.backward(*strip_sums(dy, x, *ctx.gates.a))
             return gate(dy, *ctx.gates.a, residual, dz_h, dz_w), *grads, None, None, None
-
-
-def full(x: Tensor) -> torch.dtype:
-    """What means, gates and sums are computed in."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 class Gates:
@@ -119,7 +115,7 @@ class exactly:
     """No autocast, no TF32, and no algorithm whose sums change from run to run."""
 
     def __init__(self, x: Tensor):
-        self.contexts = [] if x.is_meta else [torch.autocast(x.device.type, enabled=False)]
+        self.contexts = [no_autocast(x)]
         if x.is_cuda:
             self.contexts.append(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
 

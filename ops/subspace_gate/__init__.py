@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
+from ..precision import full, no_autocast
 from . import eager, reference
 
 __all__ = ["subspace_gate"]
@@ -73,10 +74,10 @@ def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: f
         cannot.append("an image of 2**31 elements, counting those between")
     triton = use_triton(x, *given, cannot=cannot)
     if not triton and torch.compiler.is_compiling():  # which fuses the definition itself
-        full = eager.full(x)
-        with eager.no_autocast(x):
+        wide = full(x)
+        with no_autocast(x):
             y = reference.subspace_gate(
-                x.to(full), *(p.to(full) for p in parameters.values()), *running.values(), training, momentum, eps
+                x.to(wide), *(p.to(wide) for p in parameters.values()), *running.values(), training, momentum, eps
             )
         return y.to(x.dtype)
     # In training they are no input: what an operator is given must not change before its backward.

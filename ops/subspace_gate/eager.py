@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from ..precision import full, no_autocast
 from . import reference
 
 
@@ -60,15 +61,6 @@ class SubspaceGate(torch.autograd.Function):
             if ctx.training:
                 dx.addcmul_(wide, channels(linear)).add_(channels(constant))
             return dx.to(x.dtype), *of_map, *point, *[None] * 6
-
-
-def no_autocast(x: Tensor):
-    return torch.autocast("cpu" if x.is_meta else x.device.type, enabled=False)
-
-
-def full(x: Tensor) -> torch.dtype:
-    """What all but x and y is computed in."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def channels(v: Tensor) -> Tensor:

@@ -5,8 +5,9 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
+from ..precision import no_autocast
 from . import kernel
-from .eager import Middle, no_autocast
+from .eager import Middle
 
 
 @custom_op("saccade::subspace_gate_fwd", mutates_args=())

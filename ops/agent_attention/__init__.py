@@ -1,0 +1,212 @@
+"""Agent attention (arXiv 2312.08874): agents gather from all keys, and every query reads from the agents."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import use_triton
+from ..precision import no_autocast
+from . import eager, reference, tables
+from .tables import Factors
+
+__all__ = ["agent_attention", "pool_agents", "resize_agent_bias"]
+
+MAX_HEAD_DIM = 64  # of the kernels
+
+
+def agent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    key_bias: Factors,
+    query_bias: Factors,
+    heads: int,
+    token_bias: tuple[Tensor, Tensor] | None = None,
+    dwc_weight: Tensor | None = None,
+    dwc_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale · q Aᵀ + B2) softmax(scale · A kᵀ + B1) v of each head, A its agents, plus a depthwise convolution.
+
+    q           (B, N, C), k and v (B, M, C): tokens, row-major over a map; head j owns channels j·D to (j+1)·D. Views
+                of packed projections are read where they lie if their last axis has stride 1; if not, the kernels copy.
+    agents      (B, a, C): `pool_agents` of q, as a rule.
+    key_bias    (block, rows, columns): the factors of B1, in any floating type: block (heads, a, S, S), resized
+                bilinearly to the h x w map of the keys, rows (heads, a, h) and columns (heads, a, w); M = h·w.
+    query_bias  the same of B2, for the map of the queries: another one where keys come from a smaller map.
+    heads       their number, which divides C.
+    token_bias  two of (heads, a), with a class token before both maps (N = 1 + h·w, M alike): its entries of B1 and B2.
+    dwc_weight  (C, 1, 3, 3) and dwc_bias (C,): the depthwise convolution of v, zero padding 1, that is added to the
+                output; not of the class token, and not to it. Values of a smaller map are resized bilinearly first.
+    scale       of the logits; D ** -0.5 if None.
+
+    Returns (B, N, C), contiguous. Gradients go to all tensors, and are the same in every run. Softmaxes and sums are in
+    float32 in the kernels; autocast changes nothing. A NaN in a query stays in its row; one in an agent, key or value
+    reaches its image.
+    """
+    if torch.jit.is_scripting():
+        return reference.agent_attention(
+            q, k, v, agents, key_bias, query_bias, heads, token_bias, dwc_weight, dwc_bias, scale
+        )
+    else:
+        _check(q, k, v, agents, key_bias, query_bias, heads, token_bias, dwc_weight, dwc_bias)
+        parameters = _parameters(key_bias, query_bias, token_bias, dwc_weight, dwc_bias)
+        if q.numel() == 0:  # with a graph to everything
+            return q + sum(x.sum() for x in (k, v, agents, *parameters)).to(q.dtype)
+        D = q.shape[2] // heads
+        scale = D**-0.5 if scale is None else scale
+        cannot = [f"a head dimension of {D}, over {MAX_HEAD_DIM}"] if D > MAX_HEAD_DIM else []
+        if use_triton(q, *parameters, cannot=cannot):
+            form = _triton
+        elif torch.compiler.is_compiling():  # which fuses the definition itself
+            form = reference.agent_attention
+        else:
+            form = eager.agent_attention
+        one_size = dwc_weight is None or _size(key_bias) == _size(query_bias)
+        dwc = (dwc_weight, dwc_bias) if one_size else (None, None)
+        with no_autocast(q):
+            out = form(q, k, v, agents, key_bias, query_bias, heads, token_bias, *dwc, scale)
+            if dwc_weight is None or one_size:
+                return out
+            x = tables.resize(v, _size(key_bias), _size(query_bias)).permute(0, 3, 1, 2)
+            conv = reference.convolve(x, dwc_weight, dwc_bias).flatten(2).transpose(1, 2)
+            return out + F.pad(conv, (0, 0, out.shape[1] - conv.shape[1], 0))
+
+
+def _parameters(key_bias: Factors, query_bias: Factors, token_bias, *dwc) -> list[Tensor]:
+    return [x for x in (*key_bias, *query_bias, *(token_bias or ()), *dwc) if x is not None]
+
+
+def _size(bias: Factors) -> tuple[int, int]:
+    return bias[1].shape[2], bias[2].shape[2]
+
+
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    key_bias: Factors,
+    query_bias: Factors,
+    heads: int,
+    token_bias: tuple[Tensor, Tensor] | None,
+    dwc_weight: Tensor | None,
+    dwc_bias: Tensor | None,
+    scale: float,
+) -> Tensor:
+    from . import op  # and with it Triton: only now
+
+    key_token, query_token = token_bias or (None, None)
+    b1, b2 = tables.for_kernels(key_bias, key_token), tables.for_kernels(query_bias, query_token)
+    return op.fwd(q, k, v, agents, *b1, *b2, dwc_weight, dwc_bias, heads, scale)[0]
+
+
+def pool_agents(q: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The agents of a map of queries: adaptive average pooling, with bins that overlap where the grid does not divide.
+
+    q     (B, h, w, C): a view of packed projections is read where it lies.
+    grid  (p_h, p_w).
+
+    Returns (B, p_h·p_w, C), row-major over the grid. The gradient is the same in every run.
+    """
+    if not torch.jit.is_scripting():
+        if q.dim() != 4 or not q.dtype.is_floating_point:
+            raise ValueError(f"q must be floating point of shape (B, h, w, C), got {q.dtype} of shape {tuple(q.shape)}")
+        if grid[0] < 1 or grid[1] < 1:
+            raise ValueError(f"grid must be at least 1 x 1, got {grid[0]} x {grid[1]}")
+        with no_autocast(q):
+            return tables.pool_agents(q, grid)
+    return tables.pool_agents(q, grid)
+
+
+def resize_agent_bias(factors: Factors, size: tuple[int, int], grid: tuple[int, int]) -> Factors:
+    """The factors of a bias for a map and a grid of agents other than those that they were learned on.
+
+    factors  (block, rows, columns) as above, of a = p·p agents; what they resize to is B1 or B2 resized bilinearly over
+             the map, and its agents over the p x p grid: linear in each, so that the factors can be resized instead.
+    size     (h, w) of the map.
+    grid     (p_h, p_w) of the agents.
+    """
+    if not torch.jit.is_scripting():
+        _check_factors("factors", factors, factors[0].shape[0], factors[0].shape[1])
+        if tables.root(factors[0].shape[1]) ** 2 != factors[0].shape[1]:
+            raise ValueError(f"factors must be of a square number of agents, got {factors[0].shape[1]}")
+        if min(*size, *grid) < 1:
+            raise ValueError(f"size and grid must be at least 1 x 1, got {size} and {grid}")
+        with no_autocast(factors[0]):
+            return tables.resize_agent_bias(factors, size, grid)
+    return tables.resize_agent_bias(factors, size, grid)
+
+
+def _check_factors(name: str, factors: Factors, heads: int, a: int) -> None:
+    if len(factors) != 3 or any(not x.dtype.is_floating_point for x in factors):
+        raise ValueError(f"{name} must be three floating-point tensors: block, rows and columns")
+    block, rows, columns = factors
+    if (
+        block.dim() != 4
+        or block.shape[:2] != (heads, a)
+        or block.shape[2] != block.shape[3]
+        or any(x.dim() != 3 or x.shape[:2] != (heads, a) for x in (rows, columns))
+    ):
+        raise ValueError(
+            f"{name} must be block ({heads}, {a}, S, S), rows ({heads}, {a}, h) and columns ({heads}, {a}, w), "
+            f"got {', '.join(str(tuple(x.shape)) for x in factors)}"
+        )
+
+
+def _check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    key_bias: Factors,
+    query_bias: Factors,
+    heads: int,
+    token_bias: tuple[Tensor, Tensor] | None,
+    dwc_weight: Tensor | None,
+    dwc_bias: Tensor | None,
+) -> None:
+    if q.dim() != 3 or not q.dtype.is_floating_point:
+        raise ValueError(f"q must be floating point of shape (B, N, C), got {q.dtype} of shape {tuple(q.shape)}")
+    B, _, C = q.shape
+    if heads < 1 or C % heads:
+        raise ValueError(f"heads must divide the C = {C} channels of q, got {heads}")
+    for name, x in (("k", k), ("v", v), ("agents", agents)):
+        if x.dim() != 3 or x.shape[0] != B or x.shape[2] != C:
+            raise ValueError(f"{name} must be ({B}, tokens, {C}) to match q, got {tuple(x.shape)}")
+        if x.dtype != q.dtype:
+            raise ValueError(f"{name} must be {q.dtype} as q is, got {x.dtype}")
+    if k.shape != v.shape:
+        raise ValueError(f"v must be {tuple(k.shape)} as k is, got {tuple(v.shape)}")
+    a = agents.shape[1]
+    if a < 1:
+        raise ValueError("agents must be at least one, got none")
+    T = 0 if token_bias is None else 1
+    for name, bias, of, x in (("key_bias", key_bias, "k", k), ("query_bias", query_bias, "q", q)):
+        _check_factors(name, bias, heads, a)
+        h, w = _size(bias)
+        if x.shape[1] != T + h * w:
+            raise ValueError(
+                f"{name} must be for the {x.shape[1]} tokens of {of}{', the first a class token' if T else ''}, "
+                f"got one for a map of {h} x {w}"
+            )
+    if q.numel() and not k.numel():
+        raise ValueError("k must have tokens where q has, got none")
+    if token_bias is not None and (len(token_bias) != 2 or any(x.shape != (heads, a) for x in token_bias)):
+        raise ValueError(f"token_bias must be two of ({heads}, {a}), got {[tuple(x.shape) for x in token_bias]}")
+    if dwc_weight is None:
+        if dwc_bias is not None:
+            raise ValueError("dwc_bias must be None where dwc_weight is")
+    elif dwc_weight.shape != (C, 1, 3, 3):
+        raise ValueError(f"dwc_weight must be ({C}, 1, 3, 3), got {tuple(dwc_weight.shape)}")
+    if dwc_bias is not None and dwc_bias.shape != (C,):
+        raise ValueError(f"dwc_bias must be ({C},), got {tuple(dwc_bias.shape)}")
+    named = [("k", k), ("v", v), ("agents", agents), ("dwc_weight", dwc_weight), ("dwc_bias", dwc_bias)]
+    named += [(name, x) for name, xs in (("key_bias", key_bias), ("query_bias", query_bias)) for x in xs]
+    named += [("token_bias", x) for x in token_bias or ()]
+    for name, x in named:
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} must be on {q.device} as q is, got {x.device}")
+        if x is not None and not x.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point, got {x.dtype}")

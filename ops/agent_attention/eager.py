@@ -1,0 +1,144 @@
+"""The plain-PyTorch form for speed: what runs where Triton does not, above all on a CPU.
+
+The biases are (heads, a, N) tensors without a batch. Images go through few at a time, so that nothing of the size
+B·heads·a·N is ever there, and what is there stays in the cache. The backward pass makes the probabilities again.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from ..precision import no_autocast
+from . import reference
+from .tables import Factors, whole
+
+CHUNK_BYTES = 3 << 20  # of the queries of the images that go through together: measured, of 1 to 10 MB
+# With fewer agents than this, logits have agents before tokens, whichever of the two the softmax runs over: a row of
+# 3136 tokens makes better products and sums than 3136 rows of nine agents, twice as fast as PyTorch's flash attention.
+FLASH_AGENTS = 32
+
+
+def agent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    key_bias: Factors,
+    query_bias: Factors,
+    heads: int,
+    token_bias: tuple[Tensor, Tensor] | None = None,
+    dwc_weight: Tensor | None = None,
+    dwc_bias: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """See saccade.ops.agent_attention, which checks the arguments. Here both maps are of one size if convolved."""
+    b1, b2 = whole(key_bias), whole(query_bias)
+    if token_bias is not None:
+        b1, b2 = (torch.cat((t.unsqueeze(2).to(b.dtype), b), 2) for t, b in zip(token_bias, (b1, b2)))
+    size = query_bias[1].shape[2], query_bias[2].shape[2]
+    scale = (q.shape[2] // heads) ** -0.5 if scale is None else scale
+    dwc = (None if p is None else p.to(q.dtype) for p in (dwc_weight, dwc_bias))
+    return AgentAttention.apply(q, k, v, agents, b1.to(q.dtype), b2.to(q.dtype), *dwc, heads, size, scale)
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:  # (B, N, C) -> (B, heads, N, D)
+    return x.unflatten(2, (heads, x.shape[2] // heads)).transpose(1, 2)
+
+
+def _map(x: Tensor, size: tuple[int, int]) -> Tensor:  # (B, [1 +] h·w, C) -> (B, C, h, w), channels last
+    return x[:, x.shape[1] - size[0] * size[1] :].transpose(1, 2).unflatten(2, size)
+
+
+def _chunks(q: Tensor) -> list[slice]:
+    step = max(1, CHUNK_BYTES // (q.shape[1] * q.shape[2] * q.element_size()))
+    return [slice(i, i + step) for i in range(0, q.shape[0], step)]
+
+
+def _probabilities(agents: Tensor, x: Tensor, bias: Tensor, dim: int) -> Tensor:
+    return torch.softmax((agents @ x.mT).add_(bias), dim)  # (B, heads, a, N)
+
+
+class AgentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        agents: Tensor,
+        b1: Tensor,
+        b2: Tensor,
+        dwc_weight: Tensor | None,
+        dwc_bias: Tensor | None,
+        heads: int,
+        size: tuple[int, int],
+        scale: float,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, agents, b1, b2, dwc_weight, dwc_bias)
+        ctx.rest = heads, size, scale
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        flash = agents.shape[1] >= FLASH_AGENTS
+        mask = b2.mT.contiguous() if flash else b2
+        for chunk in _chunks(q):
+            qs, ks, vs, agent = (_heads(x[chunk], heads) for x in (q, k, v, agents))
+            va = F.scaled_dot_product_attention(agent, ks, vs, b1.expand(len(qs), -1, -1, -1), scale=scale)
+            if flash:
+                o = F.scaled_dot_product_attention(qs, agent, va, mask.expand(len(qs), -1, -1, -1), scale=scale)
+            else:
+                o = _probabilities(scale * agent, qs, mask, -2).mT @ va
+            _heads(out[chunk], heads).copy_(o)
+            if dwc_weight is not None:
+                _map(out[chunk], size).add_(reference.convolve(_map(v[chunk], size), dwc_weight, dwc_bias))
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
+            return *_differentiable(ctx.saved_tensors, ctx.needs_input_grad, ctx.rest, dout), None, None, None
+        with no_autocast(dout):
+            return *_backward(*ctx.saved_tensors, dout, *ctx.rest), None, None, None
+
+
+def _backward(q, k, v, agents, b1, b2, dwc_weight, dwc_bias, dout: Tensor, heads: int, size, scale: float) -> tuple:
+    dq, dk, dv, dagents = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v, agents))
+    db1, db2 = torch.zeros_like(b1), torch.zeros_like(b2)
+    dwc = [None if p is None else torch.zeros_like(p) for p in (dwc_weight, dwc_bias)]
+    for chunk in _chunks(q):
+        qs, ks, vs, dos = (_heads(x[chunk], heads).contiguous() for x in (q, k, v, dout))
+        agent = scale * _heads(agents[chunk], heads)
+        p1 = _probabilities(agent, ks, b1, -1)
+        p2 = _probabilities(agent, qs, b2, -2)
+        va, dva = p1 @ vs, p2 @ dos
+        ds = va @ dos.mT
+        ds.sub_((p2 * ds).sum(-2, keepdim=True)).mul_(p2)
+        db2 += ds.sum(0)
+        _heads(dq[chunk], heads).copy_(ds.mT @ agent)
+        dagent = ds @ qs
+        ds = torch.matmul(dva, vs.mT).sub_((dva * va).sum(-1, keepdim=True)).mul_(p1)
+        db1 += ds.sum(0)
+        _heads(dk[chunk], heads).copy_(ds.mT @ agent)
+        _heads(dv[chunk], heads).copy_(p1.mT @ dva)
+        _heads(dagents[chunk], heads).copy_((dagent + ds @ ks).mul_(scale))
+        if dwc_weight is not None:
+            dx, *grads = torch.ops.aten.convolution_backward(
+                _map(dout[chunk], size), _map(v[chunk], size), dwc_weight, None if dwc_bias is None else [q.shape[2]],
+                [1, 1], [1, 1], [1, 1], False, [0, 0], q.shape[2], [True, True, dwc_bias is not None],
+            )  # fmt: skip
+            _map(dv[chunk], size).add_(dx)
+            for total, grad in zip(dwc, grads):
+                if total is not None:
+                    total += grad
+    return dq, dk, dv, dagents, db1, db2, *dwc
+
+
+def _differentiable(tensors, needed, rest, dout: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, agents, b1, b2, dwc_weight, dwc_bias = tensors
+    heads, size, scale = rest
+    out = reference.attend(q, k, v, agents, b1, b2, heads, scale)
+    if dwc_weight is not None:
+        conv = reference.convolve(_map(v, size), dwc_weight, dwc_bias).flatten(2).transpose(1, 2)
+        out = out + F.pad(conv, (0, 0, out.shape[1] - conv.shape[1], 0))
+    leaves = [t for t, n in zip(tensors, needed) if n]
+    grads = iter(torch.autograd.grad(out, leaves, dout, create_graph=True))
+    return tuple(next(grads) if n else None for n in needed[: len(tensors)])

@@ -1,0 +1,61 @@
+"""The plain-PyTorch form for speed: a few images at a time, from qkv where it lies into where the result is to lie.
+
+A batched matrix product takes one batch axis of any stride. A batch of images has two, images and heads, interleaved
+with the tokens: `@` copies q, k, v and the output, which takes longer than the products. One big image has heads alone;
+of a few small ones, what is copied is in the cache still.
+"""
+
+import torch
+from torch import Tensor
+
+from ..precision import full, no_autocast
+from . import reference
+
+
+def channel_attention(qkv: Tensor, heads: int, scale: float) -> Tensor:
+    """See saccade.ops.channel_attention, which checks the arguments."""
+    return ChannelAttention.apply(qkv.flatten(1, -2), heads, scale).unflatten(1, qkv.shape[1:-1])
+
+
+class ChannelAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, qkv: Tensor, heads: int, scale: float) -> Tensor:
+        B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
+        few, wide = _few(qkv), full(qkv)
+        a = qkv.new_empty(B, heads, C // heads, C // heads, dtype=wide)
+        out = qkv.new_empty(B, N, C)
+        with no_autocast(qkv):
+            for (q, k, v), (to,), a_b in zip(_parts(qkv, 3, heads, few), _parts(out, 1, heads, few), a.split(few)):
+                a_b.copy_((k.to(wide).mT @ v.to(wide)).mul_(scale).softmax(3))
+                to.copy_(q @ a_b.mT.to(q.dtype))
+        ctx.save_for_backward(qkv, a)
+        ctx.heads, ctx.scale = heads, scale
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None]:
+        (qkv, a), heads, scale = ctx.saved_tensors, ctx.heads, ctx.scale
+        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
+            out = reference.channel_attention(qkv, heads, scale)
+            return torch.autograd.grad(out, qkv, dout, create_graph=True)[0], None, None
+        dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+        few = _few(qkv)
+        parts = _parts(qkv, 3, heads, few), _parts(dqkv, 3, heads, few), _parts(dout, 1, heads, few), a.split(few)
+        with no_autocast(qkv):
+            for (q, k, v), (dq, dk, dv), (dout_b,), a_b in zip(*parts):
+                dq.copy_(dout_b @ a_b.to(q.dtype))
+                da = dout_b.to(a.dtype).mT @ q.to(a.dtype)
+                ds = a_b * (da - (a_b * da).sum(3, keepdim=True)) * scale
+                dk.copy_(v.to(a.dtype) @ ds.mT)
+                dv.copy_(k.to(a.dtype) @ ds)
+        return dqkv, None, None
+
+
+def _few(qkv: Tensor) -> int:
+    """Images of 1 MB of qkv in float32, or one."""
+    return max(1, 2**18 // (qkv.shape[1] * qkv.shape[2]))
+
+
+def _parts(x: Tensor, n: int, heads: int, few: int) -> list[tuple[Tensor, ...]]:
+    """The n parts (few, heads, N, D) of x (B, N, n·C), a few images after the others."""
+    return [part.unbind(1) for part in x.unflatten(2, (n, heads, -1)).permute(0, 2, 3, 1, 4).split(few)]

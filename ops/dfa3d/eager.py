@@ -1,0 +1,239 @@
+"""The plain-PyTorch form for speed: `embedding_bag` sums weighted rows without gathering them first.
+
+A table of rows is value, (B · S · M, C), under a first row of zeros, to which every corner outside the map points: so a
+NaN at the edge reaches nobody who does not see it. The L · P samples of one query and head are one bag a corner. depth
+has a table of its own, with a zero bin at both ends besides.
+
+Backward, the gradient of value is a bag a cell: the samples sorted by the cell at their upper left, one stable sort for
+all four corners, which then are added one cell apart. Products with rows need these gathered: a tile of queries at a
+time, so that neither they nor what is made of the locations (a dozen numbers a sample) leaves the cache.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from ..precision import no_autocast
+from . import reference
+
+TILE = 1 << 15  # samples, in the cache
+GROUP = 1 << 22  # samples sorted at a time, in whole images: 28 bytes each
+
+
+def dfa3d(
+    value: Tensor, depth: Tensor | None, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """See saccade.ops.dfa3d, which checks the arguments."""
+    return DeformAttn.apply(value, depth, shapes, locations, weights)
+
+
+class DeformAttn(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        value: Tensor,
+        depth: Tensor | None,
+        shapes: list[tuple[int, int]],
+        locations: Tensor,
+        weights: Tensor,
+    ) -> Tensor:
+        ctx.save_for_backward(value, depth, locations, weights)
+        ctx.shapes = shapes
+        B, Q, M, _, _ = weights.shape
+        C = value.shape[3]
+        samples = Samples(value, depth, shapes, locations, weights)
+        out = value.new_empty(B * Q, M * C)
+        for rows in samples.tiles(0, B * Q):
+            tile = Tile(samples, rows)
+            total = None
+            for corner in range(4):
+                row, w, *score = tile.corner(corner)
+                w = w.mul_(tile.a).mul_(score[0]) if score else w.mul_(tile.a)
+                bags = F.embedding_bag(
+                    row.view(-1, samples.LP), samples.value, per_sample_weights=w.view(-1, samples.LP), mode="sum"
+                )
+                total = bags if total is None else total.add_(bags)
+            out[rows] = total.view(-1, M * C)
+        return out.view(B, Q, M * C)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+        value, depth, locations, weights = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
+            y = reference.dfa3d(value, depth, ctx.shapes, locations, weights)
+            inputs = [t for t, n in zip((value, depth, None, locations, weights), needed) if n]
+            grads = iter(torch.autograd.grad(y, inputs, dout, create_graph=True))
+            return tuple(next(grads) if n else None for n in needed)
+        with no_autocast(dout):  # it may be on while the gradient is taken
+            dvalue, ddepth, *rest = _backward(dout, value, depth, ctx.shapes, locations, weights, needed[0])
+        return dvalue, ddepth, None, *rest
+
+
+class Samples:
+    """The tables of rows, and what the samples of all queries have in common: vectors over K = M · L · P."""
+
+    def __init__(self, value: Tensor, depth: Tensor | None, shapes, locations: Tensor, weights: Tensor):
+        B, self.S, self.M, C = value.shape
+        self.Q, L, P = weights.shape[1], *weights.shape[3:]
+        self.LP, self.K = L * P, self.M * L * P
+        self.full = torch.promote_types(torch.promote_types(value.dtype, locations.dtype), torch.float32)
+        self.locations, self.weights = locations.reshape(-1, self.K, locations.shape[5]), weights.reshape(-1, self.K)
+
+        sizes = torch.tensor(shapes, device=value.device)  # (L, 2)
+        head = torch.arange(self.M, device=value.device)[:, None]
+
+        def columns(t: Tensor) -> Tensor:  # that broadcasts to (M, L)
+            return t.expand(self.M, L).repeat_interleave(P, 1).flatten()
+
+        def start(t: Tensor) -> Tensor:
+            return t.cumsum(0) - t
+
+        self.H, self.W = map(columns, sizes.unbind(1))
+        self.height, self.width = self.H.to(self.full), self.W.to(self.full)
+        self.first = columns(start(sizes.prod(1)) * self.M + head) + 1  # after the row of zeros
+        # Upper left cells of a sample: one more each way than the map has, from (-1, -1) on.
+        self.first_key = columns(start((sizes + 1).prod(1)) * self.M + head)
+        self.keys = int((sizes + 1).prod(1).sum()) * self.M
+
+        self.value = value.new_zeros(1 + B * self.S * self.M, C, dtype=self.full)
+        self.value[1:].view(value.shape).copy_(value)
+        self.depth = None
+        if depth is not None:
+            self.Md, self.D = depth.shape[2:]
+            self.depth = value.new_zeros(1 + B * self.S * self.Md, self.D + 2, dtype=self.full)
+            self.depth[1:, 1:-1].unflatten(0, depth.shape[:3]).copy_(depth)
+            self.first_depth = columns(start(sizes.prod(1)) * self.Md + head % self.Md) + 1
+
+    def tiles(self, start: int, stop: int) -> list[slice]:
+        """Of the B · Q rows from start to stop."""
+        step = max(1, TILE // self.K)
+        return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
+
+
+class Tile:
+    """Some rows' samples, (R, K): weight a, cell and fractions; a dead one has weight 0 and all corners outside."""
+
+    def __init__(self, samples: Samples, rows: slice):
+        self.all = s = samples
+        loc = s.locations[rows]
+        x = (loc[..., 0].to(s.full) * s.width).sub_(0.5)
+        y = (loc[..., 1].to(s.full) * s.height).sub_(0.5)
+        alive = ((x > -1) & (x < s.width)).logical_and_(y > -1).logical_and_(y < s.height)
+        if s.depth is not None:
+            z = (loc[..., 2].to(s.full) * s.D).sub_(0.5)
+            alive.logical_and_(z > -1).logical_and_(z < s.D)
+        self.dead = ~alive
+        if s.depth is not None:
+            z0 = z.masked_fill_(self.dead, 0).floor()
+            self.fz, self.bin = z.sub_(z0), z0.long().add_(1)  # after the zero bin
+        self.a = s.weights[rows].to(s.full).masked_fill(self.dead, 0)
+        x0, y0 = x.masked_fill_(self.dead, -1).floor(), y.masked_fill_(self.dead, -1).floor()
+        self.fx, self.fy = x.sub_(x0), y.sub_(y0)
+        self.hats = (1 - self.fx, self.fx), (1 - self.fy, self.fy)
+        self.x0, self.y0 = x0.long(), y0.long()
+        self.inside = (
+            (self.x0 >= 0, self.x0 + 1 < s.W),
+            ((self.y0 >= 0).logical_and_(alive), (self.y0 + 1 < s.H).logical_and_(alive)),
+        )
+        self.image = torch.arange(rows.start, rows.stop, device=loc.device).div(s.Q, rounding_mode="floor")[:, None]
+        self.cell = (self.y0 * s.W).add_(self.x0).add_(self.image * s.S)
+
+    def corner(self, k: int) -> tuple[Tensor, ...]:
+        """Row of value and hat weight; with a depth its score too, the index of the lower bin and the two bins."""
+        s, dy, dx = self.all, k // 2, k % 2
+        inside = self.inside[0][dx] & self.inside[1][dy]
+        cell = self.cell + s.W if dy else self.cell
+        cell = cell + dx if dx else cell
+        row = (cell * s.M).add_(s.first).mul_(inside)
+        hat = self.hats[0][dx] * self.hats[1][dy]
+        if s.depth is None:
+            return row, hat
+        at = (cell * s.Md).add_(s.first_depth).mul_(inside).mul_(s.D + 2).add_(self.bin)
+        flat = s.depth.view(-1)
+        near, far = (flat.index_select(0, (at + d).view(-1)).view_as(hat) for d in range(2))
+        return row, hat, torch.lerp(near, far, self.fz), at, near, far
+
+    def key(self, first: int) -> Tensor:
+        """The upper left cell and head, counted from image `first` on; -1 if dead."""
+        s = self.all
+        key = (self.y0 + 1).mul_(s.W + 1).add_(self.x0 + 1).mul_(s.M).add_(s.first_key)
+        return key.add_((self.image - first) * s.keys).masked_fill_(self.dead, -1)
+
+
+def _backward(dout: Tensor, value: Tensor, depth: Tensor | None, shapes, locations, weights, with_value: bool):
+    B, Q, M, _, _ = weights.shape
+    C = value.shape[3]
+    s = Samples(value, depth, shapes, locations, weights)
+    dout = dout.reshape(B * Q * M, C).to(s.full)
+    dlocations, dweights = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (locations, weights))
+    dloc, dw = dlocations.view(B * Q, s.K, -1), dweights.view(B * Q, s.K)
+    dvalue = value.new_zeros(value.shape, dtype=s.full) if with_value else None
+    if s.depth is not None:
+        ddepth = torch.zeros_like(s.depth)
+        bins = ddepth.view(-1)
+    images = max(1, GROUP // (Q * s.K))
+    for first in range(0, B, images):
+        start, stop = first * Q, min(first + images, B) * Q
+        if with_value:
+            keys = torch.empty(stop - start, s.K, dtype=torch.int64, device=value.device)
+            parts = dout.new_empty(4, stop - start, s.K)
+        for rows in s.tiles(start, stop):
+            tile = Tile(s, rows)
+            own = slice(rows.start - start, rows.stop - start)
+            if with_value:
+                keys[own] = tile.key(first)
+            G = dout[rows.start * M : rows.stop * M, None]  # (R · M, 1, C)
+            u, dz = [], 0
+            for corner in range(4):
+                row, hat, *score = tile.corner(corner)
+                t = (G @ s.value.index_select(0, row.view(-1)).view(-1, s.LP, C).mT).view_as(hat)
+                part = hat.mul_(tile.a)
+                if score:
+                    g, at, near, far = score
+                    dg = part * t
+                    dz = far.sub_(near).mul_(dg).add_(dz)
+                    upper = tile.fz * dg
+                    bins.index_add_(0, at.view(-1), dg.sub_(upper).view(-1))
+                    bins.index_add_(0, at.view(-1).add_(1), upper.view(-1))
+                    part.mul_(g)
+                    t.mul_(g)
+                u.append(t)
+                if with_value:
+                    parts[corner, own] = part
+            upper, lower = torch.lerp(u[0], u[1], tile.fx), torch.lerp(u[2], u[3], tile.fx)
+            dw[rows] = torch.lerp(upper, lower, tile.fy)
+            dloc[rows, :, 0] = torch.lerp(u[1].sub_(u[0]), u[3].sub_(u[2]), tile.fy).mul_(tile.a).mul_(s.width)
+            dloc[rows, :, 1] = lower.sub_(upper).mul_(tile.a).mul_(s.height)
+            if s.depth is not None:
+                dloc[rows, :, 2] = dz.mul_(s.D)
+        if with_value:
+            _scatter(
+                dvalue[first : first + images], keys.view(-1), parts.flatten(1), dout[start * M : stop * M], s, shapes
+            )
+    return (
+        dvalue.to(value.dtype) if with_value else None,
+        None if depth is None else ddepth[1:, 1:-1].reshape(depth.shape).to(depth.dtype),
+        dlocations,
+        dweights,
+    )
+
+
+def _scatter(dvalue: Tensor, keys: Tensor, parts: Tensor, dout: Tensor, s: Samples, shapes) -> None:
+    """dvalue (B, S, M, C) += the parts (4, n) of the rows of dout, each at its corner of its key's cell."""
+    B, _, M, C = dvalue.shape
+    counts = torch.bincount(keys + 1, minlength=1 + B * s.keys)  # the dead first
+    order = keys.sort(stable=True)[1][int(counts[0]) :]
+    counts[0] = 0
+    bag, starts = order.div(s.LP, rounding_mode="floor"), counts.cumsum(0)
+    for corner, part in enumerate(parts):
+        dy, dx = corner // 2, corner % 2
+        rows = F.embedding_bag(
+            bag, dout, starts, per_sample_weights=part[order], mode="sum", include_last_offset=True
+        ).view(B, -1, M * C)
+        at = key = 0
+        for H, W in shapes:
+            block = rows[:, key : key + (H + 1) * (W + 1)].view(B, H + 1, W + 1, M * C)
+            dvalue[:, at : at + H * W].view(B, H, W, M * C).add_(block[:, 1 - dy : 1 - dy + H, 1 - dx : 1 - dx + W])
+            at, key = at + H * W, key + (H + 1) * (W + 1)

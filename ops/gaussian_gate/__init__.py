@@ -1,0 +1,117 @@
+"""Gaussian gate (PATNet, arXiv 2503.03148): channels gated by the mean and the standard deviation of all of them."""
+
+import torch
+from torch import Tensor
+
+from ..dispatch import use_triton
+from ..precision import full, no_autocast
+from . import eager, reference
+
+__all__ = ["gaussian_gate"]
+
+
+def gaussian_gate(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    out_norm_weight: Tensor | None = None,
+    out_norm_bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    out_running_mean: Tensor | None = None,
+    out_running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """out_norm(x · g), g = hardsigmoid(norm(weight · [μ, σ])), for the mean μ and the unbiased standard deviation σ of
+    each channel of each image.
+
+    x        (B, C, H, W), in any memory format: the kernels read contiguous and channels-last maps, and views of bigger
+             ones (the channels that a partial convolution left), where they lie.
+    weight   (C, C, 2): what each gate takes of each mean, weight[..., 0], and deviation, weight[..., 1].
+    norm_weight, norm_bias, out_norm_weight, out_norm_bias
+             (C,): the affines of two BatchNorms, that of the B gates of a channel and that of the gated map. Without
+             the second pair, out_norm is left out.
+    running_mean, running_var, out_running_mean, out_running_var
+             (C,): of the two. Needed unless training; where they are given in training, they are updated:
+             running = (1 - momentum) · running + momentum · the batch's.
+    training whether the norms take the statistics of the batch, of more than one image.
+
+    Returns (B, C, H, W), lying in memory as x does where x is dense. All but x and y is in float32 (float64 if these
+    are), under autocast too; x keeps its type, and the parameters may have another. Gradients go to x and to the
+    parameters, and are the same in every run. That of σ is 0 where σ is 0. A map of one position has no unbiased
+    deviation, and gives NaN. A NaN stays in its image, but for the statistics of training.
+    """
+    if torch.jit.is_scripting():
+        return reference.gaussian_gate(
+            x, weight, norm_weight, norm_bias, out_norm_weight, out_norm_bias,
+            running_mean, running_var, out_running_mean, out_running_var, training, momentum, eps,
+        )  # fmt: skip
+    else:
+        parameters = dict(weight=weight, norm_weight=norm_weight, norm_bias=norm_bias)
+        running = dict(running_mean=running_mean, running_var=running_var)
+        if out_norm_weight is not None or out_norm_bias is not None:
+            parameters |= dict(out_norm_weight=out_norm_weight, out_norm_bias=out_norm_bias)
+            running |= dict(out_running_mean=out_running_mean, out_running_var=out_running_var)
+        return _run(x, parameters, running, training, momentum, eps)
+
+
+def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: float, eps: float) -> Tensor:
+    _check(x, parameters, running, training)
+    if x.numel() == 0:  # with a graph to the parameters
+        return x * sum(p.sum() for p in parameters.values()).to(x.dtype)
+    triton = use_triton(x, *(t for t in (*parameters.values(), *running.values()) if t is not None))
+    bare = [None] * (5 - len(parameters))
+    if not triton and torch.compiler.is_compiling():  # which fuses the definition itself
+        dtype = full(x)
+        with no_autocast(x):
+            wide = (p.to(dtype) for p in parameters.values())
+            y = reference.gaussian_gate(x.to(dtype), *wide, *bare, *running.values(), *bare, training, momentum, eps)
+        return y.to(x.dtype)
+    # In training they are no input: what an operator is given must not change before its backward.
+    statistics = [None] * 4 if training else [*running.values(), *bare]
+    args = (*parameters.values(), *bare, *statistics, training, eps)
+    y, *batch = _triton(x, *args) if triton else eager.gaussian_gate(x, *args)
+    if training:
+        B, _, H, W = x.shape
+        _update(running.values(), batch, (B, B * H * W), momentum)
+    return y
+
+
+def _triton(x: Tensor, *args) -> list[Tensor]:
+    from . import op  # and with it Triton: only now
+
+    y, _, _, batch = op.fwd(x, *args)
+    return [y, *batch]
+
+
+@torch.no_grad()
+def _update(running, batch: list[Tensor], counts: tuple[int, int], momentum: float) -> None:
+    for i, (r, b) in enumerate(zip(running, batch)):
+        if r is not None:  # mean, variance, mean, variance; the running variance is the unbiased one
+            n = counts[i // 2]
+            r.lerp_((b * (n / (n - 1)) if i % 2 else b).to(r.dtype), momentum)
+
+
+def _check(x: Tensor, parameters: dict, running: dict, training: bool) -> None:
+    if x.dim() != 4 or not x.dtype.is_floating_point:
+        raise ValueError(f"x must be floating point of shape (B, C, H, W), got {x.dtype} of shape {tuple(x.shape)}")
+    C = x.shape[1]
+    for name, t in (parameters | running).items():
+        if t is None:
+            if name in parameters:
+                raise ValueError(f"{name} must be given, as its fellow is")
+            if not training:
+                raise ValueError(f"{name} must be given, unless training")
+            continue
+        shape = (C, C, 2) if name == "weight" else (C,)
+        if t.shape != shape:
+            raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
+        if not t.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} as x is, got {t.device}")
+    if training and x.shape[0] == 1:
+        raise ValueError(f"training needs more than one image, got x of shape {tuple(x.shape)}")

@@ -1,0 +1,374 @@
+"""Triton kernels of halo attention, forward and backward, and what launches them.
+
+`fwd_kernel` and `dq_kernel` hold a tile of one block's queries and walk the a · a cells of its window, flat; a cell's
+place on the map takes a division by a, a constant. `dkdv_kernel` holds a tile of one block's keys and walks the queries
+of the blocks whose windows see any of them, its own and its neighbours': so every gradient is written once, by one
+program, and equal in every run.
+
+Position logits come as 2a numbers a query, <q, R_h[…]> for each row of the window and <q, R_w[…]> for each column
+(op.py). Cell (i, j) wants the sum of two of them. Fetched from memory they would take a load of its own for each logit,
+each lane from another line; a product with the one-hot rows and columns of the cells, made in registers, costs the
+tensor cores 2a channels on top of D, and is exact. So do their gradients: dS times the same matrix.
+
+All maps are read where they lie, by four strides. Offsets are 64-bit.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tiles import FLOOR, LOG2E, once, softmax_step
+from .eager import empty
+
+SIZES = ["H", "W", "HQ", "WQ", "M", "N"]
+
+
+@triton.jit
+def program(heads, M, N, TILES: tl.constexpr):
+    """A program's image, head, block row and column, and the number of its tile in the block."""
+    pid = tl.program_id(0)
+    head = pid % heads  # fastest: the heads of a pixel share its cache lines
+    pid = pid // heads
+    tile = pid % TILES
+    pid = pid // TILES
+    J = pid % N
+    pid = pid // N
+    return (pid // M).to(tl.int64), head.to(tl.int64), pid % M, J, tile
+
+
+@triton.jit
+def place(channel, y, x, stride_c, stride_y, stride_x):
+    """Offsets of pixels (y, x) by channels."""
+    return (y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x)[:, None] + (channel.to(tl.int64) * stride_c)[None, :]
+
+
+@triton.jit
+def one_hot(i, j, A: tl.constexpr, POSITIONS: tl.constexpr):
+    """Cells (i, j) by the 2a position logits of a query: 1 at i and at a + j."""
+    c = tl.arange(0, POSITIONS)[None, :]
+    return (c == i[:, None]) | (c == j[:, None] + A)
+
+
+@triton.jit
+def positions(
+    rows_ptr, columns_ptr, y, x, ok,
+    stride_ry, stride_rx, stride_cy, stride_cx, A: tl.constexpr, POSITIONS: tl.constexpr,
+):  # fmt: skip
+    """The 2a position logits of the queries at (y, x)."""
+    c = tl.arange(0, POSITIONS)
+    rows = place(c, y, x, 1, stride_ry, stride_rx)
+    columns = place(c - A, y, x, 1, stride_cy, stride_cx)
+    of_rows = tl.load(rows_ptr + rows, ok[:, None] & (c < A)[None, :], 0.0)
+    return of_rows + tl.load(columns_ptr + columns, ok[:, None] & ((c >= A) & (c < 2 * A))[None, :], 0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fwd_kernel(
+    q_ptr, kv_ptr, rows_ptr, columns_ptr, out_ptr, lse_ptr,
+    stride_qb, stride_qc, stride_qy, stride_qx, stride_kb, stride_kc, stride_ky, stride_kx,
+    stride_rb, stride_rh, stride_ry, stride_rx, stride_cb, stride_ch, stride_cy, stride_cx,
+    stride_ob, stride_oc, stride_oy, stride_ox,
+    heads, H, W, HQ, WQ, M, N, scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, POSITIONS: tl.constexpr,
+    OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    A: tl.constexpr = BLOCK + 2 * HALO
+    b, head, I, J, tile = program(heads, M, N, TILES)
+    m = tile * OWN + tl.arange(0, OWN)
+    y = I * SIDE + m // SIDE
+    x = J * SIDE + m % SIDE
+    ok = (m < SIDE * SIDE) & (y < HQ) & (x < WQ)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
+    q_ptr += b * stride_qb + head * D * stride_qc
+    q = tl.load(q_ptr + place(d, y, x, stride_qc, stride_qy, stride_qx), ok[:, None] & (d < D)[None, :], 0.0)
+    rows_ptr += b * stride_rb + head * stride_rh
+    columns_ptr += b * stride_cb + head * stride_ch
+    pos = positions(rows_ptr, columns_ptr, y, x, ok, stride_ry, stride_rx, stride_cy, stride_cx, A, POSITIONS)
+    k_ptr = kv_ptr + b * stride_kb + head * (D + DV) * stride_kc
+    v_ptr = k_ptr + tl.full((), D, tl.int64) * stride_kc
+
+    most = tl.full((OWN,), FLOOR, tl.float32)
+    total = tl.full((OWN,), 0, tl.float32)
+    acc = tl.full((OWN, BLOCK_V), 0, tl.float32)
+    for start in range(0, A * A, WALKED):
+        n = start + tl.arange(0, WALKED)
+        i = n // A
+        j = n % A
+        ky = I * BLOCK - HALO + i
+        kx = J * BLOCK - HALO + j
+        there = (n < A * A) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
+        k = tl.load(k_ptr + place(d, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (d < D)[None, :], 0.0)
+        v = tl.load(v_ptr + place(e, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (e < DV)[None, :], 0.0)
+        hot = one_hot(i, j, A, POSITIONS).to(q.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.dot(pos, tl.trans(hot), s, input_precision="ieee") * LOG2E
+        s = tl.where((n < A * A)[None, :], s, float("-inf"))
+        most, total, acc = softmax_step(s, v, most, total, acc)
+    lse_ptr += (b * heads + head) * HQ * WQ + y.to(tl.int64) * WQ + x
+    tl.store(lse_ptr, most + tl.log2(total), ok)
+    out_ptr += b * stride_ob + head * DV * stride_oc
+    out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place(e, y, x, stride_oc, stride_oy, stride_ox), out, ok[:, None] & (e < DV)[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def dq_kernel(
+    q_ptr, kv_ptr, rows_ptr, columns_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, drows_ptr, dcolumns_ptr,
+    stride_qb, stride_qc, stride_qy, stride_qx, stride_kb, stride_kc, stride_ky, stride_kx,
+    stride_rb, stride_rh, stride_ry, stride_rx, stride_cb, stride_ch, stride_cy, stride_cx,
+    stride_ob, stride_oc, stride_oy, stride_ox, stride_gb, stride_gc, stride_gy, stride_gx,
+    stride_db, stride_dc, stride_dy, stride_dx,
+    heads, H, W, HQ, WQ, M, N, scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, POSITIONS: tl.constexpr,
+    OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    A: tl.constexpr = BLOCK + 2 * HALO
+    b, head, I, J, tile = program(heads, M, N, TILES)
+    m = tile * OWN + tl.arange(0, OWN)
+    y = I * SIDE + m // SIDE
+    x = J * SIDE + m % SIDE
+    ok = (m < SIDE * SIDE) & (y < HQ) & (x < WQ)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
+    c = tl.arange(0, POSITIONS)
+    of_q = ok[:, None] & (d < D)[None, :]
+    of_v = ok[:, None] & (e < DV)[None, :]
+    q_ptr += b * stride_qb + head * D * stride_qc
+    q = tl.load(q_ptr + place(d, y, x, stride_qc, stride_qy, stride_qx), of_q, 0.0)
+    out_ptr += b * stride_ob + head * DV * stride_oc
+    out = tl.load(out_ptr + place(e, y, x, stride_oc, stride_oy, stride_ox), of_v, 0.0)
+    dout_ptr += b * stride_gb + head * DV * stride_gc
+    dout = tl.load(dout_ptr + place(e, y, x, stride_gc, stride_gy, stride_gx), of_v, 0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # dkdv_kernel needs it too: launch this one first
+    query = (b * heads + head) * HQ * WQ + y.to(tl.int64) * WQ + x
+    tl.store(delta_ptr + query, delta, ok)
+    lse = tl.load(lse_ptr + query, ok, 0.0)
+    of_rows = b * stride_rb + head * stride_rh
+    of_columns = b * stride_cb + head * stride_ch
+    pos = positions(
+        rows_ptr + of_rows, columns_ptr + of_columns, y, x, ok, stride_ry, stride_rx, stride_cy, stride_cx, A, POSITIONS
+    )
+    k_ptr = kv_ptr + b * stride_kb + head * (D + DV) * stride_kc
+    v_ptr = k_ptr + tl.full((), D, tl.int64) * stride_kc
+
+    dq = tl.full((OWN, BLOCK_D), 0, tl.float32)
+    dpos = tl.full((OWN, POSITIONS), 0, tl.float32)
+    for start in range(0, A * A, WALKED):
+        n = start + tl.arange(0, WALKED)
+        i = n // A
+        j = n % A
+        ky = I * BLOCK - HALO + i
+        kx = J * BLOCK - HALO + j
+        there = (n < A * A) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
+        k = tl.load(k_ptr + place(d, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (d < D)[None, :], 0.0)
+        v = tl.load(v_ptr + place(e, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (e < DV)[None, :], 0.0)
+        hot = one_hot(i, j, A, POSITIONS).to(q.dtype)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
+        s = tl.dot(pos, tl.trans(hot), s, input_precision="ieee") * LOG2E
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = tl.where((n < A * A)[None, :], tl.exp2(s - lse[:, None]) * (dp - delta[:, None]), 0.0).to(k.dtype)
+        dq = tl.dot(ds, k, dq, input_precision="ieee")
+        dpos = tl.dot(ds, hot, dpos, input_precision="ieee")
+    dq_ptr += b * stride_db + head * D * stride_dc
+    dq = (dq * scale).to(dq_ptr.dtype.element_ty)
+    tl.store(dq_ptr + place(d, y, x, stride_dc, stride_dy, stride_dx), dq, of_q)
+    dpos = dpos.to(dq.dtype)
+    drows_ptr += of_rows + place(c, y, x, 1, stride_ry, stride_rx)
+    tl.store(drows_ptr, dpos, ok[:, None] & (c < A)[None, :])
+    dcolumns_ptr += of_columns + place(c - A, y, x, 1, stride_cy, stride_cx)
+    tl.store(dcolumns_ptr, dpos, ok[:, None] & ((c >= A) & (c < 2 * A))[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def dkdv_kernel(
+    q_ptr, kv_ptr, rows_ptr, columns_ptr, dout_ptr, lse_ptr, delta_ptr, dkv_ptr,
+    stride_qb, stride_qc, stride_qy, stride_qx, stride_kb, stride_kc, stride_ky, stride_kx,
+    stride_rb, stride_rh, stride_ry, stride_rx, stride_cb, stride_ch, stride_cy, stride_cx,
+    stride_gb, stride_gc, stride_gy, stride_gx, stride_db, stride_dc, stride_dy, stride_dx,
+    heads, H, W, HQ, WQ, M, N, scale,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, POSITIONS: tl.constexpr,
+    OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    A: tl.constexpr = BLOCK + 2 * HALO
+    STEPS: tl.constexpr = (SIDE * SIDE + WALKED - 1) // WALKED  # to walk one block's queries
+    b, head, I, J, tile = program(heads, M, N, TILES)
+    m = tile * OWN + tl.arange(0, OWN)
+    ky = I * BLOCK + m // BLOCK
+    kx = J * BLOCK + m % BLOCK
+    mine = (m < BLOCK * BLOCK) & (ky < H) & (kx < W)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
+    of_k = mine[:, None] & (d < D)[None, :]
+    of_v = mine[:, None] & (e < DV)[None, :]
+    k_ptr = kv_ptr + b * stride_kb + head * (D + DV) * stride_kc
+    v_ptr = k_ptr + tl.full((), D, tl.int64) * stride_kc
+    k = tl.load(k_ptr + place(d, ky, kx, stride_kc, stride_ky, stride_kx), of_k, 0.0)
+    v = tl.load(v_ptr + place(e, ky, kx, stride_kc, stride_ky, stride_kx), of_v, 0.0)
+
+    # Rows and columns of blocks whose windows see the tile.
+    top = I * BLOCK + tile * OWN // BLOCK
+    bottom = I * BLOCK + tl.minimum((tile * OWN + OWN - 1) // BLOCK, BLOCK - 1)
+    I0 = tl.maximum(top - HALO, 0) // BLOCK
+    I1 = tl.minimum((bottom + HALO) // BLOCK, M - 1)
+    J0 = tl.maximum(J * BLOCK - HALO, 0) // BLOCK
+    J1 = tl.minimum((J * BLOCK + BLOCK - 1 + HALO) // BLOCK, N - 1)
+    across = J1 - J0 + 1
+
+    q_ptr += b * stride_qb + head * D * stride_qc
+    dout_ptr += b * stride_gb + head * DV * stride_gc
+    rows_ptr += b * stride_rb + head * stride_rh
+    columns_ptr += b * stride_cb + head * stride_ch
+    lse_ptr += (b * heads + head) * HQ * WQ
+    delta_ptr += (b * heads + head) * HQ * WQ
+    dk = tl.full((OWN, BLOCK_D), 0, tl.float32)
+    dv = tl.full((OWN, BLOCK_V), 0, tl.float32)
+    for step in range((I1 - I0 + 1) * across * STEPS):
+        visited = step // STEPS
+        block_y = I0 + visited // across
+        block_x = J0 + visited % across
+        n = step % STEPS * WALKED + tl.arange(0, WALKED)
+        y = block_y * SIDE + n // SIDE
+        x = block_x * SIDE + n % SIDE
+        ok = (n < SIDE * SIDE) & (y < HQ) & (x < WQ)
+        query = y.to(tl.int64) * WQ + x
+        lse = once(tl.load(lse_ptr + query, ok, float("inf")))  # exp2(s - inf) = 0 hides the lanes that hold no query
+        delta = once(tl.load(delta_ptr + query, ok, 0.0))
+        ok = ok & (lse == lse)  # a NaN reaches the keys that it sees through p and ds; 0 · NaN would reach their tile
+        q = tl.load(q_ptr + place(d, y, x, stride_qc, stride_qy, stride_qx), ok[:, None] & (d < D)[None, :], 0.0)
+        dout = tl.load(dout_ptr + place(e, y, x, stride_gc, stride_gy, stride_gx), ok[:, None] & (e < DV)[None, :], 0.0)
+        pos = positions(rows_ptr, columns_ptr, y, x, ok, stride_ry, stride_rx, stride_cy, stride_cx, A, POSITIONS)
+        i = ky - block_y * BLOCK + HALO
+        j = kx - block_x * BLOCK + HALO
+        sees = (mine & (i >= 0) & (i < A) & (j >= 0) & (j < A))[:, None]
+        hot = one_hot(i, j, A, POSITIONS).to(k.dtype)
+        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
+        s = tl.dot(hot, tl.trans(pos), s, input_precision="ieee") * LOG2E
+        p = tl.where(sees, tl.exp2(s - lse[None, :]), 0.0)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        ds = tl.where(sees, p * (dp - delta[None, :]), 0.0)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dkv_ptr += b * stride_db + head * (D + DV) * stride_dc
+    dk = (dk * scale).to(dkv_ptr.dtype.element_ty)
+    tl.store(dkv_ptr + place(d, ky, kx, stride_dc, stride_dy, stride_dx), dk, of_k)
+    dkv_ptr += tl.full((), D, tl.int64) * stride_dc
+    dv = dv.to(dkv_ptr.dtype.element_ty)
+    tl.store(dkv_ptr + place(e, ky, kx, stride_dc, stride_dy, stride_dx), dv, of_v)
+
+
+# By bytes of an element and the wider of the padded head dims: rows of the own tile at most, rows walked at a time,
+# warps, stages. Chosen by registers and shared memory from ahead-of-time compilation (saccade.ops.aot), not
+# yet timed on a GPU: the tallest own tiles, up to a block of 8 x 8, that do not spill on sm_90.
+TILES = {
+    (2, 32): (64, 32, 4, 3),
+    (2, 64): (64, 32, 8, 2),
+    (2, 128): (64, 32, 8, 2),
+    (2, 256): (16, 16, 8, 1),
+    (4, 32): (32, 32, 8, 2),
+    (4, 64): (32, 32, 8, 2),
+    (4, 128): (16, 32, 8, 1),
+    (4, 256): (16, 16, 8, 1),
+}
+MAX_HEAD_DIM, MAX_WINDOW = 256, 32  # of the kernels
+
+
+def launch_options(itemsize: int, D: int, Dv: int, block: int, halo: int, side: int, tokens: int, hip: bool) -> dict:
+    """The tile, as constexprs and launch options, for an own tile in a block of so many tokens."""
+    BLOCK_D, BLOCK_V = (max(16, triton.next_power_of_2(n)) for n in (D, Dv))
+    most, walked, warps, stages = TILES[itemsize, max(32, BLOCK_D, BLOCK_V)]
+    positions = max(32, triton.next_power_of_2(2 * (block + 2 * halo)))
+    if positions > 32:  # which take twice the registers
+        most, warps = most if warps < 8 else max(16, most // 2), 8
+        walked = min(walked, 64 // itemsize)
+    own = max(16, min(most, triton.next_power_of_2(tokens)))
+    return dict(
+        D=D,
+        DV=Dv,
+        BLOCK=block,
+        HALO=halo,
+        SIDE=side,
+        BLOCK_D=BLOCK_D,
+        BLOCK_V=BLOCK_V,
+        POSITIONS=positions,
+        OWN=own,
+        WALKED=walked,
+        TILES=triton.cdiv(tokens, own),
+        num_warps=warps,
+        num_stages=1 if hip else stages,
+    )
+
+
+def _launch(q: Tensor, kv: Tensor, heads: int, block: int, halo: int, stride: int, scale: float):
+    """Sizes, and the options for own tiles of queries and of keys."""
+    (_, C, HQ, WQ), (_, CK, H, W) = q.shape, kv.shape
+    side, hip = block // stride, torch.version.hip is not None
+    fixed = q.element_size(), C // heads, (CK - C) // heads, block, halo, side
+    options = (launch_options(*fixed, tokens, hip) for tokens in (side**2, block**2))
+    return (heads, H, W, HQ, WQ, triton.cdiv(H, block), triton.cdiv(W, block), scale), *options
+
+
+def fwd(
+    q: Tensor, kv: Tensor, rows: Tensor, columns: Tensor, heads: int, block: int, halo: int, stride: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output (B, heads · Dv, H', W') and, for the backward, the base-2 log-sum-exp of the logits (B, heads,
+    H', W'). rows and columns, (B, heads, H', W', a), are the position logits, last axis contiguous."""
+    B, C, HQ, WQ = q.shape
+    out = empty(q, kv.shape[1] - C)
+    lse = q.new_empty(B, heads, HQ, WQ, dtype=torch.float32)
+    sizes, options, _ = _launch(q, kv, heads, block, halo, stride, scale)
+    strides = *q.stride(), *kv.stride(), *rows.stride()[:4], *columns.stride()[:4], *out.stride()
+    grid = (B * sizes[5] * sizes[6] * options["TILES"] * heads,)
+    with torch.cuda.device_of(q):
+        fwd_kernel[grid](q, kv, rows, columns, out, lse, *strides, *sizes, **options)
+    return out, lse
+
+
+def bwd(
+    dout: Tensor,
+    q: Tensor,
+    kv: Tensor,
+    rows: Tensor,
+    columns: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    heads: int,
+    block: int,
+    halo: int,
+    stride: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients to q, kv, rows and columns."""
+    dq, dkv = empty(q, q.shape[1]), empty(kv, kv.shape[1])
+    drows, dcolumns, delta = (
+        torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device) for z in (rows, columns, lse)
+    )
+    sizes, of_queries, of_keys = _launch(q, kv, heads, block, halo, stride, scale)
+    maps = *q.stride(), *kv.stride(), *rows.stride()[:4], *columns.stride()[:4]
+    programs = q.shape[0] * sizes[5] * sizes[6] * heads
+    with torch.cuda.device_of(q):
+        dq_kernel[(programs * of_queries["TILES"],)](
+            q, kv, rows, columns, out, dout, lse, delta, dq, drows, dcolumns,
+            *maps, *out.stride(), *dout.stride(), *dq.stride(), *sizes, **of_queries,
+        )  # fmt: skip
+        dkdv_kernel[(programs * of_keys["TILES"],)](
+            q, kv, rows, columns, dout, lse, delta, dkv, *maps, *dout.stride(), *dkv.stride(), *sizes, **of_keys
+        )
+    return dq, dkv, drows, dcolumns
+
+
+def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
+    """For saccade.ops.aot: every tile of TILES, on maps of both memory formats, and with the widest windows."""
+    itemsize = 4 if dtype == "fp32" else 2
+    floats = dict(lse_ptr="*fp32", delta_ptr="*fp32")
+    for D in (D for size, D in TILES if size == itemsize):
+        for block, halo, inner in ((8, 3, "c"), (8, 3, "x"), (14, 2, "x")):
+            ones = {f"stride_{z}{inner}": 1 for z in "qkogd"}
+            for kernel in (fwd_kernel, dq_kernel, dkdv_kernel):
+                yield kernel, floats, ones | launch_options(itemsize, min(D, 64), D, block, halo, block, block**2, hip)

@@ -1,0 +1,64 @@
+"""Halo attention as its definition reads (HaloNet, arXiv 2103.12731).
+
+The map is cut into blocks of b x b pixels; the window of a block is the block with h pixels around it, a = b + 2h a
+side. A query at (y, x) of its block's tile, b / stride a side, and the cell (i, j) of the window make the logit
+
+    scale · <q, k_ij> + <q, R_h[i - y + a - 1] + R_w[j - x + a - 1]>
+
+and the output is Σ softmax(logits) v, over all a · a cells: those outside the image have k = v = 0, and take part.
+Queries of a strided tile are numbered in the tile, not in pixels.
+
+Here the windows and the logits are tensors in memory; the other forms exist to avoid exactly these.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def halo_attention(
+    q: Tensor,
+    kv: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    heads: int,
+    block: int,
+    halo: int,
+    stride: int = 1,
+    scale: float | None = None,
+    scale_pos: bool = False,
+) -> Tensor:  # (B, heads·D, H', W'), (B, heads·(D + Dv), H, W), (2a - 1, D) twice -> (B, heads·Dv, H', W')
+    B, _, H, W = kv.shape
+    D, a, t = height_rel.shape[1], block + 2 * halo, block // stride
+    M, N = (H + block - 1) // block, (W + block - 1) // block  # blocks
+    s = D**-0.5 if scale is None else scale
+
+    x = F.pad(q, (0, N * t - q.shape[3], 0, M * t - q.shape[2]))
+    kv = F.pad(kv, (halo, halo + N * block - W, halo, halo + M * block - H))
+    windows = kv.unflatten(1, (heads, -1)).unfold(3, a, block).unfold(4, a, block)  # (B, heads, D + Dv, M, N, a, a)
+    k, v = windows[:, :, :D], windows[:, :, D:]
+
+    rows, columns = position_logits(x, height_rel, width_rel, heads, block, halo, stride)
+    position = rows.unsqueeze(-1) + columns.unsqueeze(-2)
+    position = position.reshape(B, heads, M, t, N, t, a, a).transpose(3, 4)  # (B, heads, M, N, t, t, a, a)
+    x = x.reshape(B, heads, D, M, t, N, t)
+    logits = torch.einsum("bhdmynx,bhdmnij->bhmnyxij", x, k) * s + position * (s if scale_pos else 1.0)
+    p = logits.flatten(-2).softmax(-1).view_as(logits)
+    out = torch.einsum("bhmnyxij,bhdmnij->bhdmynx", p, v)
+    return out.reshape(B, v.shape[1] * v.shape[2], M * t, N * t)[:, :, : q.shape[2], : q.shape[3]]
+
+
+def position_logits(
+    q: Tensor, height_rel: Tensor, width_rel: Tensor, heads: int, block: int, halo: int, stride: int
+) -> tuple[Tensor, Tensor]:
+    """<q, R_h> by the rows of a query's window and <q, R_w> by its columns: (B, heads, H', W', a) each."""
+    a, t = block + 2 * halo, block // stride
+    x = q.unflatten(1, (heads, -1))
+    rows = torch.einsum("bhdyx,ydi->bhyxi", x, _of_lines(height_rel.to(q.dtype), q.shape[2], a, t))
+    columns = torch.einsum("bhdyx,xdj->bhyxj", x, _of_lines(width_rel.to(q.dtype), q.shape[3], a, t))
+    return rows, columns
+
+
+def _of_lines(table: Tensor, lines: int, a: int, t: int) -> Tensor:
+    """(lines, D, a): for queries in line y of their tile, the a rows of the table from a - 1 - y on."""
+    return table.unfold(0, a, 1)[a - t :].flip(0).repeat((lines + t - 1) // t, 1, 1)[:lines]

@@ -1,0 +1,389 @@
+"""Triton kernels of sparse attention, forward and backward, and of the mask that it sees; and what launches them.
+
+Attention is flash attention under a mask of bits, a word of 32 keys for each query and tile of keys: 28 bytes for the
+197 keys of a query, where floats are 788. In `fwd_kernel` and `dq_kernel` a program holds queries and walks keys, in
+`dkdv_kernel` it holds keys and walks queries. A tile for which none of the program's queries has a bit is skipped.
+Gathering each query's own keys instead would save arithmetic, but a tensor core wants 16 queries with the same keys.
+
+The mask comes from two kernels. `basis_kernel` folds the predictor of a head, (q W_qᵀ + b_q)(k W_kᵀ + b_k)ᵀ P, into
+q G + g: one pass over its keys. `mask_kernel` makes from 16 queries and G their softmax over K coefficients, takes
+the largest of these one by one and adds each times its row of U to the scores, which stay in registers as whole rows;
+then finds the budget-th largest score by its bits, high to low, floats being ordered as their bits are. It reads q and
+writes the bits; the scores are nowhere in memory. All this is in float32: no tensor core, but there is little of it.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tiles import FLOOR, LOG2E, once, softmax_step
+from .reference import basis, with_cls
+
+WORD = tl.constexpr(32)
+LOWEST = tl.constexpr(-(2**31))
+# Not specialised on: no recompilation for a size that 16 divides.
+SIZES = ["heads", "N", "C", "c", "K", "rounds", "budget"]
+
+
+@triton.jit
+def program(heads, tiles):
+    """A program's image, head and tile. The heads of a token share its cache lines: they come first."""
+    pid = tl.program_id(0)
+    return (pid // heads // tiles).to(tl.int64), pid % heads, pid // heads % tiles
+
+
+@triton.jit
+def rows_of(tile, N, BLOCK: tl.constexpr):
+    """Tokens of a tile, 64-bit since they are about to be multiplied by strides, and which are there."""
+    n = tile * BLOCK + tl.arange(0, BLOCK)
+    return tl.where(n < N, n, 0).to(tl.int64), n < N
+
+
+@triton.jit
+def has(word, WIDTH: tl.constexpr):
+    """(M,) words of WIDTH bits -> (M, WIDTH)"""
+    return ((word[:, None] >> tl.arange(0, WIDTH)[None, :].to(word.dtype)) & 1) != 0
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fwd_kernel(
+    qkv_ptr, mask_ptr, out_ptr, lse_ptr, stride_b, stride_n, heads, N, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    words = (N + WORD - 1) // WORD
+    b, head, tile = program(heads, (N + BLOCK_M - 1) // BLOCK_M)
+    n, row = rows_of(tile, N, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    C = heads * D
+    mine = row[:, None] & (d < D)[None, :]
+    q_ptr = qkv_ptr + b * stride_b + head * D
+    q = tl.load(q_ptr + (n * stride_n)[:, None] + d[None, :], mine, 0.0)
+    first = (b * heads + head) * N
+    mask_ptr += (first + n) * words
+
+    m = tl.full((BLOCK_M,), FLOOR, tl.float32)
+    l = tl.full((BLOCK_M,), 0, tl.float32)
+    acc = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
+    for j in range(words):
+        word = tl.load(mask_ptr + j, row, 0)
+        if tl.max((word != 0).to(tl.int32), 0) != 0:
+            i, ok = rows_of(j, N, WORD)
+            inside = ok[:, None] & (d < D)[None, :]
+            key = (i * stride_n)[:, None] + d[None, :]
+            k = tl.load(q_ptr + C + key, inside, 0.0)
+            v = tl.load(q_ptr + 2 * C + key, inside, 0.0)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+            s = tl.where(has(word, WORD) & ok[None, :], s, float("-inf"))
+            m, l, acc = softmax_step(s, v, m, l, acc)
+    none = l == 0  # no key: the output is 0, and exp2(s - inf) is in the backward
+    tl.store(lse_ptr + first + n, tl.where(none, float("inf"), m + tl.log2(l)), row)
+    out = acc / tl.where(none, 1.0, l)[:, None]
+    out_ptr += (b * N + n)[:, None] * C + head * D + d[None, :]
+    tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), mine)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def dq_kernel(
+    qkv_ptr, mask_ptr, out_ptr, lse_ptr, dout_ptr, delta_ptr, dqkv_ptr, stride_b, stride_n, stride_db, stride_dn,
+    heads, N, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    words = (N + WORD - 1) // WORD
+    b, head, tile = program(heads, (N + BLOCK_M - 1) // BLOCK_M)
+    n, row = rows_of(tile, N, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    C = heads * D
+    mine = row[:, None] & (d < D)[None, :]
+    q_ptr = qkv_ptr + b * stride_b + head * D
+    q = tl.load(q_ptr + (n * stride_n)[:, None] + d[None, :], mine, 0.0)
+    dout = tl.load(dout_ptr + b * stride_db + head * D + (n * stride_dn)[:, None] + d[None, :], mine, 0.0)
+    out = tl.load(out_ptr + (b * N + n)[:, None] * C + head * D + d[None, :], mine, 0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    first = (b * heads + head) * N
+    tl.store(delta_ptr + first + n, delta, row)
+    lse = tl.load(lse_ptr + first + n, row, float("inf"))
+    mask_ptr += (first + n) * words
+
+    dq = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
+    for j in range(words):
+        word = tl.load(mask_ptr + j, row, 0)
+        if tl.max((word != 0).to(tl.int32), 0) != 0:
+            i, ok = rows_of(j, N, WORD)
+            inside = ok[:, None] & (d < D)[None, :]
+            key = (i * stride_n)[:, None] + d[None, :]
+            k = tl.load(q_ptr + C + key, inside, 0.0)
+            v = tl.load(q_ptr + 2 * C + key, inside, 0.0)
+            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+            dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+            ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
+            ds = tl.where(has(word, WORD) & ok[None, :], ds, 0.0)
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    dqkv_ptr += (b * N + n)[:, None] * (3 * C) + head * D + d[None, :]
+    tl.store(dqkv_ptr, (dq * scale).to(dqkv_ptr.dtype.element_ty), mine)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def dkdv_kernel(
+    qkv_ptr, mask_ptr, lse_ptr, dout_ptr, delta_ptr, dqkv_ptr, stride_b, stride_n, stride_db, stride_dn,
+    heads, N, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    words = (N + WORD - 1) // WORD
+    b, head, tile = program(heads, (N + BLOCK_M - 1) // BLOCK_M)
+    n, row = rows_of(tile, N, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    C = heads * D
+    mine = row[:, None] & (d < D)[None, :]
+    q_ptr = qkv_ptr + b * stride_b + head * D
+    dout_ptr += b * stride_db + head * D
+    key = (n * stride_n)[:, None] + d[None, :]
+    k = tl.load(q_ptr + C + key, mine, 0.0)
+    v = tl.load(q_ptr + 2 * C + key, mine, 0.0)
+    first = (b * heads + head) * N
+    place = tile * (BLOCK_M // WORD)  # of this tile's first word in a row of the mask
+
+    dk = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
+    dv = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
+    for j in range(words):  # as many tiles of queries as words of keys
+        i, ok = rows_of(j, N, WORD)
+        word = tl.load(mask_ptr + (first + i) * words + place, ok, 0).to(tl.uint32).to(tl.uint64)
+        if BLOCK_M > WORD:
+            next = tl.load(mask_ptr + (first + i) * words + place + 1, ok & (place + 1 < words), 0)
+            word |= next.to(tl.uint32).to(tl.uint64) << 32
+        if tl.max((word != 0).to(tl.int32), 0) != 0:
+            see = tl.trans(has(word, BLOCK_M))
+            lse = once(tl.load(lse_ptr + first + i, ok, float("inf")))  # exp2(s - inf) = 0 hides what is no query
+            delta = once(tl.load(delta_ptr + first + i, ok, 0.0))
+            # A query that is NaN reaches the keys that it sees, through p and ds: but not the others, by 0 · NaN.
+            inside = (ok & (lse == lse))[:, None] & (d < D)[None, :]
+            q = tl.load(q_ptr + (i * stride_n)[:, None] + d[None, :], inside, 0.0)
+            dout = tl.load(dout_ptr + (i * stride_dn)[:, None] + d[None, :], inside, 0.0)
+            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
+            p = tl.where(see, tl.exp2(s - lse[None, :]), 0.0)
+            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            ds = tl.where(see, p * (dp - delta[None, :]), 0.0)
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dqkv_ptr += (b * N + n)[:, None] * (3 * C) + head * D + d[None, :]
+    tl.store(dqkv_ptr + C, (dk * scale).to(dqkv_ptr.dtype.element_ty), mine)
+    tl.store(dqkv_ptr + 2 * C, dv.to(dqkv_ptr.dtype.element_ty), mine)
+
+
+@triton.jit
+def matrix(x_ptr, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A contiguous matrix, whole, in float32 and padded with zeros."""
+    r, c = tl.arange(0, ROWS), tl.arange(0, COLS)
+    inside = (r < rows)[:, None] & (c < cols)[None, :]
+    return tl.load(x_ptr + r[:, None] * cols + c[None, :], inside, 0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def basis_kernel(
+    k_ptr, pq_ptr, pqb_ptr, pk_ptr, pkb_ptr, down_ptr, alive_ptr, fold_ptr, stride_b, stride_h, stride_n,
+    heads, N, c, K, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, ALIVE: tl.constexpr,
+):  # fmt: skip
+    b, head, tile = program(heads, (K + BLOCK_K - 1) // BLOCK_K)
+    d, kk, cc = tl.arange(0, BLOCK_D), tile * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_C)
+    k_ptr += b * stride_b + head.to(tl.int64) * stride_h
+    kP = tl.full((BLOCK_D, BLOCK_K), 0, tl.float32)
+    sums = tl.full((BLOCK_K,), 0, tl.float32)  # of the columns of P
+    for j in range((N + WORD - 1) // WORD):
+        i, ok = rows_of(j, N, WORD)
+        if ALIVE:
+            ok = ok & (tl.load(alive_ptr + b * N + i, ok, 0) != 0)
+        k = tl.load(k_ptr + (i * stride_n)[:, None] + d[None, :], ok[:, None] & (d < D)[None, :], 0.0).to(tl.float32)
+        P = tl.load(down_ptr + i[:, None] * K + kk[None, :], ok[:, None] & (kk < K)[None, :], 0.0).to(tl.float32)
+        kP = tl.dot(tl.trans(k), P, kP, input_precision="ieee")
+        sums += tl.sum(P, 0)
+    W_k, b_k = matrix(pk_ptr, c, D, BLOCK_C, BLOCK_D), tl.load(pkb_ptr + cc, cc < c, 0.0).to(tl.float32)
+    Kd = tl.dot(W_k, kP, input_precision="ieee") + b_k[:, None] * sums[None, :]
+    W_q, b_q = matrix(pq_ptr, c, D, BLOCK_C, BLOCK_D), tl.load(pqb_ptr + cc, cc < c, 0.0).to(tl.float32)
+    G = tl.dot(tl.trans(W_q), Kd, input_precision="ieee") * scale
+    g = tl.sum(b_q[:, None] * Kd, 0) * scale
+    fold_ptr += (b * heads + head) * (D + 1) * K  # G (D, K), then g (K)
+    tl.store(fold_ptr + d[:, None] * K + kk[None, :], G, (d < D)[:, None] & (kk < K)[None, :])
+    tl.store(fold_ptr + D * K + kk, g, kk < K)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def mask_kernel(
+    q_ptr, fold_ptr, up_ptr, alive_ptr, mask_ptr, stride_b, stride_h, stride_n,
+    heads, N, K, rounds, budget, COEF_THRESHOLD: tl.constexpr, THRESHOLD: tl.constexpr, ALIVE: tl.constexpr,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    b, head, tile = program(heads, (N + BLOCK_M - 1) // BLOCK_M)
+    n, row = rows_of(tile, N, BLOCK_M)
+    kk, col = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
+    q_ptr += b * stride_b + head.to(tl.int64) * stride_h
+    fold_ptr += (b * heads + head) * (D + 1) * K
+    E = tl.full((BLOCK_M, BLOCK_K), 0, tl.float32)  # in base 2
+    for start in range(0, D, 16):  # in small pieces: fp32 operands take many registers
+        d = start + tl.arange(0, 16)
+        q = tl.load(q_ptr + (n * stride_n)[:, None] + d[None, :], row[:, None] & (d < D)[None, :], 0.0).to(tl.float32)
+        G = tl.load(fold_ptr + d[:, None] * K + kk[None, :], (d < D)[:, None] & (kk < K)[None, :], 0.0)
+        E = tl.dot(q, G, E, input_precision="ieee")
+    E += tl.load(fold_ptr + D * K + kk, kk < K, 0.0)[None, :]
+    visible = col < N
+    if ALIVE:
+        E = tl.where((tl.load(alive_ptr + b * N + n, row, 0) != 0)[:, None], E, 0.0)
+        there = tl.load(alive_ptr + b * N + col, visible, 0) != 0
+        budget = tl.minimum(budget, tl.sum(there.to(tl.int32), 0) - 1)  # CLS is no patch
+        visible = visible & there
+    E = tl.where((kk < K)[None, :], E, float("-inf"))
+    A = tl.exp2(E - tl.max(E, 1)[:, None])
+    A = tl.where((kk < K)[None, :], A / tl.sum(A, 1)[:, None], -1.0)
+
+    S = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
+    for _ in range(rounds):  # the largest coefficient left, times its row of U
+        a, at = tl.max(A, 1, return_indices=True, return_indices_tie_break_left=True)
+        U = tl.load(up_ptr + at[:, None] * N + col[None, :], (at < K)[:, None] & (col < N)[None, :], 0.0)
+        S += tl.where(a <= COEF_THRESHOLD, 0.0, a)[:, None] * U
+        A = tl.where(kk[None, :] == at[:, None], -1.0, A)
+
+    if THRESHOLD is None:
+        x = S.to(tl.int32, bitcast=True)
+        x ^= (x >> 31) & 0x7FFFFFFF  # ordered as the floats, negative ones too
+        x = tl.where(visible[None, :], x, LOWEST)
+        t = tl.full((BLOCK_M,), LOWEST, tl.int32)
+        for i in range(32):  # the largest t that `budget` scores reach; its highest bit, the sign, is set by xor
+            more = t ^ (tl.full((BLOCK_M,), 1, tl.int32) << (31 - i))
+            t = tl.where(tl.sum((x >= more[:, None]).to(tl.int32), 1) >= budget, more, t)
+        quota = budget - tl.sum((x > t[:, None]).to(tl.int32), 1)
+        end = tl.full((BLOCK_M,), 0, tl.int32)
+        for i in range(11):  # of those at t, the first `quota`: so many stand before `end`
+            more = end + (BLOCK_N >> i)
+            level = (x == t[:, None]) & (col[None, :] < more[:, None])
+            end = tl.where(tl.sum(level.to(tl.int32), 1) <= quota, more, end)
+        keep = (x > t[:, None]) | ((x == t[:, None]) & (col[None, :] < end[:, None]))
+    else:
+        keep = (S > THRESHOLD) | (S != S)
+    keep = (keep & visible[None, :]) | ((n == 0)[:, None] & (col < N)[None, :])  # CLS has them all
+    bits = tl.reshape(keep.to(tl.int32), (BLOCK_M, BLOCK_N // WORD, WORD)) << tl.arange(0, WORD)[None, None, :]
+    words = (N + WORD - 1) // WORD
+    w = tl.arange(0, BLOCK_N // WORD)
+    mask_ptr += ((b * heads + head) * N + n)[:, None] * words + w[None, :]
+    tl.store(mask_ptr, tl.sum(bits, 2), row[:, None] & (w < words)[None, :])
+
+
+# By bytes of an element and head dim: rows of the own tile, warps, stages. Chosen by registers and shared memory from
+# ahead-of-time compilation (saccade.ops.aot), not yet timed on a GPU. What is walked comes by words of 32.
+TILES = {
+    (2, 32): (64, 4, 2),
+    (2, 64): (64, 4, 2),
+    (2, 128): (64, 8, 2),
+    (4, 32): (32, 8, 2),  # fp32 products take many registers: no tile of (4, 128) is without spills
+    (4, 64): (32, 8, 2),
+}
+ROWS = 16  # of mask_kernel: 16 x 256 scores of float32 are 32 registers of a thread
+
+
+def attention_options(itemsize: int, D: int) -> dict:
+    BLOCK_D = max(16, triton.next_power_of_2(D))
+    rows, warps, stages = TILES[itemsize, max(32, BLOCK_D)]
+    return dict(D=D, BLOCK_D=BLOCK_D, BLOCK_M=rows, num_warps=warps, num_stages=stages)
+
+
+def basis_options(D: int, c: int) -> dict:
+    BLOCK_D, BLOCK_C = (max(16, triton.next_power_of_2(n)) for n in (D, c))
+    # W_q and W_k are there whole, in float32: 64 x 64 spill from four warps' registers.
+    return dict(D=D, BLOCK_D=BLOCK_D, BLOCK_C=BLOCK_C, BLOCK_K=32, num_warps=8 if BLOCK_C * BLOCK_D > 2048 else 4)
+
+
+def mask_options(D: int, K: int, N: int) -> dict:
+    BLOCK_K, BLOCK_N = max(16, triton.next_power_of_2(K)), max(32, triton.next_power_of_2(N))
+    return dict(D=D, BLOCK_K=BLOCK_K, BLOCK_M=ROWS, BLOCK_N=BLOCK_N, num_warps=min(16, max(4, BLOCK_N // 64)))
+
+
+def fwd(qkv: Tensor, mask: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
+    """The output (B, N, C) and, for the backward, the base-2 log-sum-exp of each query's logits (B, heads, N)."""
+    B, N, C3 = qkv.shape
+    out = qkv.new_empty(B, N, C3 // 3)
+    lse = qkv.new_empty(B, heads, N, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    if qkv.stride(2) != 1:
+        qkv = qkv.contiguous()
+    options = attention_options(qkv.element_size(), C3 // 3 // heads)
+    grid = (B * heads * triton.cdiv(N, options["BLOCK_M"]),)
+    with torch.cuda.device_of(qkv):
+        fwd_kernel[grid](qkv, mask.contiguous(), out, lse, *qkv.stride()[:2], heads, N, scale, **options)
+    return out, lse
+
+
+def bwd(dout: Tensor, qkv: Tensor, mask: Tensor, out: Tensor, lse: Tensor, heads: int, scale: float) -> Tensor:
+    """The gradient to qkv, (B, N, 3C) contiguous. Each of its elements is written once, by one program."""
+    B, N, C3 = qkv.shape
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    if dqkv.numel() == 0:
+        return dqkv
+    if qkv.stride(2) != 1:
+        qkv = qkv.contiguous()
+    if dout.stride(2) != 1:
+        dout = dout.contiguous()
+    mask, delta = mask.contiguous(), torch.empty_like(lse)
+    options = attention_options(qkv.element_size(), C3 // 3 // heads)
+    grid = (B * heads * triton.cdiv(N, options["BLOCK_M"]),)
+    strides = *qkv.stride()[:2], *dout.stride()[:2]
+    with torch.cuda.device_of(qkv):
+        dq_kernel[grid](qkv, mask, out, lse, dout, delta, dqkv, *strides, heads, N, scale, **options)
+        dkdv_kernel[grid](qkv, mask, lse, dout, delta, dqkv, *strides, heads, N, scale, **options)
+    return dqkv
+
+
+def mask(
+    q: Tensor,
+    k: Tensor,
+    proj_q: Tensor,
+    proj_q_bias: Tensor,
+    proj_k: Tensor,
+    proj_k_bias: Tensor,
+    down: Tensor,
+    up: Tensor,
+    budget: int | None,
+    threshold: float | None,
+    topk: int | None,
+    coef_threshold: float,
+    basis_threshold: float | None,
+    alive: Tensor | None,
+) -> Tensor:
+    """(B, heads, N, ceil(N / 32)) int32."""
+    (B, heads, N, D), K, c = q.shape, down.shape[1], proj_q.shape[0]
+    bits = torch.empty(B, heads, N, triton.cdiv(N, 32), dtype=torch.int32, device=q.device)
+    if bits.numel() == 0:
+        return bits
+    q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))
+    U = basis(up.float(), basis_threshold).contiguous()
+    fold = q.new_empty(B, heads, D + 1, K, dtype=torch.float32)
+    there = bits if alive is None else with_cls(alive).to(torch.uint8)  # not read, if None
+    predictor = (t.contiguous() for t in (proj_q, proj_q_bias, proj_k, proj_k_bias, down))
+    scale = heads**-0.5 * LOG2E.value
+    fold_options, options = basis_options(D, c), mask_options(D, K, N)
+    with torch.cuda.device_of(q):
+        basis_kernel[(B * heads * triton.cdiv(K, fold_options["BLOCK_K"]),)](
+            k, *predictor, there, fold, *k.stride()[:3], heads, N, c, K, scale,
+            ALIVE=alive is not None, **fold_options,
+        )  # fmt: skip
+        mask_kernel[(B * heads * triton.cdiv(N, ROWS),)](
+            q, fold, U, there, bits, *q.stride()[:3], heads, N, K, topk or K, budget or 0,
+            COEF_THRESHOLD=coef_threshold, THRESHOLD=threshold, ALIVE=alive is not None, **options,
+        )  # fmt: skip
+    return bits
+
+
+def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
+    """For saccade.ops.aot: every tile of TILES; the mask of DeiT-S at 224², 384², and the largest."""
+    itemsize = 4 if dtype == "fp32" else 2
+    floats = dict(lse_ptr="*fp32", delta_ptr="*fp32", mask_ptr="*i32")
+    for D in (D for size, D in TILES if size == itemsize):
+        for kernel in (fwd_kernel, dq_kernel, dkdv_kernel):
+            yield kernel, floats, attention_options(itemsize, D)
+    pointers = dict(fold_ptr="*fp32", up_ptr="*fp32", alive_ptr="*u8", mask_ptr="*i32")
+    for D, c, K, N in [(64, 32, 32, 197), (64, 32, 96, 577), (64, 64, 128, 1024)]:
+        for alive in (False, True):
+            yield basis_kernel, pointers, dict(ALIVE=alive) | basis_options(D, c)
+            rule = dict(COEF_THRESHOLD=0.0, THRESHOLD=None, ALIVE=alive)
+            yield mask_kernel, pointers, rule | mask_options(D, K, N)

@@ -1,0 +1,99 @@
+"""Spatial gate (PATNet, arXiv 2503.03148): every position gated by one number, a 1 x 1 convolution of it."""
+
+import torch
+from torch import Tensor
+
+from ..dispatch import use_triton
+from ..precision import full, no_autocast
+from . import eager, reference
+
+__all__ = ["spatial_gate"]
+
+
+def spatial_gate(
+    x: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """norm(x · g) with g = hardsigmoid(Σ_c weight_c · x_c), one number a position.
+
+    x        (B, C, H, W), in any memory format: the kernels read contiguous and channels-last maps, and views of bigger
+             ones (the half of the channels that is gated), where they lie.
+    weight   (C,): of the convolution, which has no bias.
+    norm_weight, norm_bias
+             (C,): the affine of the BatchNorm.
+    running_mean, running_var
+             (C,): of the BatchNorm. Needed unless training; where they are given in training, they are updated:
+             running = (1 - momentum) · running + momentum · the batch's.
+    training whether the norm takes the statistics of the batch, of more than one value a channel.
+
+    Returns (B, C, H, W), lying in memory as x does where x is dense. All but x and y is in float32 (float64 if these
+    are), under autocast too; x keeps its type, and the parameters may have another. Gradients go to x and to the three
+    parameters, and are the same in every run. A NaN stays in its position, but for the statistics of training.
+    """
+    if torch.jit.is_scripting():
+        return reference.spatial_gate(
+            x, weight, norm_weight, norm_bias, running_mean, running_var, training, momentum, eps
+        )
+    else:
+        parameters = dict(weight=weight, norm_weight=norm_weight, norm_bias=norm_bias)
+        running = dict(running_mean=running_mean, running_var=running_var)
+        return _run(x, parameters, running, training, momentum, eps)
+
+
+def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: float, eps: float) -> Tensor:
+    _check(x, parameters, running, training)
+    if x.numel() == 0:  # with a graph to the parameters
+        return x * sum(p.sum() for p in parameters.values()).to(x.dtype)
+    triton = use_triton(x, *(t for t in (*parameters.values(), *running.values()) if t is not None))
+    if not triton and torch.compiler.is_compiling():  # which fuses the definition itself
+        dtype = full(x)
+        with no_autocast(x):
+            wide = (p.to(dtype) for p in parameters.values())
+            y = reference.spatial_gate(x.to(dtype), *wide, *running.values(), training, momentum, eps)
+        return y.to(x.dtype)
+    # In training they are no input: what an operator is given must not change before its backward.
+    args = (*parameters.values(), *([None] * 2 if training else running.values()), training, eps)
+    y, *batch = _triton(x, *args) if triton else eager.spatial_gate(x, *args)
+    if training:
+        _update(running.values(), batch, x.numel() // x.shape[1], momentum)
+    return y
+
+
+def _triton(x: Tensor, *args) -> list[Tensor]:
+    from . import op  # and with it Triton: only now
+
+    y, _, batch = op.fwd(x, *args)
+    return [y, *batch]
+
+
+@torch.no_grad()
+def _update(running, batch: list[Tensor], n: int, momentum: float) -> None:
+    for r, b, unbiased in zip(running, batch, (1, n / (n - 1))):
+        if r is not None:
+            r.lerp_((b * unbiased).to(r.dtype), momentum)
+
+
+def _check(x: Tensor, parameters: dict, running: dict, training: bool) -> None:
+    if x.dim() != 4 or not x.dtype.is_floating_point:
+        raise ValueError(f"x must be floating point of shape (B, C, H, W), got {x.dtype} of shape {tuple(x.shape)}")
+    C = x.shape[1]
+    for name, t in (parameters | running).items():
+        if t is None:
+            if not training:
+                raise ValueError(f"{name} must be given, unless training")
+            continue
+        if t.shape != (C,):
+            raise ValueError(f"{name} must be ({C},), got {tuple(t.shape)}")
+        if not t.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"{name} must be on {x.device} as x is, got {t.device}")
+    if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+        raise ValueError(f"training needs more than one value a channel, got x of shape {tuple(x.shape)}")

@@ -1,0 +1,108 @@
+"""The plain-PyTorch form for speed, and the arithmetic on single channels of the Triton form.
+
+PyTorch's batch_norm is fast as it is; what is saved here is the convolution, a product with one row, and the gated map,
+made again for the backward instead of kept.
+"""
+
+import torch
+from torch import Tensor
+
+from ..gaussian_gate.eager import lying
+from ..gaussian_gate.reference import SIXTH
+from ..precision import full, no_autocast
+from . import reference
+
+
+def spatial_gate(x: Tensor, *args) -> tuple[Tensor, ...]:
+    """See saccade.ops.spatial_gate, which checks the arguments and updates the running statistics."""
+    out = SpatialGate.apply(x, *args)
+    return (out,) if isinstance(out, Tensor) else out
+
+
+class SpatialGate(torch.autograd.Function):
+    """(x, the three parameters, the two running statistics, training, eps) -> y and, in training, mean and variance."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *args):
+        *tensors, ctx.training, ctx.eps = args
+        with no_autocast(x):
+            wide = x.to(full(x))
+            weight, *norm = (None if t is None else t.to(wide.dtype) for t in tensors)
+            g = torch.nn.functional.hardsigmoid(product(wide, weight))
+            y, mean, rstd = torch.native_batch_norm(gated(wide, g), *norm, ctx.training, 0.0, ctx.eps)
+            ctx.save_for_backward(x, *tensors, g, mean, rstd)
+            if not ctx.training:
+                return y.to(x.dtype)
+            batch = mean.clone(), rstd.pow(-2) - ctx.eps
+            ctx.mark_non_differentiable(*batch)
+            return y.to(x.dtype), *batch
+
+    @staticmethod
+    def backward(ctx, dy: Tensor, *_):
+        x, *tensors, g, mean, rstd = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:4]
+        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
+            y = reference.spatial_gate(x, *tensors, ctx.training, eps=ctx.eps)
+            leaves = [t for t, n in zip((x, *tensors), needed) if n]
+            grads = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
+            return *(next(grads) if n else None for n in needed), *[None] * 4
+        with no_autocast(x):
+            wide, dy = x.to(g.dtype), dy.to(g.dtype)
+            weight, norm_weight, _, *running = (None if t is None else t.to(g.dtype) for t in tensors)
+            z = gated(wide, g)
+            dz, *dnorm = torch.ops.aten.native_batch_norm_backward(
+                dy, z, norm_weight, *running, mean, rstd, ctx.training, ctx.eps, [True] * 3
+            )
+            dg = product(torch.mul(dz, wide, out=z), torch.ones_like(weight))
+            ds = torch.where((g > 0) & (g < 1) | g.isnan(), dg * SIXTH, 0.0)
+            d, t, gate, through, share = lying(dz, z, g, ds, weight)
+            d.mul_(gate).add_(torch.mul(through, share, out=t))
+            grads = zip((shares(wide, ds), *dnorm), tensors)
+            return dz.to(x.dtype), *(d.to(p.dtype) for d, p in grads), *[None] * 4
+
+
+class Norm:
+    """BatchNorm of the gated map z, as gain · z + shift, and what its gradient gives to z, linear · z + constant: by
+    hand, since an operator's implementation runs below autograd. All of it is (C,)."""
+
+    def __init__(self, mean: Tensor, var: Tensor, n: int, *args):
+        _, *norm, _, _, self.training, self.eps = args
+        self.dtypes, self.n = [p.dtype for p in norm], n
+        full = torch.promote_types(norm[0].dtype, torch.float32)
+        weight, bias, self.mean, self.var = (t.to(full) for t in (*norm, mean, var))
+        self.rstd = (self.var + self.eps).rsqrt()
+        self.gain = weight * self.rstd
+        self.shift = bias - self.gain * self.mean
+
+    def backward(self, dbias: Tensor, dyz: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
+        """From the sums of dy and of dy · z over each channel."""
+        dweight = self.rstd * (dyz - self.mean * dbias)
+        linear = constant = torch.zeros_like(dbias)
+        if self.training:
+            linear = -self.gain * self.rstd * dweight / self.n
+            constant = -self.gain * dbias / self.n - linear * self.mean
+        return [d.to(dtype) for d, dtype in zip((dweight, dbias), self.dtypes)], linear, constant
+
+
+def gated(x: Tensor, g: Tensor) -> Tensor:
+    """x · g, lying as x does."""
+    z = torch.empty_like(x)
+    to, of, by = lying(z, x, g)
+    torch.mul(of, by, out=to)
+    return z
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """Σ_c weight_c · x_c, (B, 1, H, W)."""
+    (p,) = lying(x)
+    if p is x:
+        return (weight @ x.flatten(2)).view(x.shape[0], 1, *x.shape[2:])
+    return (p @ weight).unsqueeze(1)
+
+
+def shares(x: Tensor, g: Tensor) -> Tensor:
+    """The sum of g · x over each channel, (C,)."""
+    (p,) = lying(x)
+    if p is x:
+        return (x.flatten(2) @ g.flatten(1).unsqueeze(2)).sum((0, 2))
+    return (g.flatten(1).unsqueeze(1) @ p.flatten(1, 2)).sum((0, 1))

@@ -1,0 +1,108 @@
+"""Window attention (Swin, DaViT, CSwin's stripes): every token attends to the tokens of its window."""
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from ..dispatch import use_triton
+from ..precision import no_autocast
+from . import eager, reference
+
+__all__ = ["window_attention"]
+
+MAX_HEAD_DIM = {2: 256, 4: 128}  # of the kernels, by bytes of an element: beyond, their tiles leave the registers
+MAX_TOKENS = 2**20  # of a window: kernel.divided
+
+
+def window_attention(
+    qkv: Tensor,
+    heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
+    bias: Tensor | None = None,
+    pad: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """softmax(scale · q · k + bias) v among the tokens of each window (Swin, arXiv 2103.14030; DaViT, 2204.03645;
+    CSwin, 2107.00652).
+
+    qkv     (B, H, W, 3, C): q | k | v on axis 3, as a Linear's output unflattened; head m owns channels m·D to (m+1)·D
+            of each. If the last axis has stride 1, a view of some channels of a bigger map is read where it lies.
+    window  (h, w) tokens: squares, stripes such as (H, 1) or (7, W), the whole map (H, W), or more. The map is thought
+            padded at the bottom and right to multiples of the window; nothing padded is in memory.
+    shift   (s_h, s_w), below h and w: Swin's cyclic shift. The padded map is rolled by (-s_h, -s_w), and a token
+            attends to those tokens of its window that the roll alone did not bring there from the opposite edge. The
+            others are hidden entirely (-inf); published code adds -100 to their logits.
+    bias    (heads, 2h-1, 2w-1): added to the logits; [m, dy + h - 1, dx + w - 1] at distance (dy, dx), query - key.
+    pad     (3, C): what a token of the padding has for q | k | v (the bias of the projection, where it pads its input
+            with zeros). Such a token is a key as any other; zeros if None.
+    scale   of the logits; D ** -0.5 if None.
+
+    Returns (B, H, W, C), contiguous, in the type of qkv, under autocast too; sums are in float32 (float64 for float64).
+    Gradients go to qkv, bias and pad, and are the same in every run. A NaN in a query stays there; among the keys and
+    values it reaches the queries of its window.
+    """
+    if torch.jit.is_scripting():
+        return reference.window_attention(qkv, heads, window, shift, bias, pad, scale)
+    else:
+        _check(qkv, heads, window, shift, bias, pad)
+        if qkv.numel() == 0:  # with a graph to the parameters
+            return _nothing(qkv, bias, pad)
+        cannot, D = [], qkv.shape[4] // heads
+        if MAX_HEAD_DIM.get(qkv.element_size(), D) < D:
+            cannot.append(f"a head dimension of {D}, over {MAX_HEAD_DIM[qkv.element_size()]}, in {qkv.dtype}")
+        if window[0] * window[1] > MAX_TOKENS:
+            cannot.append(f"windows of {window[0] * window[1]} tokens, over {MAX_TOKENS}")
+        if _kernels(cannot, qkv, bias, pad):
+            return _triton(qkv, heads, window, shift, bias, pad, D**-0.5 if scale is None else scale)
+        if qkv.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(qkv, FakeTensor):
+            with no_autocast(qkv):
+                return _defined(qkv, heads, window, shift, bias, pad, scale)
+        return eager.window_attention(qkv, heads, window, shift, bias, pad, scale)
+
+
+def _nothing(qkv: Tensor, *params: Tensor | None) -> Tensor:
+    return qkv.sum(3) + sum(t.sum().to(qkv.dtype) for t in params if t is not None)
+
+
+def _kernels(cannot: list[str], *given: Tensor | None) -> bool:
+    return use_triton(*(t for t in given if t is not None), cannot=cannot)
+
+
+def _triton(qkv, heads, window, shift, bias, pad, scale) -> Tensor:
+    from . import op  # and with it Triton: only now
+
+    if bias is not None:
+        bias = bias.float()
+    if pad is not None:
+        pad = pad.to(qkv.dtype)
+    return op.fwd(qkv, bias, pad, heads, list(window), list(shift), scale)[0]
+
+
+def _defined(qkv, heads, window, shift, bias, pad, scale) -> Tensor:
+    bias, pad = (None if t is None else t.to(qkv.dtype) for t in (bias, pad))
+    return reference.window_attention(qkv, heads, window, shift, bias, pad, scale).contiguous()
+
+
+def _check(
+    qkv: Tensor, heads: int, window: tuple[int, int], shift: tuple[int, int], bias: Tensor | None, pad: Tensor | None
+) -> None:
+    if qkv.dim() != 5 or qkv.shape[3] != 3 or not qkv.dtype.is_floating_point:
+        raise ValueError(
+            f"qkv must be floating point of shape (B, H, W, 3, C), got {qkv.dtype} of shape {tuple(qkv.shape)}"
+        )
+    C, (h, w), (s_h, s_w) = qkv.shape[4], window, shift
+    if heads < 1 or C % heads:
+        raise ValueError(f"heads must divide the C = {C} channels of qkv, got {heads}")
+    if qkv.shape[1:3].numel() and (h < 1 or w < 1):
+        raise ValueError(f"window must be at least 1 x 1, got {h} x {w}")
+    if qkv.numel() and not (0 <= s_h < h and 0 <= s_w < w):
+        raise ValueError(f"shift must be from 0 to below the window of {h} x {w}, got {s_h}, {s_w}")
+    shapes = dict(bias=(bias, (heads, 2 * h - 1, 2 * w - 1)), pad=(pad, (3, C)))
+    for name, (t, shape) in shapes.items():
+        if t is None:
+            continue
+        if t.shape != shape or not t.dtype.is_floating_point:
+            raise ValueError(f"{name} must be floating point of shape {shape}, got {t.dtype} of shape {tuple(t.shape)}")
+        if t.device != qkv.device:
+            raise ValueError(f"{name} must be on {qkv.device} as qkv is, got {t.device}")

@@ -1,0 +1,497 @@
+"""Triton kernels of window attention, forward and backward, and what launches them.
+
+A program holds a tile of one window's tokens for one head, and walks the other tokens of that window: queries that
+walk keys in `fwd_kernel` and `dq_kernel`, keys that walk queries in `dkdv_kernel`. Where a token lies on the map is
+arithmetic on its number in the window, rolling and padding included (`tokens`): the map is read where it lies, and no
+output is written that would be cropped. A token of the padding has the value it was given, loaded once.
+
+A window that fits one tile, as the 49 tokens of most models do in half precision, needs no walk, and its backward no
+log-sum-exp: one kernel, `bwd_kernel`, reads q, k, v and dO once and writes all three gradients: 7 maps in all, against
+9 reads and 3 writes of the other two.
+
+The gradient to the bias is the sum of dS over all windows and along its diagonals. Owners sum, not atomics: a program
+of `bwd_kernel` takes several windows and keeps their sum of N x N in registers; a program of `dbias_kernel` owns one
+distance of rows, and sums w x w over all pairs of rows at that distance and over some windows. So what is in memory is
+(2h - 1) w² for each head, or N² where N is at most 64. PyTorch sums the diagonals of what is left.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..tiles import FLOOR, LOG2E, once, softmax_step
+from .eager import diagonals, skewed
+
+SIZES = ["B", "H", "W", "h", "w", "s_h", "s_w", "heads"]
+
+
+@triton.jit
+def divided(n, d):
+    """n // d of non-negative n < 2**20: what is lost in fp32 is far less than the half that was added."""
+    return ((n.to(tl.float32) + 0.5) * (1.0 / d.to(tl.float32))).to(tl.int32)
+
+
+@triton.jit
+def tokens(n, within, window, H, W, h, w, s_h, s_w):
+    """Of tokens n of a window: row and column on the map, 64-bit since they are about to be multiplied by strides;
+    whether they are on the map and not its padding; the side of the seams they are on, -1 if not within the window; and
+    how much their place adds to an index of the bias."""
+    columns = (W + w - 1) // w
+    n = tl.where(within, n, 0)
+    row = divided(n, w)
+    column = n - row * w
+    y = window // columns * h + row + s_h
+    x = window % columns * w + column + s_w
+    height = (H + h - 1) // h * h
+    wrapped_y = y >= height
+    wrapped_x = x >= columns * w
+    y = tl.where(wrapped_y, y - height, y)
+    x = tl.where(wrapped_x, x - columns * w, x)
+    side = tl.where(within, 2 * wrapped_y.to(tl.int32) + wrapped_x.to(tl.int32), -1)
+    at = once(row * (2 * w - 1) + column)
+    return y.to(tl.int64), x.to(tl.int64), within & (y < H) & (x < W), once(side), at
+
+
+@triton.jit
+def padding(pad_ptr, C, d, D: tl.constexpr, PAD: tl.constexpr):
+    """Key and value of a token of the padding."""
+    if PAD:
+        return tl.load(pad_ptr + C + d, d < D, 0.0), tl.load(pad_ptr + 2 * C + d, d < D, 0.0)
+    else:
+        return 0, 0
+
+
+@triton.jit
+def load(ptr, at, on, side, d, value, D: tl.constexpr, PAD: tl.constexpr):
+    """A tile of keys or values: of the map, or of the padding if `value` is given."""
+    x = tl.load(ptr + at[:, None] + d[None, :], on[:, None] & (d < D)[None, :], 0.0)
+    if PAD:
+        x = tl.where(((side >= 0) & (on == 0))[:, None], value[None, :], x)
+    return x
+
+
+@triton.jit
+def logits(q, k, q_side, k_side, q_at, k_at, bias_ptr, middle, scale, BIAS: tl.constexpr):
+    """In base 2, of the pairs (M, N); -inf for those on two sides of a seam."""
+    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+    if BIAS:
+        s += tl.load(bias_ptr + (q_at[:, None] - k_at[None, :] + middle)) * LOG2E
+    return tl.where(q_side[:, None] == k_side[None, :], s, float("-inf"))
+
+
+@triton.jit
+def program(pid, H, W, h, w, heads, BLOCK: tl.constexpr):
+    """A program's head, the first token of its tile, its window and its image."""
+    head = pid % heads
+    pid = pid // heads
+    tiles = (h * w + BLOCK - 1) // BLOCK
+    first = pid % tiles * BLOCK
+    pid = pid // tiles
+    windows = ((H + h - 1) // h) * ((W + w - 1) // w)
+    return head, first, pid % windows, (pid // windows).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def fwd_kernel(
+    qkv_ptr, pad_ptr, bias_ptr, out_ptr, lse_ptr,
+    stride_b, stride_h, stride_w, stride_t,
+    H, W, h, w, s_h, s_w, heads, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAD: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    head, first, window, b = program(tl.program_id(0), H, W, h, w, heads, BLOCK_M)
+    N = h * w
+    C = heads * D
+    n = first + tl.arange(0, BLOCK_M)
+    y, x, on, side, at = tokens(n, n < N, window, H, W, h, w, s_h, s_w)
+    d = tl.arange(0, BLOCK_D)
+    qkv_ptr += b * stride_b + head * D
+    stride_t = tl.cast(stride_t, tl.int64)
+    bias_ptr += head * (2 * h - 1) * (2 * w - 1)
+    middle = (h - 1) * (2 * w - 1) + w - 1
+    pad_k, pad_v = padding(pad_ptr + head * D, C, d, D, PAD)
+    q = load(qkv_ptr, y * stride_h + x * stride_w, on, side, d, 0, D, False)
+
+    m = tl.full((BLOCK_M,), FLOOR, tl.float32)
+    l = tl.full((BLOCK_M,), 0, tl.float32)
+    acc = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
+    for start in range(0, N, BLOCK_N):
+        i = start + tl.arange(0, BLOCK_N)
+        ky, kx, k_on, k_side, k_at = tokens(i, i < N, window, H, W, h, w, s_h, s_w)
+        key = ky * stride_h + kx * stride_w
+        k = load(qkv_ptr + stride_t, key, k_on, k_side, d, pad_k, D, PAD)
+        v = load(qkv_ptr + 2 * stride_t, key, k_on, k_side, d, pad_v, D, PAD)
+        s = logits(q, k, side, k_side, at, k_at, bias_ptr, middle, scale, BIAS)
+        m, l, acc = softmax_step(s, v, m, l, acc)
+    pixel = (b * H + y) * W + x
+    tl.store(lse_ptr + (b * heads + head) * H * W + y * W + x, m + tl.log2(l), on)  # base 2, as the logits
+    out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + (pixel * C + head * D)[:, None] + d[None, :], out, on[:, None] & (d < D)[None, :])
+
+
+@triton.jit(do_not_specialize=SIZES)
+def dq_kernel(
+    qkv_ptr, pad_ptr, bias_ptr, out_ptr, lse_ptr, dout_ptr, delta_ptr, dqkv_ptr,
+    stride_b, stride_h, stride_w, stride_t, stride_db, stride_dh, stride_dw,
+    H, W, h, w, s_h, s_w, heads, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAD: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    head, first, window, b = program(tl.program_id(0), H, W, h, w, heads, BLOCK_M)
+    N = h * w
+    C = heads * D
+    n = first + tl.arange(0, BLOCK_M)
+    y, x, on, side, at = tokens(n, n < N, window, H, W, h, w, s_h, s_w)
+    d = tl.arange(0, BLOCK_D)
+    mine = on[:, None] & (d < D)[None, :]
+    qkv_ptr += b * stride_b + head * D
+    stride_t = tl.cast(stride_t, tl.int64)
+    bias_ptr += head * (2 * h - 1) * (2 * w - 1)
+    middle = (h - 1) * (2 * w - 1) + w - 1
+    pad_k, pad_v = padding(pad_ptr + head * D, C, d, D, PAD)
+    q = load(qkv_ptr, y * stride_h + x * stride_w, on, side, d, 0, D, False)
+    dout = load(dout_ptr + b * stride_db + head * D, y * stride_dh + x * stride_dw, on, side, d, 0, D, False)
+    pixel = (b * H + y) * W + x
+    out = tl.load(out_ptr + (pixel * C + head * D)[:, None] + d[None, :], mine, 0.0)
+    row = (b * heads + head) * H * W + y * W + x
+    lse = tl.load(lse_ptr + row, on, 0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # the other kernels need it too: kept, dq goes first
+    tl.store(delta_ptr + row, delta, on)
+
+    dq = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
+    for start in range(0, N, BLOCK_N):
+        i = start + tl.arange(0, BLOCK_N)
+        ky, kx, k_on, k_side, k_at = tokens(i, i < N, window, H, W, h, w, s_h, s_w)
+        key = ky * stride_h + kx * stride_w
+        k = load(qkv_ptr + stride_t, key, k_on, k_side, d, pad_k, D, PAD)
+        v = load(qkv_ptr + 2 * stride_t, key, k_on, k_side, d, pad_v, D, PAD)
+        s = logits(q, k, side, k_side, at, k_at, bias_ptr, middle, scale, BIAS)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    dqkv_ptr += (pixel * 3 * C + head * D)[:, None] + d[None, :]
+    tl.store(dqkv_ptr, (dq * scale).to(dqkv_ptr.dtype.element_ty), mine)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def dkdv_kernel(
+    qkv_ptr, pad_ptr, bias_ptr, lse_ptr, dout_ptr, delta_ptr, dqkv_ptr, dpad_ptr,
+    stride_b, stride_h, stride_w, stride_t, stride_db, stride_dh, stride_dw,
+    H, W, h, w, s_h, s_w, heads, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAD: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    pid = tl.program_id(0)
+    head, first, window, b = program(pid, H, W, h, w, heads, BLOCK_M)
+    N = h * w
+    C = heads * D
+    n = first + tl.arange(0, BLOCK_M)
+    y, x, on, side, at = tokens(n, n < N, window, H, W, h, w, s_h, s_w)
+    d = tl.arange(0, BLOCK_D)
+    qkv_ptr += b * stride_b + head * D
+    stride_t = tl.cast(stride_t, tl.int64)
+    dout_ptr += b * stride_db + head * D
+    bias_ptr += head * (2 * h - 1) * (2 * w - 1)
+    middle = (h - 1) * (2 * w - 1) + w - 1
+    lse_ptr += (b * heads + head) * H * W
+    delta_ptr += (b * heads + head) * H * W
+    pad_k, pad_v = padding(pad_ptr + head * D, C, d, D, PAD)
+    key = y * stride_h + x * stride_w
+    k = load(qkv_ptr + stride_t, key, on, side, d, pad_k, D, PAD)
+    v = load(qkv_ptr + 2 * stride_t, key, on, side, d, pad_v, D, PAD)
+
+    dk = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
+    dv = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
+    for start in range(0, N, BLOCK_N):
+        i = start + tl.arange(0, BLOCK_N)
+        qy, qx, q_on, q_side, q_at = tokens(i, i < N, window, H, W, h, w, s_h, s_w)
+        lse = once(tl.load(lse_ptr + qy * W + qx, q_on, float("inf")))  # exp2(s - inf) = 0 hides all but the map's
+        delta = once(tl.load(delta_ptr + qy * W + qx, q_on, 0.0))
+        q = load(qkv_ptr, qy * stride_h + qx * stride_w, q_on, q_side, d, 0, D, False)
+        dout = load(dout_ptr, qy * stride_dh + qx * stride_dw, q_on, q_side, d, 0, D, False)
+        s = logits(k, q, side, q_side, -at, -q_at, bias_ptr, middle, scale, BIAS)  # distances are query - key
+        p = tl.exp2(s - lse[None, :])
+        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        ds = p * (dp - delta[None, :])
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+    dk *= scale
+    has = (d < D)[None, :]
+    dqkv_ptr += (((b * H + y) * W + x) * 3 * C + head * D)[:, None] + d[None, :]
+    tl.store(dqkv_ptr + C, dk.to(dqkv_ptr.dtype.element_ty), on[:, None] & has)
+    tl.store(dqkv_ptr + 2 * C, dv.to(dqkv_ptr.dtype.element_ty), on[:, None] & has)
+    if PAD:
+        out = (side >= 0) & (on == 0)
+        dpad_ptr += (pid // heads).to(tl.int64) * 2 * C + head * D + d
+        tl.store(dpad_ptr, tl.sum(tl.where(out[:, None], dk, 0.0), 0), d < D)
+        tl.store(dpad_ptr + C, tl.sum(tl.where(out[:, None], dv, 0.0), 0), d < D)
+
+
+@triton.jit(do_not_specialize=["per", *SIZES])
+def dbias_kernel(
+    qkv_ptr, pad_ptr, bias_ptr, lse_ptr, dout_ptr, delta_ptr, ds_ptr,
+    stride_b, stride_h, stride_w, stride_t, stride_db, stride_dh, stride_dw,
+    B, per, H, W, h, w, s_h, s_w, heads, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr,
+):  # fmt: skip
+    """ds (chunks of `per` windows, heads, 2h-1, w, w): dS summed over the pairs of rows at a distance, query - key."""
+    pid = tl.program_id(0)
+    head = pid % heads
+    pid = pid // heads
+    tiles_n = (w + BLOCK_N - 1) // BLOCK_N
+    j = pid % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    pid = pid // tiles_n
+    tiles_m = (w + BLOCK_M - 1) // BLOCK_M
+    i = pid % tiles_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    pid = pid // tiles_m
+    dy = pid % (2 * h - 1) - (h - 1)
+    chunk = pid // (2 * h - 1)
+    windows = ((H + h - 1) // h) * ((W + w - 1) // w)
+    first = chunk * per
+    d = tl.arange(0, BLOCK_D)
+    C = heads * D
+    stride_t = tl.cast(stride_t, tl.int64)
+    middle = (h - 1) * (2 * w - 1) + w - 1
+    pad_k, pad_v = padding(pad_ptr + head * D, C, d, D, PAD)
+
+    total = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
+    pairs = h - tl.abs(dy)
+    for step in range((min(first + per, windows * B) - first) * pairs):
+        window = first + step // pairs
+        b = (window // windows).to(tl.int64)
+        row = step % pairs + tl.maximum(dy, 0)  # of the queries
+        y, x, on, side, at = tokens(row * w + i, i < w, window % windows, H, W, h, w, s_h, s_w)
+        ky, kx, k_on, k_side, k_at = tokens((row - dy) * w + j, j < w, window % windows, H, W, h, w, s_h, s_w)
+        base = qkv_ptr + b * stride_b + head * D
+        key = ky * stride_h + kx * stride_w
+        q = load(base, y * stride_h + x * stride_w, on, side, d, 0, D, False)
+        k = load(base + stride_t, key, k_on, k_side, d, pad_k, D, PAD)
+        v = load(base + 2 * stride_t, key, k_on, k_side, d, pad_v, D, PAD)
+        dout = load(dout_ptr + b * stride_db + head * D, y * stride_dh + x * stride_dw, on, side, d, 0, D, False)
+        at_lse = (b * heads + head) * H * W + y * W + x
+        lse = once(tl.load(lse_ptr + at_lse, on, float("inf")))
+        delta = once(tl.load(delta_ptr + at_lse, on, 0.0))
+        s = logits(q, k, side, k_side, at, k_at, bias_ptr + head * (2 * h - 1) * (2 * w - 1), middle, scale, True)
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        total += tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
+    ds_ptr += ((chunk * heads + head) * (2 * h - 1) + dy + h - 1).to(tl.int64) * w * w
+    tl.store(ds_ptr + (i * w)[:, None] + j[None, :], total, (i < w)[:, None] & (j < w)[None, :])
+
+
+@triton.jit(do_not_specialize=["per", *SIZES])
+def bwd_kernel(
+    qkv_ptr, pad_ptr, bias_ptr, dout_ptr, dqkv_ptr, dpad_ptr, ds_ptr,
+    stride_b, stride_h, stride_w, stride_t, stride_db, stride_dh, stride_dw,
+    B, per, H, W, h, w, s_h, s_w, heads, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr,
+):  # fmt: skip
+    """All of the backward, for `per` windows which fit one tile each; ds (chunks, heads, N, N) is summed over them."""
+    pid = tl.program_id(0)
+    head = pid % heads
+    chunk = pid // heads
+    windows = ((H + h - 1) // h) * ((W + w - 1) // w)
+    n = tl.arange(0, BLOCK)
+    d = tl.arange(0, BLOCK_D)
+    has = (d < D)[None, :]
+    N = h * w
+    C = heads * D
+    stride_t = tl.cast(stride_t, tl.int64)
+    bias_ptr += head * (2 * h - 1) * (2 * w - 1)
+    middle = (h - 1) * (2 * w - 1) + w - 1
+    pad_k, pad_v = padding(pad_ptr + head * D, C, d, D, PAD)
+    dpad_k = tl.full((BLOCK_D,), 0, tl.float32)
+    dpad_v = tl.full((BLOCK_D,), 0, tl.float32)
+    total = tl.full((BLOCK, BLOCK), 0, tl.float32)
+    for i in range(chunk * per, min((chunk + 1) * per, windows * B)):
+        b = (i // windows).to(tl.int64)
+        y, x, on, side, at = tokens(n, n < N, i % windows, H, W, h, w, s_h, s_w)
+        token = y * stride_h + x * stride_w
+        base = qkv_ptr + b * stride_b + head * D
+        q = load(base, token, on, side, d, 0, D, False)
+        k = load(base + stride_t, token, on, side, d, pad_k, D, PAD)
+        v = load(base + 2 * stride_t, token, on, side, d, pad_v, D, PAD)
+        dout = load(dout_ptr + b * stride_db + head * D, y * stride_dh + x * stride_dw, on, side, d, 0, D, False)
+        s = logits(q, k, side, side, at, at, bias_ptr, middle, scale, BIAS)
+        p = tl.exp2(s - tl.max(s, 1)[:, None])
+        p = p / tl.sum(p, 1)[:, None]
+        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        ds = p * (dp - tl.sum(p * dp, 1)[:, None])
+        if BIAS:
+            total += ds
+        dv = tl.dot(tl.trans(p.to(dout.dtype)), dout, input_precision="ieee")
+        dq = tl.dot(ds.to(k.dtype), k, input_precision="ieee") * scale
+        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee") * scale
+        to = dqkv_ptr + (((b * H + y) * W + x) * 3 * C + head * D)[:, None] + d[None, :]
+        tl.store(to, dq.to(dqkv_ptr.dtype.element_ty), on[:, None] & has)
+        tl.store(to + C, dk.to(dqkv_ptr.dtype.element_ty), on[:, None] & has)
+        tl.store(to + 2 * C, dv.to(dqkv_ptr.dtype.element_ty), on[:, None] & has)
+        if PAD:
+            out = ((side >= 0) & (on == 0))[:, None]
+            dpad_k += tl.sum(tl.where(out, dk, 0.0), 0)
+            dpad_v += tl.sum(tl.where(out, dv, 0.0), 0)
+    if PAD:
+        dpad_ptr += chunk.to(tl.int64) * 2 * C + head * D + d
+        tl.store(dpad_ptr, dpad_k, d < D)
+        tl.store(dpad_ptr + C, dpad_v, d < D)
+    if BIAS:
+        ds_ptr += pid.to(tl.int64) * N * N + (n * N)[:, None] + n[None, :]
+        tl.store(ds_ptr, total, (n < N)[:, None] & (n < N)[None, :])
+
+
+# By bytes of an element and head dim: own rows at most, walked rows, warps, stages. Chosen by registers and shared
+# memory from ahead-of-time compilation (saccade.ops.aot), not yet timed on a GPU.
+TILES = {
+    (2, 32): (64, 32, 4, 3),
+    (2, 64): (64, 32, 8, 3),
+    (2, 128): (64, 32, 8, 2),
+    (2, 256): (32, 32, 8, 1),
+    (4, 32): (32, 32, 8, 2),
+    (4, 64): (32, 16, 8, 2),
+    (4, 128): (16, 16, 8, 1),
+}
+TILE = {2: 64, 4: 32}  # tokens of the largest window that bwd_kernel takes
+PROGRAMS = 1024  # at least, where a program sums over windows: some eight for an SM
+
+
+def _block(D: int) -> int:
+    return max(16, triton.next_power_of_2(D))
+
+
+def fits_tile(itemsize: int, D: int, N: int) -> bool:
+    """Whether bwd_kernel takes a window: beyond this its tiles leave the registers."""
+    return TILE[itemsize] >= N and D <= 32
+
+
+def launch_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
+    """The tile, as constexprs and launch options, for N tokens to hold and to walk."""
+    rows, walked, warps, stages = TILES[itemsize, max(32, _block(D))]
+    return dict(
+        D=D,
+        BLOCK_D=_block(D),
+        BLOCK_M=max(16, min(rows, triton.next_power_of_2(N))),
+        BLOCK_N=max(16, min(walked, triton.next_power_of_2(N))),
+        num_warps=warps,
+        num_stages=min(stages, 2) if hip else stages,
+    )
+
+
+def tile_options(itemsize: int, D: int, N: int) -> dict:
+    """Of bwd_kernel."""
+    block = max(16, triton.next_power_of_2(N))
+    return dict(D=D, BLOCK_D=_block(D), BLOCK=block, num_warps=8 if block == 64 else 4, num_stages=1)
+
+
+def owner_options(itemsize: int, D: int, w: int, hip: bool) -> dict:
+    """Of dbias_kernel."""
+    options = launch_options(itemsize, D, w, hip)
+    if itemsize == 4 or D > 128:
+        options |= dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
+    return options
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _count(H: int, W: int, window: list[int]) -> int:
+    return triton.cdiv(H, window[0]) * triton.cdiv(W, window[1])
+
+
+def fwd(
+    qkv: Tensor, bias: Tensor | None, pad: Tensor | None, heads: int, window: list[int], shift: list[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """The output (B, H, W, C) and, for the backward, the base-2 log-sum-exp of each query's logits (B, heads, H·W)."""
+    B, H, W, _, C = qkv.shape
+    out = qkv.new_empty(B, H, W, C)
+    lse = qkv.new_empty(B, heads, H * W, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    qkv, N = _readable(qkv), window[0] * window[1]
+    options = launch_options(qkv.element_size(), C // heads, N, torch.version.hip is not None)
+    grid = (B * _count(H, W, window) * triton.cdiv(N, options["BLOCK_M"]) * heads,)
+    with torch.cuda.device_of(qkv):
+        fwd_kernel[grid](
+            qkv, lse if pad is None else pad.contiguous(), lse if bias is None else bias.contiguous(), out, lse,
+            *qkv.stride()[:4], H, W, *window, *shift, heads, scale,
+            PAD=pad is not None, BIAS=bias is not None, **options,
+        )  # fmt: skip
+    return out, lse
+
+
+def bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    pad: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    heads: int,
+    window: list[int],
+    shift: list[int],
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients to qkv, (B, H, W, 3, C) contiguous, to the bias and to pad; empty where these are None."""
+    B, H, W, _, C = qkv.shape
+    h, w = window
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    dbias = lse.new_empty((0,) if bias is None else bias.shape)
+    dpad = qkv.new_empty((0,) if pad is None else pad.shape)
+    if dqkv.numel() == 0:
+        return dqkv, dbias.zero_(), dpad.zero_()
+    qkv, dout, N, D = _readable(qkv), _readable(dout), h * w, C // heads
+    windows, hip = B * _count(H, W, window), torch.version.hip is not None
+    tensors = qkv, lse if pad is None else pad.contiguous(), lse if bias is None else bias.contiguous()
+    strides, sizes = (*qkv.stride()[:4], *dout.stride()[:3]), (H, W, h, w, *shift, heads, scale)
+    given = dict(PAD=pad is not None, BIAS=bias is not None)
+    with torch.cuda.device_of(qkv):
+        if fits_tile(qkv.element_size(), D, N):
+            per = 1 if bias is None else max(4, triton.cdiv(windows * heads, PROGRAMS))
+            chunks = triton.cdiv(windows, per)
+            parts = lse.new_empty((0 if pad is None else chunks, 2, C))
+            ds = lse.new_empty((0 if bias is None else chunks, heads, N, N))
+            bwd_kernel[(chunks * heads,)](
+                *tensors, dout, dqkv, parts, ds, *strides, B, per, *sizes, **given,
+                **tile_options(qkv.element_size(), D, N),
+            )  # fmt: skip
+            if bias is not None:
+                dbias = diagonals(ds.sum(0), (h, w)).contiguous()
+        else:
+            options, delta = launch_options(qkv.element_size(), D, N, hip), torch.empty_like(lse)
+            programs = windows * triton.cdiv(N, options["BLOCK_M"])
+            parts = lse.new_empty((0 if pad is None else programs, 2, C))
+            grid = (programs * heads,)
+            dq_kernel[grid](*tensors, out, lse, dout, delta, dqkv, *strides, *sizes, **given, **options)
+            dkdv_kernel[grid](*tensors, lse, dout, delta, dqkv, parts, *strides, *sizes, **given, **options)
+            if bias is not None:
+                options = owner_options(qkv.element_size(), D, w, hip)
+                owners = heads * (2 * h - 1) * triton.cdiv(w, options["BLOCK_M"]) * triton.cdiv(w, options["BLOCK_N"])
+                per = triton.cdiv(windows, max(1, PROGRAMS // owners))
+                chunks = triton.cdiv(windows, per)
+                ds = lse.new_empty(chunks, heads, 2 * h - 1, w, w)
+                dbias_kernel[(chunks * owners,)](
+                    *tensors, lse, dout, delta, ds, *strides, B, per, *sizes, PAD=pad is not None, **options
+                )
+                dbias = skewed(ds.sum(0))
+        if pad is not None:
+            dpad[0] = 0
+            dpad[1:] = parts.sum(0)
+    return dqkv, dbias, dpad
+
+
+def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
+    """For saccade.ops.aot: every tile of TILES, and the windows of one tile."""
+    itemsize = 4 if dtype == "fp32" else 2
+    floats = dict.fromkeys(("bias_ptr", "lse_ptr", "delta_ptr", "dpad_ptr", "ds_ptr"), "*fp32")
+    for D in (D for size, D in TILES if size == itemsize):
+        for given in (dict(PAD=True, BIAS=False), dict(PAD=False, BIAS=True)):
+            for kernel in (fwd_kernel, dq_kernel, dkdv_kernel):
+                yield kernel, floats, given | launch_options(itemsize, D, 1024, hip)
+            if given["BIAS"]:
+                for w in (16, 64):
+                    yield dbias_kernel, floats, dict(PAD=True) | owner_options(itemsize, D, w, hip)
+            for N in (16, 32, 64):
+                if fits_tile(itemsize, D, N):
+                    yield bwd_kernel, floats, given | tile_options(itemsize, D, N)

@@ -1,0 +1,61 @@
+"""Window attention as its definition reads (Swin, arXiv 2103.14030; DaViT, 2204.03645; CSwin, 2107.00652).
+
+The map is padded at the bottom and right to multiples of the window (h, w), then rolled by (-s_h, -s_w). In each window
+of N = h · w tokens, head by head:
+
+    S_ij = scale · q_i · k_j + bias[y_i - y_j + h - 1, x_i - x_j + w - 1],  or -inf where only the roll made i, j meet
+    O    = softmax(S) V                                                     (N, D)
+
+and all is rolled back and cropped. Here the padded, rolled and partitioned maps and the logits are tensors in memory;
+the other forms exist to avoid exactly these.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def window_attention(
+    qkv: Tensor,
+    heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int] = (0, 0),
+    bias: Tensor | None = None,
+    pad: Tensor | None = None,
+    scale: float | None = None,
+) -> Tensor:  # (B, H, W, 3, C), (heads, 2h-1, 2w-1), (3, C) -> (B, H, W, C)
+    B, H, W, _, C = qkv.shape
+    (h, w), (s_h, s_w), D = window, shift, C // heads
+    R, S = -(-H // h), -(-W // w)  # rows and columns of windows
+    x = F.pad(qkv, (0, 0, 0, 0, 0, S * w - W, 0, R * h - H))
+    if pad is not None:
+        inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=qkv.device), (0, S * w - W, 0, R * h - H))
+        x = torch.where(inside[:, :, None, None], x, pad)
+    x = x.roll((-s_h, -s_w), (1, 2))
+    x = x.reshape(B, R, h, S, w, 3, heads, D).permute(5, 0, 1, 3, 6, 2, 4, 7)
+    q, k, v = x.reshape(3, B, R * S, heads, h * w, D).unbind(0)
+    logits = q @ k.mT * (D**-0.5 if scale is None else scale)
+    if bias is not None:
+        logits = logits + gathered(bias, window)
+    mask = seams(H, W, window, shift, qkv.device)
+    out = logits.masked_fill(mask[:, None], float("-inf")).softmax(-1) @ v
+    out = out.reshape(B, R, S, heads, h, w, D).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, R * h, S * w, C)
+    return out.roll((s_h, s_w), (1, 2))[:, :H, :W]
+
+
+def gathered(bias: Tensor, window: tuple[int, int]) -> Tensor:  # (heads, 2h-1, 2w-1) -> (heads, N, N)
+    h, w = window
+    y, x = (torch.arange(n, device=bias.device) for n in (h, w))
+    dy, dx = y[:, None] - y + h - 1, x[:, None] - x + w - 1
+    return bias[:, dy[:, None, :, None], dx[None, :, None, :]].reshape(-1, h * w, h * w)
+
+
+def seams(H: int, W: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device) -> Tensor:
+    """(windows, N, N): the pairs that the roll brought together from opposite edges of the padded map."""
+    h, w = window
+    R, S = -(-H // h), -(-W // w)
+    wrapped_y = torch.arange(R * h, device=device) >= R * h - shift[0]
+    wrapped_x = torch.arange(S * w, device=device) >= S * w - shift[1]
+    side = 2 * wrapped_y.int()[:, None] + wrapped_x.int()  # (R h, S w)
+    side = side.reshape(R, h, S, w).transpose(1, 2).reshape(R * S, h * w)
+    return side[:, :, None] != side[:, None]

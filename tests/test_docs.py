@@ -1,0 +1,24 @@
+"""What the documentation shows runs as it is printed."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[1] / "docs"
+SECTIONS = re.split(r"(?m)^## ", (DOCS / "operators.md").read_text())[1:]
+
+
+@pytest.mark.parametrize("section", SECTIONS, ids=lambda s: s.splitlines()[0])
+def test_examples_of_operators(section):
+    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert examples, "every operator is shown in a model of one's own"
+    for example in examples:
+        exec(compile(example, "docs/operators.md", "exec"), {"__name__": "example"})
+
+
+def test_every_operator_is_described():
+    import saccade.ops
+
+    described = "\n".join(SECTIONS)
+    assert not [name for name in saccade.ops.__all__ if name != "backend" and name not in described]

@@ -1,0 +1,48 @@
+"""DaViT-T's channel attention, on tokens as the projection leaves them."""
+
+import torch
+import torch.nn.functional as F
+from saccade.ops import channel_attention
+
+from . import Case
+
+DIMS, HEADS = (96, 192, 384, 768), (3, 6, 12, 24)
+
+
+def published(qkv, heads):  # timm's module computes alike
+    B, N, C3 = qkv.shape
+    q, k, v = qkv.reshape(B, N, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    k = k * q.shape[3] ** -0.5
+    a = (k.transpose(-1, -2) @ v).softmax(-1)
+    out = (a @ q.transpose(-1, -2)).transpose(-1, -2)
+    return out.transpose(1, 2).reshape(B, N, C3 // 3)
+
+
+def sdpa(qkv, heads):
+    """Usual attention with the D channels for tokens."""
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 4, 1).unbind(0)  # (B, heads, D, N) each
+    out = F.scaled_dot_product_attention(k, v, q, scale=q.shape[2] ** -0.5)
+    return out.permute(0, 3, 1, 2).flatten(2)
+
+
+def cases(batch: int, height: int, width: int) -> list[Case]:
+    found = []
+    for stage, (C, heads) in enumerate(zip(DIMS, HEADS)):
+        N = -(-height // (4 << stage)) * -(-width // (4 << stage))
+
+        def args(device, dtype, shape=(batch, N, 3 * C), heads=heads):
+            return torch.randn(shape, device=device, dtype=dtype).requires_grad_(), heads
+
+        size, products = batch * N * C, 2 * 2 * batch * N * C * (C // heads)
+        found.append(
+            Case(
+                where=f"DaViT-T stage {stage + 1}",
+                args=args,
+                ours=channel_attention,
+                published=published,
+                elements=(4 * size, 8 * size),
+                flops=(products, 2 * products),
+                library={"scaled_dot_product_attention": sdpa},
+            )
+        )
+    return found
