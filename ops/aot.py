@@ -45,7 +45,7 @@ class Card(NamedTuple):
     backend: str
     arch: int | str
     warp: int
-    shared: int  # bytes a program may have
+    shared: int  # bytes a program may have; on CUDA, a kilobyte less than a multiprocessor has
 
 
 CARDS = {
@@ -54,6 +54,7 @@ CARDS = {
     "sm_100": Card("cuda", 100, 32, 227 << 10),
     "gfx942": Card("hip", "gfx942", 64, 64 << 10),
 }
+WARPS, REGISTERS, PROGRAMS = 64, 65536, 32  # that a CUDA multiprocessor of these cards holds at a time
 
 
 class Usage(NamedTuple):
@@ -65,12 +66,22 @@ class Usage(NamedTuple):
     registers: int
     spills: int  # bytes a thread
     shared: int  # bytes a program
+    warps: int  # of a program
 
     @property
     def problem(self) -> str:
         if self.shared > CARDS[self.card].shared:
             return f"{CARDS[self.card].shared} bytes of shared memory is all there is"
         return "spills" if self.spills and self.card == "sm_90" else ""
+
+    @property
+    def occupancy(self) -> float | None:
+        """Warps that a CUDA multiprocessor holds at a time, of those it could: an estimate, by what a program takes."""
+        if CARDS[self.card].backend != "cuda":
+            return None
+        registers = -(-self.registers // 8) * 8 * 32 * self.warps  # given out by 8 a thread
+        shared = (CARDS[self.card].shared + 1024) // (self.shared + 1024)  # of which the system takes 1024 a program
+        return min(REGISTERS // registers, shared, WARPS // self.warps, PROGRAMS) * self.warps / WARPS
 
 
 def build(kernel, dtype: str, pointers: dict, options: dict, card: str):
@@ -132,7 +143,8 @@ def usage(operators=tuple(OPERATORS), cards=tuple(CARDS), dtypes=tuple(DTYPES)) 
                 for kernel, pointers, options in module.aot(dtype, CARDS[card].backend == "hip"):
                     tile = " ".join(f"{name}={value}" for name, value in options.items())
                     compiled = build(kernel, dtype, pointers, options, card)
-                    yield Usage(operator, kernel.__name__, dtype, card, tile, *measure(compiled))
+                    warps = compiled.metadata.num_warps
+                    yield Usage(operator, kernel.__name__, dtype, card, tile, *measure(compiled), warps)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -145,11 +157,12 @@ def main(argv: list[str] | None = None) -> int:
     problems = 0
     for row in usage(args.operators, args.cards, args.dtypes):
         if args.json:
-            print(json.dumps(row._asdict() | {"problem": row.problem}), flush=True)
+            print(json.dumps(row._asdict() | dict(occupancy=row.occupancy, problem=row.problem)), flush=True)
         else:
+            occupancy = "" if row.occupancy is None else f"{row.occupancy:5.0%} of warps"
             print(
                 f"{row.card:7} {row.kernel:12} {row.dtype:5} {row.registers:4} registers {row.spills:5} bytes spilled "
-                f"{row.shared:7} shared  {row.tile}{'  ! ' if row.problem else ''}{row.problem}",
+                f"{row.shared:7} shared {occupancy}  {row.tile}{'  ! ' if row.problem else ''}{row.problem}",
                 flush=True,
             )
         problems += bool(row.problem)

@@ -374,12 +374,14 @@ TILES = {
 }
 # Fill the largest card a few times over: where tiles are fewer, tokens or images are shared out.
 PROGRAMS = 512
+HIP = torch.version.hip is not None
 
 
-def tile(itemsize: int, D: int, a: int) -> dict:
+def tile(itemsize: int, D: int, a: int, hip: bool) -> dict:
     BLOCK_D = max(16, triton.next_power_of_2(D))
     tokens, agents, warps, stages = TILES[itemsize, max(32, BLOCK_D)]
     agents = max(16, min(agents, triton.next_power_of_2(a)))
+    stages = 1 if hip else stages  # with two, Triton 3.6 does not translate tokens_kernel for gfx942
     return dict(D=D, BLOCK_D=BLOCK_D, BLOCK_N=tokens, BLOCK_A=agents, num_warps=warps, num_stages=stages)
 
 
@@ -428,7 +430,7 @@ def fwd(
     (B, heads, a) and (B, heads, N)."""
     (B, N, C), M, a = q.shape, k.shape[1], agents.shape[1]
     q, k, v, agents = _readable(q), _readable(k), _readable(v), agents.contiguous()
-    options = tile(q.element_size(), C // heads, a)
+    options = tile(q.element_size(), C // heads, a, HIP)
     out = q.new_empty(B, N, C)
     va = q.new_empty(B, heads, a, C // heads)
     lse1, lse2 = (q.new_empty(B, heads, n, dtype=torch.float32) for n in (a, N))
@@ -497,7 +499,7 @@ def bwd(
 def _tokens(x, y, agents, z, tables, lse, delta, dout, weight, heads, scale, dx, dy, keys):
     """tokens_kernel and, with many agents, bias_kernel: the gradients of the bias (heads, N, a) and of the taps."""
     (B, N, C), a = x.shape, agents.shape[1]
-    options = tile(x.element_size(), C // heads, a)
+    options = tile(x.element_size(), C // heads, a, HIP)
     pointers, sizes, T = _tables(*tables)
     tiles, agent_tiles = triton.cdiv(N, options["BLOCK_N"]), triton.cdiv(a, options["BLOCK_A"])
     single, conv = agent_tiles == 1, keys and weight is not None
@@ -524,7 +526,7 @@ def _tokens(x, y, agents, z, tables, lse, delta, dout, weight, heads, scale, dx,
 def _agents(x, y, agents, z, tables, lse, delta, heads, scale, keys):
     """The gradients of the agents and of z, (B, heads, a, D) in float32."""
     (B, N, C), a = x.shape, agents.shape[1]
-    options = tile(x.element_size(), C // heads, a)
+    options = tile(x.element_size(), C // heads, a, HIP)
     pointers, sizes, T = _tables(*tables)
     programs = B * heads * triton.cdiv(a, options["BLOCK_A"])
     share = _share(N, programs, options["BLOCK_N"])
@@ -555,7 +557,7 @@ def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]
     for D in (D for size, D in TILES if size == itemsize):
         most = TILES[itemsize, D][1]
         for a in (9, most, most + 1):
-            options = tile(itemsize, D, a)
+            options = tile(itemsize, D, a, hip)
             conv = dict(T=1, CONV=True)
             single = options["BLOCK_A"] >= a
             yield gather_kernel, floats | dict(part_ptr="*fp32"), dict(T=1) | options

@@ -29,23 +29,43 @@ def fits(rows: list[aot.Usage]) -> None:
         assert row.spills == 0 or row.card != "sm_90", row
 
 
-def test_half_precision_on_sm_90():
-    rows = listing("--cards", "sm_90", "--dtypes", "fp16")
-    fits(rows)
-    assert {row.operator for row in rows} == set(aot.OPERATORS)
-
-
+# Minutes for each card and type: the command itself is for all of them.
 @pytest.mark.slow
-@pytest.mark.parametrize("card", aot.CARDS)
-def test_every_tile_on_every_card(card):
-    fits(listing("--cards", card, "--dtypes", "fp32", "bf16"))
+@pytest.mark.parametrize("operator", aot.OPERATORS)
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_every_tile_fits(operator, dtype):
+    rows = listing("--operators", operator, "--cards", "sm_90", "--dtypes", dtype)
+    fits(rows)
+    assert {(row.operator, row.card, row.dtype) for row in rows} == {(operator, "sm_90", dtype)}
+
+
+def test_compiles_for_a_card_of_another_maker():
+    rows = listing("--operators", "strip_gate", "channel_attention", "--cards", "gfx942", "--dtypes", "fp16")
+    fits(rows)
+    assert {row.operator for row in rows} == {"strip_gate", "channel_attention"}
 
 
 def test_a_problem_is_told():
-    row = aot.Usage("op", "kernel", "fp16", "sm_90", "M=64", registers=255, spills=8, shared=1024)
+    row = aot.Usage("op", "kernel", "fp16", "sm_90", "M=64", registers=255, spills=8, shared=1024, warps=4)
     assert row.problem == "spills"
     assert row._replace(card="sm_80").problem == ""
     assert row._replace(card="gfx942", shared=65537).problem == "65536 bytes of shared memory is all there is"
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "expected"),
+    [
+        (32, 0, 4, 1.0),
+        (33, 0, 4, 12 * 4 / 64),  # 40 x 128 of 65536 registers
+        (255, 0, 8, 8 / 64),
+        (32, 100 << 10, 4, 2 * 4 / 64),  # twice in 228 KiB
+        (16, 0, 1, 32 / 64),  # 32 programs at most
+    ],
+)
+def test_occupancy(registers, shared, warps, expected):
+    row = aot.Usage("op", "kernel", "fp16", "sm_90", "", registers, 0, shared, warps)
+    assert row.occupancy == expected
+    assert row._replace(card="gfx942").occupancy is None
 
 
 def test_interpreted_kernels_are_refused():
