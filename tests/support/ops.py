@@ -115,7 +115,7 @@ def refuses_second_derivative(f, *args) -> None:
         grad.sum().backward()
 
 
-def compiles(f, *args, name: str, dynamic: bool = False, others: tuple = ()) -> None:
+def compiles(f, *args, name: str, dynamic: bool | None = False, others: tuple = ()) -> None:
     """In one graph, forward and backward, with one form forced; `others`: further argument lists for the same f."""
     torch.compiler.reset()
     f = forced(f, name)
