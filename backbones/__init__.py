@@ -1,3 +1,3 @@
 """Importing this package registers every backbone with timm: `timm.create_model("biformer_s")`."""
 
-from . import biformer  # noqa: F401
+from . import agent, biformer, davit, halonet  # noqa: F401

@@ -1,0 +1,1002 @@
+"""Agent-DeiT, Agent-PVT, Agent-Swin and Agent-CSwin: four hosts whose softmax attention becomes agent attention.
+
+Paper: "Agent Attention: On the Integration of Softmax and Linear Attention", ECCV 2024, arXiv 2312.08874.
+Published code: LeapLabTHU/Agent-Attention@207ce3e, without a licence: what is here is written from the paper and from a
+description, and copies nothing. Parameters map one to one (`checkpoint_filter_fn`), outputs are equal.
+
+Agents are a p x p grid of pooled queries; each attention adds biases that are learned for one size of map and a number
+of agents. On another map, and with other agents, they are resized as in the published detection backbones, so that any
+picture goes through. Inside, maps are tokens (B, h·w, C), row-major: the same memory as (B, h, w, C).
+"""
+
+import math
+import re
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_function, register_notrace_module
+from torch import Tensor, nn
+
+from ..ops import agent_attention, pool_agents, resize_agent_bias, window_attention
+
+TABLE = 7  # side of the tables of block biases, whatever the map
+
+
+def square_root(agents: int) -> int:
+    if math.isqrt(agents) ** 2 != agents or agents < 1:
+        raise ValueError(f"agents must be square numbers, as they form a grid, got {agents}")
+    return math.isqrt(agents)
+
+
+def _dwc(dim: int, **dd) -> nn.Conv2d:
+    return nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
+
+
+# Shapes decide what runs, so an fx trace keeps the layer whole; as it does the others that look at sizes.
+@register_notrace_module
+class AgentAttention(nn.Module):
+    """Agent attention (paper, section 3.2) with its biases and depthwise convolution: (B, [1 +] h·w, C) -> same.
+
+    Args:
+        dim: channels.
+        heads: their number.
+        size: (h, w) of the maps that the biases are learned for; others resize them.
+        agents: number of agents that the biases are learned for, a square.
+        run_agents: number of agents that run, None for as many.
+        token: whether a class token comes first. It is no part of the agents' pooling nor of the convolution.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        size: tuple[int, int],
+        agents: int,
+        run_agents: int | None = None,
+        token: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        side = square_root(run_agents or agents)
+        self.heads, self.size, self.grid, self.tokens = heads, tuple(size), (side, side), int(token)
+        self.resize_agents = square_root(agents) != side
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.dwc = _dwc(dim, **dd)
+
+        def table(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(heads, agents, *shape, **dd))
+
+        self.key_block, self.key_rows, self.key_columns = table(TABLE, TABLE), table(size[0]), table(size[1])
+        self.query_block, self.query_rows, self.query_columns = table(TABLE, TABLE), table(size[0]), table(size[1])
+        self.key_token = table() if token else None
+        self.query_token = table() if token else None
+        for p in self.parameters(recurse=False):
+            trunc_normal_(p, std=0.02)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, size={self.size}, grid={self.grid}"
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        q, k, v = self.qkv(x).chunk(3, -1)
+        agents = pool_agents(q[:, self.tokens :].unflatten(1, size), self.grid)
+        key_bias = (self.key_block, self.key_rows, self.key_columns)
+        query_bias = (self.query_block, self.query_rows, self.query_columns)
+        if self.resize_agents or size[0] != self.size[0] or size[1] != self.size[1]:
+            key_bias = resize_agent_bias(key_bias, size, self.grid)
+            query_bias = resize_agent_bias(query_bias, size, self.grid)
+        token_bias: tuple[Tensor, Tensor] | None = None
+        if self.key_token is not None:
+            token_bias = (self.key_token, self.query_token)
+        w, b = self.dwc.weight, self.dwc.bias
+        return self.proj(agent_attention(q, k, v, agents, key_bias, query_bias, self.heads, token_bias, w, b))
+
+
+@register_notrace_module
+class WindowAttention(nn.Module):
+    """Swin's attention within windows, every other block's shifted: (B, h·w, C) -> same.
+
+    A map that windows do not divide is padded with zeros before the projection, so that a padding token holds the
+    biases; it is attended to like any other.
+
+    Args:
+        dim: channels.
+        heads: their number.
+        window: (h, w) of a window.
+        shift: whether windows are shifted by half of one.
+        always_shift: also where one window covers the map, as the published detection backbone does and the classifier
+            does not.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        window: tuple[int, int],
+        shift: bool,
+        always_shift: bool = False,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.heads, self.window, self.always_shift = heads, tuple(window), always_shift
+        self.shift = (window[0] // 2, window[1] // 2) if shift else (0, 0)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.relative_bias = nn.Parameter(torch.empty(heads, 2 * window[0] - 1, 2 * window[1] - 1, **dd))
+        trunc_normal_(self.relative_bias, std=0.02)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, window={self.window}, shift={self.shift}"
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        s_h = self.shift[0] if self.always_shift or size[0] > self.window[0] else 0
+        s_w = self.shift[1] if self.always_shift or size[1] > self.window[1] else 0
+        C = x.shape[2]
+        qkv = self.qkv(x).view(x.shape[0], size[0], size[1], 3, C)
+        pad = self.qkv.bias.view(3, C)
+        out = window_attention(qkv, self.heads, self.window, (s_h, s_w), self.relative_bias, pad)
+        return self.proj(out.flatten(1, 2))
+
+
+@register_notrace_module
+class StripeAttention(nn.Module):
+    """CSwin's attention: half of the heads within vertical stripes, half within horizontal: (B, h·w, C) -> same.
+
+    The values' depthwise convolution (LePE) ends at the border of a stripe. A map that stripes do not divide is padded
+    with zeros before the projection, as for Swin's windows.
+
+    Args:
+        dim: channels.
+        heads: their number, in both halves together.
+        stripe: (columns of a vertical stripe, rows of a horizontal one).
+    """
+
+    def __init__(self, dim: int, heads: int, stripe: tuple[int, int], device=None, dtype=None):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        if heads % 2:
+            raise ValueError(f"heads of striped blocks must be even, half for each direction, got {heads}")
+        self.heads, self.stripe = heads, tuple(stripe)
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.dwc = _dwc(dim // 2, **dd)  # of vertical stripes
+        self.dwc_rows = _dwc(dim // 2, **dd)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, stripe={self.stripe}"
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        (B, N, C), (h, w), (columns, rows) = x.shape, size, self.stripe
+        down, right = -h % rows, -w % columns
+        x = x.view(B, h, w, C)
+        if down > 0 or right > 0:
+            x = F.pad(x, (0, 0, 0, right, 0, down))
+        H, W = h + down, w + right
+        qkv = self.qkv(x).view(B, H, W, 3, C)
+        half = C // 2
+        vertical = window_attention(qkv[..., :half], self.heads // 2, (H, columns))
+        horizontal = window_attention(qkv[..., half:], self.heads // 2, (rows, W))
+        v = qkv[:, :, :, 2, :half].unflatten(2, (W // columns, columns)).permute(0, 2, 4, 1, 3).flatten(0, 1)
+        lepe = self.dwc(v).unflatten(0, (B, W // columns)).permute(0, 3, 1, 4, 2).reshape(B, H, W, half)
+        v = qkv[:, :, :, 2, half:].unflatten(1, (H // rows, rows)).permute(0, 1, 4, 2, 3).flatten(0, 1)
+        lepe_rows = self.dwc_rows(v).unflatten(0, (B, H // rows)).permute(0, 1, 3, 4, 2).reshape(B, H, W, half)
+        out = torch.cat((vertical + lepe, horizontal + lepe_rows), 3)
+        if down > 0 or right > 0:
+            out = out[:, :h, :w]
+        return self.proj(out.reshape(B, N, C))
+
+
+@register_notrace_module
+class FullAttention(nn.Module):
+    """Softmax attention of all tokens, with CSwin's depthwise convolution of the values or none: (B, N, C) -> same."""
+
+    def __init__(self, dim: int, heads: int, dwc: bool = False, device=None, dtype=None):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.dwc = _dwc(dim, **dd) if dwc else None
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        B, N, C = x.shape
+        qkv = self.qkv(x)
+        q, k, v = qkv.view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C)
+        if self.dwc is not None:
+            v = qkv[..., 2 * C :].view(B, size[0], size[1], C).permute(0, 3, 1, 2)
+            out = out + self.dwc(v).flatten(2).transpose(1, 2)
+        return self.proj(out)
+
+
+def _tokens_at_once(x: Tensor, hidden: int) -> int:
+    """How many of the tokens x (B, N, C) an MLP takes at once, 0 for all: halves the time of PVT's first at batch 8."""
+    token = hidden * x.element_size()
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        return 0
+    return 2**22 // token if x.shape[0] * x.shape[1] * token >= 2**24 else 0
+
+
+@register_notrace_module
+class CachedMlp(nn.Module):
+    """Linear, GELU, linear: (B, N, C) -> same. Without gradients a CPU takes few tokens at a time, which stay in its
+    cache where they are widest."""
+
+    def __init__(self, dim: int, hidden: int, **dd):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            at_once = _tokens_at_once(x, self.fc1.out_features)
+            if at_once:
+                chunks = x.flatten(0, 1).split(at_once)
+                return torch.cat([self.fc2(self.act(self.fc1(c))) for c in chunks]).view(x.shape)
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each a residual: tokens of a map of `size`, (B, [1 +] h·w, C) -> same."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, eps: float, drop_path: float, **dd):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.mlp = CachedMlp(dim, int(dim * mlp_ratio), **dd)
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint(self.residuals, x, size)
+        return self.residuals(x, size)
+
+    def residuals(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x), size))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+@register_notrace_module
+class Patches(nn.Module):
+    """A strided convolution, then LayerNorm where asked for: (B, H, W, C) -> (B, h, w, dim).
+
+    With `pad`, zeros on the right and the bottom make the sides multiples of the stride; without, what is left over is
+    dropped, except that there is always one patch.
+    """
+
+    def __init__(self, in_chans: int, dim: int, kernel: int, stride: int, norm: bool, pad: bool, **dd):
+        super().__init__()
+        margin = (kernel - stride + 1) // 2
+        self.stride, self.pad, self.least = stride, pad, kernel - 2 * margin
+        self.proj = nn.Conv2d(in_chans, dim, kernel, stride, margin, **dd)
+        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.pad:
+            down, right = -x.shape[1] % self.stride, -x.shape[2] % self.stride
+        else:
+            down, right = max(0, self.least - x.shape[1]), max(0, self.least - x.shape[2])
+        if down > 0 or right > 0:
+            x = F.pad(x, (0, 0, 0, right, 0, down))
+        x = self.proj(x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
+        return self.norm(x.permute(0, 2, 3, 1).contiguous())
+
+
+@register_notrace_module
+class Merging(nn.Module):
+    """Swin's patch merging, odd sides padded with zeros: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), out_dim)."""
+
+    def __init__(self, dim: int, out_dim: int, **dd):
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * dim, eps=1e-5, **dd)
+        self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, right = x.shape[1] % 2, x.shape[2] % 2
+        if down > 0 or right > 0:
+            x = F.pad(x, (0, 0, 0, right, 0, down))
+        B, h, w, C = x.shape
+        x = x.reshape(B, h // 2, 2, w // 2, 2, C).permute(0, 1, 3, 4, 2, 5)  # of four, the row changes first
+        return self.reduction(self.norm(x.reshape(B, h // 2, w // 2, 4 * C)))
+
+
+def _positions(tokens: int, dim: int, **dd) -> nn.Parameter:
+    return nn.Parameter(trunc_normal_(torch.empty(1, tokens, dim, **dd), std=0.02))
+
+
+@register_notrace_function
+def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str) -> Tensor:
+    """Position embeddings (1, [1 +] h·w, C) of a map of size `old` to those of size `new`; the class token's stays."""
+    if old[0] == new[0] and old[1] == new[1]:
+        return table
+    tokens = table.shape[1] - old[0] * old[1]
+    x = table[:, tokens:].transpose(1, 2).unflatten(2, old)
+    x = F.interpolate(x, new, mode=mode, align_corners=False).flatten(2).transpose(1, 2)
+    return torch.cat((table[:, :tokens], x.to(table.dtype)), 1)
+
+
+class Stage(nn.Module):
+    """Downsampling, position embeddings (PVT's, learned for maps of `size`), blocks: (B, H, W, C) -> (B, h, w, dim)."""
+
+    def __init__(
+        self, downsample: nn.Module, pos_embed: nn.Parameter | None, size: tuple[int, int], blocks: list[Block]
+    ):
+        super().__init__()
+        self.size = size
+        self.downsample, self.pos_embed, self.blocks = downsample, pos_embed, nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x)
+        size = (x.shape[1], x.shape[2])
+        x = x.flatten(1, 2)
+        if self.pos_embed is not None:
+            x = x + resize_positions(self.pos_embed, self.size, size, "bilinear")
+        for block in self.blocks:
+            x = block(x, size)
+        return x.unflatten(1, size)
+
+
+def _img_size(img_size: int | tuple[int, int], stride: int) -> tuple[int, int]:
+    size = to_2tuple(img_size)
+    if len(size) != 2 or any(n < stride or n % stride for n in size):
+        raise ValueError(f"img_size must be a multiple of {stride}, got {img_size}")
+    return tuple(size)
+
+
+def _init_linear(model: nn.Module) -> None:
+    """Linear layers from a normal of std 0.02, biases 0; convolutions keep torch's default."""
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+
+
+class AgentPyramid(nn.Module):
+    """Agent-PVT, Agent-Swin or Agent-CSwin: images (B, in_chans, H, W) of any size to logits (B, num_classes), or to
+    four maps of strides 4, 8, 16 and 32.
+
+    Args:
+        host: "pvt", "swin" or "cswin".
+        img_size: the size, a multiple of 32, that biases, windows, stripes and position embeddings are learned for. At
+            others biases and position embeddings are resized, and windows and stripes pad the map.
+        in_chans: channels of the image.
+        num_classes: classes of the head, 0 for pooled features.
+        global_pool: timm's name of the pooling over the last map, '' for none.
+        dims: width per stage.
+        depths: blocks per stage.
+        heads: their number per stage.
+        mlp_ratios: per stage, hidden width of the MLPs over their input's.
+        agents: per stage, the number of agents, a square; their biases are learned.
+        agent_blocks: per stage, how many of the first blocks have agent attention, None for all; the others have the
+            host's own (the published AABB is all of the first two stages; AAMB2 has two blocks of the third too). PVT
+            knows only None.
+        dense_agents: () for the classifier. Given, the form of the published detection and segmentation backbones:
+            per stage, the number of agents that run, on biases resized from `agents`; and Swin's odd blocks shift their
+            windows on every map. `features_only` sets it to the published numbers unless told otherwise.
+        out_norms: a LayerNorm for each stage's map in `forward_intermediates` and `features_only`, as the published
+            Swin has for detection and segmentation. The next stage gets the map without it.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
+    """
+
+    def __init__(
+        self,
+        host: str,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        dims: tuple[int, ...] = (96, 192, 384, 768),
+        depths: tuple[int, ...] = (2, 2, 6, 2),
+        heads: tuple[int, ...] = (3, 6, 12, 24),
+        mlp_ratios: tuple[float, ...] = (4, 4, 4, 4),
+        agents: tuple[int, ...] = (9, 16, 49, 49),
+        agent_blocks: tuple[int, ...] | None = None,
+        dense_agents: tuple[int, ...] = (),
+        out_norms: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        if host not in ("pvt", "swin", "cswin"):
+            raise ValueError(f"host must be 'pvt', 'swin' or 'cswin', got {host!r}")
+        per_stage = dict(dims=dims, depths=depths, heads=heads, mlp_ratios=mlp_ratios, agents=agents)
+        per_stage |= dict(agent_blocks=agent_blocks or depths, dense_agents=dense_agents or agents)
+        for name, values in per_stage.items():
+            if len(values) != 4:
+                raise ValueError(f"{name} must have one entry for each of the four stages, got {values}")
+        if bad := [(dim, n) for dim, n in zip(dims, heads) if dim % n]:
+            raise ValueError(f"heads must divide dims, got {bad[0][1]} heads for {bad[0][0]} channels")
+        if host == "pvt" and agent_blocks is not None and tuple(agent_blocks) != tuple(depths):
+            raise ValueError(f"agent_blocks must be None for 'pvt', which has no other attention, got {agent_blocks}")
+        img_size = _img_size(img_size, 32)
+        self.host, self.in_chans, self.num_classes = host, in_chans, num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.drop_rate = drop_rate
+
+        kernel, pad = (7, False) if host == "cswin" else (4, host == "swin")
+        self.stem = Patches(in_chans, dims[0], kernel, 4, norm=True, pad=pad, **dd)
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        stages = []
+        self.feature_info = []
+        for i, dim in enumerate(dims):
+            stride = 4 * 2**i
+            size = (img_size[0] // stride, img_size[1] // stride)
+            if i == 0:
+                downsample = nn.Identity()
+            elif host == "swin":
+                downsample = Merging(dims[i - 1], dim, **dd)
+            else:
+                downsample = Patches(dims[i - 1], dim, 2 if host == "pvt" else 3, 2, norm=True, pad=False, **dd)
+            blocks = []
+            for j in range(depths[i]):
+                if j < per_stage["agent_blocks"][i]:
+                    attn = AgentAttention(dim, heads[i], size, agents[i], per_stage["dense_agents"][i], **dd)
+                elif host == "swin":
+                    window = tuple(min(max(7, n // 32), side) for n, side in zip(img_size, size))
+                    attn = WindowAttention(dim, heads[i], window, j % 2 == 1, bool(dense_agents), **dd)
+                elif i == 3:
+                    attn = FullAttention(dim, heads[i], dwc=True, **dd)
+                else:
+                    stripe = tuple((1, 2, n // 32)[i] for n in reversed(img_size))
+                    attn = StripeAttention(dim, heads[i], stripe, **dd)
+                eps = 1e-6 if host == "pvt" else 1e-5
+                blocks.append(Block(dim, attn, mlp_ratios[i], eps, next(rates), **dd))
+            pos_embed = _positions(size[0] * size[1], dim, **dd) if host == "pvt" else None
+            stages.append(Stage(downsample, pos_embed, size, blocks))
+            self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f"stages.{i}"))
+        self.stages = nn.Sequential(*stages)
+        self.out_norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-5, **dd) for dim in dims) if out_norms else None
+        self.norm = nn.Identity() if host == "pvt" else nn.LayerNorm(dims[-1], eps=1e-5, **dd)
+        self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        _init_linear(self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("relative_bias")}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        blocks = [
+            (r"^stages\.(\d+)\.(?:downsample|pos_embed)", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^(?:norm|out_norms)", (99999,)),
+        ]
+        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for block in [block for stage in self.stages for block in stage.blocks]:
+            block.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The stages' maps (timm's contract), each through its own norm where the model has `out_norms`.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: the last n stages if an int, these if a list, all if None.
+            norm: apply the head's LayerNorm to the last stage's map (only without `out_norms`).
+            stop_early: run no stage after the last that is asked for.
+            output_fmt: "NCHW", nothing else.
+            intermediates_only: return the list of maps alone, not (final features, list).
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last_taken = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        x = self.stem(x.permute(0, 2, 3, 1))
+        intermediates = []
+        for i, stage in enumerate(self.stages if not stop_early else self.stages[: last_taken + 1]):
+            x = stage(x)
+            if i in take:
+                out = self.norm(x) if norm and i == last and self.out_norms is None else x
+                if self.out_norms is not None:
+                    out = self.out_norms[i](x)
+                intermediates.append(out.permute(0, 3, 1, 2))
+        if intermediates_only:
+            return intermediates
+        return (self.norm(x) if i == last else x).permute(0, 3, 1, 2), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps `indices` do not need: later stages, unused norms and (`prune_head`) the head."""
+        take, last_taken = feature_take_indices(len(self.stages), indices)
+        shortened = last_taken < len(self.stages) - 1
+        self.stages = self.stages[: last_taken + 1]
+        if self.out_norms is not None:
+            kept = [norm if i in take else nn.Identity() for i, norm in enumerate(self.out_norms)]
+            self.out_norms = nn.ModuleList(kept[: last_taken + 1])
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+        if shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
+        if prune_head or shortened:
+            self.num_classes = 0
+            self.head = ClassifierHead(self.num_features, 0, pool_type="", **get_device_dtype(self))
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> the last map after its norm, if any, (B, num_features, H / 32, W / 32)."""
+        return self.norm(self.stages(self.stem(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class TokenHead(nn.Module):
+    """Tokens (B, 1 + N, dim), the class token first, to logits."""
+
+    def __init__(self, dim: int, num_classes: int, pool_type: str, drop_rate: float, **dd):
+        super().__init__()
+        self.dim = dim
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type, **dd)
+
+    def reset(self, num_classes: int, pool_type: str | None = None, **dd) -> None:
+        if pool_type not in (None, "token", "avg", ""):
+            raise ValueError(f"global_pool must be 'token', 'avg' or '', got {pool_type!r}")
+        if pool_type is not None:
+            self.pool_type = pool_type
+        self.fc = nn.Linear(self.dim, num_classes, **dd) if num_classes else nn.Identity()
+        self.fc.train(self.training)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.pool_type == "token":
+            x = x[:, 0]
+        elif self.pool_type == "avg":
+            x = x[:, 1:].mean(1)
+        x = self.drop(x)
+        return x if pre_logits else self.fc(x)
+
+
+class AgentDeiT(nn.Module):
+    """Agent-DeiT: images (B, in_chans, H, W) of any size to logits (B, num_classes), or to maps of stride 16.
+
+    Args:
+        img_size: the size, a multiple of 16, that biases and position embeddings are learned for. They are resized for
+            others, and images padded with zeros to multiples of 16.
+        in_chans: channels of the image.
+        num_classes: classes of the head, 0 for pooled features.
+        global_pool: "token" (the class token's features), "avg" (the mean over the map's tokens) or "" (all tokens).
+        dim: width.
+        depth: blocks.
+        heads: their number.
+        mlp_ratio: hidden width of the MLPs over their input's.
+        agents: number of agents, a square.
+        agent_blocks: how many of the first blocks have agent attention, None for all; the others attend in full.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
+    """
+
+    STRIDE = 16
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        dim: int = 192,
+        depth: int = 12,
+        heads: int = 3,
+        mlp_ratio: float = 4.0,
+        agents: int = 49,
+        agent_blocks: int | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        if dim % heads:
+            raise ValueError(f"heads must divide dim, got {heads} heads for {dim} channels")
+        h, w = _img_size(img_size, self.STRIDE)
+        self.size = size = h // self.STRIDE, w // self.STRIDE
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.num_features = self.head_hidden_size = dim
+        self.stem = Patches(in_chans, dim, self.STRIDE, self.STRIDE, norm=False, pad=True, **dd)
+        self.cls_token = _positions(1, dim, **dd)
+        self.pos_embed = _positions(1 + size[0] * size[1], dim, **dd)
+        blocks = []
+        for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
+            if agent_blocks is None or i < agent_blocks:
+                attn = AgentAttention(dim, heads, size, agents, token=True, **dd)
+            else:
+                attn = FullAttention(dim, heads, **dd)
+            blocks.append(Block(dim, attn, mlp_ratio, 1e-6, rate, **dd))
+        self.blocks = nn.ModuleList(blocks)
+        self.feature_info = [dict(num_chs=dim, reduction=self.STRIDE, module=f"blocks.{i}") for i in range(depth)]
+        self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
+        self.head = TokenHead(dim, num_classes, global_pool, drop_rate, **dd)
+        _init_linear(self)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"cls_token", "pos_embed"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return dict(stem=r"^stem|^cls_token|^pos_embed", blocks=blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for block in self.blocks:
+            block.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = self.stem(x.permute(0, 2, 3, 1))
+        size = (x.shape[1], x.shape[2])
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), 1)
+        return x + resize_positions(self.pos_embed, self.size, size, "bicubic"), size
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list | tuple[Tensor, list]:
+        """The blocks' outputs (timm's contract).
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: the last n blocks if an int, these if a list, all if None.
+            return_prefix_tokens: return pairs of the output and the class token (B, 1, C).
+            norm: apply the final LayerNorm to each.
+            stop_early: run no block after the last that is asked for.
+            output_fmt: "NCHW" for maps, "NLC" for tokens; both without the class token.
+            intermediates_only: return the list alone, not (final tokens, list).
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        take, last_taken = feature_take_indices(len(self.blocks), indices)
+        x, size = self._embed(x)
+        intermediates = []
+        for i, block in enumerate(self.blocks if not stop_early else self.blocks[: last_taken + 1]):
+            x = block(x, size)
+            if i in take:
+                y = self.norm(x) if norm else x
+                out = y[:, 1:].unflatten(1, size).permute(0, 3, 1, 2) if output_fmt == "NCHW" else y[:, 1:]
+                intermediates.append((out, y[:, :1]) if return_prefix_tokens else out)
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the outputs `indices` do not need: later blocks, the norm and the head where asked for."""
+        take, last_taken = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last_taken + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> tokens after the final norm, the class token first, (B, 1 + h·w, dim)."""
+        x, size = self._embed(x)
+        for block in self.blocks:
+            x = block(x, size)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+PUBLISHED_KEYS = [  # published name -> ours, applied in order
+    (r"^patch_embed1?\.(proj|norm)\.", r"stem.\1."),  # PVT counts its four from 1
+    (r"^stage1_conv_embed\.0\.", "stem.proj."),
+    (r"^stage1_conv_embed\.2\.", "stem.norm."),
+    (r"^patch_embed(\d)\.", lambda m: f"stages.{int(m[1]) - 1}.downsample."),
+    (r"^merge(\d)\.conv\.", r"stages.\1.downsample.proj."),
+    (r"^merge(\d)\.norm\.", r"stages.\1.downsample.norm."),
+    (r"^layers\.(\d)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
+    (r"^pos_embed(\d)$", lambda m: f"stages.{int(m[1]) - 1}.pos_embed"),
+    (r"^layers\.(\d)\.blocks\.", r"stages.\1.blocks."),
+    (r"^(?:block|stage)(\d)\.(\d+)\.", lambda m: f"stages.{int(m[1]) - 1}.blocks.{m[2]}."),
+    (r"^(stages\.\d\.blocks\.\d+)\.(qkv|proj)\.", r"\1.attn.\2."),  # CSwin's blocks own these
+    (r"\.attns\.0\.get_v\.", ".attn.dwc."),
+    (r"\.attns\.1\.get_v\.", ".attn.dwc_rows."),
+    (r"\.attns\.0\.", ".attn."),
+    (r"\.relative_position_bias_table$", ".relative_bias"),
+    (r"\.an_bias$", ".key_block"),
+    (r"\.ah_bias$", ".key_rows"),
+    (r"\.aw_bias$", ".key_columns"),
+    (r"\.ac_bias$", ".key_token"),
+    (r"\.na_bias$", ".query_block"),
+    (r"\.ha_bias$", ".query_rows"),
+    (r"\.wa_bias$", ".query_columns"),
+    (r"\.ca_bias$", ".query_token"),
+    (r"^norm(\d)\.", r"out_norms.\1."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+]
+
+
+def rename(key: str) -> str:
+    """Our name of a published state-dict key; ours stay as they are."""
+    for pattern, ours in PUBLISHED_KEYS:
+        key = re.sub(pattern, ours, key)
+    return key
+
+
+TABLES = {  # of biases, from the published layout to ours
+    "key_rows": lambda t: t[0, ..., 0],  # (1, heads, agents, h, 1)
+    "key_columns": lambda t: t[0, :, :, 0],  # (1, heads, agents, 1, w)
+    "key_token": lambda t: t[0, ..., 0],  # (1, heads, agents, 1)
+    "query_rows": lambda t: t[0, :, :, 0].mT,  # (1, heads, h, 1, agents)
+    "query_columns": lambda t: t[0, :, 0].mT,  # (1, heads, 1, w, agents)
+    "query_token": lambda t: t[0, :, 0],  # (1, heads, 1, agents)
+}
+
+
+def _fitted(key: str, given: dict[str, Tensor], own: dict[str, Tensor]) -> Tensor:
+    """given[key], resized as the published loader does it where it was learned at another resolution than own[key]."""
+    value, shape = given[key], own[key].shape
+    first = key.removesuffix("pos_embed") + "blocks.0.attn.key_"
+    if value.shape == shape:
+        return value
+    if key.endswith("pos_embed") and value.shape[2] == shape[2] and f"{first}rows" in given:
+        old, new = ((d[f"{first}rows"].shape[2], d[f"{first}columns"].shape[2]) for d in (given, own))
+        return resize_positions(value, old, new, "bicubic")
+    if key.endswith(("_rows", "_columns")) and value.shape[:2] == shape[:2]:
+        return F.interpolate(value, shape[2:], mode="linear", align_corners=False)
+    if key.endswith("relative_bias") and value.shape[0] == shape[0]:
+        return F.interpolate(value[None], shape[1:], mode="bicubic", align_corners=False)[0]
+    return value
+
+
+def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
+    """Weights under the published names (classification, detection or segmentation files) or ours, to ours.
+
+    A container is opened (CSwin's published accuracy is that of 'state_dict_ema'), 'module.' stripped; of a whole
+    detector or segmentor the `backbone.` part is taken. What is learned at another resolution is resized as the
+    published loader does: biases of rows and columns linearly, relative and absolute position embeddings bicubically. A
+    dense model's file lacks the head and the last norm and a classification file the `out_norms`: those keep the
+    model's own initial values.
+    """
+    for container in ("state_dict_ema", "state_dict", "model"):
+        if isinstance(state_dict.get(container), dict):
+            state_dict = state_dict[container]
+    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    if any(key.startswith("backbone.") for key in state_dict):
+        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    out = {}
+    for key, value in state_dict.items():
+        key = rename(key)
+        name = key.rpartition(".")[2]
+        if name in ("relative_position_index", "attn_mask"):
+            continue
+        if name in TABLES and value.ndim >= 4:
+            value = TABLES[name](value)
+        elif name == "relative_bias" and value.ndim == 2:
+            side = math.isqrt(len(value))
+            value = value.mT.reshape(-1, side, side)
+        out[key] = value
+    for key in [key for key in out if ".attn.q." in key]:
+        out[key.replace(".q.", ".qkv.")] = torch.cat((out.pop(key), out.pop(key.replace(".q.", ".kv."))))
+
+    own = model.state_dict()
+    out = {key: _fitted(key, out, own) if key in own else value for key, value in out.items()}
+    body = [key for key in own | out if "blocks." in key]
+    if unlike := [key for key in body if key not in own or key not in out or out[key].shape != own[key].shape]:
+        has, wants = (tuple(d[unlike[0]].shape) if unlike[0] in d else "missing" for d in (out, own))
+        raise ValueError(
+            f"not the weights of this {type(model).__name__}: {len(unlike)} of {len(body)} entries of blocks do "
+            f"not fit, {unlike[0]} is {has} there and {wants} here"
+        )
+    dense_file = "head.fc.weight" not in out
+    for key in own:
+        if key not in out and (key.startswith("out_norms.") or (dense_file and key.startswith(("norm.", "head.")))):
+            out[key] = own[key]
+    return {k: v for k, v in out.items() if k in own or not k.startswith("out_norms.")}
+
+
+def _cfg(size: int = 224, stride: int = 32, crop_pct: float = 0.875, **kwargs) -> dict:
+    return dict(
+        num_classes=1000,
+        input_size=(3, size, size),
+        pool_size=(size // stride, size // stride),
+        crop_pct=crop_pct,
+        crop_mode="squash",
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="stem.proj",
+        classifier="head.fc",
+        origin_url="https://github.com/LeapLabTHU/Agent-Attention",
+        paper_name="Agent Attention: On the Integration of Softmax and Linear Attention",
+        paper_ids="arXiv:2312.08874",
+        fixed_input_size=size != 224,  # by which timm passes the size on as `img_size`
+        **kwargs,
+    )
+
+
+PVT = dict(host="pvt", dims=(64, 128, 320, 512), heads=(1, 2, 5, 8), mlp_ratios=(8, 8, 4, 4))
+SWIN = dict(host="swin", dims=(96, 192, 384, 768), heads=(3, 6, 12, 24))
+SWIN_B = dict(host="swin", dims=(128, 256, 512, 1024), heads=(4, 8, 16, 32))
+CSWIN = dict(host="cswin", dims=(64, 128, 256, 512), heads=(2, 4, 8, 16))
+CSWIN_B = dict(host="cswin", dims=(96, 192, 384, 768), heads=(4, 8, 16, 32))
+VARIANTS = dict(
+    agent_deit_t=dict(dim=192, heads=3),
+    agent_deit_s=dict(dim=384, heads=6),
+    agent_deit_b=dict(dim=768, heads=12, agents=81, agent_blocks=4),
+    agent_pvt_t=dict(PVT, depths=(2, 2, 2, 2)),
+    agent_pvt_s=dict(PVT, depths=(3, 4, 6, 3)),
+    agent_pvt_m=dict(PVT, depths=(3, 4, 18, 3)),
+    agent_pvt_l=dict(PVT, depths=(3, 8, 27, 3)),
+    agent_swin_t=dict(SWIN, depths=(2, 2, 6, 2), agent_blocks=(2, 2, 6, 0)),
+    agent_swin_s=dict(SWIN, depths=(2, 2, 18, 2), agent_blocks=(2, 2, 0, 0)),
+    agent_swin_b=dict(SWIN_B, depths=(2, 2, 18, 2), agent_blocks=(2, 2, 2, 0)),
+    agent_cswin_t=dict(CSWIN, depths=(2, 4, 18, 1), agent_blocks=(2, 4, 0, 0)),
+    agent_cswin_s=dict(CSWIN, depths=(3, 6, 29, 2), agent_blocks=(3, 6, 0, 0)),
+    agent_cswin_b=dict(CSWIN_B, depths=(3, 6, 29, 2), agent_blocks=(3, 6, 0, 0)),
+)
+DENSE_AGENTS = dict(pvt=(144, 256, 784, 784), swin=(81, 144, 196, 49))  # of the published detection backbones
+README = "README of the published code"
+PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
+    agent_deit_t=(74.9, README),
+    agent_deit_s=(80.5, README),
+    agent_deit_b=(82.0, README),
+    agent_pvt_t=(78.4, README),
+    agent_pvt_s=(82.2, README),
+    agent_pvt_m=(83.4, README),
+    agent_pvt_l=(83.7, README),
+    agent_swin_t=(82.6, README),
+    agent_swin_s=(83.7, README),
+    agent_swin_b=(84.0, README),
+    agent_cswin_t=(83.1, README),
+    agent_cswin_s=(83.9, README),
+    agent_cswin_b=(84.7, README),
+)
+# The authors' files lie on share links, so there is no URL to name: pass a file of your own as
+# pretrained_cfg_overlay=dict(file=PATH).
+default_cfgs = generate_default_cfgs(
+    {f"{name}.in1k": _cfg(stride=16 if "deit" in name else 32) for name in VARIANTS}
+    | {
+        "agent_deit_s.in1k_448": _cfg(448, stride=16),
+        "agent_pvt_m.in1k_256": _cfg(256),
+        "agent_swin_s.in1k_288": _cfg(288, crop_pct=1.0),
+        "agent_swin_b.in1k_384": _cfg(384, crop_pct=1.0),
+        "agent_cswin_b.in1k_384": _cfg(384),
+    }
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
+    kwargs = VARIANTS[name] | kwargs
+    if kwargs.get("features_only") and kwargs.get("host") in DENSE_AGENTS:
+        kwargs.setdefault("dense_agents", DENSE_AGENTS[kwargs["host"]])
+    return build_model_with_cfg(
+        AgentPyramid if "host" in kwargs else AgentDeiT,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3) if "host" in kwargs else 3, feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def agent_deit_t(pretrained: bool = False, **kwargs) -> AgentDeiT:
+    return _create("agent_deit_t", pretrained, **kwargs)
+
+
+@register_model
+def agent_deit_s(pretrained: bool = False, **kwargs) -> AgentDeiT:
+    return _create("agent_deit_s", pretrained, **kwargs)
+
+
+@register_model
+def agent_deit_b(pretrained: bool = False, **kwargs) -> AgentDeiT:
+    return _create("agent_deit_b", pretrained, **kwargs)
+
+
+@register_model
+def agent_pvt_t(pretrained: bool = False, **kwargs) -> AgentPyramid:
+    return _create("agent_pvt_t", pretrained, **kwargs)
+
+
+@register_model
+def agent_pvt_s(pretrained: bool = False, **kwargs) -> AgentPyramid:
+    return _create("agent_pvt_s", pretrained, **kwargs)
+
+
+@register_model
+def agent_pvt_m(pretrained: bool = False, **kwargs) -> AgentPyramid:
+    return _create("agent_pvt_m", pretrained, **kwargs)
+
+
+@register_model
+def agent_pvt_l(pretrained: bool = False, **kwargs) -> AgentPyramid:
+    return _create("agent_pvt_l", pretrained, **kwargs)
+
+
+@register_model
+def agent_swin_t(pretrained: bool = False, **kwargs) -> AgentPyramid:
+    return _create("agent_swin_t", pretrained, **kwargs)
+
+
+@register_model
+def agent_swin_s(pretrained: bool = False, **kwargs) -> AgentPyramid:
+    return _create("agent_swin_s", pretrained, **kwargs)
+
+
+@register_model
+def agent_swin_b(pretrained: bool = False, **kwargs) -> AgentPyramid:
+    return _create("agent_swin_b", pretrained, **kwargs)
+
+
+@register_model
+def agent_cswin_t(pretrained: bool = False, **kwargs) -> AgentPyramid:
+    return _create("agent_cswin_t", pretrained, **kwargs)
+
+
+@register_model
+def agent_cswin_s(pretrained: bool = False, **kwargs) -> AgentPyramid:
+    return _create("agent_cswin_s", pretrained, **kwargs)
+
+
+@register_model
+def agent_cswin_b(pretrained: bool = False, **kwargs) -> AgentPyramid:
+    return _create("agent_cswin_b", pretrained, **kwargs)

@@ -1,0 +1,473 @@
+"""DaViT: a four-stage pyramid whose blocks take turns: attention within windows, then attention between channels.
+
+Paper: "DaViT: Dual Attention Vision Transformers", ECCV 2022, arXiv 2204.03645.
+Published code: dingmyu/davit@fc79470 (MIT). Parameters map one to one (`checkpoint_filter_fn`), outputs are equal. The
+state dict is that of timm's `davit_*`, so weights go from one to the other as they are.
+
+Inside, everything is channels-last: maps travel as (B, H, W, C) through the blocks, where convolutions see an NCHW view
+of the same memory, and leave a stage as such a view.
+"""
+
+import re
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, calculate_drop_path_rates, get_device_dtype
+from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_module
+from torch import Tensor, nn
+
+from ..ops import channel_attention, window_attention
+
+EPS = 1e-5  # of every LayerNorm
+
+
+# The operators check shapes, so an fx trace keeps the layer whole; as it does the others that look at sizes.
+@register_notrace_module
+class WindowAttention(nn.Module):
+    """Attention within windows of `window` x `window` tokens (paper, section 3.2): (B, H, W, C) -> (B, H, W, C).
+
+    The published code pads x with zeros on the right and the bottom before the projection, so that a padding token
+    holds the biases; it is attended to like any other.
+    """
+
+    def __init__(self, dim: int, heads: int, window: int, device=None, dtype=None):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.heads, self.window = heads, window
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, window={self.window}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        split = [3, x.shape[3]]
+        qkv, pad = self.qkv(x).unflatten(3, split), self.qkv.bias.unflatten(0, split)
+        return self.proj(window_attention(qkv, self.heads, (self.window, self.window), pad=pad))
+
+
+@register_notrace_module
+class ChannelAttention(nn.Module):
+    """Attention between the channels of a head, over all tokens (paper, section 3.3): (B, H, W, C) -> (B, H, W, C)."""
+
+    def __init__(self, dim: int, heads: int, device=None, dtype=None):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(channel_attention(self.qkv(x), self.heads))
+
+
+class ConvPosEnc(nn.Module):
+    """Position encoding by a depthwise 3x3 convolution, added to its input: (B, H, W, C) -> same."""
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__()
+        self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class Block(nn.Module):
+    """Position encoding, attention, position encoding, MLP, each a residual (paper, figure 3): (B, H, W, C) -> same."""
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, ffn: bool, drop_path: float, **dd):
+        super().__init__()
+        self.cpe1 = ConvPosEnc(dim, **dd)
+        self.norm1 = nn.LayerNorm(dim, eps=EPS, **dd)
+        self.attn = attn
+        self.cpe2 = ConvPosEnc(dim, **dd)
+        self.norm2 = nn.LayerNorm(dim, eps=EPS, **dd) if ffn else nn.Identity()
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if ffn else None
+        self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.cpe1(x)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = self.cpe2(x)
+        if self.mlp is not None:
+            x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x
+
+
+class Stem(nn.Module):
+    """Overlapping patches, then LayerNorm: images -> (B, ceil(H / 4), ceil(W / 4), dim) as an NCHW view.
+
+    The published code pads the image with zeros to a multiple of 4 before it; the convolution's own padding reaches
+    exactly as far.
+    """
+
+    def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.conv = nn.Conv2d(in_chans, dim, 7, stride=4, padding=3, **dd)
+        self.norm = nn.LayerNorm(dim, eps=EPS, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+@register_notrace_module
+class Downsample(nn.Module):
+    """LayerNorm, then patches of 2x2, or 3x3 where `overlapped`: NCHW -> NCHW of half the size, rounded up.
+
+    Pads are zeros after the norm. The overlapping convolution's own padding reaches as far as the published code's.
+    """
+
+    def __init__(self, dim: int, out_dim: int, overlapped: bool, device=None, dtype=None):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.overlapped = overlapped
+        self.norm = nn.LayerNorm(dim, eps=EPS, **dd)
+        if overlapped:
+            self.conv = nn.Conv2d(dim, out_dim, 3, stride=2, padding=1, **dd)
+        else:
+            self.conv = nn.Conv2d(dim, out_dim, 2, stride=2, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x.permute(0, 2, 3, 1))
+        down, right = x.shape[1] % 2, x.shape[2] % 2
+        if not self.overlapped and (down > 0 or right > 0):
+            x = F.pad(x, (0, 0, 0, right, 0, down))
+        return self.conv(x.permute(0, 3, 1, 2))
+
+
+class Stage(nn.Module):
+    """Downsampling and dual blocks: NCHW -> NCHW, channels-last in memory."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Sequential]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1).contiguous()
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class DaViT(nn.Module):
+    """Images (B, in_chans, H, W) of any size to logits (B, num_classes) or to four maps of strides 4, 8, 16 and 32.
+
+    Args:
+        in_chans: channels of the image.
+        num_classes: classes of the head, 0 for pooled features.
+        global_pool: timm's name of the pooling over the last map, '' for none.
+        depths: dual blocks per stage, each of a window block and a channel block.
+        dims: width per stage.
+        head_dim: width of a head, of tokens or of channels.
+        window_size: side of a window in tokens.
+        mlp_ratio: hidden width of the MLPs over their input's.
+        ffn: False leaves the MLPs out.
+        overlapped_patch: downsample by overlapping patches of 3x3, not by 2x2.
+        out_norms: a LayerNorm for each stage's map in `forward_intermediates` and `features_only`, as the published
+            detection and segmentation backbones have. The next stage gets the map without it.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last channel block, growing linearly from 0 in the first window block.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        depths: tuple[int, ...] = (1, 1, 3, 1),
+        dims: tuple[int, ...] = (96, 192, 384, 768),
+        head_dim: int = 32,
+        window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        ffn: bool = True,
+        overlapped_patch: bool = False,
+        out_norms: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        if len(depths) != len(dims):
+            raise ValueError(f"depths and dims must be equally long, got {depths} and {dims}")
+        if any(dim % head_dim for dim in dims):
+            raise ValueError(f"dims must be multiples of head_dim={head_dim}, got {dims}")
+        if window_size < 1:
+            raise ValueError(f"window_size must be at least 1, got {window_size}")
+        self.in_chans, self.num_classes = in_chans, num_classes
+        self.num_features = self.head_hidden_size = dims[-1]
+        self.drop_rate = drop_rate
+
+        self.stem = Stem(in_chans, dims[0], **dd)
+        rates = iter(calculate_drop_path_rates(drop_path_rate, 2 * sum(depths)))
+        stages = []
+        self.feature_info = []
+        for i, (depth, dim) in enumerate(zip(depths, dims)):
+            downsample = Downsample(dims[i - 1], dim, overlapped_patch, **dd) if i else nn.Identity()
+            blocks = []
+            for _ in range(depth):
+                mixers = (
+                    WindowAttention(dim, dim // head_dim, window_size, **dd),
+                    ChannelAttention(dim, dim // head_dim, **dd),
+                )
+                blocks.append(nn.Sequential(*[Block(dim, m, mlp_ratio, ffn, next(rates), **dd) for m in mixers]))
+            stages.append(Stage(downsample, blocks))
+            self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
+        self.stages = nn.Sequential(*stages)
+        self.out_norms = nn.ModuleList(nn.LayerNorm(dim, eps=EPS, **dd) for dim in dims) if out_norms else None
+        # It pools, then normalises: the other way round costs the published weights half a point of top-1.
+        norm = partial(LayerNorm2d, eps=EPS)
+        self.head = NormMlpClassifierHead(
+            dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=norm, **dd
+        )
+        self.init_weights()
+
+    @torch.jit.ignore
+    def init_weights(self) -> None:
+        """Linear layers, the head's too, from a normal of std 0.02, biases 0; convolutions keep torch's default."""
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                nn.init.zeros_(m.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()  # norms and biases are one-dimensional, which timm's optimisers exempt anyway
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^(?:head\.norm|out_norms)", (99999,)),
+        ]
+        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The stages' maps (timm's contract), each through its own norm where the model has `out_norms`.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: the last n stages if an int, these if a list, all if None.
+            norm: without effect, as the head's norm is one of pooled features, not of a map.
+            stop_early: run no stage after the last that is asked for.
+            output_fmt: "NCHW", nothing else.
+            intermediates_only: return the list of maps alone, not (final features, list).
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last_taken = feature_take_indices(len(self.stages), indices)
+        x = self.stem(x)
+        intermediates = []
+        for i, stage in enumerate(self.stages if not stop_early else self.stages[: last_taken + 1]):
+            x = stage(x)
+            if i in take:
+                if self.out_norms is not None:
+                    intermediates.append(self.out_norms[i](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
+                else:
+                    intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps `indices` do not need: later stages, unused norms and (`prune_head`) the head."""
+        take, last_taken = feature_take_indices(len(self.stages), indices)
+        shortened = last_taken < len(self.stages) - 1
+        self.stages = self.stages[: last_taken + 1]
+        if self.out_norms is not None:
+            kept = [norm if i in take else nn.Identity() for i, norm in enumerate(self.out_norms)]
+            self.out_norms = nn.ModuleList(kept[: last_taken + 1])
+        if prune_norm or shortened:
+            self.head.norm = nn.Identity()
+        if prune_head or shortened:
+            self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
+            self.num_classes = 0
+            self.head.reset(0, "", in_features=self.num_features, **get_device_dtype(self))
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> the last map, (B, num_features, H/32, W/32)."""
+        return self.stages(self.stem(x))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+PUBLISHED_KEYS = [  # published name -> ours, applied in order
+    (r"^patch_embeds\.0\.proj\.", "stem.conv."),
+    (r"^patch_embeds\.0\.norm\.", "stem.norm."),
+    (r"^patch_embeds\.(\d+)\.proj\.", r"stages.\1.downsample.conv."),
+    (r"^patch_embeds\.(\d+)\.norm\.", r"stages.\1.downsample.norm."),
+    (r"^main_blocks\.(\d+)\.", r"stages.\1.blocks."),
+    (r"\.cpe\.0\.", ".cpe1."),
+    (r"\.cpe\.1\.", ".cpe2."),
+    (r"^norm(\d)\.", r"out_norms.\1."),
+    (r"^norms\.", "head.norm."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+]
+
+
+def rename(key: str) -> str:
+    """Our name of a published state-dict key; ours, which are timm's, stay as they are."""
+    for pattern, ours in PUBLISHED_KEYS:
+        key = re.sub(pattern, ours, key)
+    return key
+
+
+def checkpoint_filter_fn(state_dict: dict, model: DaViT) -> dict[str, Tensor]:
+    """Weights under the published names (classification, detection or segmentation files), timm's or ours, to ours.
+
+    A container is opened ('state_dict' first, then 'model'), 'module.' stripped; of a whole detector or segmentor the
+    `backbone.` part is taken. A dense model's file lacks the head and a classification file the `out_norms`: those keep
+    the model's own initial values.
+    """
+    for container in ("state_dict", "model"):
+        if isinstance(state_dict.get(container), dict):
+            state_dict = state_dict[container]
+    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
+    if any(key.startswith("backbone.") for key in state_dict):
+        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    out = {rename(key): value for key, value in state_dict.items()}
+    own = model.state_dict()
+    body = [key for key in own if key.startswith("stages.")]
+    if unlike := [key for key in body if key not in out or out[key].shape != own[key].shape]:
+        has = f"of shape {tuple(out[unlike[0]].shape)}" if unlike[0] in out else "missing"
+        wants = f"{unlike[0]} is {has} and should be {tuple(own[unlike[0]].shape)}"
+        raise ValueError(f"not the weights of this DaViT: {len(unlike)} of {len(body)} entries do not fit, {wants}")
+    dense_file = "head.fc.weight" not in out
+    for key in own:
+        if key not in out and (key.startswith("out_norms.") or (dense_file and key.startswith("head."))):
+            out[key] = own[key]
+    return {k: v for k, v in out.items() if k in own or not k.startswith("out_norms.")}
+
+
+def _cfg(size: int = 224, **kwargs) -> dict:
+    return dict(
+        num_classes=1000,
+        input_size=(3, size, size),
+        pool_size=(size // 32, size // 32),
+        crop_pct=0.9 if size == 224 else 1.0,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv="stem.conv",
+        classifier="head.fc",
+        license="mit",
+        origin_url="https://github.com/dingmyu/davit",
+        paper_name="DaViT: Dual Attention Vision Transformers",
+        paper_ids="arXiv:2204.03645",
+        **kwargs,
+    )
+
+
+VARIANTS = dict(
+    davit_t=dict(depths=(1, 1, 3, 1), dims=(96, 192, 384, 768)),
+    davit_s=dict(depths=(1, 1, 9, 1), dims=(96, 192, 384, 768)),
+    davit_b=dict(depths=(1, 1, 9, 1), dims=(128, 256, 512, 1024)),
+    davit_l=dict(depths=(1, 1, 9, 1), dims=(192, 384, 768, 1536), window_size=12),
+    davit_h=dict(depths=(1, 1, 9, 1), dims=(256, 512, 1024, 2048), window_size=16, overlapped_patch=True),
+    davit_g=dict(depths=(1, 1, 12, 3), dims=(384, 768, 1536, 3072), window_size=16, overlapped_patch=True),
+)
+# Of davit_h and davit_g there is no code: overlapping patches give the paper's 362M and 1437M parameters, and windows
+# of 16 tokens at 512 pixels its 334 and 1038 GFLOPs, which 7, 8, 12 or 14 do not.
+PAPER = "arXiv:2204.03645"
+PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
+    davit_t=(82.8, PAPER),
+    davit_s=(84.2, PAPER),
+    davit_b=(84.6, PAPER),
+    davit_l=(87.5, f"{PAPER}, pre-trained on ImageNet-22K"),
+    davit_h=(90.2, f"{PAPER}, pre-trained on 1.5B private image-text pairs"),
+    davit_g=(90.4, f"{PAPER}, pre-trained on 1.5B private image-text pairs"),
+)
+# The authors' files lie on share links, some of them dead, so there is no URL to name: pass a file of your own as
+# pretrained_cfg_overlay=dict(file=PATH).
+default_cfgs = generate_default_cfgs(
+    {
+        "davit_t.in1k": _cfg(),
+        "davit_s.in1k": _cfg(),
+        "davit_b.in1k": _cfg(),
+        "davit_l.in22k_ft_in1k": _cfg(384),
+        "davit_h.untrained": _cfg(512),
+        "davit_g.untrained": _cfg(512),
+    }
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> DaViT:
+    return build_model_with_cfg(
+        DaViT,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
+        **(VARIANTS[name] | kwargs),
+    )
+
+
+@register_model
+def davit_t(pretrained: bool = False, **kwargs) -> DaViT:
+    return _create("davit_t", pretrained, **kwargs)
+
+
+@register_model
+def davit_s(pretrained: bool = False, **kwargs) -> DaViT:
+    return _create("davit_s", pretrained, **kwargs)
+
+
+@register_model
+def davit_b(pretrained: bool = False, **kwargs) -> DaViT:
+    return _create("davit_b", pretrained, **kwargs)
+
+
+@register_model
+def davit_l(pretrained: bool = False, **kwargs) -> DaViT:
+    return _create("davit_l", pretrained, **kwargs)
+
+
+@register_model
+def davit_h(pretrained: bool = False, **kwargs) -> DaViT:
+    return _create("davit_h", pretrained, **kwargs)
+
+
+@register_model
+def davit_g(pretrained: bool = False, **kwargs) -> DaViT:
+    return _create("davit_g", pretrained, **kwargs)
