@@ -519,6 +519,22 @@ TRAINED = {  # our name: timm's name, its tag, and the file's name in timm's rel
     "halo_eca26ts": ("eca_halonext26ts", "c1_in1k", "eca_halonext26ts_c_256-06906299"),
     "halo_regnetz_b": ("haloregnetz_b", "ra3_in1k", "haloregnetz_c_raa_256-c8ad7616"),
 }
+PAPER, TIMM = "arXiv:2103.12731", "timm's results for its weights"
+PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
+    halo_h0=(77.9, PAPER),
+    halo_h1=(79.9, PAPER),
+    halo_h2=(80.4, PAPER),
+    halo_h3=(81.9, PAPER),
+    halo_h4=(83.3, PAPER),
+    halo_h5=(84.0, PAPER),
+    halo_h6=(84.4, PAPER),
+    halo_h7=(84.9, PAPER),
+    halo_26t=(79.134, TIMM),
+    halo_50ts=(81.640, TIMM),
+    halo_se33ts=(80.976, TIMM),
+    halo_eca26ts=(79.518, TIMM),
+    halo_regnetz_b=(81.058, TIMM),
+)
 RELEASE = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-attn-weights"
 
 
