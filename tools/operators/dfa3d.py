@@ -104,9 +104,23 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
             library=peers,
         )
 
+    # The models' own cameras and maps, whatever the image, unless it is a small one, to try things on.
+    share = min(1.0, (height * width) ** 0.5 / 224)
+
+    def scaled(shapes):
+        return [(max(1, round(share * H)), max(1, round(share * W))) for H, W in shapes]
+
+    lift, detect, plane = scaled(LIFT), scaled(DETECT), scaled([(200, 200)])
     return [
-        case("DFA3D base, a camera", 9502, LIFT, 8, 112, {}),
-        case("DFA3D small, a camera", 5345, [(23, 40)], 8, 112, {"grid_sample of the product": outer_product}),
-        case("Deformable DETR encoder", sum(H * W for H, W in DETECT), DETECT, 4, 0, {}),
-        case("BEVFormer temporal", 200 * 200, [(200, 200)], 4, 0, {}),
+        case("DFA3D base, a camera", round(9502 * share**2), lift, 8, 112, {}),
+        case(
+            "DFA3D small, a camera",
+            round(5345 * share**2),
+            scaled([(23, 40)]),
+            8,
+            112,
+            {"grid_sample of the product": outer_product},
+        ),
+        case("Deformable DETR encoder", sum(H * W for H, W in detect), detect, 4, 0, {}),
+        case("BEVFormer temporal", plane[0][0] * plane[0][1], plane, 4, 0, {}),
     ]

@@ -1,5 +1,5 @@
-"""PATNet-T2's Gaussian gate with the norm after it, in training, on the three quarters of the channels that its partial
-convolution leaves: views of a channels-last map."""
+"""PATNet-T2's Gaussian gate with the norm after it, on the three quarters of the channels that its partial convolution
+leaves: views of a channels-last map. In training where there is more than one image."""
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,12 @@ from . import Case
 DIM = 64
 
 
-def published(x, weight, norm_weight, norm_bias, out_norm_weight, out_norm_bias, *statistics):
+def published(x, weight, norm_weight, norm_bias, out_norm_weight, out_norm_bias, *rest):
+    *statistics, training = rest
     mean, std = x.mean((2, 3), keepdim=True), x.flatten(2).std(2)[..., None, None]
     t = F.conv2d(torch.cat((mean, std), 3), weight.unsqueeze(2))
-    g = F.hardsigmoid(F.batch_norm(t, *statistics[:2], norm_weight, norm_bias, True))
-    return F.batch_norm(x * g, *statistics[2:4], out_norm_weight, out_norm_bias, True)
+    g = F.hardsigmoid(F.batch_norm(t, *statistics[:2], norm_weight, norm_bias, training))
+    return F.batch_norm(x * g, *statistics[2:4], out_norm_weight, out_norm_bias, training)
 
 
 def cases(batch: int, height: int, width: int) -> list[Case]:
@@ -28,7 +29,11 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
             x = torch.randn(shape, **options).contiguous(memory_format=torch.channels_last)[:, -C:]
             parameters = torch.randn(C, C, 2, **options) / (2 * C) ** 0.5, *(torch.rand(C, **options) for _ in range(4))
             statistics = (torch.ones(C, device=device) for _ in range(4))
-            return *(t.detach().requires_grad_() for t in (x, *parameters)), *statistics, True
+            return (
+                *(t.detach().requires_grad_() for t in (x, *parameters)),
+                *statistics,
+                batch > 1,
+            )  # a channel's mean is one number an image
 
         size, product = batch * C * H * W, 4 * batch * C * C
         found.append(

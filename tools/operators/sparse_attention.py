@@ -20,14 +20,14 @@ def _predictor(qkv, heads):
 
 def ours(qkv, heads, *params):
     q, k, _, budget = _predictor(qkv, heads)
-    return sparse_attention(qkv, predict_mask(q, k, *params, budget=budget, topk=TOPK), heads)
+    return sparse_attention(qkv, predict_mask(q, k, *params, budget=budget, topk=min(TOPK, params[-1].shape[1])), heads)
 
 
 def _mask(q, k, budget, proj_q, proj_q_bias, proj_k, proj_k_bias, down, up):
     heads = q.shape[1]
     qc, kc = F.linear(q, proj_q, proj_q_bias), F.linear(k, proj_k, proj_k_bias)
     A = (qc @ (kc.mT @ down) * heads**-0.5)[:, :, 1:].softmax(-1)
-    values, idx = A.topk(TOPK)
+    values, idx = A.topk(min(TOPK, A.shape[-1]))
     A = torch.zeros_like(A).scatter(-1, idx, values)
     U = up.mT.abs()
     S = A @ torch.where(U > 0.02, U, torch.zeros_like(U))
