@@ -1,10 +1,12 @@
 """The plain-PyTorch form for speed: what runs on a CPU where Triton does not.
 
-Windows are gathered from the map token by token, roll and padding included, a few at a time, so that they stay in a
-cache; PyTorch's flash attention for CPUs takes them from there; one gather brings its output back. No padded, rolled or
-permuted copies of a map, and no logits: for the backward, the map, the output and a log-sum-exp a query are kept. Where
-the bias has a gradient, the backward has the logits of a few windows after all, for their sums. Windows with the same
-seams come together, so that a mask is one window's, however many there are.
+Windows are gathered from the map token by token, roll and padding included, a few at a time, so that they and their
+logits stay in a cache; batched products read the heads where they lie; one gather brings the output back. No padded,
+rolled or permuted copies of a map, and no logits kept: the backward makes those of a few windows again. Windows with
+the same seams come together, so that a mask is one window's, however many there are.
+
+Of an image, the windows' tokens lie as (T, N, windows, C), with T = 3 for q, k and v and 1 for the output: so a window
+and a head are one axis of a batched product, of stride D.
 """
 
 import functools
@@ -20,9 +22,6 @@ from . import reference
 
 # Of a few windows' q, k and v, or their logits if these are more, in bytes. 1 to 8 MB are alike on most maps.
 CHUNK_BYTES = 2 << 20
-
-_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
 
 def window_attention(
@@ -51,87 +50,56 @@ class WindowAttention(torch.autograd.Function):
         scale: float | None,
     ) -> Tensor:
         with no_autocast(qkv):
-            run = windows(qkv.shape, qkv.dtype, heads, tuple(window), tuple(shift), CHUNK_BYTES)
+            scale = (qkv.shape[4] // heads) ** -0.5 if scale is None else scale
+            run = windows(qkv.shape, full(qkv), heads, tuple(window), tuple(shift), CHUNK_BYTES)
             out = qkv.new_empty(*qkv.shape[:3], 1, qkv.shape[4])
-            masks, lse, read, o = run.masks(bias, full(qkv)), [], run.reader(qkv, pad), run.buffer(out)
+            masks, read, o = run.masks(bias), run.reader(qkv, pad), run.buffer(1)
+            p, y = run.pairs(), run.tokens()
             for images in run.images:
                 for kind, part in run.parts:
-                    q, k, v = _heads(read(images, part), heads)
-                    y, l = _flash(q, k, v, attn_mask=_like(q, masks[kind]), scale=scale)
-                    _heads(o[part], heads)[0].copy_(y)
-                    lse.append(l)
+                    q, k, v = run.heads_of(read(images, part))
+                    P, Y = p[: len(q)], y[: len(q)]
+                    run.probabilities(q, k, masks[kind], scale, P)
+                    torch.bmm(P.mT, v, out=Y)
+                    run.heads_of(o[:, :, part])[0].copy_(Y)
                 run.store(o, out[images])
-        ctx.save_for_backward(qkv, bias, pad, out, *lse)
+        ctx.save_for_backward(qkv, bias, pad)
         ctx.rest = heads, window, shift, scale, run
         return out.squeeze(3)
 
     @staticmethod
     def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
-        qkv, bias, pad, out, *lse = ctx.saved_tensors
-        heads, window, shift, scale, run = ctx.rest
+        qkv, bias, pad = ctx.saved_tensors
+        *rest, scale, run = ctx.rest
         if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
             args = [t for i, t in ((0, qkv), (4, bias), (5, pad)) if ctx.needs_input_grad[i]]
-            y = reference.window_attention(qkv, heads, window, shift, bias, pad, scale)
+            y = reference.window_attention(qkv, *rest, bias, pad, scale)
             grads = iter(torch.autograd.grad(y, args, dout, create_graph=True))
             return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
         with no_autocast(qkv):
-            scale = (qkv.shape[4] // heads) ** -0.5 if scale is None else scale
             dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
-            masks, lse, backward = run.masks(bias, full(qkv)), iter(lse), None
-            if ctx.needs_input_grad[4]:
-                backward = Backward(run.most, heads, window[0] * window[1], qkv.shape[4] // heads, full(qkv))
-            dpad = torch.zeros_like(pad, dtype=full(qkv)) if ctx.needs_input_grad[5] else None
-            read, read_out, read_dout = run.reader(qkv, pad), run.reader(out), run.reader(dout.unsqueeze(3))
-            dx = run.buffer(dqkv)
+            dpad = torch.zeros_like(pad, dtype=run.dtype) if ctx.needs_input_grad[5] else None
+            dlogits = 0  # summed over windows, keys by queries
+            masks, read, read_dout = run.masks(bias), run.reader(qkv, pad), run.reader(dout.unsqueeze(3))
+            dx, p, ds, y = run.buffer(3), run.pairs(), run.pairs(), run.tokens()
             for images in run.images:
                 for kind, part in run.parts:
-                    (do,), (q, k, v) = _heads(read_dout(images, part), heads), _heads(read(images, part), heads)
-                    if backward is not None:
-                        grads = backward(do, q, k, v, next(lse), masks[kind], scale)
-                    else:
-                        (o,), mask = _heads(read_out(images, part), heads), _like(q, masks[kind])
-                        grads = _flash_backward(do, q, k, v, o, next(lse), 0.0, False, attn_mask=mask, scale=scale)
-                    for into, grad in zip(_heads(dx[part], heads), grads):
-                        into.copy_(grad)
+                    (do,), (q, k, v) = run.heads_of(read_dout(images, part)), run.heads_of(read(images, part))
+                    P, S, Y = p[: len(q)], ds[: len(q)], y[: len(q)]
+                    run.probabilities(q, k, masks[kind], scale, P)
+                    dq, dk, dv = run.heads_of(dx[:, :, part])
+                    dv.copy_(torch.bmm(P, do, out=Y))
+                    torch.bmm(v, do.mT, out=S).mul_(P)
+                    S.addcmul_(P, S.sum(1, keepdim=True), value=-1)
+                    dq.copy_(torch.baddbmm(Y, S.mT, k, beta=0, alpha=scale, out=Y))
+                    dk.copy_(torch.baddbmm(Y, S, q, beta=0, alpha=scale, out=Y))
+                    if ctx.needs_input_grad[4]:
+                        dlogits = dlogits + S.unflatten(0, (-1, run.heads)).sum(0)
                 run.store(dx, dqkv[images])
                 if dpad is not None and run.outside is not None:
-                    dpad += dx[run.outside].sum(0, dtype=dpad.dtype)
-        dbias = None if backward is None else diagonals(backward.to_logits, window).to(bias.dtype)
+                    dpad += dx[:, run.outside.T].sum(1)
+        dbias = diagonals(dlogits.mT, run.window).to(bias.dtype) if ctx.needs_input_grad[4] else None
         return dqkv, None, None, None, dbias, None if dpad is None else dpad.to(pad.dtype), None
-
-
-def _heads(x: Tensor, heads: int) -> tuple[Tensor, ...]:  # (windows, N, T, C) -> T of (windows, heads, N, D)
-    return x.unflatten(3, (heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-
-
-def _like(q: Tensor, mask: Tensor | None) -> Tensor | None:  # (1 or heads, N, N) -> (windows, heads, N, N)
-    return None if mask is None else mask.expand(*q.shape[:2], -1, -1)
-
-
-class Backward:
-    """Gradients to q, k and v of some windows, and to their logits, in memory made once: fresh pages cost as much
-    as what is computed in them."""
-
-    def __init__(self, windows: int, heads: int, N: int, D: int, dtype: torch.dtype):
-        self.tokens = torch.empty(7, windows, heads, N, D, dtype=dtype)
-        self.pairs = torch.empty(2, windows, heads, N, N, dtype=dtype)
-        self.to_logits = torch.zeros(heads, N, N, dtype=dtype)  # summed over all windows
-
-    def __call__(self, do, q, k, v, lse, mask, scale: float) -> Tensor:
-        n = len(q)
-        for into, x in zip(self.tokens, (do, q, k, v)):
-            into[:n].copy_(x)
-        do, q, k, v, dq, dk, dv = (x[:n].flatten(0, 1) for x in self.tokens)
-        p, ds = self.pairs[:, :n].flatten(1, 2)
-        torch.sub(mask, lse.unsqueeze(3), out=p.unflatten(0, lse.shape[:2]))
-        p.baddbmm_(q, k.mT, alpha=scale).exp_()
-        torch.bmm(do, v.mT, out=ds).mul_(p)
-        ds.addcmul_(p, ds.sum(2, keepdim=True), value=-1)
-        torch.baddbmm(dq, ds, k, beta=0, alpha=scale, out=dq)
-        torch.baddbmm(dk, ds.mT, q, beta=0, alpha=scale, out=dk)
-        torch.bmm(p.mT, do, out=dv)
-        self.to_logits += ds.unflatten(0, lse.shape[:2]).sum(0)
-        return self.tokens[4:, :n]
 
 
 def diagonals(ds: Tensor, window: tuple[int, int]) -> Tensor:
@@ -170,6 +138,7 @@ class Windows:
     ):
         B, H, W, _, C = shape
         (h, w), (s_h, s_w) = self.window, self.shift = window, shift
+        self.heads, self.C, self.dtype = heads, C, dtype
         R, S = -(-H // h), -(-W // w)
         y, x = ((torch.arange(n) + s) % n for n, s in ((R * h, s_h), (S * w, s_w)))
         y, x = (t.view(R, h, S, w).transpose(1, 2).reshape(-1, h * w) for t in torch.meshgrid(y, x, indexing="ij"))
@@ -192,19 +161,19 @@ class Windows:
         self.most = max(part.stop - part.start for _, part in self.parts)
         order = torch.cat(order)
         image = torch.cat([torch.arange(n).repeat_interleave(n_k) for n_k in kinds.bincount().tolist()])
-        self.b, self.y, self.x = image.unsqueeze(1), y[order], x[order]  # of each token, (n · windows, N)
+        self.b, self.y, self.x = image.unsqueeze(1), y[order], x[order]  # of each token, (windows, N)
         outside = (self.y >= H) | (self.x >= W)
         self.place = torch.empty(n, H, W, dtype=torch.int64)  # of each pixel among the windows' tokens
-        i = outside.logical_not().flatten().nonzero().squeeze(1)
-        self.place.view(-1)[((self.b * H + self.y) * W + self.x).flatten()[i]] = i
+        i = outside.logical_not().T.flatten().nonzero().squeeze(1)  # as tokens lie: (N, windows)
+        self.place.view(-1)[((self.b * H + self.y) * W + self.x).T.flatten()[i]] = i
         self.outside = None
         if len(i) < outside.numel():
             self.outside, self.y, self.x = outside, self.y.clamp(max=H - 1), self.x.clamp(max=W - 1)
 
-    def masks(self, bias: Tensor | None, dtype: torch.dtype) -> list[Tensor | None]:
-        """What each kind of window adds to its logits, (1 or heads, N, N)."""
+    def masks(self, bias: Tensor | None) -> list[Tensor | None]:
+        """What each kind of window adds to its logits, (1 or heads, N, N), keys by queries."""
         (h, w), (s_h, s_w) = self.window, self.shift
-        mask = None if bias is None else reference.gathered(bias.to(dtype), self.window)
+        mask = None if bias is None else reference.gathered(bias.to(self.dtype), self.window).mT
         if not (s_h or s_w):
             return [mask]
         i = torch.arange(h * w)
@@ -212,42 +181,71 @@ class Windows:
         crossed = below[:, None] != below, right[:, None] != right
 
         def hidden(pairs: Tensor) -> Tensor:
-            base = torch.zeros(1, *pairs.shape, dtype=dtype) if mask is None else mask
+            base = torch.zeros(1, *pairs.shape, dtype=self.dtype) if mask is None else mask
             return base.masked_fill(pairs, float("-inf"))
 
         kinds = {kind for kind, _ in self.parts}
         pairs = None, crossed[1], crossed[0], crossed[0] | crossed[1]
         return [mask if kind == 0 or kind not in kinds else hidden(pairs[kind]) for kind in range(4)]
 
-    def buffer(self, like: Tensor) -> Tensor:
-        """The windows of a few images, (windows, N, T, C), for a map of T and C."""
-        return like.new_empty(*self.y.shape, *like.shape[3:])
+    def pairs(self) -> Tensor:
+        """For the logits of as many windows as come together, keys by queries."""
+        N = self.y.shape[1]
+        return torch.empty(self.most * self.heads, N, N, dtype=self.dtype)
+
+    def tokens(self) -> Tensor:
+        """For one of q, k and v of as many windows as come together."""
+        return torch.empty(self.most * self.heads, self.y.shape[1], self.C // self.heads, dtype=self.dtype)
+
+    def buffer(self, T: int) -> Tensor:
+        """(T, N, windows of a few images, C)"""
+        return torch.empty(T, *self.y.T.shape, self.C, dtype=self.dtype)
+
+    def heads_of(self, x: Tensor) -> tuple[Tensor, ...]:
+        """(T, N, windows, C) -> T of (windows · heads, N, D), views."""
+        return x.unflatten(3, (self.heads, -1)).flatten(2, 3).transpose(1, 2).unbind(0)
+
+    def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None, scale: float, out: Tensor) -> None:
+        """Keys by queries: so the softmax runs along whole rows of queries at a time, and one product of the backward
+        less has to transpose."""
+        if mask is None:
+            torch.baddbmm(out, k, q.mT, beta=0, alpha=scale, out=out)
+        else:
+            out.unflatten(0, (-1, self.heads)).copy_(mask)
+            out.baddbmm_(k, q.mT, alpha=scale)
+        torch.softmax(out, 1, out=out)
 
     def reader(self, x: Tensor, pad: Tensor | None = None) -> Callable[[slice, slice], Tensor]:
-        """Of a map (B, H, W, T, C): windows of some images, (windows, N, T, C), valid until the next are read."""
+        """Of a map (B, H, W, T, C): windows of some images, (T, N, windows, C), valid until the next are read."""
         T, C = x.shape[3:]
-        if x.stride(4) != 1 or any(s % C for s in x.stride()[:3]) or (T > 1 and x.stride(3) % C):
+        if x.stride(4) != 1 or any(s % C for s, size in zip(x.stride(), x.shape[:4]) if size > 1):
             x = x.contiguous()
-        b, h, w, t = x.stride()[:4]
-        whole = T == 1 or (t == C and all(s % (T * C) == 0 for s in (b, h, w)))
-        unit = T * C if whole else C
-        rows = self.b * (b // unit) + self.y * (h // unit) + self.x * (w // unit)
-        if not whole:
-            rows = rows.unsqueeze(2) + torch.arange(T) * (t // unit)
-        buffer = torch.empty(self.most, self.y.shape[1], T, C, dtype=x.dtype)
+        b, h, w, t = (s // C for s in x.stride()[:4])
+        rows = (torch.arange(T) * t).view(T, 1, 1) + (self.b * b + self.y * h + self.x * w).T  # (T, N, windows)
+        buffer = torch.empty(T * self.y.shape[1] * self.most, C, dtype=self.dtype)
 
         def read(images: slice, part: slice) -> Tensor:
             z = x[images]
             last = sum((size - 1) * stride for size, stride in zip(z.shape[:4], z.stride()))
-            z = z.as_strided((last // unit + 1, unit), (unit, 1))
-            into = buffer[: part.stop - part.start]
-            torch.index_select(z, 0, rows[part].flatten(), out=into.view(-1, unit))
+            z, which = z.as_strided((last // C + 1, C), (C, 1)), rows[:, :, part]
+            into = buffer[: which.numel()]
+            if x.dtype == self.dtype:
+                torch.index_select(z, 0, which.flatten(), out=into)
+            else:
+                into.copy_(z.index_select(0, which.flatten()))
+            into = into.view(*which.shape, C)
             if self.outside is not None:
-                into[self.outside[part]] = 0 if pad is None else pad.to(into.dtype)
+                into[:, self.outside[part].T] = 0 if pad is None else pad.to(into.dtype).unsqueeze(1)
             return into
 
         return read
 
     def store(self, x: Tensor, out: Tensor) -> None:
-        """The windows of a few images, (windows, N, T, C), into their contiguous maps."""
-        torch.index_select(x.flatten(0, 1).flatten(1), 0, self.place.flatten(), out=out.flatten(0, 2).flatten(1))
+        """The windows of a few images, (T, N, windows, C), into their contiguous maps (images, H, W, T, C)."""
+        T, C = len(x), self.C
+        row = self.place.unsqueeze(3) + torch.arange(T) * self.y.numel()  # (images, H, W, T)
+        x, out = x.flatten(0, 2), out.view(-1, C)
+        if x.dtype == out.dtype:
+            torch.index_select(x, 0, row.flatten(), out=out)
+        else:
+            out.copy_(x.index_select(0, row.flatten()))
