@@ -16,10 +16,11 @@ demo: setup
 	$(PY) tools/train.py configs/digits/biformer_t.py --run-dir runs/demo --overwrite
 	$(PY) tools/test.py runs/demo
 
-# First what computes on one thread, on every core; then what trains, in several processes and with threads of its own.
+# First what computes on one thread, on every core; then what trains or measures, in processes and with threads of its own.
+ALONE := tests/train tests/test_timm.py $(wildcard tests/tools/test_demo.py tests/tools/test_benchmark*.py)
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto tests/ops tests/backbones
-	$(PY) -m pytest --ignore tests/ops --ignore tests/backbones
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto tests $(addprefix --ignore=,$(ALONE))
+	$(PY) -m pytest $(ALONE)
 
 lint: setup
 	$(VENV)/bin/ruff check .
