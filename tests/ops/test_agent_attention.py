@@ -20,6 +20,7 @@ from support.ops import (
     exports,
     forced,
     gradients_are_right,
+    peak_bytes,
     rand,
     refuses,
     refuses_second_derivative,
@@ -534,3 +535,43 @@ def test_native_sizes_change_no_bit():
     factors = rand((2, 9, 7, 7)), rand((2, 9, 7)), rand((2, 9, 12))
     for ours, given in zip(resize_agent_bias(factors, (7, 12), (3, 3)), factors, strict=True):
         assert torch.equal(ours, given)
+
+
+def test_eager_holds_little(monkeypatch):
+    """With 100 agents the logits of either softmax are three maps, and more in each of their forms; so is a bias that is
+    repeated for each image."""
+    monkeypatch.setattr(eager, "CHUNK_BYTES", 1 << 18)  # so that a chunk, an image, is small beside this map
+    shape = (12, (28, 28), (28, 28), 2, 32, 100, 7, False, True)
+    args = [t.requires_grad_() for t in inputs(shape)]
+    size = args[0].nbytes
+
+    def forward():
+        return flat(plain, shape)(*args)
+
+    with torch.no_grad():
+        assert peak_bytes(forward) < 2.4 * size  # the output, both biases of one image, and a chunk
+
+    def both():
+        out = forward()
+        torch.autograd.grad(out, args, out)
+
+    assert peak_bytes(both) < 8 * size  # the output, three gradients, biases and a chunk
+
+
+def test_kernels_hold_little():
+    """Beyond output and gradients, numbers for each agent and query, and a bias' gradient for a few images at a time."""
+    shape = (4, (4, 4), (4, 4), 1, 16, 4, 3, False, False)  # the logits of either softmax are a quarter of a map
+    args = [t.requires_grad_() for t in inputs(shape)]
+    size = args[0].nbytes
+
+    def forward():
+        return flat(triton, shape)(*args)
+
+    with torch.no_grad():
+        assert peak_bytes(forward) < 1.7 * size
+
+    def both():
+        out = forward()
+        torch.autograd.grad(out, args, out)
+
+    assert peak_bytes(both) < 6.2 * size
