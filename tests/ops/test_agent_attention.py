@@ -538,8 +538,8 @@ def test_native_sizes_change_no_bit():
 
 
 def test_eager_holds_little(monkeypatch):
-    """With 100 agents the logits of either softmax are three maps, and more in each of their forms; so is a bias that is
-    repeated for each image."""
+    """With 100 agents the logits of a softmax are three maps, more in each of their forms, and so is a bias repeated
+    for each image."""
     monkeypatch.setattr(eager, "CHUNK_BYTES", 1 << 18)  # so that a chunk, an image, is small beside this map
     shape = (12, (28, 28), (28, 28), 2, 32, 100, 7, False, True)
     args = [t.requires_grad_() for t in inputs(shape)]
@@ -559,7 +559,7 @@ def test_eager_holds_little(monkeypatch):
 
 
 def test_kernels_hold_little():
-    """Beyond output and gradients, numbers for each agent and query, and a bias' gradient for a few images at a time."""
+    """Beyond output and gradients, numbers for each agent and query, and a bias' gradient, a few images at a time."""
     shape = (4, (4, 4), (4, 4), 1, 16, 4, 3, False, False)  # the logits of either softmax are a quarter of a map
     args = [t.requires_grad_() for t in inputs(shape)]
     size = args[0].nbytes
