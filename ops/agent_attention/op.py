@@ -6,6 +6,7 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from ..precision import no_autocast
+from ..registration import no_second_derivative
 from . import kernel
 
 
@@ -93,12 +94,8 @@ def _backward(ctx, dout, *_):
     return *grads, *dwc, None, None
 
 
-def _twice(ctx, *_):
-    raise RuntimeError("agent_attention has no second derivative in Triton: use saccade.ops.backend('torch') for it")
-
-
 fwd.register_autograd(_backward, setup_context=_save)
-bwd.register_autograd(_twice)
+no_second_derivative("agent_attention", bwd)
 
 
 # As PyTorch counts its own attention: two matrix products forward and five backward for each softmax.

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
+from ..registration import autocast_as_attention, no_second_derivative
 from . import kernel
 
 
@@ -51,26 +52,9 @@ def _backward(ctx, dout, _):
     return bwd(dout, *ctx.saved_tensors, *ctx.geometry), None, None, None, None, None
 
 
-def _twice(ctx, *_):
-    raise RuntimeError(
-        "bilevel_routing_attention has no second derivative in Triton: use saccade.ops.backend('torch') for it"
-    )
-
-
 fwd.register_autograd(_backward, setup_context=_save)
-bwd.register_autograd(_twice)
-
-
-def _autocast(device: str):
-    def run(qkv, *args):  # as PyTorch's own matrix products: in autocast's type, whatever they are given
-        with torch.autocast(device, enabled=False):
-            return fwd(qkv.to(torch.get_autocast_dtype(device)), *args)
-
-    return run
-
-
-for device in ("cuda", "cpu"):
-    torch.library.impl("saccade::bilevel_routing_fwd", f"Autocast{device.upper()}", _autocast(device))
+no_second_derivative("bilevel_routing_attention", bwd)
+autocast_as_attention("saccade::bilevel_routing_fwd", fwd)
 
 
 # As PyTorch counts its own attention: two matrix products forward, five backward, over the routed keys alone.

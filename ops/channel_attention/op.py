@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
+from ..registration import no_second_derivative
 from . import kernel
 
 
@@ -40,12 +41,8 @@ def _backward(ctx, dout, _):
     return bwd(dout, *ctx.saved_tensors, *ctx.rest), None, None
 
 
-def _twice(ctx, *_):
-    raise RuntimeError("channel_attention has no second derivative in Triton: use saccade.ops.backend('torch') for it")
-
-
 fwd.register_autograd(_backward, setup_context=_save)
-bwd.register_autograd(_twice)
+no_second_derivative("channel_attention", bwd)
 
 
 # Two products of N x D and D x D a head forward, four backward.

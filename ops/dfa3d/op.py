@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
+from ..registration import no_second_derivative
 from . import kernel
 
 
@@ -58,13 +59,8 @@ def _backward(ctx, dout):
     return dvalue, ddepth if to_depth else None, dlocations, dweights, None
 
 
-def _twice(ctx, *_):
-    raise RuntimeError("dfa3d has no second derivative in Triton: use saccade.ops.backend('torch') for it")
-
-
 fwd.register_autograd(_backward, setup_context=_save)
-bwd_samples.register_autograd(_twice)
-bwd_maps.register_autograd(_twice)
+no_second_derivative("dfa3d", bwd_samples, bwd_maps)
 
 
 # The products with the rows at the four corners of every sample; with depth they are of two numbers, and not counted.

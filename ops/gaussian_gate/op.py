@@ -6,6 +6,7 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from ..precision import no_autocast
+from ..registration import no_second_derivative
 from . import kernel
 from .eager import Gate
 
@@ -88,12 +89,8 @@ def _backward(ctx, dy, *_):
     return *grads, *[None] * (12 - len(grads))
 
 
-def _twice(ctx, *_):
-    raise RuntimeError("gaussian_gate has no second derivative in Triton: use saccade.ops.backend('torch') for it")
-
-
 fwd.register_autograd(_backward, setup_context=_save)
-bwd.register_autograd(_twice)
+no_second_derivative("gaussian_gate", bwd)
 
 
 # As PyTorch counts: the convolution alone, a product of the moments (B, 2C) with the weights. Backward, twice that.

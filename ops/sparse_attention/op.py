@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
+from ..registration import autocast_as_attention, no_second_derivative
 from . import kernel
 
 
@@ -39,24 +40,9 @@ def _backward(ctx, dout, _):
     return bwd(dout, *ctx.saved_tensors, *ctx.geometry), None, None, None
 
 
-def _twice(ctx, *_):
-    raise RuntimeError("sparse_attention has no second derivative in Triton: use saccade.ops.backend('torch') for it")
-
-
 fwd.register_autograd(_backward, setup_context=_save)
-bwd.register_autograd(_twice)
-
-
-def _autocast(device: str):
-    def run(qkv, *args):  # as PyTorch's own attention: in autocast's type, whatever it is given
-        with torch.autocast(device, enabled=False):
-            return fwd(qkv.to(torch.get_autocast_dtype(device)), *args)
-
-    return run
-
-
-for device in ("cuda", "cpu"):
-    torch.library.impl("saccade::sparse_attention_fwd", f"Autocast{device.upper()}", _autocast(device))
+no_second_derivative("sparse_attention", bwd)
+autocast_as_attention("saccade::sparse_attention_fwd", fwd)
 
 
 @custom_op("saccade::sparse_attention_mask", mutates_args=())

@@ -6,6 +6,7 @@ from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
 from ..precision import no_autocast
+from ..registration import no_second_derivative
 from . import kernel
 from .eager import Norm
 
@@ -79,12 +80,8 @@ def _backward(ctx, dy, *_):
     return *bwd(dy, *ctx.saved_tensors, ctx.training, ctx.eps), *[None] * 4
 
 
-def _twice(ctx, *_):
-    raise RuntimeError("spatial_gate has no second derivative in Triton: use saccade.ops.backend('torch') for it")
-
-
 fwd.register_autograd(_backward, setup_context=_save)
-bwd.register_autograd(_twice)
+no_second_derivative("spatial_gate", bwd)
 
 
 # As PyTorch counts: the convolution alone. Backward, twice that.

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
+from ..registration import no_second_derivative
 from . import kernel
 from .eager import Gates, exactly
 
@@ -63,12 +64,8 @@ def _backward(ctx, dy, *_):
     return *bwd(dy, *ctx.saved_tensors, *ctx.rest), None, None, None
 
 
-def _twice(ctx, *_):
-    raise RuntimeError("strip_gate has no second derivative in Triton: use saccade.ops.backend('torch') for it")
-
-
 fwd.register_autograd(_backward, setup_context=_save)
-bwd.register_autograd(_twice)
+no_second_derivative("strip_gate", bwd)
 
 
 # As PyTorch counts: the convolutions alone.

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
+from ..registration import no_second_derivative
 from . import kernel
 
 
@@ -56,12 +57,8 @@ def _backward(ctx, dout, _):
     return dqkv, None if bias is None else dbias, None if pad is None else dpad, None, None, None, None
 
 
-def _twice(ctx, *_):
-    raise RuntimeError("window_attention has no second derivative in Triton: use saccade.ops.backend('torch') for it")
-
-
 fwd.register_autograd(_backward, setup_context=_save)
-bwd.register_autograd(_twice)
+no_second_derivative("window_attention", bwd)
 
 
 # As PyTorch counts its own attention: two matrix products forward, five backward, of the map's queries and all keys.
