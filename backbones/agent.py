@@ -10,7 +10,6 @@ picture goes through. Inside, maps are tokens (B, h·w, C), row-major: the same 
 """
 
 import math
-import re
 
 import torch
 import torch.nn.functional as F
@@ -18,17 +17,18 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     DropPath,
+    LayerNorm2d,
     calculate_drop_path_rates,
-    get_device_dtype,
-    to_2tuple,
     trunc_normal_,
 )
 from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
-from timm.models._features_fx import register_notrace_function, register_notrace_module
+from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import agent_attention, pool_agents, resize_agent_bias, window_attention
+from .base import Isotropic, Pyramid, TokenHead, checked_size, init_linear, map_norms
+from .layers import CachedMlp, position_table, resize_positions
+from .published import fitted, opened, renamed
 
 TABLE = 7  # side of the tables of block biases, whatever the map
 
@@ -227,34 +227,6 @@ class FullAttention(nn.Module):
         return self.proj(out)
 
 
-def _tokens_at_once(x: Tensor, hidden: int) -> int:
-    """How many of the tokens x (B, N, C) an MLP takes at once, 0 for all: halves the time of PVT's first at batch 8."""
-    token = hidden * x.element_size()
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
-        return 0
-    return 2**22 // token if x.shape[0] * x.shape[1] * token >= 2**24 else 0
-
-
-@register_notrace_module
-class CachedMlp(nn.Module):
-    """Linear, GELU, linear: (B, N, C) -> same. Without gradients a CPU takes few tokens at a time, which stay in its
-    cache where they are widest."""
-
-    def __init__(self, dim: int, hidden: int, **dd):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden, **dd)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden, dim, **dd)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            at_once = _tokens_at_once(x, self.fc1.out_features)
-            if at_once:
-                chunks = x.flatten(0, 1).split(at_once)
-                return torch.cat([self.fc2(self.act(self.fc1(c))) for c in chunks]).view(x.shape)
-        return self.fc2(self.act(self.fc1(x)))
-
-
 class Block(nn.Module):
     """Attention and MLP, each a residual: tokens of a map of `size`, (B, [1 +] h·w, C) -> same."""
 
@@ -279,7 +251,7 @@ class Block(nn.Module):
 
 @register_notrace_module
 class Patches(nn.Module):
-    """A strided convolution, then LayerNorm where asked for: (B, H, W, C) -> (B, h, w, dim).
+    """A strided convolution, then LayerNorm where asked for: (B, C, H, W) -> (B, dim, h, w), channels-last in memory.
 
     With `pad`, zeros on the right and the bottom make the sides multiples of the stride; without, what is left over is
     dropped, except that there is always one patch.
@@ -290,22 +262,22 @@ class Patches(nn.Module):
         margin = (kernel - stride + 1) // 2
         self.stride, self.pad, self.least = stride, pad, kernel - 2 * margin
         self.proj = nn.Conv2d(in_chans, dim, kernel, stride, margin, **dd)
-        self.norm = nn.LayerNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
+        self.norm = LayerNorm2d(dim, eps=1e-5, **dd) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pad:
-            down, right = -x.shape[1] % self.stride, -x.shape[2] % self.stride
+            down, right = -x.shape[2] % self.stride, -x.shape[3] % self.stride
         else:
-            down, right = max(0, self.least - x.shape[1]), max(0, self.least - x.shape[2])
+            down, right = max(0, self.least - x.shape[2]), max(0, self.least - x.shape[3])
         if down > 0 or right > 0:
-            x = F.pad(x, (0, 0, 0, right, 0, down))
-        x = self.proj(x.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last))
-        return self.norm(x.permute(0, 2, 3, 1).contiguous())
+            x = F.pad(x, (0, right, 0, down))
+        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(x.contiguous(memory_format=torch.channels_last))
 
 
 @register_notrace_module
 class Merging(nn.Module):
-    """Swin's patch merging, odd sides padded with zeros: (B, H, W, C) -> (B, ceil(H / 2), ceil(W / 2), out_dim)."""
+    """Swin's patch merging, odd sides padded with zeros: (B, C, H, W) -> (B, out_dim, ceil(H / 2), ceil(W / 2))."""
 
     def __init__(self, dim: int, out_dim: int, **dd):
         super().__init__()
@@ -313,31 +285,17 @@ class Merging(nn.Module):
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.permute(0, 2, 3, 1)
         down, right = x.shape[1] % 2, x.shape[2] % 2
         if down > 0 or right > 0:
             x = F.pad(x, (0, 0, 0, right, 0, down))
         B, h, w, C = x.shape
         x = x.reshape(B, h // 2, 2, w // 2, 2, C).permute(0, 1, 3, 4, 2, 5)  # of four, the row changes first
-        return self.reduction(self.norm(x.reshape(B, h // 2, w // 2, 4 * C)))
+        return self.reduction(self.norm(x.reshape(B, h // 2, w // 2, 4 * C))).permute(0, 3, 1, 2)
 
 
-def _positions(tokens: int, dim: int, **dd) -> nn.Parameter:
-    return nn.Parameter(trunc_normal_(torch.empty(1, tokens, dim, **dd), std=0.02))
-
-
-@register_notrace_function
-def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str) -> Tensor:
-    """Position embeddings (1, [1 +] h·w, C) of a map of size `old` to those of size `new`; the class token's stays."""
-    if old[0] == new[0] and old[1] == new[1]:
-        return table
-    tokens = table.shape[1] - old[0] * old[1]
-    x = table[:, tokens:].transpose(1, 2).unflatten(2, old)
-    x = F.interpolate(x, new, mode=mode, align_corners=False).flatten(2).transpose(1, 2)
-    return torch.cat((table[:, :tokens], x.to(table.dtype)), 1)
-
-
-class Stage(nn.Module):
-    """Downsampling, position embeddings (PVT's, learned for maps of `size`), blocks: (B, H, W, C) -> (B, h, w, dim)."""
+class TokenStage(nn.Module):
+    """Downsampling, position embeddings (PVT's, learned for maps of `size`), blocks: NCHW -> NCHW, channels-last."""
 
     def __init__(
         self, downsample: nn.Module, pos_embed: nn.Parameter | None, size: tuple[int, int], blocks: list[Block]
@@ -348,32 +306,16 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x)
-        size = (x.shape[1], x.shape[2])
-        x = x.flatten(1, 2)
+        size = (x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2)
         if self.pos_embed is not None:
             x = x + resize_positions(self.pos_embed, self.size, size, "bilinear")
         for block in self.blocks:
             x = block(x, size)
-        return x.unflatten(1, size)
+        return x.unflatten(1, size).permute(0, 3, 1, 2)
 
 
-def _img_size(img_size: int | tuple[int, int], stride: int) -> tuple[int, int]:
-    size = to_2tuple(img_size)
-    if len(size) != 2 or any(n < stride or n % stride for n in size):
-        raise ValueError(f"img_size must be a multiple of {stride}, got {img_size}")
-    return tuple(size)
-
-
-def _init_linear(model: nn.Module) -> None:
-    """Linear layers from a normal of std 0.02, biases 0; convolutions keep torch's default."""
-    for m in model.modules():
-        if isinstance(m, nn.Linear):
-            trunc_normal_(m.weight, std=0.02)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
-
-
-class AgentPyramid(nn.Module):
+class AgentPyramid(Pyramid):
     """Agent-PVT, Agent-Swin or Agent-CSwin: images (B, in_chans, H, W) of any size to logits (B, num_classes), or to
     four maps of strides 4, 8, 16 and 32.
 
@@ -434,7 +376,7 @@ class AgentPyramid(nn.Module):
             raise ValueError(f"heads must divide dims, got {bad[0][1]} heads for {bad[0][0]} channels")
         if host == "pvt" and agent_blocks is not None and tuple(agent_blocks) != tuple(depths):
             raise ValueError(f"agent_blocks must be None for 'pvt', which has no other attention, got {agent_blocks}")
-        img_size = _img_size(img_size, 32)
+        img_size = checked_size(img_size, 32)
         self.host, self.in_chans, self.num_classes = host, in_chans, num_classes
         self.num_features = self.head_hidden_size = dims[-1]
         self.drop_rate = drop_rate
@@ -467,134 +409,21 @@ class AgentPyramid(nn.Module):
                     attn = StripeAttention(dim, heads[i], stripe, **dd)
                 eps = 1e-6 if host == "pvt" else 1e-5
                 blocks.append(Block(dim, attn, mlp_ratios[i], eps, next(rates), **dd))
-            pos_embed = _positions(size[0] * size[1], dim, **dd) if host == "pvt" else None
-            stages.append(Stage(downsample, pos_embed, size, blocks))
+            pos_embed = position_table(size[0] * size[1], dim, **dd) if host == "pvt" else None
+            stages.append(TokenStage(downsample, pos_embed, size, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=stride, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
-        self.out_norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-5, **dd) for dim in dims) if out_norms else None
-        self.norm = nn.Identity() if host == "pvt" else nn.LayerNorm(dims[-1], eps=1e-5, **dd)
+        self.out_norms = map_norms(dims, 1e-5, **dd) if out_norms else None
+        self.norm = nn.Identity() if host == "pvt" else LayerNorm2d(dims[-1], eps=1e-5, **dd)
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        _init_linear(self)
+        init_linear(self)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {name for name, _ in self.named_parameters() if name.endswith("relative_bias")}
 
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        blocks = [
-            (r"^stages\.(\d+)\.(?:downsample|pos_embed)", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^(?:norm|out_norms)", (99999,)),
-        ]
-        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for block in [block for stage in self.stages for block in stage.blocks]:
-            block.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stages' maps (timm's contract), each through its own norm where the model has `out_norms`.
-
-        Args:
-            x: images (B, in_chans, H, W).
-            indices: the last n stages if an int, these if a list, all if None.
-            norm: apply the head's LayerNorm to the last stage's map (only without `out_norms`).
-            stop_early: run no stage after the last that is asked for.
-            output_fmt: "NCHW", nothing else.
-            intermediates_only: return the list of maps alone, not (final features, list).
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take, last_taken = feature_take_indices(len(self.stages), indices)
-        last = len(self.stages) - 1
-        x = self.stem(x.permute(0, 2, 3, 1))
-        intermediates = []
-        for i, stage in enumerate(self.stages if not stop_early else self.stages[: last_taken + 1]):
-            x = stage(x)
-            if i in take:
-                out = self.norm(x) if norm and i == last and self.out_norms is None else x
-                if self.out_norms is not None:
-                    out = self.out_norms[i](x)
-                intermediates.append(out.permute(0, 3, 1, 2))
-        if intermediates_only:
-            return intermediates
-        return (self.norm(x) if i == last else x).permute(0, 3, 1, 2), intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the maps `indices` do not need: later stages, unused norms and (`prune_head`) the head."""
-        take, last_taken = feature_take_indices(len(self.stages), indices)
-        shortened = last_taken < len(self.stages) - 1
-        self.stages = self.stages[: last_taken + 1]
-        if self.out_norms is not None:
-            kept = [norm if i in take else nn.Identity() for i, norm in enumerate(self.out_norms)]
-            self.out_norms = nn.ModuleList(kept[: last_taken + 1])
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
-        if prune_head or shortened:
-            self.num_classes = 0
-            self.head = ClassifierHead(self.num_features, 0, pool_type="", **get_device_dtype(self))
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> the last map after its norm, if any, (B, num_features, H / 32, W / 32)."""
-        return self.norm(self.stages(self.stem(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
-
-class TokenHead(nn.Module):
-    """Tokens (B, 1 + N, dim), the class token first, to logits."""
-
-    def __init__(self, dim: int, num_classes: int, pool_type: str, drop_rate: float, **dd):
-        super().__init__()
-        self.dim = dim
-        self.drop = nn.Dropout(drop_rate)
-        self.reset(num_classes, pool_type, **dd)
-
-    def reset(self, num_classes: int, pool_type: str | None = None, **dd) -> None:
-        if pool_type not in (None, "token", "avg", ""):
-            raise ValueError(f"global_pool must be 'token', 'avg' or '', got {pool_type!r}")
-        if pool_type is not None:
-            self.pool_type = pool_type
-        self.fc = nn.Linear(self.dim, num_classes, **dd) if num_classes else nn.Identity()
-        self.fc.train(self.training)
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        if self.pool_type == "token":
-            x = x[:, 0]
-        elif self.pool_type == "avg":
-            x = x[:, 1:].mean(1)
-        x = self.drop(x)
-        return x if pre_logits else self.fc(x)
-
-
-class AgentDeiT(nn.Module):
+class AgentDeiT(Isotropic):
     """Agent-DeiT: images (B, in_chans, H, W) of any size to logits (B, num_classes), or to maps of stride 16.
 
     Args:
@@ -636,13 +465,13 @@ class AgentDeiT(nn.Module):
         dd = dict(device=device, dtype=dtype)
         if dim % heads:
             raise ValueError(f"heads must divide dim, got {heads} heads for {dim} channels")
-        h, w = _img_size(img_size, self.STRIDE)
+        h, w = checked_size(img_size, self.STRIDE)
         self.size = size = h // self.STRIDE, w // self.STRIDE
         self.in_chans, self.num_classes = in_chans, num_classes
         self.num_features = self.head_hidden_size = dim
         self.stem = Patches(in_chans, dim, self.STRIDE, self.STRIDE, norm=False, pad=True, **dd)
-        self.cls_token = _positions(1, dim, **dd)
-        self.pos_embed = _positions(1 + size[0] * size[1], dim, **dd)
+        self.cls_token = position_table(1, dim, **dd)
+        self.pos_embed = position_table(1 + size[0] * size[1], dim, **dd)
         blocks = []
         for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
             if agent_blocks is None or i < agent_blocks:
@@ -654,94 +483,13 @@ class AgentDeiT(nn.Module):
         self.feature_info = [dict(num_chs=dim, reduction=self.STRIDE, module=f"blocks.{i}") for i in range(depth)]
         self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.head = TokenHead(dim, num_classes, global_pool, drop_rate, **dd)
-        _init_linear(self)
+        init_linear(self)
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {"cls_token", "pos_embed"}
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
-        return dict(stem=r"^stem|^cls_token|^pos_embed", blocks=blocks)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for block in self.blocks:
-            block.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
-
-    def _embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        x = self.stem(x.permute(0, 2, 3, 1))
-        size = (x.shape[1], x.shape[2])
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(1, 2)), 1)
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = self.stem(x)
+        size = (x.shape[2], x.shape[3])
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x.flatten(2).transpose(1, 2)), 1)
         return x + resize_positions(self.pos_embed, self.size, size, "bicubic"), size
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        return_prefix_tokens: bool = False,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list | tuple[Tensor, list]:
-        """The blocks' outputs (timm's contract).
-
-        Args:
-            x: images (B, in_chans, H, W).
-            indices: the last n blocks if an int, these if a list, all if None.
-            return_prefix_tokens: return pairs of the output and the class token (B, 1, C).
-            norm: apply the final LayerNorm to each.
-            stop_early: run no block after the last that is asked for.
-            output_fmt: "NCHW" for maps, "NLC" for tokens; both without the class token.
-            intermediates_only: return the list alone, not (final tokens, list).
-        """
-        if output_fmt not in ("NCHW", "NLC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
-        take, last_taken = feature_take_indices(len(self.blocks), indices)
-        x, size = self._embed(x)
-        intermediates = []
-        for i, block in enumerate(self.blocks if not stop_early else self.blocks[: last_taken + 1]):
-            x = block(x, size)
-            if i in take:
-                y = self.norm(x) if norm else x
-                out = y[:, 1:].unflatten(1, size).permute(0, 3, 1, 2) if output_fmt == "NCHW" else y[:, 1:]
-                intermediates.append((out, y[:, :1]) if return_prefix_tokens else out)
-        return intermediates if intermediates_only else (self.norm(x), intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the outputs `indices` do not need: later blocks, the norm and the head where asked for."""
-        take, last_taken = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[: last_taken + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, "")
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> tokens after the final norm, the class token first, (B, 1 + h·w, dim)."""
-        x, size = self._embed(x)
-        for block in self.blocks:
-            x = block(x, size)
-        return self.norm(x)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
 
 PUBLISHED_KEYS = [  # published name -> ours, applied in order
@@ -775,9 +523,7 @@ PUBLISHED_KEYS = [  # published name -> ours, applied in order
 
 def rename(key: str) -> str:
     """Our name of a published state-dict key; ours stay as they are."""
-    for pattern, ours in PUBLISHED_KEYS:
-        key = re.sub(pattern, ours, key)
-    return key
+    return renamed(key, PUBLISHED_KEYS)
 
 
 TABLES = {  # of biases, from the published layout to ours
@@ -790,7 +536,7 @@ TABLES = {  # of biases, from the published layout to ours
 }
 
 
-def _fitted(key: str, given: dict[str, Tensor], own: dict[str, Tensor]) -> Tensor:
+def _resized(key: str, given: dict[str, Tensor], own: dict[str, Tensor]) -> Tensor:
     """given[key], resized as the published loader does it where it was learned at another resolution than own[key]."""
     value, shape = given[key], own[key].shape
     first = key.removesuffix("pos_embed") + "blocks.0.attn.key_"
@@ -809,20 +555,11 @@ def _fitted(key: str, given: dict[str, Tensor], own: dict[str, Tensor]) -> Tenso
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
     """Weights under the published names (classification, detection or segmentation files) or ours, to ours.
 
-    A container is opened (CSwin's published accuracy is that of 'state_dict_ema'), 'module.' stripped; of a whole
-    detector or segmentor the `backbone.` part is taken. What is learned at another resolution is resized as the
-    published loader does: biases of rows and columns linearly, relative and absolute position embeddings bicubically. A
-    dense model's file lacks the head and the last norm and a classification file the `out_norms`: those keep the
-    model's own initial values.
+    CSwin's published accuracy is that of 'state_dict_ema'. What is learned at another resolution is resized as the
+    published loader does: biases of rows and columns linearly, relative and absolute position embeddings bicubically.
     """
-    for container in ("state_dict_ema", "state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    if any(key.startswith("backbone.") for key in state_dict):
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
     out = {}
-    for key, value in state_dict.items():
+    for key, value in opened(state_dict, ("state_dict_ema", "state_dict", "model")).items():
         key = rename(key)
         name = key.rpartition(".")[2]
         if name in ("relative_position_index", "attn_mask"):
@@ -835,21 +572,9 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
         out[key] = value
     for key in [key for key in out if ".attn.q." in key]:
         out[key.replace(".q.", ".qkv.")] = torch.cat((out.pop(key), out.pop(key.replace(".q.", ".kv."))))
-
     own = model.state_dict()
-    out = {key: _fitted(key, out, own) if key in own else value for key, value in out.items()}
-    body = [key for key in own | out if "blocks." in key]
-    if unlike := [key for key in body if key not in own or key not in out or out[key].shape != own[key].shape]:
-        has, wants = (tuple(d[unlike[0]].shape) if unlike[0] in d else "missing" for d in (out, own))
-        raise ValueError(
-            f"not the weights of this {type(model).__name__}: {len(unlike)} of {len(body)} entries of blocks do "
-            f"not fit, {unlike[0]} is {has} there and {wants} here"
-        )
-    dense_file = "head.fc.weight" not in out
-    for key in own:
-        if key not in out and (key.startswith("out_norms.") or (dense_file and key.startswith(("norm.", "head.")))):
-            out[key] = own[key]
-    return {k: v for k, v in out.items() if k in own or not k.startswith("out_norms.")}
+    out = {key: _resized(key, out, own) if key in own else value for key, value in out.items()}
+    return fitted(out, model, "blocks." if isinstance(model, AgentDeiT) else "stages.")
 
 
 def _cfg(size: int = 224, stride: int = 32, crop_pct: float = 0.875, **kwargs) -> dict:

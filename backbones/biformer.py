@@ -12,13 +12,15 @@ import re
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, DropPath, Mlp, calculate_drop_path_rates, get_device_dtype, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import bilevel_routing_attention, region_routing
+from .base import Pyramid, Stage, map_norms
+from .layers import CachedMlp
+from .published import fitted, opened, renamed
 
 FULL, FULL_LEPE = -1, -2  # the published codes in `topks` for attention over the whole map, without and with LePE
 
@@ -150,7 +152,7 @@ class Block(nn.Module):
         self.attn = attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd)
+        self.mlp = CachedMlp(dim, int(dim * mlp_ratio), **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -160,25 +162,17 @@ class Block(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
-class Stage(nn.Module):
-    """Downsampling and blocks: NCHW -> NCHW, channels-last in memory."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[Block]):
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
+class Stem(nn.Sequential):
+    """Convolutions on the image, from here on channels-last in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1).contiguous()
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x.permute(0, 3, 1, 2)
+        x = x.contiguous(memory_format=torch.channels_last)
+        for layer in self:
+            x = layer(x)
+        return x
 
 
-class BiFormer(nn.Module):
+class BiFormer(Pyramid):
     """Images (B, in_chans, H, W) of any size to logits (B, num_classes) or to four maps of strides 4, 8, 16 and 32.
 
     Args:
@@ -237,15 +231,16 @@ class BiFormer(nn.Module):
         self.drop_rate = drop_rate
 
         if patchify:
-            self.stem = nn.Sequential(nn.Conv2d(in_chans, dims[0], 4, 4, **dd), nn.BatchNorm2d(dims[0], **dd))
+            layers = [nn.Conv2d(in_chans, dims[0], 4, 4, **dd), nn.BatchNorm2d(dims[0], **dd)]
         else:
-            self.stem = nn.Sequential(
+            layers = [
                 nn.Conv2d(in_chans, dims[0] // 2, 3, 2, 1, **dd),
                 nn.BatchNorm2d(dims[0] // 2, **dd),
                 nn.GELU(),
                 nn.Conv2d(dims[0] // 2, dims[0], 3, 2, 1, **dd),
                 nn.BatchNorm2d(dims[0], **dd),
-            )
+            ]
+        self.stem = Stem(*layers)
         rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         self.feature_info = []
@@ -266,7 +261,7 @@ class BiFormer(nn.Module):
             stages.append(Stage(downsample, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
-        self.out_norms = nn.ModuleList(nn.LayerNorm(dim, eps=1e-6, **dd) for dim in dims) if out_norms else None
+        self.out_norms = map_norms(dims, 1e-6, **dd) if out_norms else None
         self.norm = nn.BatchNorm2d(dims[-1], **dd)
         self.head = ClassifierHead(dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.init_weights()
@@ -283,98 +278,6 @@ class BiFormer(nn.Module):
                 trunc_normal_(m.weight, std=0.02)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()  # norms and biases are one-dimensional, which timm's optimisers exempt anyway
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        blocks = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^(?:norm|out_norms)", (99999,)),
-        ]
-        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stages' maps (timm's contract), each through its own norm where the model has `out_norms`.
-
-        Args:
-            x: images (B, in_chans, H, W).
-            indices: the last n stages if an int, these if a list, all if None.
-            norm: apply the head's BatchNorm to the last stage's map (only without `out_norms`).
-            stop_early: run no stage after the last that is asked for.
-            output_fmt: "NCHW", nothing else.
-            intermediates_only: return the list of maps alone, not (final features, list).
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take, last_taken = feature_take_indices(len(self.stages), indices)
-        last = len(self.stages) - 1
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        intermediates = []
-        for i, stage in enumerate(self.stages if not stop_early else self.stages[: last_taken + 1]):
-            x = stage(x)
-            if i in take:
-                if self.out_norms is not None:
-                    intermediates.append(self.out_norms[i](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-                else:
-                    intermediates.append(self.norm(x) if norm and i == last else x)
-        if intermediates_only:
-            return intermediates
-        return self.norm(x) if i == last else x, intermediates
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the maps `indices` do not need: later stages, unused norms and (`prune_head`) the head."""
-        take, last_taken = feature_take_indices(len(self.stages), indices)
-        shortened = last_taken < len(self.stages) - 1
-        self.stages = self.stages[: last_taken + 1]
-        if self.out_norms is not None:
-            kept = [norm if i in take else nn.Identity() for i, norm in enumerate(self.out_norms)]
-            self.out_norms = nn.ModuleList(kept[: last_taken + 1])
-        if prune_norm or shortened:
-            self.norm = nn.Identity()
-        if shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
-        if prune_head or shortened:
-            self.num_classes = 0
-            self.head = ClassifierHead(self.num_features, 0, pool_type="", **get_device_dtype(self))
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> the last map after its BatchNorm, (B, num_features, H/32, W/32)."""
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(self.stages(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -421,35 +324,18 @@ PUBLISHED_KEYS = [  # published name -> ours, applied in order
 
 def rename(key: str) -> str:
     """Our name of a published state-dict key; ours stay as they are."""
-    for pattern, ours in PUBLISHED_KEYS:
-        key = re.sub(pattern, ours, key)
-    return key
+    return renamed(key, PUBLISHED_KEYS)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: BiFormer) -> dict[str, Tensor]:
-    """Weights under the published names (classification, detection or segmentation files) or ours, to ours.
-
-    A container is opened ('state_dict' first, then 'model'); of a whole detector or segmentor the `backbone.` part is
-    taken. A dense model's file lacks the head and a classification file the `out_norms`: those keep the model's own
-    initial values.
-    """
-    for container in ("state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    if any(key.startswith("backbone.") for key in state_dict):
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
+    """Weights under the published names (classification, detection or segmentation files) or ours, to ours."""
     out = {}
-    for key, value in state_dict.items():
+    for key, value in opened(state_dict).items():
         key = rename(key)
         if value.ndim == 4 and re.search(r"\.(qkv|proj|fc1|fc2)\.weight$", key):
             value = value.flatten(1)  # the nchw flavour's 1x1 convolutions
         out[key] = value
-    own = model.state_dict()
-    dense_file = "head.fc.weight" not in out
-    for key in own:
-        if key not in out and (key.startswith("out_norms.") or (dense_file and key.startswith(("norm.", "head.")))):
-            out[key] = own[key]
-    return {k: v for k, v in out.items() if k in own or not k.startswith("out_norms.")}
+    return fitted(out, model)
 
 
 def _cfg(**kwargs) -> dict:

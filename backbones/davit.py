@@ -8,19 +8,20 @@ Inside, everything is channels-last: maps travel as (B, H, W, C) through the blo
 of the same memory, and leave a stage as such a view.
 """
 
-import re
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, LayerNorm2d, Mlp, NormMlpClassifierHead, calculate_drop_path_rates, get_device_dtype
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
-from timm.models._features import feature_take_indices
+from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, calculate_drop_path_rates
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import channel_attention, window_attention
+from .base import Pyramid, Stage, init_linear, map_norms
+from .layers import CachedMlp
+from .published import fitted, opened, renamed
 
 EPS = 1e-5  # of every LayerNorm
 
@@ -89,7 +90,7 @@ class Block(nn.Module):
         self.attn = attn
         self.cpe2 = ConvPosEnc(dim, **dd)
         self.norm2 = nn.LayerNorm(dim, eps=EPS, **dd) if ffn else nn.Identity()
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), **dd) if ffn else None
+        self.mlp = CachedMlp(dim, int(dim * mlp_ratio), **dd) if ffn else None
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -144,25 +145,7 @@ class Downsample(nn.Module):
         return self.conv(x.permute(0, 3, 1, 2))
 
 
-class Stage(nn.Module):
-    """Downsampling and dual blocks: NCHW -> NCHW, channels-last in memory."""
-
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Sequential]):
-        super().__init__()
-        self.downsample = downsample
-        self.blocks = nn.Sequential(*blocks)
-        self.grad_checkpointing = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1).contiguous()
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            x = checkpoint_seq(self.blocks, x)
-        else:
-            x = self.blocks(x)
-        return x.permute(0, 3, 1, 2)
-
-
-class DaViT(nn.Module):
+class DaViT(Pyramid):
     """Images (B, in_chans, H, W) of any size to logits (B, num_classes) or to four maps of strides 4, 8, 16 and 32.
 
     Args:
@@ -228,108 +211,14 @@ class DaViT(nn.Module):
             stages.append(Stage(downsample, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=4 * 2**i, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
-        self.out_norms = nn.ModuleList(nn.LayerNorm(dim, eps=EPS, **dd) for dim in dims) if out_norms else None
+        self.out_norms = map_norms(dims, EPS, **dd) if out_norms else None
+        self.norm = nn.Identity()
         # It pools, then normalises: the other way round costs the published weights half a point of top-1.
         norm = partial(LayerNorm2d, eps=EPS)
         self.head = NormMlpClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=norm, **dd
         )
-        self.init_weights()
-
-    @torch.jit.ignore
-    def init_weights(self) -> None:
-        """Linear layers, the head's too, from a normal of std 0.02, biases 0; convolutions keep torch's default."""
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                nn.init.zeros_(m.bias)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()  # norms and biases are one-dimensional, which timm's optimisers exempt anyway
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        blocks = [
-            (r"^stages\.(\d+)\.downsample", (0,)),
-            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
-            (r"^(?:head\.norm|out_norms)", (99999,)),
-        ]
-        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        for stage in self.stages:
-            stage.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = "NCHW",
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stages' maps (timm's contract), each through its own norm where the model has `out_norms`.
-
-        Args:
-            x: images (B, in_chans, H, W).
-            indices: the last n stages if an int, these if a list, all if None.
-            norm: without effect, as the head's norm is one of pooled features, not of a map.
-            stop_early: run no stage after the last that is asked for.
-            output_fmt: "NCHW", nothing else.
-            intermediates_only: return the list of maps alone, not (final features, list).
-        """
-        if output_fmt != "NCHW":
-            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
-        take, last_taken = feature_take_indices(len(self.stages), indices)
-        x = self.stem(x)
-        intermediates = []
-        for i, stage in enumerate(self.stages if not stop_early else self.stages[: last_taken + 1]):
-            x = stage(x)
-            if i in take:
-                if self.out_norms is not None:
-                    intermediates.append(self.out_norms[i](x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2))
-                else:
-                    intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Remove what the maps `indices` do not need: later stages, unused norms and (`prune_head`) the head."""
-        take, last_taken = feature_take_indices(len(self.stages), indices)
-        shortened = last_taken < len(self.stages) - 1
-        self.stages = self.stages[: last_taken + 1]
-        if self.out_norms is not None:
-            kept = [norm if i in take else nn.Identity() for i, norm in enumerate(self.out_norms)]
-            self.out_norms = nn.ModuleList(kept[: last_taken + 1])
-        if prune_norm or shortened:
-            self.head.norm = nn.Identity()
-        if prune_head or shortened:
-            self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
-            self.num_classes = 0
-            self.head.reset(0, "", in_features=self.num_features, **get_device_dtype(self))
-        return take
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) -> the last map, (B, num_features, H/32, W/32)."""
-        return self.stages(self.stem(x))
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
+        init_linear(self)
 
 
 PUBLISHED_KEYS = [  # published name -> ours, applied in order
@@ -348,36 +237,12 @@ PUBLISHED_KEYS = [  # published name -> ours, applied in order
 
 def rename(key: str) -> str:
     """Our name of a published state-dict key; ours, which are timm's, stay as they are."""
-    for pattern, ours in PUBLISHED_KEYS:
-        key = re.sub(pattern, ours, key)
-    return key
+    return renamed(key, PUBLISHED_KEYS)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: DaViT) -> dict[str, Tensor]:
-    """Weights under the published names (classification, detection or segmentation files), timm's or ours, to ours.
-
-    A container is opened ('state_dict' first, then 'model'), 'module.' stripped; of a whole detector or segmentor the
-    `backbone.` part is taken. A dense model's file lacks the head and a classification file the `out_norms`: those keep
-    the model's own initial values.
-    """
-    for container in ("state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    state_dict = {k.removeprefix("module."): v for k, v in state_dict.items()}
-    if any(key.startswith("backbone.") for key in state_dict):
-        state_dict = {k.removeprefix("backbone."): v for k, v in state_dict.items() if k.startswith("backbone.")}
-    out = {rename(key): value for key, value in state_dict.items()}
-    own = model.state_dict()
-    body = [key for key in own if key.startswith("stages.")]
-    if unlike := [key for key in body if key not in out or out[key].shape != own[key].shape]:
-        has = f"of shape {tuple(out[unlike[0]].shape)}" if unlike[0] in out else "missing"
-        wants = f"{unlike[0]} is {has} and should be {tuple(own[unlike[0]].shape)}"
-        raise ValueError(f"not the weights of this DaViT: {len(unlike)} of {len(body)} entries do not fit, {wants}")
-    dense_file = "head.fc.weight" not in out
-    for key in own:
-        if key not in out and (key.startswith("out_norms.") or (dense_file and key.startswith("head."))):
-            out[key] = own[key]
-    return {k: v for k, v in out.items() if k in own or not k.startswith("out_norms.")}
+    """Weights under the published names (classification, detection or segmentation files), timm's or ours, to ours."""
+    return fitted({rename(key): value for key, value in opened(state_dict).items()}, model)
 
 
 def _cfg(size: int = 224, **kwargs) -> dict:

@@ -8,7 +8,6 @@ huggingface/pytorch-image-models@1.0.31 (Apache-2.0): outputs are equal, timm's 
 Maps are NCHW, channels-last in memory from the stem to the head.
 """
 
-import re
 from collections import OrderedDict
 
 import torch
@@ -33,6 +32,8 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import halo_attention
+from .base import Backbone
+from .published import opened, renamed
 
 
 # Padding depends on the size, so an fx trace keeps the layer whole.
@@ -165,7 +166,7 @@ STEMS = {  # channels of the convolutions, their kernel, and whether a max pool 
 }
 
 
-class HaloNet(nn.Module):
+class HaloNet(Backbone):
     """Images (B, in_chans, H, W) of any size to logits (B, num_classes) or to five maps of strides 2, 4, 8, 16 and 32.
 
     What the paper leaves open is done as in timm: a norm and an activation follow the attention, shortcuts that change
@@ -321,25 +322,9 @@ class HaloNet(nn.Module):
                 nn.init.zeros_(m.conv3.bn.weight)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return set()  # timm's models decay the tables of positions too
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         blocks = [(r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None), (r"^final_conv", (99999,))]
         return dict(stem=r"^stem", blocks=blocks)
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.head.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        self.num_classes = num_classes
-        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
 
     def forward_intermediates(
         self,
@@ -407,12 +392,6 @@ class HaloNet(nn.Module):
             x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
         return self.final_conv(x)
 
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        return self.head(x, pre_logits=pre_logits)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.forward_head(self.forward_features(x))
-
 
 PUBLISHED_KEYS = [  # timm's name -> ours, applied in order
     (r"^stem\.(conv|bn)\.", r"stem.conv1.\1."),
@@ -426,17 +405,12 @@ PUBLISHED_KEYS = [  # timm's name -> ours, applied in order
 
 def rename(key: str) -> str:
     """Our name of a key of timm's; ours stay as they are."""
-    for pattern, ours in PUBLISHED_KEYS:
-        key = re.sub(pattern, ours, key)
-    return key
+    return renamed(key, PUBLISHED_KEYS)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: HaloNet) -> dict[str, Tensor]:
     """Weights under timm's names or ours, alone or in a container ('state_dict' first, then 'model'), to ours."""
-    for container in ("state_dict", "model"):
-        if isinstance(state_dict.get(container), dict):
-            state_dict = state_dict[container]
-    out = {rename(key): value for key, value in state_dict.items()}
+    out = {rename(key): value for key, value in opened(state_dict).items()}
     if not any(key.startswith("stages.0.0.conv1.") for key in out):
         raise ValueError(
             f"the weights are not a HaloNet's: they have no 'stages.0.0.conv1_1x1', but {next(iter(out), None)!r}"

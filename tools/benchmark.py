@@ -1,9 +1,10 @@
 """Time models side by side: inference and training steps, interleaved, with peak memory.
 
     python tools/benchmark.py --models biformer_t --vs published
-    python tools/benchmark.py --models biformer_t --vs resnet50 --modes inference --dtypes float32 bfloat16
+    python tools/benchmark.py --models davit_t halo_26t --vs davit_tiny halonet26t --dtypes float32 bfloat16
 
-`--vs published` is the plain transcription of the published model under tools/published/; any timm name works too.
+`--vs published` is the plain transcription of the published model under tools/published/; any timm name works too, one
+for all models or one for each.
 The peer is timed in turn with each of our runs, and the ratio is the median of the ratios run by run. Every further
 dtype is also compared with our own float32. Writes benchmark.json and benchmark.png into --out.
 """
@@ -56,19 +57,20 @@ def peak(name, peer_of, shape, mode, amp, device: torch.device) -> int:
 
 def compare(args, device: torch.device, console: Console) -> list[dict]:
     rows = []
-    for name in args.models:
+    for name, vs in zip(args.models, args.vs):
+        height, width = (args.size, args.size) if args.size else timm.get_pretrained_cfg(name).input_size[1:]
         for mode in args.modes:
             batch = args.batch if mode == "inference" else args.train_batch
-            shape = (batch, 3, args.size, args.size)
+            shape = (batch, 3, height, width)
             x = torch.randn(shape, device=device)
-            ours, peer = build_model(name, None, device), build_model(args.vs, name, device)
-            if args.vs == "published":
+            ours, peer = build_model(name, None, device), build_model(vs, name, device)
+            if vs == "published":
                 with torch.inference_mode():
                     a, b = ours.eval()(x), peer.eval()(x)
                 torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # else their times compare nothing
             steps, facts = {}, {}
             for dtype in args.dtypes:
-                for label, model, built in ((name, ours, name), (args.vs, peer, args.vs)):
+                for label, model, built in ((name, ours, name), (vs, peer, vs)):
                     key = f"{label} {dtype}"
                     steps[key] = measure.step_of(model, x, mode, DTYPES[dtype])
                     console.print(f"[dim]memory of {key}, {mode}[/dim]")
@@ -77,16 +79,16 @@ def compare(args, device: torch.device, console: Console) -> list[dict]:
             times = measure.interleaved(steps, args.runs, device)
             work = measure.macs(ours, x) * 2 * (1 if mode == "inference" else 3)
             for dtype in args.dtypes:
-                mine, theirs = f"{name} {dtype}", f"{args.vs} {dtype}"
+                mine, theirs = f"{name} {dtype}", f"{vs} {dtype}"
                 seconds = statistics.median(times[mine])
                 rows.append(
                     dict(
                         model=name,
-                        peer=args.vs,
+                        peer=vs,
                         mode=mode,
                         dtype=dtype,
                         batch=batch,
-                        size=args.size,
+                        size=[height, width],
                         ms=1e3 * seconds,
                         peer_ms=1e3 * statistics.median(times[theirs]),
                         speedup=measure.ratio(times[theirs], times[mine]),
@@ -106,10 +108,10 @@ def draw(rows: list[dict], file: Path, title: str) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(1, 2, figsize=(11, 1.6 + 0.9 * len(rows)), layout="constrained")
-    labels = [f"{r['model']}, {r['mode']}\n{r['dtype']}, batch {r['batch']}" for r in rows]
+    labels = [f"{r['model']} / {r['peer']}\n{r['mode']}, {r['dtype']}, batch {r['batch']}" for r in rows]
     for axis, ours, theirs, unit in ((axes[0], "ms", "peer_ms", "ms"), (axes[1], "peak_mib", "peer_peak_mib", "MiB")):
         y = range(len(rows))
-        axis.barh([i + 0.2 for i in y], [r[theirs] for r in rows], 0.38, color="#b8bec8", label=rows[0]["peer"])
+        axis.barh([i + 0.2 for i in y], [r[theirs] for r in rows], 0.38, color="#b8bec8", label="peer")
         bars = axis.barh([i - 0.2 for i in y], [r[ours] for r in rows], 0.38, color="#2a6fbb", label="saccade")
         axis.bar_label(bars, [f" {r[theirs] / r[ours]:.2f}× less" for r in rows], fontsize=9)
         axis.set_yticks(list(y), labels, fontsize=9)
@@ -127,12 +129,12 @@ def draw(rows: list[dict], file: Path, title: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["biformer_t"], help="names in timm.create_model")
-    parser.add_argument("--vs", default="published", help="'published' or a timm name")
+    parser.add_argument("--vs", nargs="+", default=["published"], help="'published' or a timm name, or one each")
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES), help="others run by autocast")
     parser.add_argument("--batch", type=int, default=8, help="images per inference step")
     parser.add_argument("--train-batch", type=int, default=4, help="images per training step")
-    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--size", type=int, help="pixels a side (default: the model's own)")
     parser.add_argument("--runs", type=int, default=15, help="counted runs of each")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -141,8 +143,11 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device, console = torch.device(args.device), Console(width=None if sys.stdout.isatty() else 130)
     known = set(timm.list_models())
-    for name in [*args.models, *([args.vs] if args.vs != "published" else [])]:
-        if name not in known:
+    if len(args.vs) not in (1, len(args.models)):
+        parser.error(f"--vs must name one peer, or one for each of the {len(args.models)} models, got {len(args.vs)}")
+    args.vs = args.vs * len(args.models) if len(args.vs) == 1 else args.vs
+    for name in [*args.models, *args.vs]:
+        if name not in known and name != "published":
             parser.error(f"unknown model {name!r}; timm.list_models('*{name.split('_')[0]}*') lists what is near")
     rows = compare(args, device, console)
     rate = measure.gemm_rate(device)
@@ -150,23 +155,33 @@ def main() -> None:
     table = Table(title=f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}")
     heads = [
         "model",
+        "peer",
         "mode",
         "dtype",
         "batch",
         "ms",
-        f"{args.vs} ms",
+        "peer ms",
         "speed-up",
         "vs our fp32",
         "memory",
         "of fp32 GEMM",
     ]
     for head in heads:
-        table.add_column(head, justify="left" if head in ("model", "mode", "dtype") else "right")
+        table.add_column(head, justify="left" if head in ("model", "peer", "mode", "dtype") else "right")
     for r in rows:
         r["share_of_gemm"] = r["flops_per_second"] / rate
         memory = f"{r['peak_mib']:.0f} / {r['peer_peak_mib']:.0f} MiB"
         figures = [f"{r['ms']:.0f}", f"{r['peer_ms']:.0f}", f"{r['speedup']:.2f}×", f"{r['speedup_over_float32']:.2f}×"]
-        row = [r["model"], r["mode"], r["dtype"], str(r["batch"]), *figures, memory, f"{r['share_of_gemm']:.0%}"]
+        row = [
+            r["model"],
+            r["peer"],
+            r["mode"],
+            r["dtype"],
+            str(r["batch"]),
+            *figures,
+            memory,
+            f"{r['share_of_gemm']:.0%}",
+        ]
         table.add_row(*row)
     console.print(table)
     args.out.mkdir(parents=True, exist_ok=True)

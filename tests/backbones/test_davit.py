@@ -214,9 +214,9 @@ def test_files_of_one_task_load_into_models_of_the_other(tmp_path):
 @pytest.mark.parametrize(
     ("weights", "sentence"),
     [
-        (dict(depths=(1, 1, 1, 1)), "32 of 172 entries do not fit, stages.2.blocks.1.0.cpe1.proj.weight is missing"),
-        (dict(overlapped_patch=True), r"3 of 172 .* is of shape \(32, 32, 3, 3\) and should be \(32, 32, 2, 2\)"),
-        (None, "172 of 172 entries do not fit"),
+        (dict(depths=(1, 1, 1, 1)), "32 of 172 .* do not fit, stages.2.blocks.1.0.cpe1.proj.weight is missing there"),
+        (dict(overlapped_patch=True), r"3 of 172 .* is \(32, 32, 3, 3\) there and \(32, 32, 2, 2\) here"),
+        (None, "172 of 172 entries of its stages do not fit"),
     ],
     ids=["another depth", "another merge", "another family"],
 )

@@ -1,0 +1,260 @@
+"""What timm asks of every model and what is the same in all of ours: heads, stages, intermediate maps, pruning.
+
+`Backbone` holds what depends on nothing but a head, `Pyramid` what a stem and stages of falling resolution have in
+common, `Isotropic` what a plain transformer's blocks have.
+"""
+
+import torch
+from timm.layers import ClassifierHead, LayerNorm2d, get_device_dtype, to_2tuple, trunc_normal_
+from timm.models import checkpoint_seq
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+
+class Backbone(nn.Module):
+    """A model with a `head`, which `reset`s itself and whose `fc` is the classifier.
+
+    A subclass gives `forward_features` and sets `num_classes`, `num_features`, `head_hidden_size` and `feature_info`.
+    Its modules that can do so check point their gradients where their `grad_checkpointing` is true.
+    """
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return set()  # norms and biases are one-dimensional, which timm's optimisers exempt anyway
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        for m in self.modules():
+            if hasattr(m, "grad_checkpointing"):
+                m.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        return self.head.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, **get_device_dtype(self))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+class Stage(nn.Module):
+    """Downsampling and blocks: NCHW -> NCHW, channels-last in memory. The blocks take and return (B, H, W, C)."""
+
+    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
+        super().__init__()
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1).contiguous()
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            x = checkpoint_seq(self.blocks, x)
+        else:
+            x = self.blocks(x)
+        return x.permute(0, 3, 1, 2)
+
+
+def map_norms(dims: tuple[int, ...], eps: float, **dd) -> nn.ModuleList:
+    """A LayerNorm over the channels of each stage's map, as dense models have: the `out_norms` of a `Pyramid`."""
+    return nn.ModuleList(LayerNorm2d(dim, eps=eps, **dd) for dim in dims)
+
+
+class Pyramid(Backbone):
+    """A `stem`, `stages` that each return an NCHW map, a `norm` of the last map, and a `head`.
+
+    `out_norms` is None or has a norm for each stage's map: those are what `forward_intermediates` and `features_only`
+    return then, and the next stage gets the map without it.
+    """
+
+    out_norms: nn.ModuleList | None
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        blocks = [
+            (r"^stages\.(\d+)\.(?:downsample|pos_embed)", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^(?:norm|head\.norm|out_norms)", (99999,)),
+        ]
+        return dict(stem=r"^stem", blocks=r"^stages\.(\d+)" if coarse else blocks)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The stages' maps (timm's contract), each through its own norm where the model has `out_norms`.
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: the last n stages if an int, these if a list, all if None.
+            norm: apply the norm before the head to the last stage's map (only without `out_norms`; without effect
+                where the head pools first).
+            stop_early: run no stage after the last that is asked for.
+            output_fmt: "NCHW", nothing else.
+            intermediates_only: return the list of maps alone, not (final features, list).
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        take, last_taken = feature_take_indices(len(self.stages), indices)
+        last = len(self.stages) - 1
+        x = self.stem(x)
+        intermediates = []
+        for i, stage in enumerate(self.stages if not stop_early else self.stages[: last_taken + 1]):
+            x = stage(x)
+            if i in take:
+                if self.out_norms is not None:
+                    intermediates.append(self.out_norms[i](x))
+                else:
+                    intermediates.append(self.norm(x) if norm and i == last else x)
+        if intermediates_only:
+            return intermediates
+        return self.norm(x) if i == last else x, intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the maps `indices` do not need: later stages, unused norms and (`prune_head`) the head."""
+        take, last_taken = feature_take_indices(len(self.stages), indices)
+        shortened = last_taken < len(self.stages) - 1
+        self.stages = self.stages[: last_taken + 1]
+        if self.out_norms is not None:
+            kept = [norm if i in take else nn.Identity() for i, norm in enumerate(self.out_norms)]
+            self.out_norms = nn.ModuleList(kept[: last_taken + 1])
+        if prune_norm or shortened:
+            self.norm = nn.Identity()
+            if hasattr(self.head, "norm"):
+                self.head.norm = nn.Identity()
+        if shortened:
+            self.num_classes = 0
+            self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
+            self.head = ClassifierHead(self.num_features, 0, pool_type="", **get_device_dtype(self))
+        elif prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> the last map after its norm, if any, (B, num_features, H / 32, W / 32)."""
+        return self.norm(self.stages(self.stem(x)))
+
+
+class TokenHead(nn.Module):
+    """Tokens (B, T + N, dim), T of them no part of the map and the first the class token, to logits."""
+
+    def __init__(self, dim: int, num_classes: int, pool_type: str, drop_rate: float, tokens: int = 1, **dd):
+        super().__init__()
+        self.dim, self.tokens = dim, tokens
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type, **dd)
+
+    def reset(self, num_classes: int, pool_type: str | None = None, **dd) -> None:
+        if pool_type not in (None, "token", "avg", ""):
+            raise ValueError(f"global_pool must be 'token', 'avg' or '', got {pool_type!r}")
+        if pool_type is not None:
+            self.pool_type = pool_type
+        self.fc = nn.Linear(self.dim, num_classes, **dd) if num_classes else nn.Identity()
+        self.fc.train(self.training)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        if self.pool_type == "token":
+            x = x[:, 0]
+        elif self.pool_type == "avg":
+            x = x[:, self.tokens :].mean(1)
+        x = self.drop(x)
+        return x if pre_logits else self.fc(x)
+
+
+class Isotropic(Backbone):
+    """A plain transformer: `embed`s an image as tokens of a map behind a class token, `blocks`, a `norm`, a `head`.
+
+    A subclass gives `embed`, images -> (tokens (B, 1 + h·w, dim), (h, w)); a block takes both.
+    """
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"cls_token", "pos_embed"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        blocks = [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))]
+        return dict(stem=r"^stem|^cls_token|^pos_embed", blocks=blocks)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list | tuple[Tensor, list]:
+        """The blocks' outputs (timm's contract).
+
+        Args:
+            x: images (B, in_chans, H, W).
+            indices: the last n blocks if an int, these if a list, all if None.
+            return_prefix_tokens: return pairs of the output and the class token (B, 1, C).
+            norm: apply the final LayerNorm to each.
+            stop_early: run no block after the last that is asked for.
+            output_fmt: "NCHW" for maps, "NLC" for tokens; both without the class token.
+            intermediates_only: return the list alone, not (final tokens, list).
+        """
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        take, last_taken = feature_take_indices(len(self.blocks), indices)
+        x, size = self.embed(x)
+        intermediates = []
+        for i, block in enumerate(self.blocks if not stop_early else self.blocks[: last_taken + 1]):
+            x = block(x, size)
+            if i in take:
+                y = self.norm(x) if norm else x
+                out = y[:, 1:].unflatten(1, size).permute(0, 3, 1, 2) if output_fmt == "NCHW" else y[:, 1:]
+                intermediates.append((out, y[:, :1]) if return_prefix_tokens else out)
+        return intermediates if intermediates_only else (self.norm(x), intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Remove what the outputs `indices` do not need: later blocks, the norm and the head where asked for."""
+        take, last_taken = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[: last_taken + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, "")
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> tokens after the final norm, the class token first, (B, 1 + h·w, dim)."""
+        x, size = self.embed(x)
+        for block in self.blocks:
+            x = block(x, size)
+        return self.norm(x)
+
+
+def checked_size(img_size: int | tuple[int, int], stride: int) -> tuple[int, int]:
+    """img_size as (height, width), both multiples of `stride`."""
+    size = to_2tuple(img_size)
+    if len(size) != 2 or any(n < stride or n % stride for n in size):
+        raise ValueError(f"img_size must be a multiple of {stride}, got {img_size}")
+    return tuple(size)
+
+
+def init_linear(model: nn.Module) -> None:
+    """Linear layers from a normal of std 0.02, biases 0; convolutions keep torch's default."""
+    for m in model.modules():
+        if isinstance(m, nn.Linear):
+            trunc_normal_(m.weight, std=0.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
