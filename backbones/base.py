@@ -73,8 +73,6 @@ class Pyramid(Backbone):
     return then, and the next stage gets the map without it.
     """
 
-    out_norms: nn.ModuleList | None
-
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         blocks = [

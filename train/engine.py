@@ -112,6 +112,7 @@ def train(
             net = synchronise_batchnorm(net, place)
         if grad_checkpointing:
             net.set_grad_checkpointing(True)
+        learner = job.trained(net)
         training, validation = source.dataset("train", inputs, training=True), source.dataset("val", inputs)
         per_epoch = steps_per_epoch(len(training), batch_size, accumulate)
         try:
@@ -153,7 +154,7 @@ def train(
         return UserError(said, PREEMPTED, quiet=rank() > 0)
 
     # Steps
-    shared = parallel(net, place)
+    shared = parallel(learner, place)
     order = TrainingOrder(len(training), batch_size, seed, state.step, steps, accumulate)
     training_batches = iter(batches(training, order, seed, workers, place))
     order = EvaluationOrder(len(validation), max(1, batch_size // world()))
@@ -185,7 +186,7 @@ def train(
         for part in range(accumulate):
             with log.waiting():
                 batch = to_device(next(training_batches), place)
-            with nullcontext() if shared is net or part == accumulate - 1 else shared.no_sync():
+            with nullcontext() if shared is learner or part == accumulate - 1 else shared.no_sync():
                 with autocast():
                     loss, extra = job.loss(shared, batch)
                 scaler.scale(loss / accumulate).backward()

@@ -85,11 +85,12 @@ def confusion(counts: Tensor, names: list[str], file: Path) -> Path:
 
 @torch.no_grad()
 def attended(model: nn.Module, images: Any, names: list[str], file: Path, rows: int = 6) -> Path | None:
-    """What the model attends to: for some of `images` and one query region of each, the regions it was routed to.
+    """What the model attends to: for some of `images` and one query region of each, the regions it attends to.
 
     `images` is a dataset of (image (3, H, W), label). A model that has something to show has
-    `attended_regions(x) -> {layer: dict(idx (B, P, K), grid, pixels)}`; with others this returns None. The query is the
-    region with most contrast; of each stage the last layer is drawn.
+    `attended_regions(x) -> {layer: dict(grid, pixels, idx (B, P, K) or share (B, P, P))}`: the regions that each is
+    routed to, or the share of the heads that attend to them; with others this returns None. The query is the region
+    with most contrast. Of each stage the last layer is drawn, of a model without stages four.
     """
     if not hasattr(model, "attended_regions") or not len(images):
         return None
@@ -102,6 +103,10 @@ def attended(model: nn.Module, images: Any, names: list[str], file: Path, rows: 
     labels, x = list(chosen), torch.stack(list(chosen.values())).to(device)
     found = model.eval().attended_regions(x)
     last = {name.rsplit(".blocks.", 1)[0]: layer for name, layer in found.items()}  # of each stage
+    if len(last) > 4:
+        last = {
+            name: last[name] for name in (list(last)[i] for i in np.linspace(0, len(last) - 1, 4).round().astype(int))
+        }
     guess = model(x).argmax(1).tolist()
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
     pictures = ((x - low) / (high - low).clamp_min(1e-6)).permute(0, 2, 3, 1).cpu().numpy()
@@ -114,11 +119,11 @@ def attended(model: nn.Module, images: Any, names: list[str], file: Path, rows: 
         said = f"{names[labels[b]]}" if right else f"{names[labels[b]]}, taken for {names[guess[b]]}"
         row[0].set_ylabel(said, color="black" if right else "#c0392b", fontsize=9)
         for axis, (stage, layer) in zip(row[1:], last.items()):
-            _regions(axis, pictures[b], layer["idx"][b].cpu().numpy(), layer["grid"], layer["pixels"])
+            _regions(axis, pictures[b], _shares(layer, b), layer["grid"], layer["pixels"])
             if b == 0:
-                k = layer["idx"].shape[2]
                 count = layer["grid"][0] * layer["grid"][1]
-                axis.set_title(f"{stage}\n{k} of {count} regions", fontsize=9)
+                said = f"{layer['idx'].shape[2]} of {count} regions" if "idx" in layer else "by heads"
+                axis.set_title(f"{stage}\n{said}", fontsize=9)
         for axis in row:
             axis.set(xticks=[], yticks=[])
     axes[0, 0].set_title("image", fontsize=9)
@@ -126,8 +131,17 @@ def attended(model: nn.Module, images: Any, names: list[str], file: Path, rows: 
     return _save(figure, file)
 
 
-def _regions(axis: plt.Axes, picture: np.ndarray, idx: np.ndarray, grid: tuple, pixels: tuple) -> None:
-    """One image (H, W, 3), dark but for the regions idx[query] of a grid of regions of `pixels` (height, width)."""
+def _shares(layer: dict, b: int) -> np.ndarray:
+    """(P, P): for each query region of image b, how much of each region's light it gets, 0 … 1."""
+    if "share" in layer:
+        return layer["share"][b].cpu().numpy()
+    idx = layer["idx"][b].cpu()
+    return torch.zeros(len(idx), len(idx)).scatter(1, idx, 1.0).numpy()
+
+
+def _regions(axis: plt.Axes, picture: np.ndarray, shares: np.ndarray, grid: tuple, pixels: tuple) -> None:
+    """One image (H, W, 3), dark but for the regions that shares[query] lights, in a grid of regions of `pixels`
+    (height, width)."""
     (R, S), (h, w) = grid, pixels
     H, W = picture.shape[:2]
 
@@ -138,8 +152,8 @@ def _regions(axis: plt.Axes, picture: np.ndarray, idx: np.ndarray, grid: tuple, 
     inside = [r for r in range(R * S) if picture[box(r)].size]  # the padding of an uneven map lies outside
     query = max(inside, key=lambda r: picture[box(r)].std())
     light = np.full((H, W, 1), 0.22)
-    for region in idx[query]:
-        light[box(region)] = 1.0
+    for region in inside:
+        light[box(region)] += 0.78 * shares[query, region]
     tint = np.array([0.30, 0.45, 0.75])
     axis.imshow(np.clip(picture * light + (1 - light) * 0.18 * tint, 0, 1), interpolation="nearest")
     for i in range(1, R):

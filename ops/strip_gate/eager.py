@@ -171,10 +171,11 @@ def gate(
     def columns(a: Tensor) -> Tensor:
         return a.mT.contiguous()[:, None] if last else a[:, :, None]
 
-    y = rows(a_h) * columns(a_w)  # in the full type; all else in place
+    out = torch.empty_like(x, dtype=a_h.dtype)  # no view, which autograd would not let anybody change in place
+    y = torch.mul(rows(a_h), columns(a_w), out=out.permute(0, 2, 3, 1) if last else out)  # all else in place
     if residual:
         y.add_(1)
     y.mul_(x.permute(0, 2, 3, 1) if last else x)
     if dz_h is not None and dz_w is not None:
         y.add_(rows(dz_h / x.shape[3])).add_(columns(dz_w / x.shape[2]))
-    return (y.permute(0, 3, 1, 2) if last else y).to(x.dtype)
+    return out.to(x.dtype)

@@ -198,8 +198,10 @@ def unpooled(ds: Tensor, p: Tensor, q: Tensor, r: Tensor) -> Tensor:
 
 def gate(x: Tensor, attention: Tensor) -> Tensor:
     """x · (1 + attention)."""
-    x = x.unflatten(1, (attention.shape[1], -1))
-    return torch.addcmul(x, x, attention.unsqueeze(2)).flatten(1, 2)
+    y = torch.empty_like(x)  # no view, which autograd would not let anybody change in place
+    x5, y5 = (t.unflatten(1, (attention.shape[1], -1)) for t in (x, y))
+    torch.addcmul(x5, x5, attention.unsqueeze(2), out=y5)
+    return y
 
 
 def gate_gradient(dy: Tensor, x: Tensor, attention: Tensor) -> Tensor:

@@ -33,9 +33,14 @@ def test_attended_regions_are_bright_and_others_dark():
     figure, axis = plt.subplots()
     picture = np.ones((8, 12, 3)) * 0.9
     picture[:4, :4] *= np.linspace(0, 1, 4)[:, None, None]  # most contrast: region 0 is the query
-    pictures._regions(axis, picture, np.array([[5], [0], [0], [0], [0], [0]]), (2, 3), (4, 4))
+    shares = pictures._shares(dict(idx=torch.tensor([[[5], [0], [0], [0], [0], [0]]])), 0)
+    assert shares.shape == (6, 6) and shares[0].tolist() == [0, 0, 0, 0, 0, 1]
+    pictures._regions(axis, picture, shares, (2, 3), (4, 4))
     drawn = axis.images[0].get_array()
     assert drawn[4:, 8:].min() > 0.89 and drawn[:, :8].max() < 0.45
+    half = pictures._shares(dict(share=torch.full((1, 6, 6), 0.5)), 0)
+    pictures._regions(axis, picture, half, (2, 3), (4, 4))
+    assert 0.5 < axis.images[1].get_array()[4:, 8:].max() < 0.8
     plt.close(figure)
 
 

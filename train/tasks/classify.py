@@ -1,7 +1,7 @@
 """Image classification: what a batch, a loss, a prediction and a metric are.
 
 A task gives the engine what it asks of any task, and the engine knows nothing of labels:
-model(…), loss(model, batch), evaluate(model, batches), score(metrics), pictures(folder, …).
+model(…), trained(model), loss(model, batch), evaluate(model, batches), score(metrics), pictures(folder, …).
 """
 
 from collections.abc import Iterable
@@ -43,28 +43,37 @@ class Classify:
             Mixup(mixup, cutmix, None, mix_prob, switch_prob, "batch", True, smoothing, classes) if mixing else None
         )
         if bce:
-            self._criterion: nn.Module = BinaryCrossEntropy(smoothing=0.0 if mixing else smoothing)
+            self.criterion: nn.Module = BinaryCrossEntropy(smoothing=0.0 if mixing else smoothing)
         else:
-            self._criterion = SoftTargetCrossEntropy() if mixing else LabelSmoothingCrossEntropy(smoothing)
+            self.criterion = SoftTargetCrossEntropy() if mixing else LabelSmoothingCrossEntropy(smoothing)
 
     def model(self, name: str, **kwargs: Any) -> nn.Module:
         """The classifier, sized to the data; see saccade.train.model.create."""
         return create(name, **{"num_classes": len(self.class_names), "img_size": self.img_size, **kwargs})
 
+    def trained(self, model: nn.Module) -> nn.Module:
+        """What `loss` calls: here the model itself."""
+        return model
+
+    def targets(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Images and what the criterion compares logits with: mixed images and their shares of classes, or labels."""
+        images, labels = batch
+        if self._mix is None:
+            return images, labels
+        if len(images) % 2:
+            raise UserError(
+                f"mixup and cutmix pair images: a process's {len(images)} of a batch must be an even number"
+            )
+        return self._mix(images, labels)
+
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """(scalar loss, what to log beside it); with unmixed labels that is the batch's accuracy in percent."""
-        images, labels = batch
-        if self._mix:
-            if len(images) % 2:
-                raise UserError(
-                    f"mixup and cutmix pair images: a process's {len(images)} of a batch must be an even number"
-                )
-            images, labels = self._mix(images, labels)
+        images, targets = self.targets(batch)
         logits = model(images).float()
-        loss = self._criterion(logits, labels)
+        loss = self.criterion(logits, targets)
         if self._mix:
             return loss, {}
-        return loss, {"top1": 100 * (logits.detach().argmax(1) == labels).float().mean()}
+        return loss, {"top1": 100 * (logits.detach().argmax(1) == targets).float().mean()}
 
     def evaluate(self, model: nn.Module, batches: Iterable) -> tuple[dict[str, float], Tensor]:
         """top1, top5 (percent), loss and images over all processes, and the confusion counts (classes, classes)."""

@@ -1,0 +1,213 @@
+"""ELA: the rows and the columns of a map, gated by what a 1-D convolution makes of their means.
+
+Paper: "ELA: Efficient Local Attention for Deep Convolutional Neural Networks", arXiv 2403.01123.
+Published code: Xuwei86/ELA_Code@cd4594d (Apache-2.0 for MobileNetV2, no licence for the rest; written here from the
+paper). `ELA` is a layer for any network, `saccade.backbones.insert` puts it into one; the models here are timm's, with
+the layer where the published code has it. Outputs are equal, and parameters map one to one (`checkpoint_filter_fn`).
+timm's own `create_attn("ela")` is another module.
+"""
+
+from timm.models import ResNet, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features_fx import register_notrace_module
+from timm.models.resnet import BasicBlock, Bottleneck
+from torch import Tensor, nn
+
+from ..ops import strip_gate
+from .mobilenet import MobileNet, cfg, loaded
+from .published import fitted, opened, renamed
+
+VERSIONS = dict(t=(5, 1, 32), b=(7, 1, 16), s=(5, 8, 16), l=(7, 8, 16))  # kernel, channels a group, groups of the norm
+
+
+@register_notrace_module
+class ELA(nn.Module):
+    """x · a_h · a_w with a = sigmoid(GroupNorm(conv(mean over the other axis))): (B, C, H, W) -> same.
+
+    Args:
+        dim: C, a multiple of 16, or of 32 for version "t".
+        version: "t", "b", "s" or "l", from the smallest to the largest.
+        residual: adds x. Without it a new layer scales its input by about 1/4, for sigmoids begin near 1/2: into a
+            network that has been trained, put it with `residual`.
+    """
+
+    def __init__(self, dim: int, version: str = "s", residual: bool = False, device=None, dtype=None):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        if version not in VERSIONS:
+            raise ValueError(f"version must be one of {', '.join(map(repr, VERSIONS))}, got {version!r}")
+        kernel, per_group, norm_groups = VERSIONS[version]
+        if dim % norm_groups:
+            raise ValueError(f"ELA {version!r} takes a multiple of {norm_groups} channels, got {dim}")
+        self.residual = residual
+        self.conv = nn.Conv1d(dim, dim, kernel, padding=kernel // 2, groups=dim // per_group, bias=False, **dd)
+        self.gn = nn.GroupNorm(norm_groups, dim, **dd)
+
+    def extra_repr(self) -> str:
+        return f"residual={self.residual}"
+
+    def forward(self, x: Tensor) -> Tensor:
+        gn = self.gn
+        return strip_gate(x, self.conv.weight, gn.weight, gn.bias, gn.num_groups, gn.eps, self.residual)
+
+
+class ELAResNet(ResNet):
+    """timm's ResNet with ELA in each block: after the 3x3 convolution of a bottleneck (with its norm and activation),
+    or last in the branch of a basic block.
+
+    Args:
+        block: BasicBlock or Bottleneck of timm.
+        layers: blocks per stage.
+        version: ELA's, "t", "b", "s" or "l".
+        residual: whether ELA adds its input, as in the published networks.
+        in_chans, num_classes, global_pool, output_stride, channels, drop_rate, drop_path_rate, zero_init_last: timm's.
+    """
+
+    def __init__(
+        self,
+        block: type[nn.Module],
+        layers: tuple[int, ...],
+        version: str = "s",
+        residual: bool = True,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        channels: tuple[int, ...] = (64, 128, 256, 512),
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        zero_init_last: bool = True,
+        device=None,
+        dtype=None,
+    ):
+        dd = dict(device=device, dtype=dtype)
+        super().__init__(
+            block,
+            layers,
+            num_classes=num_classes,
+            in_chans=in_chans,
+            output_stride=output_stride,
+            global_pool=global_pool,
+            channels=channels,
+            drop_rate=drop_rate,
+            drop_path_rate=drop_path_rate,
+            zero_init_last=zero_init_last,
+            **dd,
+        )
+        for m in self.modules():  # into places that timm's blocks have, empty otherwise
+            if isinstance(m, BasicBlock):
+                m.se = ELA(m.conv2.out_channels, version, residual, **dd)
+            elif isinstance(m, Bottleneck):
+                m.aa = ELA(m.conv2.out_channels, version, residual, **dd)
+
+
+class ELAMobileNetV2(MobileNet):
+    """timm's MobileNetV2 with ELA after the depthwise convolution of each block that expands.
+
+    Args:
+        version: ELA's, "b", "s" or "l"; "t" does not fit the channels.
+        residual: whether ELA adds its input, which it does not in the published network.
+        width: how many times the paper's channels.
+        in_chans, num_classes, global_pool, output_stride, drop_rate, drop_path_rate: timm's.
+    """
+
+    def __init__(
+        self,
+        version: str = "l",
+        residual: bool = False,
+        width: float = 1.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = dict(device=device, dtype=dtype)
+        super().__init__(2, width, in_chans, num_classes, global_pool, output_stride, drop_rate, drop_path_rate, **dd)
+        for stage in self.blocks[1:]:  # all but the first, which does not expand
+            for block in stage:
+                block.se = ELA(block.conv_dw.out_channels, version, residual, **dd)
+
+
+FIRST = {"0": "conv_dw", "1": "bn1", "3": "conv_pw", "4": "bn2"}  # our names of the published MobileNetV2's parts
+OTHERS = {"0": "conv_pw", "1": "bn1", "3": "conv_dw", "4": "bn2", "6": "se", "7": "conv_pwl", "8": "bn3"}
+
+
+def checkpoint_filter_fn(state_dict: dict, model: ELAResNet | ELAMobileNetV2) -> dict[str, Tensor]:
+    """Weights under the published names or ours, to ours. A file without classifier leaves the model's own."""
+    state_dict = opened(state_dict)
+    if isinstance(model, ELAMobileNetV2):
+        return loaded(state_dict, model, FIRST, OTHERS)
+    rules = [(r"\.feat0\.", ".se."), (r"\.feat1\.", ".aa.")]  # all else is torchvision's, and timm's
+    out = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
+    out |= {renamed(key, rules): value for key, value in state_dict.items()}
+    for layer in ("layer1.", "layer2.", "layer3.", "layer4."):
+        out = fitted(out, model, layer)
+    return out
+
+
+def _cfg(**kwargs) -> dict:
+    return cfg(
+        origin_url="https://github.com/Xuwei86/ELA_Code",
+        paper_name="ELA: Efficient Local Attention for Deep Convolutional Neural Networks",
+        paper_ids="arXiv:2403.01123",
+        **kwargs,
+    )
+
+
+VARIANTS = dict(
+    ela_resnet18=dict(block=BasicBlock, layers=(2, 2, 2, 2)),
+    ela_resnet34=dict(block=BasicBlock, layers=(3, 4, 6, 3)),
+    ela_resnet50=dict(block=Bottleneck, layers=(3, 4, 6, 3)),
+    ela_resnet101=dict(block=Bottleneck, layers=(3, 4, 23, 3)),
+    ela_mobilenetv2=dict(),
+)
+# The paper's tables name neither places nor versions beyond doubt. Each model has the version of the published file.
+PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
+    ela_mobilenetv2=(71.9, "best of the published logs, which do not name the version"),
+)
+default_cfgs = generate_default_cfgs(
+    {
+        f"{name}.untrained": _cfg() if "mobilenet" in name else _cfg(first_conv="conv1", classifier="fc")
+        for name in VARIANTS
+    }
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> ELAResNet | ELAMobileNetV2:
+    kwargs = VARIANTS[name] | kwargs
+    return build_model_with_cfg(
+        ELAResNet if "layers" in kwargs else ELAMobileNetV2,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls="getter"),
+        **kwargs,
+    )
+
+
+@register_model
+def ela_resnet18(pretrained: bool = False, **kwargs) -> ELAResNet:
+    return _create("ela_resnet18", pretrained, **kwargs)
+
+
+@register_model
+def ela_resnet34(pretrained: bool = False, **kwargs) -> ELAResNet:
+    return _create("ela_resnet34", pretrained, **kwargs)
+
+
+@register_model
+def ela_resnet50(pretrained: bool = False, **kwargs) -> ELAResNet:
+    return _create("ela_resnet50", pretrained, **kwargs)
+
+
+@register_model
+def ela_resnet101(pretrained: bool = False, **kwargs) -> ELAResNet:
+    return _create("ela_resnet101", pretrained, **kwargs)
+
+
+@register_model
+def ela_mobilenetv2(pretrained: bool = False, **kwargs) -> ELAMobileNetV2:
+    return _create("ela_mobilenetv2", pretrained, **kwargs)

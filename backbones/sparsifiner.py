@@ -1,0 +1,628 @@
+"""Sparsifiner: DeiT or LV-ViT whose attention layers predict, image by image, which keys each query may attend to.
+
+Paper: "Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers", CVPR 2023,
+arXiv 2303.13755. Published code: lim142857/Sparsifiner@9a11e26 (MIT). Parameters map one to one
+(`checkpoint_filter_fn`), outputs are equal; a dense DeiT or LV-ViT loads as well, for the method starts from one.
+
+What differs from the published code: pruned tokens are removed, not masked (with the same logits); an image's result
+depends on no other image, where the published budget of keys depends on the first of the batch and on batches before;
+and a query to which a score threshold leaves no key gets 0 in LV-ViT too, not NaN.
+"""
+
+import contextlib
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import ConvNormAct, DropPath, calculate_drop_path_rates, get_device_dtype, trunc_normal_
+from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models._features import feature_take_indices
+from timm.models._features_fx import register_notrace_module
+from torch import Tensor, nn
+
+from ..ops import connectivity, predict_mask, sparse_attention, sparse_mask, unpack_mask
+from .base import Isotropic, TokenHead, checked_size, init_linear
+from .layers import CachedMlp, position_table, resize_positions
+from .published import fitted, opened, renamed
+
+STRIDE = 16  # of the tokens' map
+
+
+class MaskPredictor(nn.Module):
+    """Which keys each query keeps, from a low-rank estimate of the attention (paper, section 3.2).
+
+    Args:
+        tokens: their number, with the class token: the tables `down` and `up` have a row for each.
+        head_dim: width of a head; all heads share the predictor.
+        basis: number of vectors over the tokens, of which a query's scores are combinations.
+        width: to which queries and keys are projected.
+        budget: keys of largest score that a query keeps, None for a threshold.
+        score_threshold: above which a key is kept instead, None for a budget.
+        basis_threshold: entries of the basis that are not above it, in magnitude, become 0.
+        coef_topk: how many, the largest, of a query's coefficients count, None for all.
+        coef_threshold: those of them that are not above it become 0.
+        share_proj: one table for both projections.
+    """
+
+    def __init__(
+        self,
+        tokens: int,
+        head_dim: int,
+        basis: int,
+        width: int,
+        budget: int | None,
+        score_threshold: float | None,
+        basis_threshold: float,
+        coef_topk: int | None,
+        coef_threshold: float,
+        share_proj: bool,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.budget, self.score_threshold, self.basis_threshold = budget, score_threshold, basis_threshold
+        self.coef_topk, self.coef_threshold = coef_topk, coef_threshold
+        self.proj_q = nn.Linear(head_dim, width, **dd)
+        self.proj_k = nn.Linear(head_dim, width, **dd)
+        self.down = nn.Parameter(trunc_normal_(torch.empty(tokens, basis, **dd), std=0.02))
+        self.up = None if share_proj else nn.Parameter(trunc_normal_(torch.empty(tokens, basis, **dd), std=0.02))
+
+    def extra_repr(self) -> str:
+        return f"budget={self.budget}, score_threshold={self.score_threshold}, coef_topk={self.coef_topk}"
+
+    def forward(self, q: Tensor, k: Tensor, kept: Tensor | None) -> Tensor:
+        """Queries and keys (B, heads, n, D) -> bits (B, heads, n, ceil(n / 32)), of the n tokens `kept` (B, n) or of
+        all."""
+        if kept is not None:
+            with torch.no_grad():
+                return self.select(self.scores(q, k, kept))
+        up = self.down if self.up is None else self.up
+        return predict_mask(
+            q, k, self.proj_q.weight, self.proj_q.bias, self.proj_k.weight, self.proj_k.bias, self.down, up,
+            self.budget, self.score_threshold, self.coef_topk, self.coef_threshold, self.basis_threshold,
+        )  # fmt: skip
+
+    def select(self, scores: Tensor) -> Tensor:
+        """Scores (B, heads, n-1, n) -> bits. Of fewer tokens than all no more are kept than there are patches."""
+        budget = self.budget
+        if budget is not None and scores.shape[3] < self.down.shape[0]:
+            budget = min(budget, scores.shape[2])
+        return sparse_mask(scores, budget, self.score_threshold)
+
+    def scores(self, q: Tensor, k: Tensor, kept: Tensor | None, recon: bool = False) -> Tensor:
+        """(B, heads, n, D) twice -> (B, heads, n-1, n), in float32 at least; see `Sparsifiner.distill` for `recon`."""
+        if kept is not None:
+            if torch.jit.is_scripting():
+                return self.scores_of_kept(q, k, kept)
+            else:
+                with _no_autocast(q):
+                    return self.scores_of_kept(q, k, kept)
+        up = self.down if self.up is None else self.up
+        return connectivity(
+            q, k, self.proj_q.weight, self.proj_q.bias, self.proj_k.weight, self.proj_k.bias, self.down, up,
+            None if recon else self.coef_topk,
+            0.0 if recon else self.coef_threshold,
+            None if recon else self.basis_threshold,
+        )  # fmt: skip
+
+    def scores_of_kept(self, q: Tensor, k: Tensor, kept: Tensor) -> Tensor:
+        """`connectivity`, but with rows of the tables that differ from image to image."""
+        full = torch.promote_types(q.dtype, torch.float32)
+        down = self.down.to(full)[kept]  # (B, n, K)
+        up = down if self.up is None else self.up.to(full)[kept]
+        q, k = q[:, :, 1:].to(full), k.to(full)
+        W_q, b_q = self.proj_q.weight.to(full), self.proj_q.bias.to(full)
+        W_k, b_k = self.proj_k.weight.to(full), self.proj_k.bias.to(full)
+        # (k W_kᵀ + b_k)ᵀ P, by way of kᵀ P: one product for all heads, and of K columns
+        heads, D = q.shape[1], q.shape[3]
+        k_down = (down.mT @ k.transpose(1, 2).flatten(2)).unflatten(2, (heads, D)).permute(0, 2, 3, 1)
+        k_down = W_k @ k_down + b_k[:, None] * down.sum(1)[:, None, None]  # (B, heads, c, K)
+        coef = ((q @ (W_q.mT @ k_down) + (b_q @ k_down)[:, :, None]) * heads**-0.5).softmax(-1)
+        if self.coef_topk is not None:
+            index = coef.detach().topk(self.coef_topk, sorted=False)[1]
+            coef = coef * torch.zeros_like(coef).scatter(-1, index, 1.0)
+        if self.coef_threshold > 0.0:
+            coef = coef.masked_fill(coef <= self.coef_threshold, 0.0)
+        basis = up.mT.abs()
+        return coef @ basis.masked_fill(basis <= self.basis_threshold, 0.0)[:, None]
+
+
+def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
+    device = "cpu" if x.is_meta else x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
+
+
+class Seen(NamedTuple):
+    """What an attention layer of `Sparsifiner.distill` saw, of its n tokens."""
+
+    connectivity: Tensor  # (B, heads, n-1, n), the predicted scores
+    attention: Tensor  # (B, heads, n, n), the dense softmax
+    mask: Tensor  # (B, heads, n, n) bool, the keys that were kept
+
+
+# The operators check shapes, so an fx trace keeps the layer whole.
+@register_notrace_module
+class SparseAttention(nn.Module):
+    """Attention of each query to the keys that the predictor chooses for it; it may choose the tokens that go on.
+
+    Args:
+        dim: channels.
+        heads: their number.
+        tokens: their number, with the class token, before any was removed.
+        qkv_bias: whether the projection to queries, keys and values has one.
+        keep: patches that go on after this layer, those that the class token attends to most; None for all.
+        predictor: arguments of the MaskPredictor.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        tokens: int,
+        qkv_bias: bool,
+        keep: int | None,
+        predictor: dict,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        self.heads, self.scale, self.tokens, self.keep = heads, (dim // heads) ** -0.5, tokens, keep
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.predictor = MaskPredictor(tokens, dim // heads, **predictor, **dd)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, keep={self.keep}"
+
+    def forward(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Tokens (B, n, C), and which of all they are, (B, n), None if none was removed -> the output of those that go
+        on (B, m, C), and where they stand among the n, (B, m), None if all do."""
+        qkv = self.qkv(x)
+        q, k, _ = self.split(qkv)
+        return self.finish(sparse_attention(qkv, self.predictor(q, k, kept), self.heads), q, k)
+
+    def split(self, qkv: Tensor) -> list[Tensor]:
+        return qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def finish(self, out: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
+        removed = self.tokens - q.shape[2]
+        if removed == 0 and self.keep is None:
+            return self.proj(out), None
+        full = torch.promote_types(q.dtype, torch.float32)
+        logits = (q[:, :, :1].to(full) * k.to(full)).sum(-1) * self.scale  # (B, heads, n), of the class token
+        share = torch.ones_like(logits[:, :, :1])
+        if removed > 0:
+            # In the published form, where removed tokens are zeros, the class token still attends to them, with logits
+            # of 0. This is the share of its attention that falls on the others.
+            share = (logits.logsumexp(-1, keepdim=True) - math.log(removed)).sigmoid()
+            cls = out[:, :1].unflatten(2, (self.heads, -1)) * share[:, None].to(out.dtype)
+            out = torch.cat((cls.flatten(2), out[:, 1:]), 1)
+        if self.keep is None:
+            return self.proj(out), None
+        weights = (logits.detach().softmax(-1) * share.detach())[:, :, 1:].mean(1)
+        order = weights.sort(stable=True, dim=-1, descending=True)[1][:, : self.keep]
+        left = torch.cat((torch.zeros_like(order[:, :1]), order.sort(-1)[0] + 1), 1)
+        return self.proj(_take(out, left)), left
+
+    def watched(self, x: Tensor, kept: Tensor | None, recon: bool) -> tuple[Tensor, Tensor | None, Seen]:
+        """`forward` and what it saw. With `recon` the attention itself is dense, and no token is removed."""
+        qkv = self.qkv(x)
+        q, k, v = self.split(qkv)
+        full = torch.promote_types(q.dtype, torch.float32)
+        attention = ((q @ k.mT).to(full) * self.scale).softmax(-1)
+        scores = self.predictor.scores(q, k, kept, recon)
+        mask = self.predictor.select(scores)
+        if recon:
+            out, left = self.proj((attention.to(v.dtype) @ v).transpose(1, 2).flatten(2)), None
+        else:
+            out, left = self.finish(sparse_attention(qkv, mask, self.heads), q, k)
+        return out, left, Seen(scores, attention, unpack_mask(mask, q.shape[2]))
+
+
+def _take(x: Tensor, index: Tensor) -> Tensor:  # (B, n, C), (B, m) -> (B, m, C)
+    return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
+
+
+def _put(x: Tensor, index: Tensor, size: int, dim: int) -> Tensor:
+    """x where `index` (B, n) says along `dim`, and zeros elsewhere, `size` in all."""
+    shape = [1] * x.dim()
+    shape[0], shape[dim] = index.shape[0], index.shape[1]
+    whole = list(x.shape)
+    whole[dim] = size
+    return x.new_zeros(whole).scatter(dim, index.view(shape).expand(x.shape), x)
+
+
+class Block(nn.Module):
+    """Attention and MLP, each a residual, which LV-ViT halves: tokens (B, n, C), and which they are, (B, n) or None if
+    all -> the tokens that go on, and which those are."""
+
+    def __init__(self, dim: int, attn: SparseAttention, mlp_ratio: float, eps: float, skip: float, rate: float, **dd):
+        super().__init__()
+        self.skip = skip
+        self.norm1 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=eps, **dd)
+        self.mlp = CachedMlp(dim, int(dim * mlp_ratio), **dd)
+        self.drop_path = DropPath(rate) if rate > 0.0 else nn.Identity()
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint(self.residuals, x, kept)
+        return self.residuals(x, kept)
+
+    def residuals(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        y, left = self.attn(self.norm1(x), kept)
+        return self.rest(x, y, kept, left if self.attn.keep is not None else None)
+
+    def rest(self, x: Tensor, y: Tensor, kept: Tensor | None, left: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        if left is not None:
+            x, kept = _take(x, left), left if kept is None else kept.gather(1, left)
+        x = torch.add(x, self.drop_path(y), alpha=self.skip)
+        return torch.add(x, self.drop_path(self.mlp(self.norm2(x))), alpha=self.skip), kept
+
+
+@register_notrace_module
+class Stem(nn.Module):
+    """Patches of images of one size: (B, in_chans, H, W) -> (B, H / 16 · W / 16, dim).
+
+    DeiT's is one convolution; LV-ViT's first halves the image by three.
+    """
+
+    def __init__(self, in_chans: int, dim: int, img_size: tuple[int, int], convs: bool, **dd):
+        super().__init__()
+        self.img_size = img_size
+        width, stride = (64, STRIDE // 2) if convs else (in_chans, STRIDE)
+        layers = [(in_chans, 7, 2), (width, 3, 1), (width, 3, 1)] if convs else []
+        self.convs = nn.Sequential(*[ConvNormAct(n, width, kernel, stride=s, **dd) for n, kernel, s in layers])
+        self.proj = nn.Conv2d(width, dim, stride, stride, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2] != self.img_size[0] or x.shape[3] != self.img_size[1]:
+            raise ValueError(
+                f"images must be {self.img_size[0]} x {self.img_size[1]}, the img_size that the mask predictors are "
+                f"made for, got {x.shape[2]} x {x.shape[3]}"
+            )
+        x = self.proj(self.convs(x.contiguous(memory_format=torch.channels_last)))
+        return x.flatten(2).transpose(1, 2)
+
+
+class Distillation(NamedTuple):
+    """What the losses of the published training read. N counts the class token. In a layer that a patch did not reach,
+    its connectivity, attention and mask are 0."""
+
+    logits: Tensor  # (B, num_classes), of the class token alone
+    features: Tensor  # (B, N-1, C), the patches after the last norm; of LV-ViT their scores (B, N-1, num_classes)
+    alive: Tensor  # (B, N-1) bool, the patches that no layer removed
+    connectivity: list[Tensor]  # per layer (B, heads, N-1, N), the predicted scores
+    attention: list[Tensor]  # per layer (B, heads, N, N), the dense softmax
+    mask: list[Tensor]  # per layer (B, heads, N, N) bool, the keys that a query keeps
+
+
+class Sparsifiner(Isotropic):
+    """Sparsifiner: images (B, in_chans, *img_size) to logits (B, num_classes), or to maps of stride 16.
+
+    Args:
+        host: "deit" or "lvvit". LV-ViT has a stem of four convolutions, no bias of queries, keys and values, halved
+            residuals, and in evaluation adds to the logits half of the patches' largest scores.
+        img_size: of the images, multiples of 16; the predictors' tables fit no other.
+        in_chans: channels of the image.
+        num_classes: classes of the head, 0 for pooled features.
+        global_pool: "token" (the class token's features), "avg" (the mean over the patches) or "" (all tokens).
+        dim: width.
+        depth: blocks.
+        heads: their number.
+        mlp_ratio: hidden width of the MLPs over their input's.
+        keep_rate: part of all tokens that a query keeps as keys, a number or one for each block, rounded up.
+        score_threshold: keep, instead, the keys of a score above it; then keep_rate is not read.
+        reduce_n: tokens over vectors of the predictors' basis.
+        reduce_c: width of a head over that of the predictors' projections.
+        basis_threshold: entries of the basis that are not above it, in magnitude, become 0.
+        coef_topk: how many, the largest, of a query's coefficients in that basis count.
+        coef_threshold: those above it count, instead; then coef_topk is not read.
+        share_proj: one table projects the keys to the basis and is it, not one for each.
+        token_keep_rate: r of the patches are left from block depth / 4 on, r² from depth / 2, r³ from 3 · depth / 4:
+            those that the class token attends to most there. 1 keeps all. DeiT only.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
+    """
+
+    def __init__(
+        self,
+        host: str = "deit",
+        img_size: int | tuple[int, int] = 224,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "token",
+        dim: int = 192,
+        depth: int = 12,
+        heads: int = 3,
+        mlp_ratio: float = 4.0,
+        keep_rate: float | Sequence[float] = 0.25,
+        score_threshold: float | None = None,
+        reduce_n: int = 6,
+        reduce_c: int = 2,
+        basis_threshold: float = 0.02,
+        coef_topk: int = 8,
+        coef_threshold: float | None = None,
+        share_proj: bool = False,
+        token_keep_rate: float = 1.0,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        if host not in ("deit", "lvvit"):
+            raise ValueError(f"host must be 'deit' or 'lvvit', got {host!r}")
+        if dim % heads:
+            raise ValueError(f"heads must divide dim, got {heads} heads for {dim} channels")
+        h, w = checked_size(img_size, STRIDE)
+        self.size = size = h // STRIDE, w // STRIDE
+        patches = size[0] * size[1]
+        basis, width = (patches + 1) // reduce_n, dim // heads // reduce_c
+        topk = coef_topk if coef_threshold is None else None
+        if not basis or not width or (topk is not None and not 1 <= topk <= basis):
+            raise ValueError(
+                f"reduce_n={reduce_n} leaves {basis} coefficients of {patches + 1} tokens, and reduce_c={reduce_c} "
+                f"{width} channels of {dim // heads}: both must be at least 1, and coef_topk from 1 to {basis}, "
+                f"got {coef_topk}"
+            )
+        predictor = dict(basis=basis, width=width, score_threshold=score_threshold, basis_threshold=basis_threshold)
+        predictor |= dict(coef_topk=topk, coef_threshold=coef_threshold or 0.0, share_proj=share_proj)
+        budgets = [None] * depth if score_threshold is not None else _budgets(keep_rate, depth, patches + 1)
+        keeps = _keeps(token_keep_rate, host, depth, patches)
+
+        self.host, self.in_chans, self.num_classes = host, in_chans, num_classes
+        self.num_features = self.head_hidden_size = dim
+        lvvit = host == "lvvit"
+        eps, skip = (1e-5, 0.5) if lvvit else (1e-6, 1.0)
+        self.stem = Stem(in_chans, dim, (h, w), lvvit, **dd)
+        self.cls_token = position_table(1, dim, **dd)
+        self.pos_embed = position_table(1 + patches, dim, **dd)
+        blocks = []
+        for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
+            chosen = predictor | dict(budget=budgets[i])
+            attn = SparseAttention(dim, heads, patches + 1, not lvvit, keeps.get(i), chosen, **dd)
+            blocks.append(Block(dim, attn, mlp_ratio, eps, skip, rate, **dd))
+        self.blocks = nn.ModuleList(blocks)
+        self.feature_info = [dict(num_chs=dim, reduction=STRIDE, module=f"blocks.{i}") for i in range(depth)]
+        self.norm = nn.LayerNorm(dim, eps=eps, **dd)
+        self.head = TokenHead(dim, num_classes, global_pool, drop_rate, **dd)
+        self.aux: nn.Module | None = self._aux(**dd)  # of the patches
+        init_linear(self)
+
+    def _aux(self, **dd) -> nn.Module | None:
+        if self.host != "lvvit":
+            return None
+        return nn.Linear(self.num_features, self.num_classes, **dd) if self.num_classes else nn.Identity()
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        super().reset_classifier(num_classes, global_pool)
+        self.aux = self._aux(**get_device_dtype(self))
+        if self.aux is not None:
+            self.aux.train(self.training)
+
+    def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        x = self.stem(x)
+        return torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1) + self.pos_embed, self.size
+
+    def whole(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        """Tokens (B, n, C) among zeros where others were removed, (B, N, C)."""
+        return x if kept is None else _put(x, kept, self.pos_embed.shape[1], 1)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> tokens after the final norm, the class token first, (B, N, dim). Of a removed token
+        the norm sees zeros, as published."""
+        x, _ = self.embed(x)
+        kept: Tensor | None = None
+        for block in self.blocks:
+            x, kept = block(x, kept)
+        return self.norm(self.whole(x, kept))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        out = self.head(x, pre_logits=pre_logits)
+        if self.aux is None or self.training or pre_logits or self.num_classes == 0 or self.head.pool_type == "":
+            return out
+        return out + 0.5 * self.aux(x[:, 1:]).amax(1)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        return_prefix_tokens: bool = False,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list | tuple[Tensor, list]:
+        """The blocks' outputs, as Isotropic's; removed tokens are zeros in them, before any norm."""
+        if output_fmt not in ("NCHW", "NLC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
+        take, last_taken = feature_take_indices(len(self.blocks), indices)
+        x, size = self.embed(x)
+        kept, intermediates = None, []
+        for i, block in enumerate(self.blocks if not stop_early else self.blocks[: last_taken + 1]):
+            x, kept = block(x, kept)
+            if i in take:
+                y = self.whole(x, kept)
+                y = self.norm(y) if norm else y
+                out = y[:, 1:].unflatten(1, size).permute(0, 3, 1, 2) if output_fmt == "NCHW" else y[:, 1:]
+                intermediates.append((out, y[:, :1]) if return_prefix_tokens else out)
+        return intermediates if intermediates_only else (self.norm(self.whole(x, kept)), intermediates)
+
+    @torch.jit.ignore
+    def distill(self, x: Tensor, recon: bool = False) -> Distillation:
+        """The logits and what else the losses of the published training read, all with gradients.
+
+        With `recon`, the form of its first phase: the predictors' basis keeps its sign and all of its entries, all
+        coefficients count, and so that only the predictors learn from the scores, attention is dense and every token
+        stays. A model with a dense parent's weights is that parent then, the teacher.
+        """
+        x, _ = self.embed(x)
+        kept, seen, N = None, [], x.shape[1]
+        for block in self.blocks:
+            y, left, layer = block.attn.watched(block.norm1(x), kept, recon)
+            if kept is not None:
+                (S, A, M), rows = layer, kept[:, 1:] - 1
+                S = _put(_put(S, rows, N - 1, 2), kept, N, 3)
+                A, M = (_put(_put(t, kept, N, 2), kept, N, 3) for t in (A, M))
+                layer = Seen(S, A, M)
+            seen.append(layer)
+            x, kept = block.rest(x, y, kept, left)
+        alive = x.new_ones(x.shape[:2], dtype=torch.bool)
+        if kept is not None:
+            alive = _put(alive, kept, N, 1)
+        x = self.norm(self.whole(x, kept))
+        features = x[:, 1:] if self.aux is None else self.aux(x[:, 1:])
+        return Distillation(self.head(x), features, alive[:, 1:], *map(list, zip(*seen)))
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def kept_keys(self, x: Tensor) -> list[Tensor]:
+        """Per layer, which keys each query keeps, (B, heads, N, N) bool; none of and for a token that was removed."""
+        return self.distill(x).mask
+
+
+def _budgets(keep_rate: float | Sequence[float], depth: int, tokens: int) -> list[int]:
+    """Keys that a query keeps, of each block."""
+    rates = [keep_rate] * depth if isinstance(keep_rate, int | float) else list(keep_rate)
+    if len(rates) != depth or not all(0 < rate <= 1 for rate in rates):
+        raise ValueError(f"keep_rate must be above 0 and at most 1, one number or {depth}, got {keep_rate}")
+    return [math.ceil(rate * tokens) for rate in rates]
+
+
+def _keeps(token_keep_rate: float, host: str, depth: int, patches: int) -> dict[int, int]:
+    """Block -> patches that go on after its attention."""
+    if token_keep_rate == 1:
+        return {}
+    if host != "deit":
+        raise ValueError(f"token_keep_rate is for DeiT, LV-ViT keeps all tokens, got {token_keep_rate}")
+    if not 0 < token_keep_rate < 1 or depth < 4:
+        raise ValueError(
+            f"token_keep_rate must be above 0 and at most 1, below that only with at least 4 blocks, got "
+            f"{token_keep_rate} with {depth}"
+        )
+    return {depth * i // 4: math.ceil(token_keep_rate**i * patches) for i in (1, 2, 3)}
+
+
+def _conv(m) -> str:
+    return f"stem.convs.{int(m[2]) - 1}.{m[1]}."
+
+
+PUBLISHED_KEYS = [  # published name -> ours, applied in order
+    (r"^patch_embed\.proj\.", "stem.proj."),
+    (r"^patch_embed\.(conv|bn)(\d)\.", _conv),
+    (r"\.mask_predictor\.proj_c_([qk])\.", r".predictor.proj_\1."),
+    (r"\.mask_predictor\.proj_n$", ".predictor.down"),
+    (r"\.mask_predictor\.proj_back_n$", ".predictor.up"),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    (r"^aux_head\.", "aux."),
+]
+
+
+def rename(key: str) -> str:
+    """Our name of a published state-dict key; ours stay as they are."""
+    return renamed(key, PUBLISHED_KEYS)
+
+
+def checkpoint_filter_fn(state_dict: dict, model: Sparsifiner) -> dict[str, Tensor]:
+    """Weights of a published Sparsifiner, of its dense parent (timm's deit_*_patch16_224, LV-ViT) or ours, to ours.
+
+    A parent has no mask predictors: the model's own keep their values, as the method begins. Position embeddings of
+    another resolution are resized as the published loader does, bicubically, from a square; predictors cannot be.
+    """
+    out = {rename(key): value for key, value in opened(state_dict).items()}
+    own = model.state_dict()
+    if not any(".predictor." in key for key in out):
+        out |= {key: value for key, value in own.items() if ".predictor." in key}
+    for key in [key for key in out if key.endswith(".predictor.down") and key in own]:
+        if len(out[key]) != len(own[key]):
+            raise ValueError(
+                f"the mask predictors of these weights are for {len(out[key])} tokens and cannot be resized to this "
+                f"model's {len(own[key])}: set img_size to theirs, or start from the dense parent"
+            )
+        up = key.removesuffix("down") + "up"
+        if up in out and up not in own and not torch.equal(out.pop(up), out[key]):
+            raise ValueError(f"share_proj=True takes weights whose two tables are one, {key} and its up differ")
+    positions = out.get("pos_embed")
+    if positions is not None and positions.shape[1:] != own["pos_embed"].shape[1:]:
+        side = math.isqrt(positions.shape[1] - 1)
+        if positions.shape[1] == 1 + side * side and positions.shape[2] == own["pos_embed"].shape[2]:
+            out["pos_embed"] = resize_positions(positions, (side, side), model.size, "bicubic")
+    return fitted(out, model, "blocks.")
+
+
+def _cfg(first_conv: str = "stem.proj", classifier: str | tuple[str, ...] = "head.fc", **kwargs) -> dict:
+    return dict(
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        fixed_input_size=True,
+        pool_size=(14, 14),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv=first_conv,
+        classifier=classifier,
+        license="mit",
+        origin_url="https://github.com/lim142857/Sparsifiner",
+        paper_name="Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers",
+        paper_ids="arXiv:2303.13755",
+        **kwargs,
+    )
+
+
+VARIANTS = dict(
+    sparsifiner_deit_t=dict(dim=192, heads=3),
+    sparsifiner_deit_s=dict(dim=384, heads=6),
+    sparsifiner_deit_b=dict(dim=768, heads=12),
+    sparsifiner_lvvit_s=dict(host="lvvit", dim=384, depth=16, heads=6, mlp_ratio=3.0),
+    sparsifiner_lvvit_m=dict(host="lvvit", dim=512, depth=20, heads=8, mlp_ratio=3.0),
+)
+# The authors published no weights, and no top-1 of a variant and a keep rate that could be verified.
+LVVIT = dict(first_conv="stem.convs.0.conv", classifier=("head.fc", "aux"))
+default_cfgs = generate_default_cfgs(
+    {f"{name}.untrained": _cfg(**(LVVIT if "lvvit" in name else {})) for name in VARIANTS}
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> Sparsifiner:
+    return build_model_with_cfg(
+        Sparsifiner,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=3, feature_cls="getter"),
+        **(VARIANTS[name] | kwargs),
+    )
+
+
+@register_model
+def sparsifiner_deit_t(pretrained: bool = False, **kwargs) -> Sparsifiner:
+    return _create("sparsifiner_deit_t", pretrained, **kwargs)
+
+
+@register_model
+def sparsifiner_deit_s(pretrained: bool = False, **kwargs) -> Sparsifiner:
+    return _create("sparsifiner_deit_s", pretrained, **kwargs)
+
+
+@register_model
+def sparsifiner_deit_b(pretrained: bool = False, **kwargs) -> Sparsifiner:
+    return _create("sparsifiner_deit_b", pretrained, **kwargs)
+
+
+@register_model
+def sparsifiner_lvvit_s(pretrained: bool = False, **kwargs) -> Sparsifiner:
+    return _create("sparsifiner_lvvit_s", pretrained, **kwargs)
+
+
+@register_model
+def sparsifiner_lvvit_m(pretrained: bool = False, **kwargs) -> Sparsifiner:
+    return _create("sparsifiner_lvvit_m", pretrained, **kwargs)

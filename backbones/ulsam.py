@@ -1,0 +1,260 @@
+"""ULSAM: the channels of a map cut into subspaces, each gated by one attention map over its positions.
+
+Paper: "ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks", WACV 2020,
+arXiv 2006.15102.
+Published code: Nandan91/ULSAM@9a07d68 (no licence; written here from the paper), of the layer alone. Parameters map to
+ours (`joined`), outputs are equal. `saccade.backbones.insert` puts the layer into any network; the models here are
+timm's MobileNets with layers replaced by it, or followed by it.
+"""
+
+import re
+
+import torch
+import torch.nn.functional as F
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models._features_fx import register_notrace_module
+from torch import Tensor, nn
+
+from ..ops import subspace_gate
+from .mobilenet import MobileNet, cfg, loaded
+from .published import opened
+
+
+@register_notrace_module
+class ULSAM(nn.Module):
+    """x_n · (1 + A_n) in each subspace n of channels, A_n one softmax over all positions: (B, C, H, W) -> same.
+
+    Args:
+        dim: C.
+        subspaces: their number g, which divides C.
+        momentum: of the BatchNorms, in PyTorch's sense. With the published 0.9, probably meant in TensorFlow's, the
+            running statistics are those of the last batches.
+    """
+
+    def __init__(self, dim: int, subspaces: int = 4, momentum: float = 0.9, device=None, dtype=None):
+        super().__init__()
+        dd = dict(device=device, dtype=dtype)
+        if subspaces < 1 or dim % subspaces:
+            raise ValueError(f"subspaces must divide the {dim} channels, got {subspaces}")
+        self.conv = nn.Conv2d(dim, dim, 1, groups=dim, **dd)
+        self.norm = nn.BatchNorm2d(dim, momentum=momentum, **dd)
+        self.point = nn.Conv2d(dim, subspaces, 1, groups=subspaces, **dd)
+        self.point_norm = nn.BatchNorm2d(subspaces, momentum=momentum, **dd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+            if self._plain_norms():
+                return self._gated(x)
+        s = self.point_norm(self.point(F.max_pool2d(F.relu(self.norm(self.conv(x))), 3, 1, 1)))
+        a = F.relu(s).flatten(2).softmax(2).view_as(s).to(x.dtype)
+        return x + (x.unflatten(1, [s.shape[1], -1]) * a.unsqueeze(2)).flatten(1, 2)
+
+    def feature_info(self, location: str) -> dict:
+        """What timm's EfficientNet asks of its blocks."""
+        return dict(module="", num_chs=self.conv.out_channels)
+
+    @torch.jit.unused
+    def _plain_norms(self) -> bool:
+        """Whether the operator, which has the norms inside, can stand for them: not where something has replaced them
+        (by SyncBatchNorm, or frozen ones) or set one unlike the other."""
+        a, b = self.norm, self.point_norm
+        if type(a) is not nn.BatchNorm2d or type(b) is not nn.BatchNorm2d:
+            return False
+        return (a.training, a.momentum, a.eps) == (b.training, b.momentum, b.eps)
+
+    @torch.jit.unused
+    def _gated(self, x: Tensor) -> Tensor:
+        conv, norm, point, point_norm = self.conv, self.norm, self.point, self.point_norm
+        if norm.training:
+            norm.num_batches_tracked.add_(1)
+            point_norm.num_batches_tracked.add_(1)
+        return subspace_gate(
+            x,
+            conv.weight.flatten(),
+            conv.bias,
+            norm.weight,
+            norm.bias,
+            point.weight.flatten(),
+            point.bias,
+            point_norm.weight,
+            point_norm.bias,
+            norm.running_mean,
+            norm.running_var,
+            point_norm.running_mean,
+            point_norm.running_var,
+            norm.training,
+            norm.momentum,
+            norm.eps,
+        )
+
+
+class ULSAMMobileNet(MobileNet):
+    """timm's MobileNetV1 or V2 with ULSAM in the place of some layers, or after them. Layers are counted as the paper
+    does, from the stem as 1.
+
+    Args:
+        generation: 1 or 2.
+        replaced: layers that ULSAM takes the place of, shortcut included; each keeps width and resolution.
+        inserted: layers that ULSAM follows, as a block of its own.
+        subspaces: ULSAM's g, which divides the width of those layers.
+        momentum: of ULSAM's BatchNorms.
+        width: how many times the paper's channels.
+        in_chans, num_classes, global_pool, output_stride, drop_rate, drop_path_rate: timm's.
+    """
+
+    def __init__(
+        self,
+        generation: int,
+        replaced: tuple[int, ...] = (),
+        inserted: tuple[int, ...] = (),
+        subspaces: int = 4,
+        momentum: float = 0.9,
+        width: float = 1.0,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        dd = dict(device=device, dtype=dtype)
+        super().__init__(
+            generation, width, in_chans, num_classes, global_pool, output_stride, drop_rate, drop_path_rate, **dd
+        )
+        number, replaceable = 1, []
+        for i, stage in enumerate(self.blocks):
+            blocks = []
+            for j, block in enumerate(stage):
+                number += 1
+                dim = block.feature_info("")["num_chs"]
+                if j:  # the first layer of a stage changes width or resolution
+                    replaceable.append(number)
+                blocks.append(ULSAM(dim, subspaces, momentum, **dd) if j and number in replaced else block)
+                if number in inserted:
+                    blocks.append(ULSAM(dim, subspaces, momentum, **dd))
+            self.blocks[i] = nn.Sequential(*blocks)
+        if not {*replaced} <= {*replaceable}:
+            raise ValueError(f"replaced may have the layers {', '.join(map(str, replaceable))}, got {replaced}")
+        if not {*inserted} <= {*range(2, number + 1)}:
+            raise ValueError(f"inserted may have the layers from 2 to {number}, got {inserted}")
+
+
+PARTS = {"conv_dws": "conv", "bn_dws": "norm", "conv_point": "point", "bn_point": "point_norm"}
+
+
+def joined(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict with our ULSAM's keys for the published one's, which has a module for each subspace."""
+    out: dict[str, Tensor] = {}
+    for key, value in state_dict.items():  # subspace by subspace, in their order
+        if match := re.fullmatch(rf"(.*?)subspaces\.\d+\.({'|'.join(PARTS)})\.(\w+)", key):
+            key = f"{match[1]}{PARTS[match[2]]}.{match[3]}"
+            if key in out:  # the count of batches is the same in all
+                value = out[key] if value.ndim == 0 else torch.cat((out[key], value))
+        out[key] = value
+    return out
+
+
+FIRST = {
+    "0.0": "conv_dw",
+    "0.1": "bn1",
+    "1": "conv_pw",
+    "2": "bn2",
+}  # our names of torchvision's parts of a MobileNetV2
+OTHERS = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2": "conv_pwl", "3": "bn3"}
+
+
+def checkpoint_filter_fn(state_dict: dict, model: ULSAMMobileNet) -> dict[str, Tensor]:
+    """Weights to ours: of torchvision's or timm's MobileNet with the published layer, or our own."""
+    return loaded(joined(opened(state_dict)), model, FIRST, OTHERS)
+
+
+VARIANTS = dict(  # the rows a to f of the paper's table, of which e is the plain name
+    ulsam_mobilenet_v1=dict(generation=1, replaced=(12,)),
+    ulsam_mobilenet_v1_075=dict(generation=1, replaced=(12,), width=0.75),
+    ulsam_mobilenet_v1_050=dict(generation=1, replaced=(12,), width=0.5),
+    ulsam_mobilenet_v2=dict(generation=2, replaced=(14, 17)),
+    ulsam_mobilenet_v2_a=dict(generation=2, replaced=(14,)),
+    ulsam_mobilenet_v2_b=dict(generation=2, replaced=(17,)),
+    ulsam_mobilenet_v2_c=dict(generation=2, replaced=(11, 14)),
+    ulsam_mobilenet_v2_d=dict(generation=2, replaced=(16, 17)),
+    ulsam_mobilenet_v2_f=dict(generation=2, replaced=(13, 14, 16, 17)),
+)
+# The paper names the replaced layers of V2, but for c one of several equal choices. Of V1's five equal layers, 8 to 12,
+# it does not say which.
+POSTER = "poster of the published code, 4 subspaces"
+PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
+    ulsam_mobilenet_v1=(70.43, POSTER),
+    ulsam_mobilenet_v1_075=(67.81, POSTER),
+    ulsam_mobilenet_v1_050=(63.25, POSTER),
+    ulsam_mobilenet_v2=(71.52, POSTER),
+    ulsam_mobilenet_v2_d=(70.74, POSTER),
+    ulsam_mobilenet_v2_f=(69.72, POSTER),
+)
+default_cfgs = generate_default_cfgs(  # no weights are published
+    {
+        f"{name}.untrained": cfg(
+            origin_url="https://github.com/Nandan91/ULSAM",
+            paper_name="ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks",
+            paper_ids="arXiv:2006.15102",
+        )
+        for name in VARIANTS
+    }
+)
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> ULSAMMobileNet:
+    return build_model_with_cfg(
+        ULSAMMobileNet,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls="getter"),
+        **(VARIANTS[name] | kwargs),
+    )
+
+
+@register_model
+def ulsam_mobilenet_v1(pretrained: bool = False, **kwargs) -> ULSAMMobileNet:
+    return _create("ulsam_mobilenet_v1", pretrained, **kwargs)
+
+
+@register_model
+def ulsam_mobilenet_v1_075(pretrained: bool = False, **kwargs) -> ULSAMMobileNet:
+    return _create("ulsam_mobilenet_v1_075", pretrained, **kwargs)
+
+
+@register_model
+def ulsam_mobilenet_v1_050(pretrained: bool = False, **kwargs) -> ULSAMMobileNet:
+    return _create("ulsam_mobilenet_v1_050", pretrained, **kwargs)
+
+
+@register_model
+def ulsam_mobilenet_v2(pretrained: bool = False, **kwargs) -> ULSAMMobileNet:
+    return _create("ulsam_mobilenet_v2", pretrained, **kwargs)
+
+
+@register_model
+def ulsam_mobilenet_v2_a(pretrained: bool = False, **kwargs) -> ULSAMMobileNet:
+    return _create("ulsam_mobilenet_v2_a", pretrained, **kwargs)
+
+
+@register_model
+def ulsam_mobilenet_v2_b(pretrained: bool = False, **kwargs) -> ULSAMMobileNet:
+    return _create("ulsam_mobilenet_v2_b", pretrained, **kwargs)
+
+
+@register_model
+def ulsam_mobilenet_v2_c(pretrained: bool = False, **kwargs) -> ULSAMMobileNet:
+    return _create("ulsam_mobilenet_v2_c", pretrained, **kwargs)
+
+
+@register_model
+def ulsam_mobilenet_v2_d(pretrained: bool = False, **kwargs) -> ULSAMMobileNet:
+    return _create("ulsam_mobilenet_v2_d", pretrained, **kwargs)
+
+
+@register_model
+def ulsam_mobilenet_v2_f(pretrained: bool = False, **kwargs) -> ULSAMMobileNet:
+    return _create("ulsam_mobilenet_v2_f", pretrained, **kwargs)

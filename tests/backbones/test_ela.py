@@ -1,0 +1,328 @@
+"""ELA equals the published layer, alone and in MobileNetV2 and ResNet, and these do what a timm backbone should."""
+
+import pytest
+import saccade.backbones  # noqa: F401  (registers the models)
+import timm
+import torch
+import torch.nn.functional as F
+import torchvision
+from saccade.backbones.ela import ELA, VERSIONS, checkpoint_filter_fn
+from saccade.train import measure
+from support import parity
+from support.gradients import assert_gradients
+from timm.layers import create_attn
+from torch import nn
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def load_file(tmp_path, content: dict, name: str, **kwargs):
+    """Our model with the weights of a file, loaded as a user loads a published one."""
+    file = tmp_path / "published.pth"
+    torch.save(content, file)
+    overlay = dict(file=str(file), num_classes=kwargs.get("num_classes", 1000))
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+
+LAYERS = [
+    "ela_t_c64_14x14",
+    "ela_b_c64_14x14",
+    "ela_s_c64_14x14",
+    "ela_l_c64_14x14",
+    "ela_l_c144_13x7",
+    "ela_s_c96_3x2",
+]
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_equals_published_layer(name):
+    want = parity.load("ela", name)
+    layer = ELA(want["input"]["shape"][1], name[4])
+    layer.load_state_dict(parity.weights(want))
+    x = parity.image(want).requires_grad_()
+    y = layer(x)
+    parity.assert_equal("out", y, want["outputs"]["out"])
+    (y * parity.seeded(1, y.shape)).sum().backward()
+    parity.assert_equal("grad_x", x.grad, want["outputs"]["grad_x"])
+    parity.assert_gradients(layer, want["grads"], str)
+    assert sum(p.numel() for p in layer.parameters()) == want["params"]
+
+
+def test_timms_layer_of_that_name_is_another():
+    """Two convolutions, norms of one group, SiLU before the sigmoid: its weights do not fit, its values differ."""
+    want = parity.load("ela", "timm_efficientlocalattn_c64")
+    theirs, ours = create_attn("ela", 64), ELA(64, "b")
+    theirs.load_state_dict(parity.weights(want))
+    x = parity.image(want)
+    parity.assert_equal("out", theirs(x), want["outputs"]["out"])
+    assert not set(theirs.state_dict()) & set(ours.state_dict())
+    with torch.no_grad():
+        ours.conv.weight.copy_(theirs.conv_h.weight.squeeze(3))
+        theirs.conv_w.weight.copy_(theirs.conv_h.weight.mT)
+        for norm in (theirs.norm_h, theirs.norm_w):
+            nn.init.ones_(norm.weight), nn.init.zeros_(norm.bias)
+    assert (theirs(x) - ours(x)).abs().max() > 0.1
+
+
+def test_residual_adds_its_input():
+    x, gate, residual = torch.randn(2, 32, 5, 7), ELA(32, "b"), ELA(32, "b", residual=True)
+    residual.load_state_dict(gate.state_dict())
+    torch.testing.assert_close(residual(x), x + gate(x))
+
+
+@pytest.mark.parametrize(
+    ("fixture", "name"), [("mobilenetv2_ela_l", "ela_mobilenetv2"), ("resnet50_ela_s", "ela_resnet50")]
+)
+def test_equals_published_model(tmp_path, fixture, name):
+    want = parity.load("ela", fixture)
+    outputs, x = want["outputs"], parity.image(want)
+    model = load_file(tmp_path, {"state_dict": {f"module.{k}": v for k, v in parity.weights(want).items()}}, name)
+    last, maps = model.forward_intermediates(x)
+    logits = model.forward_head(last)
+    parity.assert_equal("logits", logits, outputs["logits"])
+    if "stem" in outputs:  # after the pool
+        parity.assert_equal("stem", model.maxpool(maps[0]), outputs["stem"])
+    for i, stage in enumerate(maps):
+        if f"stage{i}" in outputs:
+            parity.assert_equal(f"stage{i}", stage, outputs[f"stage{i}"])
+    if "features" in outputs:
+        parity.assert_equal("features", last, outputs["features"])
+    assert sum(p.numel() for p in model.parameters()) == want["params"]
+    (logits * parity.seeded(1, logits.shape)).sum().backward()
+    assert_gradients(model, want, lambda state: checkpoint_filter_fn(state, model))
+
+
+BASE = dict(ela_resnet18=11_689_512, ela_resnet34=21_797_672, ela_resnet50=25_557_032, ela_resnet101=44_549_160)
+ADDED = dict(  # by version, where the published code puts the layer
+    ela_resnet18=dict(t=13_440, b=17_280, s=80_640, l=111_360),
+    ela_resnet50=dict(t=26_432, b=33_984, s=158_592, l=219_008),
+    ela_resnet101=dict(t=56_896, b=73_152, s=341_376, l=471_424),
+    ela_mobilenetv2=dict(b=63_936, s=298_368, l=412_032),
+)
+
+
+@pytest.mark.parametrize(("name", "version"), [(name, version) for name in ADDED for version in ADDED[name]])
+def test_parameters_of_each_version(name, version):
+    model = timm.create_model(name, version=version, device="meta")
+    count = sum(p.numel() for p in model.parameters())
+    assert count == (BASE | dict(ela_mobilenetv2=3_504_872))[name] + ADDED[name][version]
+
+
+COUNTS = dict(
+    ela_resnet18=11_770_152,
+    ela_resnet34=21_956_264,
+    ela_resnet50=25_715_624,
+    ela_resnet101=44_890_536,
+    ela_mobilenetv2=3_916_904,
+)
+
+
+@pytest.mark.parametrize(("name", "count"), COUNTS.items())
+def test_parameter_counts(name, count):
+    """MobileNetV2 and ResNet-50 are counted on the published networks, the others follow from their places."""
+    assert sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) == count
+
+
+@pytest.mark.parametrize(("name", "giga"), [("ela_resnet50", 4.09), ("ela_mobilenetv2", 0.3112)])
+def test_macs(name, giga):
+    """The plain network's, and the convolutions of 2 · (H + W) positions a layer."""
+    model = timm.create_model(name, device="meta")
+    assert measure.macs(model, torch.empty(1, 3, 224, 224, device="meta")) / 1e9 == pytest.approx(giga, rel=0.01)
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_every_version_fits_resnets(version):
+    model = timm.create_model("ela_resnet34", version=version, device="meta")
+    layers = [m for m in model.modules() if isinstance(m, ELA)]
+    kernel, per_group, groups = VERSIONS[version]
+    assert len(layers) == 16 and all(m.residual for m in layers)
+    assert {m.conv.weight.shape[1:] for m in layers} == {(per_group, kernel)}
+    assert {m.gn.num_groups for m in layers} == {groups}
+
+
+SMALL = dict(
+    ela_resnet18=dict(layers=(1, 1, 1, 1), channels=(32, 32, 64, 64), num_classes=7),
+    ela_resnet50=dict(layers=(1, 2, 1, 1), channels=(32, 32, 32, 64), num_classes=7),
+    ela_mobilenetv2=dict(width=0.25, num_classes=7),
+)
+every_kind = pytest.mark.parametrize("name", SMALL)
+
+
+def small(name: str, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **(SMALL[name] | kwargs))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+def test_basic_blocks(tmp_path, residual):
+    """torchvision's ResNet-18 with the layer last in each branch, under the published key."""
+    torch.manual_seed(0)
+    layers = torchvision.models.resnet18(num_classes=7).eval()
+    state = layers.state_dict()
+    x = torch.randn(2, 3, 65, 96)
+    y = layers.maxpool(layers.relu(layers.bn1(layers.conv1(x))))
+    for i in range(1, 5):
+        for j, block in enumerate(getattr(layers, f"layer{i}")):
+            ela = ELA(64 * 2 ** (i - 1), "t", residual)
+            state |= {f"layer{i}.{j}.feat0.{key}": value for key, value in ela.state_dict().items()}
+            u = ela(block.bn2(block.conv2(block.relu(block.bn1(block.conv1(y))))))
+            y = block.relu(u + (block.downsample(y) if block.downsample else y))
+    want = layers.fc(y.mean((2, 3)))
+    model = load_file(tmp_path, state, "ela_resnet18", num_classes=7, version="t", residual=residual)
+    torch.testing.assert_close(model(x), want, rtol=1e-10, atol=1e-12)
+
+
+@every_kind
+def test_own_weights_load(tmp_path, name):
+    """Also a file's that has no classifier, which stays what it was."""
+    state = {key: value + 1 if value.is_floating_point() else value for key, value in small(name).state_dict().items()}
+    model = load_file(tmp_path, {"model": state}, name, **SMALL[name])
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    head = model.pretrained_cfg["classifier"]
+    body = {f"backbone.{key}": value for key, value in state.items() if not key.startswith(head)}
+    model = load_file(tmp_path, body, name, **SMALL[name])
+    assert torch.equal(model.bn1.weight, state["bn1.weight"]) and (model.get_classifier().bias.abs() < 0.5).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "sentence"),
+    [
+        (
+            "ela_resnet18",
+            dict(name="ela_resnet18", version="l"),
+            r"1 of .* layer1 .* is \(32, 8, 7\) there and \(32, 8, 5\)",
+        ),
+        ("ela_resnet18", dict(name="ela_resnet50"), "ELAResNet: .* entries of its layer1 do not fit"),
+        ("ela_mobilenetv2", dict(name="ela_mobilenetv2", width=0.5), "ELAMobileNetV2: .* entries of its blocks do not"),
+        ("ela_mobilenetv2", dict(name="ela_resnet18"), "blocks.0.0.conv_dw.weight is missing there"),
+    ],
+    ids=["another version", "another block", "another width", "another family"],
+)
+def test_other_weights_are_refused_in_one_sentence(tmp_path, name, source, sentence):
+    with pytest.raises(ValueError, match="not the weights of this .*" + sentence):
+        load_file(tmp_path, small(**source).state_dict(), name, **SMALL[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "sentence"),
+    [
+        ("ela_mobilenetv2", dict(version="t", width=1.0), "ELA 't' takes a multiple of 32 channels, got 144"),
+        ("ela_resnet18", dict(channels=(24, 32, 64, 64)), "ELA 's' takes a multiple of 16 channels, got 24"),
+        ("ela_resnet50", dict(version="x"), "version must be one of 't', 'b', 's', 'l', got 'x'"),
+    ],
+)
+def test_impossible_models_are_refused_in_one_sentence(name, kwargs, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        small(name, **kwargs)
+
+
+@every_kind
+def test_unknown_arguments_are_refused(name):
+    with pytest.raises(TypeError, match="reduction"):
+        small(name, reduction=4)
+
+
+@every_kind
+@pytest.mark.parametrize("size", [(32, 32), (33, 70), (97, 45)], ids=str)
+def test_any_size(name, size):
+    maps = small(name, features_only=True).eval()(torch.randn(2, 3, *size))
+    for level, m in enumerate(maps, 1):
+        assert m.shape[2:] == tuple(-(-n // 2**level) for n in size)
+        assert m.isfinite().all()
+
+
+def test_images_do_not_see_each_other():
+    """In training neither: a GroupNorm has no statistics of a batch."""
+    layer, x = ELA(32, "l"), torch.randn(3, 32, 9, 5)
+    torch.testing.assert_close(layer(x)[1:2], layer(x[1:2]), rtol=1e-12, atol=1e-12)
+
+
+@every_kind
+def test_gradient_checkpointing_changes_nothing(name):
+    x, results = torch.randn(2, 3, 64, 64), []
+    for enable in (False, True):
+        model = small(name).eval()
+        model.set_grad_checkpointing(enable)
+        y = model(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@every_kind
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_every_memory_format(name, memory_format):
+    """Same values and gradients; timm's ResNet changes what a layer returns in place."""
+    x, results = torch.randn(2, 3, 64, 64), []
+    for y in (x, x.to(memory_format=memory_format)):
+        model = small(name)
+        out = model(y)
+        out.square().sum().backward()
+        results.append([out, *(p.grad for p in model.parameters())])
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@every_kind
+def test_bfloat16_autocast_is_close(name):
+    torch.set_default_dtype(torch.float32)
+    model, x = small(name).eval(), torch.randn(2, 3, 64, 64)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = model(x)
+    exact = model.double()(x.double())
+    assert low.dtype == torch.bfloat16
+    assert (low.double() - exact).norm() / exact.norm() < 0.05
+
+
+@every_kind
+def test_loss_falls(name):
+    torch.set_default_dtype(torch.float32)
+    model = small(name, drop_path_rate=0.1, drop_rate=0.1)
+    x, target = torch.randn(16, 3, 32, 32), torch.arange(16) % 7
+    optimizer, losses = torch.optim.AdamW(model.parameters(), 2e-3), []
+    for _ in range(15):
+        loss = F.cross_entropy(model(x), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0]
+    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "se." in n or "aa." in n)
+
+
+@every_kind
+def test_on_the_meta_device(name):
+    model = small(name, device="meta", dtype=torch.bfloat16)
+    assert model(torch.empty(2, 3, 64, 64, device="meta", dtype=torch.bfloat16)).shape == (2, 7)
+
+
+@pytest.mark.slow
+@every_kind
+def test_compiles_and_exports(name):
+    torch.set_default_dtype(torch.float32)
+    model, x = small(name).eval(), torch.randn(2, 3, 32, 48)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    batch = torch.export.Dim("batch", min=1, max=16)
+    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+        more = torch.randn(5, 3, 32, 48)
+        torch.testing.assert_close(exported(more), model(more), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_trains_compiled():
+    layer, x, results = ELA(32, "s", residual=True), torch.randn(2, 32, 9, 7), []
+    for f in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y = f(x)
+        y.square().sum().backward()
+        results.append([y, *(p.grad.clone() for p in layer.parameters())])
+        layer.zero_grad()
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b)

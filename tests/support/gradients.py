@@ -1,0 +1,20 @@
+"""Gradients against a golden fixture, where a published parameter is a part of one of ours, or named by its place."""
+
+import torch
+from torch import nn
+
+
+def assert_gradients(model: nn.Module, fixture: dict, ours, rtol: float = 1e-7) -> None:
+    """As parity.assert_gradients. `ours` makes our state dict of a published one: it is given the published keys'
+    numbers for values, and so says which element of ours is whose."""
+    want, params = fixture["grads"], dict(model.named_parameters())
+    keys = [key for key, _, _ in fixture["state"]]
+    norms = {}
+    for key, numbers in ours({key: torch.full(shape, n) for n, (key, _, shape) in enumerate(fixture["state"])}).items():
+        if key in params:
+            for n in numbers.unique():
+                norms[keys[int(n)]] = params[key].grad[numbers == n].norm().item()
+    assert set(norms) == set(want)
+    largest = max(want.values())
+    for key, expected in want.items():
+        assert abs(norms[key] - expected) <= rtol * max(expected, 1e-6 * largest), key

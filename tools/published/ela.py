@@ -1,0 +1,46 @@
+"""ELA in its published form, two means and two products over the map, in the networks of saccade's `ela_*` (arXiv
+2403.01123): their peers in tools/benchmark.py, which take the same state dict. The networks are timm's in both.
+"""
+
+import timm
+import torch
+from saccade.backbones.ela import ELA
+from torch import Tensor, nn
+
+
+class PublishedELA(nn.Module):
+    def __init__(self, like: ELA):
+        super().__init__()
+        self.conv, self.gn, self.residual = like.conv, like.gn, like.residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        x_h = x.mean(3, keepdim=True).view(b, c, h)
+        x_w = x.mean(2, keepdim=True).view(b, c, w)
+        a_h = torch.sigmoid(self.gn(self.conv(x_h))).view(b, c, h, 1)
+        a_w = torch.sigmoid(self.gn(self.conv(x_w))).view(b, c, 1, w)
+        y = x * a_h * a_w
+        return x + y if self.residual else y
+
+
+class Network(nn.Module):
+    def __init__(self, name: str):
+        super().__init__()
+        self.net = timm.create_model(name)
+        for key, layer in list(self.net.named_modules()):
+            if isinstance(layer, ELA):
+                self.net.set_submodule(key, PublishedELA(layer))
+        if hasattr(self.net, "conv_stem"):
+            self.net.conv_stem.__class__ = nn.Conv2d  # NCHW in memory, as the published networks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def load(self, ours: nn.Module) -> "Network":
+        """Take the weights of saccade's model of the same name."""
+        self.net.load_state_dict(ours.state_dict())
+        return self
+
+
+def build(name: str) -> Network:
+    return Network(name)

@@ -1,0 +1,125 @@
+"""Sparsifiner's training (arXiv 2303.13755): a sparse student learns from its dense parent, in two runs.
+
+    phase "predictors"  nothing but the mask predictors learns: their scores are to equal the parent's attention
+    phase "sparse"      all the rest learns, from the labels, the parent's logits and its patches' features
+
+Each is a run of its own, with an optimiser and a schedule of its own; the second begins with the first's weights.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import UserError
+from .classify import Classify
+
+IMAGES = 168  # a GPU's share of the published batch, over which the reconstruction's squares were added up
+
+
+def reconstruction_loss(connectivity: Sequence[Tensor], attention: Sequence[Tensor]) -> Tensor:
+    """How far predicted scores are from softmax attention: sums of squares, the mean over the layers.
+
+    connectivity  per layer (B, heads, N-1, N): of a student's `distill(images, recon=True)`.
+    attention     per layer (B, heads, N, N), the teacher's; of the class token, whose row is left out, nothing is
+                  predicted. Or the student's own, as the published self-distillation has it: gradients go there too.
+
+    The sum is over images, heads, queries and keys, so it grows with the batch. Published weight: 0.01.
+    """
+    if len(connectivity) != len(attention) or not connectivity:
+        raise ValueError(f"layers must be equally many, got {len(connectivity)} and {len(attention)}")
+    terms = [(S - P[:, :, 1:]).square().sum() for S, P in zip(connectivity, attention)]
+    return torch.stack(terms).mean()
+
+
+def distillation_loss(
+    logits: Tensor, teacher_logits: Tensor, features: Tensor, teacher_features: Tensor, alive: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """(class term, token term): KL(teacher ‖ student) of an image, and the mean squared error of patches' features.
+
+    logits    (B, classes), of the student and of the teacher.
+    features  (B, N-1, C), of both.
+    alive     (B, N-1) bool, the patches that the student has not removed: no others count. None: all.
+
+    No gradient goes to the teacher. Both in float32 at least. Published weights: 0.5 each, beside 1 for the labels.
+    """
+    full = torch.promote_types(logits.dtype, torch.float32)
+    student, teacher = logits.to(full).log_softmax(-1), teacher_logits.detach().to(full).log_softmax(-1)
+    classes = F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+    error = (features.to(full) - teacher_features.detach().to(full)).square().mean(-1)
+    if alive is None:
+        return classes, error.mean()
+    return classes, (error * alive).sum() / alive.sum()
+
+
+class Distill(Classify):
+    """A batch is that of Classify, whose arguments these are too; the model is a Sparsifiner.
+
+    phase: see above. teacher: weights of the dense parent, a file or a run's folder, for the second phase.
+    reconstruction, logits, tokens: the weights of those terms, beside 1 for the labels', as published.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        /,
+        phase: Literal["predictors", "sparse"],
+        teacher: str | None = None,
+        reconstruction: float = 0.01,
+        logits: float = 0.5,
+        tokens: float = 0.5,
+        smoothing: float = 0.0,
+        mixup: float = 0.0,
+        cutmix: float = 0.0,
+        mix_prob: float = 1.0,
+        switch_prob: float = 0.5,
+    ):
+        super().__init__(data, smoothing, mixup, cutmix, mix_prob, switch_prob)
+        if phase == "sparse" and teacher is None:
+            raise UserError("task.teacher is missing: phase='sparse' needs the weights of the dense parent")
+        self.phase, self._teacher_weights = phase, teacher
+        self._reconstruction, self._logits, self._tokens = reconstruction, logits, tokens
+
+    def model(self, name: str, **kwargs: Any) -> nn.Module:
+        net = super().model(name, **kwargs)
+        if not hasattr(net, "distill"):
+            raise UserError(f"task.type=Distill trains a Sparsifiner, and model.name={name} is none")
+        self._student = {"name": name, **kwargs}
+        return net
+
+    def trained(self, model: nn.Module) -> nn.Module:
+        """The student: what its phase does not teach gets no gradient, and called it returns what the losses read."""
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_((".predictor." in name) == (self.phase == "predictors"))
+        if self.phase == "sparse":
+            # Attending to all keys, a Sparsifiner is the dense model whose weights it has.
+            teacher = super().model(**self._student | dict(checkpoint=self._teacher_weights, token_keep_rate=1.0))
+            self._teacher = teacher.to(next(model.parameters()).device).eval().requires_grad_(False)
+        return _Student(model, recon=self.phase == "predictors")
+
+    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        images, targets = self.targets(batch)
+        out = model(images)
+        if self.phase == "predictors":
+            # As only the predictors learn, the student's own attention is the parent's.
+            loss = reconstruction_loss(out.connectivity, [attention.detach() for attention in out.attention])
+            return self._reconstruction * IMAGES / len(images) * loss, {}
+        with torch.no_grad():
+            parent = self._teacher.distill(images, recon=True)
+        labels = self.criterion(out.logits.float(), targets)
+        logits, tokens = distillation_loss(out.logits, parent.logits, out.features, parent.features, out.alive)
+        said = {"labels": labels.detach(), "logits": logits.detach(), "tokens": tokens.detach()}
+        return labels + self._logits * logits + self._tokens * tokens, said
+
+
+class _Student(nn.Module):
+    """`Sparsifiner.distill` as a forward pass, which is where DistributedDataParallel looks."""
+
+    def __init__(self, model: nn.Module, recon: bool):
+        super().__init__()
+        self.model, self.recon = model, recon
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model.distill(images, self.recon)
