@@ -17,6 +17,16 @@ def test_examples_of_operators(section):
         exec(compile(example, "docs/operators.md", "exec"), {"__name__": "example"})
 
 
+def test_examples_of_backbones():
+    section = re.search(r"(?ms)^## \d+\. A backbone in code of your own$(.*?)^## ", (DOCS / "start.md").read_text())[1]
+    shared: dict = {}
+    examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "docs/start.md", "exec"), shared)
+    assert shared["m"].shape == (1, 512, 16, 11)  # as the comment says
+
+
 def test_every_operator_is_described():
     import saccade.ops
 
