@@ -488,6 +488,16 @@ class Sparsifiner(Isotropic):
         """Per layer, which keys each query keeps, (B, heads, N, N) bool; none of and for a token that was removed."""
         return self.distill(x).mask
 
+    @torch.jit.ignore
+    @torch.no_grad()
+    def attended_regions(self, x: Tensor) -> dict[str, dict]:
+        """What each layer attends to on images x, for pictures: per layer name ('blocks.0', …) `share` (B, P, P), the
+        share of the heads in which a patch keeps another as key, the `grid` of patches, and their size in `pixels`."""
+        return {
+            f"blocks.{i}": dict(share=mask[:, :, 1:, 1:].float().mean(1), grid=self.size, pixels=(STRIDE, STRIDE))
+            for i, mask in enumerate(self.kept_keys(x))
+        }
+
 
 def _budgets(keep_rate: float | Sequence[float], depth: int, tokens: int) -> list[int]:
     """Keys that a query keeps, of each block."""

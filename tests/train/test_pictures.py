@@ -48,5 +48,13 @@ def test_attended(tmp_path):
     images = [(torch.randn(3, 40, 36), i % 3) for i in range(5)]
     model = timm.create_model("biformer_t", num_classes=3, n_win=4, topks=(1, 2, 3, -2))
     assert pictures.attended(model, images, ["a", "b", "c"], tmp_path / "attended.png").stat().st_size > 20_000
+    model = timm.create_model("sparsifiner_deit_t", num_classes=3, img_size=64, depth=6, reduce_n=4, coef_topk=2)
+    images = [(torch.randn(3, 64, 64), i % 3) for i in range(5)]
+    shares = model.attended_regions(torch.stack([image for image, _ in images]))["blocks.5"]["share"]
+    assert shares.shape == (5, 16, 16)
+    kept = 3 * shares.sum(2)  # of five keys a head, one may be the class token
+    torch.testing.assert_close(kept, kept.round())
+    assert kept.min() > 11.9 and kept.max() < 15.1
+    assert pictures.attended(model, images, ["a", "b", "c"], tmp_path / "kept.png").stat().st_size > 20_000
     other = timm.create_model("resnet18", num_classes=3)
     assert pictures.attended(other, images, ["a", "b", "c"], tmp_path / "none.png") is None
