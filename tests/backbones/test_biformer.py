@@ -8,12 +8,7 @@ from saccade.backbones.biformer import Block, FullAttention, RoutedAttention, re
 from support import parity
 from torch import Tensor
 
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")  # as default type
 
 
 def published(tmp_path, fixture: dict, name: str, container: str | None = "model", **kwargs):

@@ -11,22 +11,10 @@ import torch
 from saccade.backbones.davit import Block, ChannelAttention, ConvPosEnc, Downsample, Stem, WindowAttention, rename
 from saccade.train import measure
 from support import parity
+from support.parity import load_file
 from torch import nn
 
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def load_file(tmp_path, content: dict, name: str, **kwargs):
-    """Our model with the weights of a file, loaded as a user loads a published one."""
-    file = tmp_path / "published.pth"
-    torch.save(content, file)
-    overlay = dict(file=str(file), num_classes=kwargs.get("num_classes", 1000))
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+pytestmark = pytest.mark.usefixtures("double")  # as default type
 
 
 @pytest.mark.parametrize(("fixture", "name"), [("davit_tiny", "davit_t"), ("davit_tiny_150x198", "davit_t")])

@@ -10,23 +10,11 @@ from saccade.backbones.ela import ELA, VERSIONS, checkpoint_filter_fn
 from saccade.train import measure
 from support import parity
 from support.gradients import assert_gradients
+from support.parity import load_file
 from timm.layers import create_attn
 from torch import nn
 
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def load_file(tmp_path, content: dict, name: str, **kwargs):
-    """Our model with the weights of a file, loaded as a user loads a published one."""
-    file = tmp_path / "published.pth"
-    torch.save(content, file)
-    overlay = dict(file=str(file), num_classes=kwargs.get("num_classes", 1000))
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+pytestmark = pytest.mark.usefixtures("double")  # as default type
 
 
 LAYERS = [

@@ -13,12 +13,7 @@ from saccade.backbones.halonet import HaloAttention, checkpoint_filter_fn, renam
 from support import parity
 from torch import nn
 
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")  # as default type
 
 
 def load_file(tmp_path, weights: dict, name: str, container: str | None = None, **kwargs):

@@ -10,8 +10,9 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 
@@ -40,6 +41,14 @@ def weights(fixture: dict) -> dict[str, Tensor]:
         elif kind == "param":
             state[key] = 1 + 0.1 * z if is_weight else 0.1 * z
     return state
+
+
+def load_file(tmp_path: Path, content: dict, name: str, **kwargs) -> nn.Module:
+    """Our model with the weights of a file, loaded as a user loads a published one."""
+    file = tmp_path / "published.pth"
+    torch.save(content, file)
+    overlay = dict(file=str(file), num_classes=kwargs.get("num_classes", 1000))
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
 
 
 def image(fixture: dict) -> Tensor:

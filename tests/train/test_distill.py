@@ -13,12 +13,7 @@ from saccade.train.tasks.distill import distillation_loss, reconstruction_loss
 from safetensors.torch import load_file
 from support import parity
 
-
-@pytest.fixture(autouse=True)
-def _double():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("double")  # as default type
 
 
 def pair(want: dict) -> list:
