@@ -16,6 +16,7 @@ from saccade.backbones.agent import (
 )
 from saccade.train import measure
 from support import parity
+from support.graphs import compiles_and_exports
 from support.parity import load_file
 from torch import nn
 
@@ -334,14 +335,7 @@ def test_bfloat16_autocast_is_close(name):
 def test_compiles_and_exports(name):
     torch.set_default_dtype(torch.float32)
     depths = dict(depth=2, agent_blocks=1) if name == "agent_deit_t" else dict(depths=(1, 1, 1, 1))
-    model, x = small(name, **depths).eval(), torch.randn(2, 3, 64, 64)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # in a quarter of inductor's time
-    batch = torch.export.Dim("batch", min=1, max=16)
-    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-        more = torch.randn(5, 3, 64, 64)
-        torch.testing.assert_close(exported(more), model(more), rtol=1e-4, atol=1e-5)
+    compiles_and_exports(small(name, **depths), (64, 64))
 
 
 @FAMILIES

@@ -6,6 +6,7 @@ import timm
 import torch
 from saccade.backbones.biformer import Block, FullAttention, RoutedAttention, rename
 from support import parity
+from support.graphs import compiles_and_exports
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("double")  # as default type
@@ -220,14 +221,7 @@ def test_bfloat16_autocast_is_close():
 @pytest.mark.slow
 def test_compiles_and_exports():
     torch.set_default_dtype(torch.float32)
-    model, x = small().eval(), torch.randn(2, 3, 72, 64)
-    compiled = torch.compile(model, fullgraph=True)
-    batch = torch.export.Dim("batch", min=1, max=16)
-    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-        more = torch.randn(5, 3, 72, 64)
-        torch.testing.assert_close(exported(more), model(more), rtol=1e-4, atol=1e-5)
+    compiles_and_exports(small(), (72, 64), "inductor")
 
 
 def test_attended_regions_are_those_the_layer_uses():

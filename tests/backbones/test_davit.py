@@ -11,6 +11,7 @@ import torch
 from saccade.backbones.davit import Block, ChannelAttention, ConvPosEnc, Downsample, Stem, WindowAttention, rename
 from saccade.train import measure
 from support import parity
+from support.graphs import compiles_and_exports
 from support.parity import load_file
 from torch import nn
 
@@ -325,11 +326,4 @@ def test_loss_falls():
 @pytest.mark.slow
 def test_compiles_and_exports():
     torch.set_default_dtype(torch.float32)
-    model, x = small(dims=(32, 64), depths=(1, 1)).eval(), torch.randn(2, 3, 20, 24)
-    compiled = torch.compile(model, fullgraph=True)
-    batch = torch.export.Dim("batch", min=1, max=16)
-    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-        more = torch.randn(5, 3, 20, 24)
-        torch.testing.assert_close(exported(more), model(more), rtol=1e-4, atol=1e-5)
+    compiles_and_exports(small(dims=(32, 64), depths=(1, 1)), (20, 24), "inductor")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from saccade.backbones import halonet
 from saccade.backbones.halonet import HaloAttention, checkpoint_filter_fn, rename
 from support import parity
+from support.graphs import compiles_and_exports
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("double")  # as default type
@@ -344,14 +345,7 @@ def test_bfloat16_autocast_is_close():
 @pytest.mark.slow
 def test_compiles_and_exports():
     torch.set_default_dtype(torch.float32)
-    model, x = small().eval(), torch.randn(2, 3, 72, 64)
-    compiled = torch.compile(model, fullgraph=True)
-    batch = torch.export.Dim("batch", min=1, max=16)
-    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-        more = torch.randn(5, 3, 72, 64)
-        torch.testing.assert_close(exported(more), model(more), rtol=1e-4, atol=1e-5)
+    compiles_and_exports(small(), (72, 64), "inductor")
 
 
 @pytest.mark.parametrize(

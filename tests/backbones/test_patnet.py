@@ -21,6 +21,7 @@ from saccade.ops import relative_bias_attention
 from saccade.train import measure
 from saccade.train.distributed import SyncBatchNorm
 from support import parity
+from support.graphs import compiles_and_exports
 from support.parity import load_file
 from timm.models import reparameterize_model
 from torch import nn
@@ -473,13 +474,6 @@ def test_loss_falls(spatial):
 def test_compiles_and_exports(fused):
     torch.set_default_dtype(torch.float32)
     model = small(dims=(8, 16), depths=(1, 1), spatial_attn=True).eval()
-    x = torch.randn(2, 3, 16, 24)
     if fused:
         model.fuse()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if fused else "inductor")
-    batch = torch.export.Dim("batch", min=1, max=16)
-    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-        more = torch.randn(5, 3, 16, 24)
-        torch.testing.assert_close(exported(more), model(more), rtol=1e-4, atol=1e-5)
+    compiles_and_exports(model, (16, 24), "aot_eager" if fused else "inductor")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from saccade.backbones.sparsifiner import MaskPredictor, SparseAttention, rename
 from saccade.ops import unpack_mask
 from support import parity
+from support.graphs import compiles_and_exports
 from support.parity import load_file
 from torch import nn
 
@@ -471,14 +472,7 @@ def test_scripts(name, kwargs):
 )
 def test_compiles_and_exports(name, kwargs):
     torch.set_default_dtype(torch.float32)
-    model, x = small(name, **kwargs).eval(), torch.randn(2, 3, 64, 64)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")  # in a quarter of inductor's time
-    batch = torch.export.Dim("batch", min=1, max=16)
-    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-        more = torch.randn(5, 3, 64, 64)
-        torch.testing.assert_close(exported(more), model(more), rtol=1e-4, atol=1e-5)
+    compiles_and_exports(small(name, **kwargs), (64, 64))
 
 
 @KINDS

@@ -10,6 +10,7 @@ from saccade.backbones.ulsam import PARTS, ULSAM, checkpoint_filter_fn, joined
 from saccade.train import measure
 from support import parity
 from support.gradients import assert_gradients
+from support.graphs import compiles_and_exports
 from support.parity import load_file
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
@@ -302,14 +303,7 @@ def test_on_the_meta_device():
 @pytest.mark.slow
 def test_compiles_and_exports():
     torch.set_default_dtype(torch.float32)
-    model, x = small().eval(), torch.randn(2, 3, 32, 48)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    batch = torch.export.Dim("batch", min=1, max=16)
-    exported = torch.export.export(model, (x,), dynamic_shapes={"x": {0: batch}}).module()
-    with torch.no_grad():
-        torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
-        more = torch.randn(5, 3, 32, 48)
-        torch.testing.assert_close(exported(more), model(more), rtol=1e-4, atol=1e-5)
+    compiles_and_exports(small(), (32, 48))
 
 
 @pytest.mark.slow
