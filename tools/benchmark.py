@@ -2,14 +2,18 @@
 
     python tools/benchmark.py --models biformer_t --vs published
     python tools/benchmark.py --models davit_t halo_26t --vs davit_tiny halonet26t --dtypes float32 bfloat16
+    python tools/benchmark.py --models sparsifiner_deit_t,token_keep_rate=0.7 patnet_t2,fuse --modes inference
 
-`--vs published` is the plain transcription of the published model under tools/published/; any timm name works too, one
-for all models or one for each.
+A model is a name, its arguments behind commas, and `fuse` for one whose fuse() is called first (inference only).
+`--vs published` is the plain transcription of the published model under tools/published/, with our weights, held
+against ours in float64 before it is timed; any timm name works too, one for all models or one for each.
 The peer is timed in turn with each of our runs, and the ratio is the median of the ratios run by run. Every further
 dtype is also compared with our own float32. Writes benchmark.json and benchmark.png into --out.
 """
 
 import argparse
+import ast
+import copy
 import importlib
 import json
 import statistics
@@ -27,14 +31,31 @@ from torch import nn
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def build_model(name: str, peer_of: str | None, device: torch.device) -> nn.Module:
-    """A timm model by name, or ("published") the published form of `peer_of`, with its weights."""
+def parse(spec: str) -> tuple[str, dict, bool]:
+    """Name, arguments and fuse of a model as the command line gives it."""
+    name, *parts = spec.split(",")
+    arguments = dict(part.split("=", 1) for part in parts if part != "fuse")
+    return name, {key: ast.literal_eval(value) for key, value in arguments.items()}, "fuse" in parts
+
+
+def build_model(spec: str, peer_of: str | None, device: torch.device) -> nn.Module:
+    """A timm model as the command line gives it, or ("published") the published form of `peer_of`, with its weights."""
     torch.manual_seed(0)
-    if name != "published":
-        return timm.create_model(name).to(device)
-    ours = timm.create_model(peer_of)
-    module = importlib.import_module(f"published.{peer_of.split('_')[0]}")
-    return module.build(peer_of).load(ours).to(device)
+    name, arguments, fuse = parse(peer_of if spec == "published" else spec)
+    ours = timm.create_model(name, **arguments).to(device)
+    if spec == "published":
+        module = importlib.import_module(f"published.{name.split('_')[0]}")
+        return module.build(name, **arguments).to(device).load(ours)
+    if fuse:
+        ours.eval().fuse()
+    return ours
+
+
+def assert_equal(ours: nn.Module, peer: nn.Module, x: torch.Tensor) -> None:
+    """Else their times compare nothing. In float64: rounding must not choose among the keys that are kept."""
+    with torch.inference_mode():
+        a, b = (copy.deepcopy(model).eval().double()(x[:2].double()) for model in (ours, peer))
+    torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
 
 
 def build_step(name, peer_of, shape, mode, amp, device):
@@ -58,16 +79,16 @@ def peak(name, peer_of, shape, mode, amp, device: torch.device) -> int:
 def compare(args, device: torch.device, console: Console) -> list[dict]:
     rows = []
     for name, vs in zip(args.models, args.vs):
-        height, width = (args.size, args.size) if args.size else timm.get_pretrained_cfg(name).input_size[1:]
+        height, width = (args.size, args.size) if args.size else timm.get_pretrained_cfg(parse(name)[0]).input_size[1:]
         for mode in args.modes:
+            if mode == "training" and parse(name)[2]:
+                continue
             batch = args.batch if mode == "inference" else args.train_batch
             shape = (batch, 3, height, width)
             x = torch.randn(shape, device=device)
             ours, peer = build_model(name, None, device), build_model(vs, name, device)
             if vs == "published":
-                with torch.inference_mode():
-                    a, b = ours.eval()(x), peer.eval()(x)
-                torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # else their times compare nothing
+                assert_equal(ours, peer, x)
             steps, facts = {}, {}
             for dtype in args.dtypes:
                 for label, model, built in ((name, ours, name), (vs, peer, vs)):
@@ -128,7 +149,7 @@ def draw(rows: list[dict], file: Path, title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["biformer_t"], help="names in timm.create_model")
+    parser.add_argument("--models", nargs="+", default=["biformer_t"], help="NAME or NAME,argument=value,…,fuse")
     parser.add_argument("--vs", nargs="+", default=["published"], help="'published' or a timm name, or one each")
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES), help="others run by autocast")
@@ -147,8 +168,12 @@ def main() -> None:
         parser.error(f"--vs must name one peer, or one for each of the {len(args.models)} models, got {len(args.vs)}")
     args.vs = args.vs * len(args.models) if len(args.vs) == 1 else args.vs
     for name in [*args.models, *args.vs]:
-        if name not in known and name != "published":
-            parser.error(f"unknown model {name!r}; timm.list_models('*{name.split('_')[0]}*') lists what is near")
+        try:
+            plain = parse(name)[0]
+        except ValueError:
+            parser.error(f"{name!r} must be NAME or NAME,argument=value,… with Python's literals for values")
+        if plain not in known and name != "published":
+            parser.error(f"unknown model {plain!r}; timm.list_models('*{plain.split('_')[0]}*') lists what is near")
     rows = compare(args, device, console)
     rate = measure.gemm_rate(device)
     facts = measure.machine(device)

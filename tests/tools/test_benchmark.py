@@ -34,3 +34,18 @@ def test_unknown_model_is_one_sentence():
     done = benchmark("--models", "biformer_x")
     assert done.returncode == 2
     assert "unknown model 'biformer_x'" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_compares_a_fused_model_with_the_form_it_came_from(tmp_path):
+    small = ["--size", "64", "--batch", "1", "--runs", "1", "--out", str(tmp_path)]
+    done = benchmark("--models", "patnet_t0,spatial_attn=False,fuse", "--vs", "patnet_t0", *small)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert [(r["model"], r["mode"]) for r in rows] == [("patnet_t0,spatial_attn=False,fuse", "inference")]
+
+
+def test_arguments_that_are_not_literals_are_one_sentence():
+    done = benchmark("--models", "biformer_t,img_size=large")
+    assert done.returncode == 2
+    assert "must be NAME or NAME,argument=value" in done.stderr and "Traceback" not in done.stderr
