@@ -490,6 +490,29 @@ class Sparsifiner(Isotropic):
 
     @torch.jit.ignore
     @torch.no_grad()
+    def attention_macs(self, x: Tensor) -> dict[str, float]:
+        """Multiply-accumulates of all layers' attention, the mean over images x, as the paper counts them.
+
+        `sparse`: logits and values of the keys that are kept. `predictor`: the estimate that chooses them, where zeros
+        of the basis cost nothing. `dense`: logits and values of all keys, which the parent needs. Projections to
+        queries, keys, values and out of the heads are the same in both, and in none of the three.
+        """
+        macs = dict(dense=0.0, predictor=0.0, sparse=0.0)
+        for block, mask in zip(self.blocks, self.kept_keys(x)):
+            _, heads, N, _ = mask.shape
+            predictor = block.attn.predictor
+            (width, D), (_, basis) = predictor.proj_q.weight.shape, predictor.down.shape
+            up = predictor.down if predictor.up is None else predictor.up
+            filled = (up.abs() > predictor.basis_threshold).float().mean().item()
+            n = mask[:, 0, 0].sum(-1).double()  # tokens that are still there: the class token keeps all of them
+            projections, up_projection = 2 * n * width * (D + basis), (predictor.coef_topk or basis) * n * n * filled
+            macs["dense"] += 2 * heads * N * N * D
+            macs["predictor"] += heads * (projections + up_projection).mean().item()
+            macs["sparse"] += 2 * D * mask.sum().item() / len(x)
+        return macs
+
+    @torch.jit.ignore
+    @torch.no_grad()
     def attended_regions(self, x: Tensor) -> dict[str, dict]:
         """What each layer attends to on images x, for pictures: per layer name ('blocks.0', …) `share` (B, P, P), the
         share of the heads in which a patch keeps another as key, the `grid` of patches, and their size in `pixels`."""
