@@ -10,8 +10,8 @@ from saccade.train.tasks.distill import Distill
 with read_base():
     from .._base_.digits import *
 
-model.update(name="sparsifiner_deit_t", dim=96, depth=6, heads=3, keep_rate=0.25)
-data.update(img_size=128)
+model.update(name="sparsifiner_deit_t", dim=96, depth=6, heads=3, keep_rate=0.25, reduce_n=2)
+data.update(img_size=64)
 task = dict(type=Distill, phase="predictors")
 checkpoint = "runs/digits/sparsifiner_1_dense"
 optimizer.update(lr=3e-3)
