@@ -1,0 +1,14 @@
+"""Agent-DeiT-B on ImageNet-1K: 82.0 % top-1 expected (README of the published code).
+
+torchrun --nproc_per_node=8 tools/train.py configs/imagenet/agent_deit_b.py data.root=/path/to/imagenet
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.imagenet import *
+
+model.update(name="agent_deit_b", drop_path_rate=0.3)
+optimizer.update(lr=1e-3)
+schedule.update(warmup_epochs=20, warmup_lr=1e-6, min_lr=1e-5)
+clip_grad = 5.0

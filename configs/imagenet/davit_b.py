@@ -1,0 +1,15 @@
+"""DaViT-B on ImageNet-1K: 84.6 % top-1 expected (arXiv:2204.03645).
+
+Drop path as the paper is remembered to say; only the tiny model's training is in the published code.
+
+torchrun --nproc_per_node=8 tools/train.py configs/imagenet/davit_b.py data.root=/path/to/imagenet
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.imagenet import *
+
+model.update(name="davit_b", drop_path_rate=0.4)
+schedule.update(cooldown_epochs=10)
+clip_grad = 1.0

@@ -1,0 +1,13 @@
+"""HaloNet-ECA-26ts on ImageNet-1K: 79.5 % top-1 expected (timm's results for its weights).
+
+ResNet Strikes Back's procedure A1 (arXiv:2110.00476), which timm's training of this model varied.
+
+torchrun --nproc_per_node=8 tools/train.py configs/imagenet/halo_eca26ts.py data.root=/path/to/imagenet
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.imagenet_rsb import *
+
+model.update(name="halo_eca26ts", drop_path_rate=0.05)

@@ -1,0 +1,13 @@
+"""HaloNet-H4 on ImageNet-1K: 83.3 % top-1 expected (arXiv:2103.12731).
+
+Length, batch, smoothing and the kinds of augmentation are the paper's; rate, decay and strengths are ours.
+
+torchrun --nproc_per_node=8 tools/train.py configs/imagenet/halo_h4.py data.root=/path/to/imagenet
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.imagenet_halonet import *
+
+model.update(name="halo_h4", drop_path_rate=0.2)

@@ -1,0 +1,17 @@
+"""Sparsifiner-DeiT-S, first phase: the mask predictors learn the attention of the dense parent; ImageNet-1K.
+
+The parent is DeiT-S (79.8 % top-1), published or timm's.
+
+torchrun --nproc_per_node=8 tools/train.py configs/imagenet/sparsifiner_deit_s_1_predictors.py checkpoint=parent.pth
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.imagenet_sparsifiner import *
+
+model.update(name="sparsifiner_deit_s")
+task.update(phase="predictors")
+optimizer.update(lr=3e-4)
+schedule.update(min_lr=2e-4)
+epochs = 5
