@@ -1,8 +1,10 @@
-"""Evaluate a trained model, write metrics.json (top1, top5 in percent, images, seconds), draw what it does.
+"""Evaluate a trained model, write metrics.json (top1, top5, ece in percent, images, seconds, …), draw what it does.
 
   python tools/test.py runs/demo                                        the best weights of a finished run
   python tools/test.py runs/demo --checkpoint runs/demo/checkpoints/last.safetensors
   python tools/test.py configs/finetune/folder.py data.root=/path --checkpoint weights.pth --out results/
+  python tools/test.py runs/demo --images imagenetv2-matched-frequency    another folder; see docs/evaluate.md
+  python tools/test.py configs/finetune/folder.py model.name=resnet18 model.pretrained=True --images imagenet/val
   torchrun --nproc_per_node=2 tools/test.py runs/demo
 
 Exit codes as of tools/train.py.
@@ -13,8 +15,10 @@ import sys
 from pathlib import Path
 
 from saccade.train import config, engine
+from saccade.train.data.testset import TestFolder, class_names
 from saccade.train.distributed import processes, together
 from saccade.train.errors import UserError, run
+from saccade.train.test import test
 
 
 def main() -> None:
@@ -27,16 +31,33 @@ def main() -> None:
         "--checkpoint", type=Path, help="weights to test: a file that timm loads, or a run's checkpoint"
     )
     parser.add_argument("--split", default="test", choices=["train", "val", "test"], help="images to test on")
+    parser.add_argument("--images", type=Path, help="a folder of class folders to test on in place of the split")
+    parser.add_argument("--real", metavar="FILE", help="ReaL labels of ImageNet's val: real.json, or timm for its copy")
+    parser.add_argument("--img-size", type=int, help="pixels a side (default: data.img_size, or the model's own)")
+    parser.add_argument("--crop-pct", type=float, help="share of a side that the centre crop keeps (the model's own)")
+    parser.add_argument(
+        "--interpolation", choices=["bilinear", "bicubic", "nearest", "lanczos"], help="of resizing (the model's own)"
+    )
     parser.add_argument("--out", type=Path, help="where to write (default: the run folder, or runs/test)")
     args = parser.parse_intermixed_args()
     run_dir = args.run if args.run.is_dir() else None
     with processes():
         with together():
             settings = config.load(run_dir / "config.py" if run_dir else args.run, args.overrides)
+            if args.img_size is not None:
+                settings["data"]["img_size"] = args.img_size
+            if args.images is not None:
+                run = args.checkpoint if args.checkpoint and args.checkpoint.is_dir() else run_dir
+                kept = {key: settings["data"][key] for key in ("img_size", "max_bad") if key in settings["data"]}
+                settings["data"] = dict(type=TestFolder, root=str(args.images), class_names=class_names(run), **kept)
             engine.validate(settings)
-            if args.checkpoint is None and not (run_dir and (run_dir / "model.safetensors").exists()):
+            finished = run_dir is not None and (run_dir / "model.safetensors").exists()
+            if args.checkpoint is None and not finished and (run_dir or not settings["model"].get("pretrained")):
                 raise UserError(f"{args.run} has no finished model: give the weights with --checkpoint FILE")
-        engine.test(run_dir, settings, args.checkpoint, args.split, args.out or run_dir or Path("runs/test"))
+        own = dict(crop_pct=args.crop_pct, interpolation=args.interpolation)
+        changed = {key: value for key, value in own.items() if value is not None}
+        out = args.out or run_dir or Path("runs/test")
+        test(run_dir, settings, args.checkpoint, args.split, out, args.real, changed)
 
 
 if __name__ == "__main__":

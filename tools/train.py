@@ -5,7 +5,8 @@
   torchrun --nproc_per_node=2 tools/train.py configs/digits/resnet18.py
   python tools/train.py configs/finetune/folder.py data.root=/path/to/images checkpoint=weights.safetensors
 
-Exit codes: 0 done, 2 something to mend (one sentence says what), 74 a file could not be written,
+Exit codes: 0 done, 2 something to mend (one sentence says what), 65 data that are damaged (more than data.max_bad
+samples), 74 a file could not be written,
 75 stopped by SIGTERM or SIGUSR1 with everything saved (the same command with --resume goes on).
 """
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .distributed import divided
 from .errors import UserError, from_os
 
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
@@ -169,7 +170,8 @@ def load_optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], plain: dict[str, Any]
 ) -> None:
     """Put back what `optimizer_state` returned. Raises KeyError where the model has not the same parameters."""
-    index = {name: i for i, name in enumerate(_parameter_names(optimizer, model))}
+    names = _parameter_names(optimizer, model)
+    index, parameters = {name: i for i, name in enumerate(names)}, dict(model.named_parameters())
     state = optimizer.state_dict()
     state["state"] = {}
     for full, value in {**tensors, **plain}.items():
@@ -178,6 +180,8 @@ def load_optimizer_state(
         if kind == "group":
             state["param_groups"][int(name)][key] = tuple(value) if isinstance(value, list) else value
         else:
+            if isinstance(value, Tensor) and value.shape == parameters[name].shape:
+                value = divided(value, parameters[name])
             state["state"].setdefault(index[name], {})[key] = value
     optimizer.load_state_dict(state)
     for parameter, entries in optimizer.state.items():

@@ -9,14 +9,17 @@ import random
 import re
 import signal
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .errors import UserError
@@ -89,8 +92,8 @@ def together() -> Iterator[None]:
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with gradients averaged over the processes; itself where there is only one."""
-    if world() == 1:
+    """The model with gradients averaged over the processes; itself where there is only one, or `shard` does it."""
+    if world() == 1 or is_sharded(model):
         return model
     shared = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     if device.type == "cpu" and world() > 2:
@@ -109,12 +112,55 @@ def _average_each(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tens
     return torch.futures.collect_all(waiting).then(lambda _: bucket.buffer())
 
 
+def shard(model: nn.Module, device: torch.device, methods: Sequence[str] = ()) -> None:
+    """Divide parameters, gradients and what an optimiser keeps of them over the processes (torch's FSDP2).
+
+    Parameters come together for the time of a block's forward or backward pass: a block is what timm's models have in
+    lists called blocks, layers or layer1 …; the rest of the model is one more unit. All processes must run the model
+    equally often. methods: those of the model, besides forward, that training calls.
+    """
+    mesh = dist.device_mesh.init_device_mesh(device.type, (world(),))
+    names = [name for name, _ in model.named_modules() if re.search(r"(^|\.)(blocks|layers|layer\d+)\.\d+$", name)]
+    for name in names:
+        if not any(other.startswith(f"{name}.") for other in names):  # the innermost of nested lists
+            fully_shard(model.get_submodule(name), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    for method in methods:
+        register_fsdp_forward_method(model, method)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether `shard` has divided the model, or a part of it."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be divided over the processes, all of it, in each; all processes must call it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def divided(tensor: Tensor, like: Tensor) -> Tensor:
+    """This process's part of a whole tensor, where `like` is divided; else the tensor itself."""
+    if not isinstance(like, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
 def total(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes."""
     if world() > 1:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
+
+
+def most(number: int) -> int:
+    """The largest of the processes' numbers."""
+    if world() == 1:
+        return number
+    largest = torch.tensor(number)
+    dist.all_reduce(largest, dist.ReduceOp.MAX)
+    return int(largest)
 
 
 def broadcast_buffers(model: nn.Module) -> None:
@@ -148,9 +194,15 @@ class StopRequest:
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True
 
-    def agreed(self) -> bool:
-        """Whether any process has been asked. Every process calls it at the same places."""
-        return bool(total(torch.tensor(float(self.asked))))
+    def agreed(self, bad: Any) -> bool:
+        """Whether any process has been asked. Every process calls it at the same places.
+
+        In the same message they say whether any has new bad images (saccade.train.data.bad.BadImages), to be counted.
+        """
+        asked, new = total(torch.tensor([float(self.asked), float(len(bad.new))])).tolist()
+        if new:
+            bad.share()
+        return asked > 0
 
 
 class _Total(torch.autograd.Function):

@@ -2,8 +2,7 @@
 
 import json
 import shutil
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,29 +13,36 @@ from timm.optim import create_optimizer_v2, get_optimizer_class, list_optimizers
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from .checkpoint import save as save_checkpoint
 from .checkpoint import write_text
 from .config import build, check, check_typed, dump
-from .data.loader import EvaluationOrder, TrainingOrder, batches, steps_per_epoch, to_device
+from .data.bad import BadImages
+from .data.loader import Batches, EvaluationOrder, TrainingOrder, batches, steps_per_epoch, to_device
 from .distributed import (
     StopRequest,
     choose_device,
+    is_sharded,
+    most,
     parallel,
     rank,
     seed_generators,
+    shard,
     synchronise_batchnorm,
     together,
+    total,
     world,
 )
 from .errors import PREEMPTED, UserError, closest, from_os
+from .freeze import freeze as frozen
 from .log import Log, environment, spell
 from .model import export, probe
-from .state import State
+from .state import State, best_weights
+from .trackers import start
 
 HEADER = '"""The configuration of this run."""'  # config.py's, by which a run's folder is known
 RUN_FILES = ("checkpoints", "pictures", "config.json", "environment.json", "log.jsonl", "log.txt")
-RUN_FILES += ("metrics.json", "model.safetensors", "config.py")
+RUN_FILES += ("tensorboard", "wandb", "metrics.json", "classes.csv", "model.safetensors", "config.py", "bad_images.txt")
 SCHEDULES = (
     "cosine",
     "tanh",
@@ -63,10 +69,13 @@ def train(
     epochs: int,
     batch_size: int,
     accumulate: int = 1,
+    repeats: int = 1,
     clip_grad: float | None = None,
     ema: dict | None = None,
     checkpoint: str | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+    strategy: Literal["ddp", "fsdp"] = "ddp",
+    freeze: int | str | Sequence[str] | None = None,
     sync_bn: bool = False,
     compile: bool = False,
     channels_last: bool = False,
@@ -77,6 +86,7 @@ def train(
     log_every: int = 50,
     save_every: int | None = None,
     eval_every: int = 1,
+    trackers: Sequence[str] = (),
 ) -> None:
     """Train a model; a config's keys are these arguments.
 
@@ -85,12 +95,18 @@ def train(
     step.
     epochs: passes over the training images; images that don't fill a last batch are left out of a pass.
     batch_size: images that one optimiser step sees, over all processes and accumulated parts, as papers count.
-    accumulate: forward and backward passes that a step is made of. clip_grad: largest norm of the gradient.
+    accumulate: forward and backward passes that a step is made of. repeats: of each image in an epoch, which then sees
+    fewer of them (repeated augmentation). clip_grad: largest norm of the gradient.
     ema: arguments of timm.utils.ModelEmaV3; the averaged weights are evaluated beside the others.
     checkpoint: weights to begin with; a classifier of another size than the data's is left out.
-    precision: of autocast. sync_bn: BatchNorm over all processes. compile, channels_last, grad_checkpointing: switches.
+    freeze: what does not learn: the number of first stages, or names in the model; see saccade.train.freeze.
+    precision: of autocast.
+    strategy: ddp: each process has the whole model; fsdp: weights, gradients and optimiser state are divided over them
+    (torch's FSDP2).
+    sync_bn: BatchNorm over all processes. compile, channels_last, grad_checkpointing: switches.
     workers: loader processes of each process. device: cpu or cuda; None: cuda where there is one.
     log_every, save_every: steps; eval_every: epochs. A checkpoint is saved at each evaluation too.
+    trackers: of "tensorboard" and "wandb", which get what the log gets.
     Raises UserError for whatever the user can mend, and (exit code 75) after SIGTERM or SIGUSR1, the state saved.
     """
     config = {key: value for key, value in locals().items() if key not in ("run_dir", "resume")}
@@ -113,6 +129,14 @@ def train(
         if grad_checkpointing:
             net.set_grad_checkpointing(True)
         learner = job.trained(net)
+        still = frozen(net, freeze) if freeze is not None else []
+        averaged = None
+        if ema is not None:
+            # Parts of tensors and whole ones (buffers) can't be averaged in one call, as `foreach` would.
+            averaged = ModelEmaV3(net, **ema, **(dict(foreach=False) if strategy == "fsdp" else {}))
+        if strategy == "fsdp" and world() > 1:
+            for divided in (net, averaged.module) if averaged is not None else (net,):
+                shard(divided, place, job.methods)
         training, validation = source.dataset("train", inputs, training=True), source.dataset("val", inputs)
         per_epoch = steps_per_epoch(len(training), batch_size, accumulate)
         try:
@@ -122,12 +146,14 @@ def train(
         except (ValueError, TypeError, AssertionError) as error:  # values that timm or torch refuse
             raise UserError(f"the optimizer or schedule section does not do: {error}") from error
         steps = epochs * per_epoch
-        averaged = ModelEmaV3(net, **ema) if ema is not None else None
         if compile:
             net.compile()
         scaler = torch.amp.GradScaler(place.type, enabled=precision == "fp16")
-        autocast = _autocast(place, precision)
+        autocast = autocasting(place, precision)
         log = Log(run_dir, steps, per_epoch, batch_size, place)
+
+    bad = BadImages(run_dir / "bad_images.txt", source, resume)
+    bad.share()
 
     # Resume
     state = State(net, averaged, stepper, scaler, dump(config))
@@ -137,15 +163,16 @@ def train(
         if rank() == 0:
             write_text(run_dir / "config.py", f"{HEADER}\n\n{state.config}")
             write_text(run_dir / "environment.json", json.dumps(environment(place), indent=2) + "\n")
-            log.start(state.step, state.evaluated)
+            log.start(state.step, state.evaluated, start(trackers, run_dir, state.config, state.step))
         for line in said:
             log.say(line)
 
     def save(best: bool = False) -> None:
         state.check_finite()
         with log.aside(), together():
+            tensors, meta = state.content()
             if rank() == 0:
-                state.save(folder, best)
+                save_checkpoint(folder, tensors, meta, best)
 
     def preempted() -> UserError:
         save()
@@ -153,20 +180,24 @@ def train(
         log.say(said, show=False)
         return UserError(said, PREEMPTED, quiet=rank() > 0)
 
+    def measured(batches: Iterable, weights: nn.Module) -> dict[str, float]:
+        divided = is_sharded(weights)
+        return evaluate(weights, job, batches, place, autocast, stop, inputs["input_size"] if divided else None)[0]
+
     # Steps
     shared = parallel(learner, place)
-    order = TrainingOrder(len(training), batch_size, seed, state.step, steps, accumulate)
-    training_batches = iter(batches(training, order, seed, workers, place))
+    order = TrainingOrder(len(training), batch_size, seed, state.step, steps, accumulate, repeats)
+    training_batches = iter(batches(training, order, seed, workers, place, bad))
     order = EvaluationOrder(len(validation), max(1, batch_size // world()))
-    validation_batches = batches(validation, order, seed, workers, place)
+    validation_batches = batches(validation, order, seed, workers, place, bad)
     resumed_at = state.step
     while True:
         finished = state.step == steps
         if state.step > state.evaluated and (finished or state.step % (eval_every * per_epoch) == 0):
             state.check_finite()
             with log.aside():
-                metrics = state.evaluate(lambda m: evaluate(m, job, validation_batches, place, autocast, stop)[0])
-            if stop.agreed():
+                metrics = state.evaluate(partial(measured, validation_batches))
+            if stop.agreed(bad):
                 raise preempted()
             improved = state.judge(metrics, job.score)
             log.evaluation(state.step, metrics, improved)
@@ -175,17 +206,22 @@ def train(
             save()
         if finished:
             break
-        if stop.agreed():
+        if stop.agreed(bad):
             raise preempted()
 
         seed_generators("step", seed, state.step, rank())
         if scheduler:
             scheduler.step_update(state.step)
         shared.train()
+        for module in still:
+            module.eval()
         sums: dict[str, Tensor] = {}
         for part in range(accumulate):
             with log.waiting():
                 batch = to_device(next(training_batches), place)
+            if state.step == part == 0 and rank() == 0:
+                log.picture(job.sample(run_dir, batch, inputs), 0)
+                seed_generators("step", seed, state.step, rank())  # as they were
             with nullcontext() if shared is learner or part == accumulate - 1 else shared.no_sync():
                 with autocast():
                     loss, extra = job.loss(shared, batch)
@@ -209,71 +245,56 @@ def train(
     # Finish
     with together():
         if rank() == 0:
-            state.load_best(folder)
-            export(net, run_dir, inputs, source.class_names)
-    log.stop()
+            best = job.model(**model | dict(pretrained=False))  # whatever training made of `net`, a plain one
+            best.load_state_dict(best_weights(folder))
+            export(best, run_dir, inputs, source.class_names)
     if rank() == 0:
         drawn = job.pictures(run_dir)
+        for file in drawn:
+            log.picture(file, state.step)
+    log.stop()
+    if rank() == 0:
         log.say(f"done: the best on val was step {state.best['step']} of {steps} ({spell(state.best['metrics'])})")
-        log.say(_where(run_dir, [run_dir / "model.safetensors", run_dir / "log.jsonl", *drawn]))
+        log.say(where(run_dir, [run_dir / "model.safetensors", run_dir / "log.jsonl", *drawn]))
 
 
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     job: Any,
-    loader: DataLoader,
+    loader: Batches,
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
     stop: StopRequest | None = None,
+    divided: tuple[int, int, int] | None = None,
 ) -> tuple[dict[str, float], Any]:
-    """The task's metrics over all processes, each image counted once, and its detail; `stop` cuts it short."""
+    """The task's metrics over all processes, each image counted once, and its detail; `stop` cuts it short.
+
+    Images that can't be read are left out; where there are any, "skipped" is how many.
+
+    divided: of a model whose parameters are divided over the processes, the size of an image: those with fewer batches
+    than others run the model on a blank one, since all must run it equally often; none stops before the others.
+    """
+    rounds = most(len(loader)) if divided else 0
 
     def arriving() -> Iterator:
+        arrived = 0
         for batch in loader:
-            if stop is not None and stop.asked:
+            arrived += 1
+            if stop is not None and stop.asked and not divided:
                 return
             yield to_device(batch, device)
+        for _ in range(rounds - arrived):
+            probe(model, divided)
 
     model.eval()
     with autocast():
-        return job.evaluate(model, arriving())
+        metrics, detail = job.evaluate(model, arriving())
+    skipped = int(total(torch.tensor(loader.skipped)))
+    return metrics | (dict(skipped=skipped) if skipped else {}), detail
 
 
-def test(run_dir: Path | None, config: dict, checkpoint: Path | None, split: str, out: Path) -> None:
-    """Evaluate a model on a split, write out/metrics.json (top1, top5 in percent, images, seconds, …), and draw.
-
-    run_dir: of a finished run, whose exported model is taken unless a checkpoint is given; or None, with a checkpoint.
-    config: the run's, or any that `train` takes. Raises UserError for what the user can mend.
-    """
-    with together():
-        place = choose_device(config.get("device"))
-        source = build(config["data"])
-        job = build(config["task"], source)
-        if checkpoint is not None:
-            net = job.model(**config["model"], checkpoint=checkpoint)
-        else:
-            net = job.model(f"local-dir:{run_dir}", pretrained=True)
-        net = net.to(place)
-        inputs = source.inputs(net.pretrained_cfg)
-        probe(net, inputs["input_size"])
-        images = source.dataset(split, inputs)
-        out.mkdir(parents=True, exist_ok=True)
-    order = EvaluationOrder(len(images), max(1, config["batch_size"] // world()))
-    loader = batches(images, order, 0, config.get("workers", 0), place)
-    began = time.perf_counter()
-    metrics, detail = evaluate(net, job, loader, place, _autocast(place, config.get("precision", "fp32")))
-    metrics["seconds"] = round(time.perf_counter() - began, 3)
-    with together():
-        if rank() == 0:
-            write_text(out / "metrics.json", json.dumps(dict(split=split, **metrics), indent=2) + "\n")
-    if rank() == 0:
-        job.pictures(out, net, images, detail)
-        print(f"{split}: {metrics['images']} images {spell(metrics)}")
-        print(_where(run_dir or out, [out / "metrics.json", *sorted(out.glob("pictures/*.png"))]))
-
-
-def _where(run_dir: Path, paths: list[Path]) -> str:
+def where(run_dir: Path, paths: list[Path]) -> str:
     """Where everything is, and the line that loads the model."""
     lines = [f"  {path}" for path in paths]
     if (run_dir / "model.safetensors").exists():
@@ -281,7 +302,7 @@ def _where(run_dir: Path, paths: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def _autocast(device: torch.device, precision: str) -> Callable[[], AbstractContextManager]:
+def autocasting(device: torch.device, precision: str) -> Callable[[], AbstractContextManager]:
     if precision == "fp32":
         return nullcontext
     return partial(torch.autocast, device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
@@ -308,7 +329,9 @@ def validate(config: dict) -> None:
         raise UserError(f"unknown schedule.sched {name!r}{closest(str(name), SCHEDULES)}")
     if config.get("ema") is not None:
         check("ema", config["ema"], ModelEmaV3, without=("model", "device"))
-    for key in ("epochs", "batch_size", "accumulate", "log_every", "save_every", "eval_every"):
+    if config.get("strategy") == "fsdp" and config.get("channels_last"):
+        raise UserError("channels_last=True does not go with strategy=fsdp, which divides contiguous weights only")
+    for key in ("epochs", "batch_size", "accumulate", "repeats", "log_every", "save_every", "eval_every"):
         if config.get(key) is not None and config[key] < 1:
             raise UserError(f"{key}={config[key]} must be 1 or more")
 

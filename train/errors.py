@@ -2,6 +2,7 @@
 
 0    done
 2    the user's to mend: configuration, data, files, permissions, a loss that is not finite
+65   bad data: more images that can't be read, or samples missing from torn shards, than data.max_bad allows
 74   a file could not be written or read (disk full, quota, I/O error); earlier checkpoints are intact
 75   stopped by SIGTERM or SIGUSR1 after saving: the same command with --resume continues
 130  stopped from the keyboard
@@ -14,7 +15,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
-USER, IO, PREEMPTED, INTERRUPTED, PIPE = 2, 74, 75, 130, 141
+USER, DATA, IO, PREEMPTED, INTERRUPTED, PIPE = 2, 65, 74, 75, 130, 141
 
 _DEVICE_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _PERMISSION_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}

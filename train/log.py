@@ -14,7 +14,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -45,9 +45,14 @@ class Log:
         self._began = self._line_began = time.perf_counter()
         self._aside = self._waited = 0.0
         self._first_step = self._line_step = 0
+        self._trackers: Sequence = ()
 
-    def start(self, step: int, evaluated: int) -> None:
-        """Begin at a step: what an earlier process logged after its last checkpoint is taken out of log.jsonl."""
+    def start(self, step: int, evaluated: int, trackers: Sequence = ()) -> None:
+        """Begin at a step: what an earlier process logged after its last checkpoint is taken out of log.jsonl.
+
+        trackers: of saccade.train.trackers; they get every line of log.jsonl too.
+        """
+        self._trackers = trackers
         self._first_step = self._line_step = step
         path = self._folder / "log.jsonl"
         if self._writes and path.exists():
@@ -61,9 +66,16 @@ class Log:
         self._line_began = time.perf_counter()
 
     def stop(self) -> None:
-        """Take the progress bar away."""
+        """Take the progress bar away, and close the trackers."""
         if self._bar:
             self._bar.stop()
+        for tracker in self._trackers:
+            tracker.close()
+
+    def picture(self, file: Path, step: int) -> None:
+        """Give the trackers a picture."""
+        for tracker in self._trackers:
+            tracker.picture(file.stem, file, step)
 
     def say(self, text: str, show: bool = True) -> None:
         """A line for people, in log.txt and (unless not to `show`) on the terminal."""
@@ -133,6 +145,9 @@ class Log:
         if self._writes:
             with open(self._folder / "log.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            values = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
+            for tracker in self._trackers:
+                tracker.scalars(values, record["step"])
 
 
 def _belongs(line: str, step: int, evaluated: int) -> bool:

@@ -1,6 +1,7 @@
 """Pictures of a run: curves, confusion, and what the model attends to. PNG files, drawn without a display."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 from torch import Tensor, nn
+
+from .data.bad import BadImage
 
 BLUE, ORANGE, GREY = "#2a6fbb", "#e07b39", "#8a8f98"
 
@@ -83,6 +86,30 @@ def confusion(counts: Tensor, names: list[str], file: Path) -> Path:
     return _save(figure, file)
 
 
+def reliability(bins: list[dict[str, float]], file: Path) -> Path:
+    """Accuracy against confidence, of the bins that metrics.calibration.Calibration fills, all in percent."""
+    low, high, images, right, confidence = (
+        np.array([row[key] for row in bins]) for key in ("low", "high", "images", "top1", "confidence")
+    )
+    share = images / images.sum()
+    error = (np.abs(right - confidence) * share).sum()
+    figure, (top, axis) = plt.subplots(
+        2, 1, figsize=(4.6, 5.8), height_ratios=(1, 3), sharex=True, layout="constrained"
+    )
+    place = dict(x=low, width=high - low, align="edge", edgecolor="white", linewidth=0.8)
+    top.bar(height=100 * share, color=GREY, **place)
+    top.set(ylabel="images (%)", title=f"calibration error {error:.2f} % (ECE), {images.sum()} images")
+    axis.bar(height=right, color=BLUE, alpha=0.75, label="accuracy", **place)
+    axis.hlines(confidence, low, high, color=ORANGE, lw=2.5, label="mean confidence")
+    axis.vlines((low + high) / 2, np.minimum(right, confidence), np.maximum(right, confidence), color=ORANGE, lw=1)
+    axis.plot([0, 100], [0, 100], color="#333333", lw=0.8, ls="--")
+    axis.set(xlabel="confidence (%)", ylabel="accuracy (%)", xlim=(0, 100), ylim=(0, 100))
+    figure.legend(frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+    for one in (top, axis):
+        one.spines[["top", "right"]].set_visible(False)
+    return _save(figure, file)
+
+
 @torch.no_grad()
 def attended(model: nn.Module, images: Any, names: list[str], file: Path, rows: int = 6) -> Path | None:
     """What the model attends to: for some of `images` and one query region of each, the regions it attends to.
@@ -97,9 +124,10 @@ def attended(model: nn.Module, images: Any, names: list[str], file: Path, rows: 
     device = next(model.parameters()).device
     chosen = {}  # an image of each of `rows` classes
     for i in np.linspace(0, len(images) - 1, min(20 * rows, len(images))).round().astype(int):
-        image, label = images[int(i)]
-        if len(chosen) < rows:
-            chosen.setdefault(label, image)
+        with suppress(BadImage):
+            image, label = images[int(i)]
+            if len(chosen) < rows:
+                chosen.setdefault(label, image)
     labels, x = list(chosen), torch.stack(list(chosen.values())).to(device)
     found = model.eval().attended_regions(x)
     last = {name.rsplit(".blocks.", 1)[0]: layer for name, layer in found.items()}  # of each stage

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_data_config
 
 from .checkpoint import write_text
-from .data.folder import read_image
+from .data.images import read_image
 from .distributed import choose_device
 from .errors import UserError
 from .model import create

@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from . import checkpoint
-from .distributed import broadcast_buffers, total, world
+from .distributed import broadcast_buffers, divided, rank, total, whole, world
 from .errors import UserError
 
 REMEDIES = "try a smaller optimizer.lr, more schedule.warmup_epochs, clip_grad=1.0 or precision=fp32"
@@ -80,18 +80,26 @@ class State:
         self.best = found
         return True
 
-    def save(self, folder: Path, best: bool) -> None:
-        """Write a checkpoint; raises UserError where it can't be written, or holds weights that are not finite."""
-        for name, tensor in self.model.state_dict().items():
-            if tensor.is_floating_point() and not tensor.isfinite().all():
-                raise UserError(f"{name} is not finite after step {self.step}, so it is not saved: {REMEDIES}")
+    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint holds: tensors and what JSON can say. All processes must call it; process 0 gets it all.
+
+        Raises UserError where the weights are not finite.
+        """
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.ema is not None:
             tensors |= {f"ema.{name}": tensor for name, tensor in self.ema.module.state_dict().items()}
         moments, optimizer = checkpoint.optimizer_state(self.optimizer, self.model)
         tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
+        kept = {}
+        for name, tensor in tensors.items():  # one after the other: no GPU need hold all that is divided
+            tensor = whole(tensor)
+            if name.startswith("model.") and tensor.is_floating_point() and not tensor.isfinite().all():
+                name = name.removeprefix("model.")
+                raise UserError(f"{name} is not finite after step {self.step}, so it is not saved: {REMEDIES}")
+            if rank() == 0:
+                kept[name] = tensor.detach().cpu()
         if self._window:
-            tensors["window"] = torch.stack(self._window)
+            kept["window"] = torch.stack(self._window)
         meta = dict(
             step=self.step,
             evaluated=self.evaluated,
@@ -101,7 +109,7 @@ class State:
             scaler=self.scaler.state_dict(),
             config=self.config,
         )
-        checkpoint.save(folder, tensors, meta, best)
+        return kept, meta
 
     def load(self, folder: Path, device: torch.device) -> list[str]:
         """Go on from the newest whole checkpoint in a folder, if there is one; returns what to say of it."""
@@ -110,9 +118,9 @@ class State:
             return ["nothing saved yet: starting from the beginning"]
         tensors, meta, said = found
         try:
-            self.model.load_state_dict(_part(tensors, "model."))
+            _load(self.model, _part(tensors, "model."))
             if self.ema is not None:
-                self.ema.module.load_state_dict(_part(tensors, "ema."))
+                _load(self.ema.module, _part(tensors, "ema."))
             checkpoint.load_optimizer_state(self.optimizer, self.model, _part(tensors, "optimizer."), meta["optimizer"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(
@@ -128,13 +136,19 @@ class State:
         said += [f"configuration changed since the checkpoint: {line}" for line in changed]
         return [*said, f"going on after step {self.step}"]
 
-    def load_best(self, folder: Path) -> None:
-        """Give the model the best weights that were saved; raises UserError where the file can't be read."""
-        try:
-            tensors, meta = checkpoint.read(folder / checkpoint.BEST)
-        except checkpoint.Unreadable as error:
-            raise UserError(f"{error}: train again with --overwrite") from error
-        self.model.load_state_dict(_part(tensors, f"{meta['best']['weights']}."))
+
+def best_weights(folder: Path) -> dict[str, Tensor]:
+    """The best weights that were saved in a folder; raises UserError where the file can't be read."""
+    try:
+        tensors, meta = checkpoint.read(folder / checkpoint.BEST)
+    except checkpoint.Unreadable as error:
+        raise UserError(f"{error}: train again with --overwrite") from error
+    return _part(tensors, f"{meta['best']['weights']}.")
+
+
+def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    model.load_state_dict({name: divided(tensor, own.get(name, tensor)) for name, tensor in tensors.items()})
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

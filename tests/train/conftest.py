@@ -55,7 +55,9 @@ def start():
     ) -> subprocess.Popen:
         prefix = [sys.executable]
         if processes:
-            prefix += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *torchrun]
+            # Each on a port of its own, unless the test has them meet.
+            meet = () if any("rdzv" in argument for argument in torchrun) else ("--standalone",)
+            prefix += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *meet, *torchrun]
         line = [*prefix, str(ROOT / "tools/train.py"), str(config), *TINY, *map(str, arguments)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from saccade.train import config, engine
+from saccade.train import config, engine, probe
 from saccade.train.errors import UserError
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("[!_]*/*.py") if p.name != "__init__.py")
@@ -13,12 +13,14 @@ DIGITS = next(p for p in CONFIGS if p.name == "resnet18.py")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_configs(path):
     """Each is valid, short, has one base, and says in its header how to run it."""
-    settings = config.load(path, ["data.root=somewhere"] if path.parent.name == "finetune" else [])
-    engine.validate(settings)
+    given = ["data.root=somewhere", "checkpoint=weights.pth"] if path.parent.name == "finetune" else []
+    settings = config.load(path, given)
+    tool, validate = ("probe", probe.validate) if "probe" in settings else ("train", engine.validate)
+    validate(settings)
     text = path.read_text()
     assert len(text.split('"""', 2)[2].strip().splitlines()) < 15  # behind the header
     assert text.count("_base_") == 1
-    assert f"python tools/train.py configs/{path.parent.name}/{path.name}" in text
+    assert f" tools/{tool}.py configs/{path.parent.name}/{path.name}" in text  # python, or torchrun on eight
     base = path.parent.parent / "_base_" / f"{text.split('_base_.')[1].split()[0]}.py"
     assert "read_base" not in base.read_text()
 

@@ -107,6 +107,20 @@ def test_training_augments_and_evaluation_does_not(pets):
     assert torch.equal(still[0][0], still[0][0])
 
 
+@pytest.mark.parametrize("policy", ["rand-m10-inc1", "augmix-m10", "original"])
+def test_posterising_to_nothing(pets, policy):
+    """At magnitude 10 no bits are left and the image is black, whatever Pillow thinks of it."""
+    images = ImageFolder(str(pets), augment=dict(auto_augment=policy)).dataset("train", INPUTS, training=True)
+    step = images.transform.transforms[2]
+    ops = [*getattr(step, "ops", ()), *(op for pair in getattr(step, "policy", ()) for op in pair)]
+    posterising = [op for op in ops if "Posterize" in op.name]
+    assert posterising
+    image = Image.new("RGB", (4, 4), (255, 200, 1))
+    for op in posterising:
+        op.prob, op.magnitude, op.magnitude_std = 1.0, 10, 0.0
+        assert op(image).getpixel((0, 0)) == ((255, 200, 1) if policy == "original" else (0, 0, 0))
+
+
 def test_preprocessing_is_the_models(pets):
     cfg = dict(input_size=(3, 64, 64), mean=(0.1,) * 3, std=(0.2,) * 3, interpolation="bilinear", crop_pct=0.8)
     inputs = ImageFolder(str(pets)).inputs(cfg)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from saccade.train.data import loader
+from saccade.train.data.bad import BadImage, BadImages
 from saccade.train.data.loader import EvaluationOrder, Seeded, TrainingOrder, batches, to_device
 from saccade.train.errors import UserError
 
@@ -67,6 +68,114 @@ def test_starts_anywhere():
         assert list(TrainingOrder(50, 12, 0, start, 12)) == whole[start:]
 
 
+@pytest.mark.parametrize("world, accumulate", [(1, 1), (2, 1), (4, 1), (3, 2)])
+def test_repeats(ranks, world, accumulate):
+    """As DeiT's sampler deals them: an epoch's images `repeats` times in a row, every world-th for a process."""
+    once = flat(TrainingOrder(50, 12, 3, 0, 8))
+    copies = [(epoch, index, copy) for epoch, index in once for copy in range(3)]
+    steps = []
+    for rank in range(world):
+        ranks(world, rank)
+        own = list(TrainingOrder(50, 12, 3, 0, 8, accumulate, repeats=3))
+        assert own[2 * accumulate :] == list(TrainingOrder(50, 12, 3, 2, 8, accumulate, repeats=3))
+        assert {len(part) for part in own} == {12 // world // accumulate}
+        steps.append([flat(own[i : i + accumulate]) for i in range(0, len(own), accumulate)])
+        for epoch in range(2):
+            in_order = [key for key in copies if key[0] == epoch][:48]
+            assert flat(steps[rank][4 * epoch : 4 * epoch + 4]) == in_order[rank::world]
+    if world >= 3:  # a process sees one copy of an image
+        assert all(len({index for _, index, _ in step}) == len(step) for step in steps[0])
+
+
+def test_copies_differ():
+    first, second, again = batches(Noise(), [[(0, 3, 0)], [(0, 3, 1)], [(0, 3, 0)]], 7, 0, torch.device("cpu"))
+    assert torch.equal(first[0], again[0]) and not torch.equal(first[0], second[0])
+
+
+class Broken(Noise):
+    """Of 50 images those in `broken` can't be read; `epochs` is what set_epoch was given."""
+
+    def __init__(self, *broken: int):
+        self.broken, self.epoch = broken, None
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __getitem__(self, index: int):
+        if index in self.broken:
+            raise BadImage(f"{index}.jpg", "can't be read as an image (test)")
+        return self.epoch, index
+
+
+class Budget:
+    max_bad = 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_another_image_stands_in(ranks, tmp_path, workers):
+    """The same one whatever the number of processes and loader workers, and wherever training starts."""
+    data, cpu = Broken(3, 30), torch.device("cpu")
+
+    def seen(world: int, start: int = 0) -> list[list[tuple]]:
+        parts, names = [], set()
+        for rank in range(world):
+            ranks(world, rank)
+            bad = BadImages(tmp_path / "bad.txt", Budget())
+            found = batches(data, TrainingOrder(50, 12, 5, start, 8), 5, workers, cpu, bad)
+            parts.append([list(zip(*(part.tolist() for part in batch))) for batch in found])
+            names |= bad.new.keys()
+        assert names == {"3.jpg", "30.jpg"} or start
+        return [flat(step) for step in zip(*parts)]
+
+    whole = seen(1)
+    assert all(len(step) == 12 for step in whole) and not {3, 30} & {i for _, i in flat(whole)}
+    order = list(TrainingOrder(50, 12, 5, 0, 8))
+    kept = [(key, got) for key, got in zip(flat(order), flat(whole)) if key[1] not in data.broken]
+    assert len(kept) == 96 - sum(key[1] in data.broken for key in flat(order))
+    assert all(key == got for key, got in kept)  # what is whole is where it was, and in its epoch
+    instead = [got for key, got in zip(flat(order), flat(whole)) if key[1] in data.broken]
+    assert len(set(instead)) == len(instead)
+    assert seen(3) == whole and seen(2, start=5) == whole[5:]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_leaves_bad_images_out(tmp_path, workers):
+    bad = BadImages(tmp_path / "bad.txt", Budget())
+    loader = batches(Broken(0, 1, 2, 9), EvaluationOrder(50, 3), 0, workers, torch.device("cpu"), bad)
+    for _ in range(2):
+        assert torch.cat([index for _, index in loader]).tolist() == [i for i in range(50) if i not in (0, 1, 2, 9)]
+        assert loader.skipped == 4
+    assert list(bad.new) == ["0.jpg", "1.jpg", "2.jpg", "9.jpg"]
+
+
+def test_budget(tmp_path):
+    """A name counts once, also after a resume; one too many ends the run, and the file lists all."""
+    file, said = tmp_path / "bad.txt", "can't be read as an image (x)"
+    bad = BadImages(file, Budget())
+    bad.share()
+    assert not file.exists()
+    for name in ("a.jpg", "a.jpg", "b\tc.jpg"):
+        error = BadImage(name, said)
+        bad.note({error.name: (said, 1)})
+        bad.share()
+    assert not bad.new and file.read_text() == f"1\ta.jpg\t{said}\n1\tb\\tc.jpg\t{said}\n"
+    again = BadImages(file, Budget(), resume=True)
+    again.note({"a.jpg": (said, 1), "shard.tar": ("has 97 of 100 samples", 3)})
+    with pytest.raises(
+        UserError, match=r"a.jpg can't be .*: repair or remove them, .* \(data.max_bad=2 is less than 5\)"
+    ):
+        again.share()
+    assert file.read_text().splitlines()[2] == "3\tshard.tar\thas 97 of 100 samples"
+    with pytest.raises(UserError, match=r"^7.jpg can't be read as an image \(test\): repair or remove it$"):
+        list(batches(Broken(7), EvaluationOrder(50, 3), 0, 0, torch.device("cpu")))  # where nobody counts
+
+
+def test_nothing_can_be_read():
+    order = TrainingOrder(50, 12, 5, 0, 1)
+    with pytest.raises(UserError, match=r"^100 images in a row can't be read, \d+\.jpg among them"):
+        list(batches(Broken(*range(50)), order, 0, 0, torch.device("cpu")))
+
+
 def test_impossible_batches(ranks):
     with pytest.raises(UserError, match="batch_size=64 is more than the 50 training images"):
         TrainingOrder(50, 64, 0, 0, 1)
@@ -90,7 +199,7 @@ def test_evaluation_counts_each_image_once(ranks, images, world):
 def test_augmentation_depends_on_the_image_alone():
     """Not on the number of workers, on the batch it comes in, or on what was drawn before."""
     order = [[(0, 3), (0, 4)], [(1, 3), (0, 5)]]
-    alone = Seeded(Noise(), 7).__getitems__([(1, 3)])[0][0]
+    alone = Seeded(Noise(), 7, replace=True).__getitems__([(1, 3)])[0][0][0]
     torch.manual_seed(1)
     for workers in (0, 2):
         first, second = batches(Noise(), order, 7, workers, torch.device("cpu"))
@@ -115,9 +224,8 @@ def test_generators_are_left_alone():
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_image_is_one_sentence(workers):
-    (batch,) = batches(Noise(), [[(0, 48), (0, 49)]], 0, workers, torch.device("cpu"))
     with pytest.raises(UserError, match=r"^image 49 is broken$"):
-        to_device(batch, torch.device("cpu"))
+        list(batches(Noise(), [[(0, 48), (0, 49)]], 0, workers, torch.device("cpu")))
 
 
 def test_to_device_keeps_structure():

@@ -167,21 +167,31 @@ def test_synchronised_batchnorm(processes):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-def test_broken_image_of_one_process(start, tmp_path):
-    """The process that meets it says so, and no traceback of the other hides it."""
+def test_broken_images(start, tmp_path):
+    """Two where one is allowed: both processes stop at the same step, whoever met them, and it is said once."""
     for name in ("cat", "dog"):
         for i in range(20):
             path = tmp_path / "images" / name / f"{i}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (16, 16), (i, 0, 0)).save(path)
-    images = [f"data.root={tmp_path / 'images'}", "batch_size=28", "epochs=30"]
-    broken = ImageFolder(str(tmp_path / "images"))._splits["train"][0][0]
-    Path(broken).write_bytes(b"no image")
+    images = [f"data.root={tmp_path / 'images'}", "batch_size=28", "epochs=30", "data.max_bad=1"]
+    broken = [path for path, _ in ImageFolder(str(tmp_path / "images"))._splits["train"][:2]]
+    for path in broken:
+        Path(path).write_bytes(b"no image")
     folder = Path(__file__).parents[2] / "configs/finetune/folder.py"
-    run = start(2, *images, "model={'name': 'test_resnet'}", "--run-dir", tmp_path / "run", config=folder)
+    run = start(
+        2,
+        *images,
+        "model={'name': 'test_resnet'}",
+        "--run-dir",
+        tmp_path / "run",
+        config=folder,
+        torchrun=("--standalone",),
+    )
     out = finish(run, 1)
-    assert out.count(f"{broken} can't be read as an image") == 1 and "repair or remove it" in out
-    assert re.search(r"exitcode *: 2 ", out) and "engine.py" not in out
+    assert all(out.count(f"{path} can't be read as an image") == 1 for path in broken)
+    assert "repair or remove them" in out and "data.max_bad=1 is less than 2" in out
+    assert re.search(r"exitcode *: 65 ", out) and "engine.py" not in out
 
 
 def test_mistakes_are_said_once(start, tmp_path):

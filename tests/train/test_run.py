@@ -163,7 +163,7 @@ def test_switches(tiny, tmp_path, records, switches):
 
     taken = []
 
-    def stop_in_the_middle(request) -> bool:
+    def stop_in_the_middle(request, bad) -> bool:
         taken.append(1)
         return len(taken) == 5
 

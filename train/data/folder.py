@@ -3,24 +3,16 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
 from PIL import Image
-from timm.data import create_transform
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from ..config import check
 from ..distributed import derive
 from ..errors import UserError
-
-_TRANSFORM = ("input_size", "is_training", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # given by `inputs`
-_NO_CHOICE = ("use_prefetcher", "normalize", "separate", "naflex")  # they change what a sample is
+from .images import Files, Source
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """The data of a run.
 
     root: either ROOT/train, ROOT/val and perhaps ROOT/test, each with a folder a class, or one folder of class folders,
@@ -28,7 +20,8 @@ class ImageFolder:
     class's folder; hidden files and files that are no images are passed over.
     img_size: pixels a side; None: what the model's published weights were trained at. shares: of val and test in an
     automatic division. augment: arguments of timm.data.create_transform for training (hflip, color_jitter,
-    auto_augment, re_prob, …).
+    auto_augment, re_prob, …). sizes: pixels a side in training by the first epoch, as in {0: 192, 280: 224}; None:
+    img_size. max_bad: how many images that can't be read a run goes on without.
     Raises UserError where there is nothing to learn from, naming the folder.
     """
 
@@ -38,9 +31,10 @@ class ImageFolder:
         img_size: int | None = None,
         shares: Sequence[float] = (0.1, 0.2),
         augment: dict | None = None,
+        sizes: dict | None = None,
+        max_bad: int = 0,
     ):
-        self.img_size, self.augment = img_size, augment or {}
-        check("data.augment", self.augment, create_transform, without=(*_TRANSFORM, *_NO_CHOICE))
+        super().__init__(img_size, sizes, augment, max_bad)
         if len(shares) != 2 or min(shares) < 0 or sum(shares) >= 1:
             raise UserError(
                 f"data.shares={tuple(shares)} must be two shares, of val and test, that leave some to train on"
@@ -70,40 +64,11 @@ class ImageFolder:
             for part, classes in parts.items()
         }
 
-    def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-        """The model's own preprocessing, at `img_size`, as timm names it."""
-        inputs = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
-        if self.img_size:
-            inputs["input_size"] = (inputs["input_size"][0], self.img_size, self.img_size)
-        return inputs
-
-    def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> Dataset:
-        """The images of "train", "val" or "test", as (image (3, H, W) float32 normalised, label)."""
+    def images(self, split: str) -> tuple[Files, list[int]]:
         if not self._splits[split]:
             raise UserError(f"the {split} split is empty: give more images, or another data.shares")
-        augment = self.augment if training else {}
-        return _Images(self._splits[split], create_transform(**inputs, is_training=training, **augment))
-
-
-class _Images(Dataset):
-    def __init__(self, samples: list[tuple[str, int]], transform: Any):
-        self.samples, self.transform = samples, transform
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path, label = self.samples[index]
-        return self.transform(read_image(path)), label
-
-
-def read_image(path: str | Path) -> Image.Image:
-    """The image in a file, in RGB. Raises UserError, naming the file, where it can't be read as one."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # as PIL's readers raise
-        raise UserError(f"{path} can't be read as an image ({error}): repair or remove it") from error
+        paths, labels = zip(*self._splits[split])
+        return Files(paths), list(labels)
 
 
 def _scan(folder: Path) -> dict[str, list[str]]:

@@ -2,8 +2,11 @@
 
 Every random number is a function of (seed, epoch or step, image or process), never of history. The order of an epoch
 is a function of (seed, epoch); step s takes the next `batch_size` images of it, each process its contiguous part;
-what augmentation does to an image is a function of (seed, epoch, image). So a run is the same with any number of
-loader workers and of processes, and starts in the middle of an epoch as if it had been there from the beginning.
+what augmentation does to an image is a function of (seed, epoch, image), and so is the image that stands in for one
+that can't be read. So a run is the same with any number of loader workers and of processes, and starts in the middle
+of an epoch as if it had been there from the beginning.
+
+A sample's key is (epoch, index), or (epoch, index, copy) where an epoch has an image several times.
 """
 
 import random
@@ -15,33 +18,58 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..distributed import derive, rank, world
-from ..errors import UserError
+from ..errors import DATA, UserError
+from .bad import BadImage, BadImages
+
+STANDINS = 100  # that are tried in a bad image's place
 
 
 class Seeded(Dataset):
-    """A dataset addressed by (epoch, index), whose random numbers come from (seed, epoch, index)."""
+    """A dataset addressed by keys, from which all random numbers come. A dataset may have set_epoch(epoch).
 
-    def __init__(self, dataset: Dataset, seed: int):
-        self.dataset, self.seed = dataset, seed
+    replace: another image takes the place of one that can't be read; otherwise the batch is shorter.
+    """
 
-    def __getitems__(self, keys: list[tuple[int, int]]) -> list:
-        """The samples of a batch. Python's, numpy's and torch's generators are left as they were found."""
+    def __init__(self, dataset: Dataset, seed: int, replace: bool):
+        self.dataset, self.seed, self.replace = dataset, seed, replace
+
+    def __getitems__(self, keys: list[tuple[int, ...]]) -> tuple[list, dict[str, str]] | UserError:
+        """The samples of a batch, and name -> reason of the images that can't be read.
+
+        Python's, numpy's and torch's generators are left as they were found.
+        """
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        samples = []
+        bad: dict[str, str] = {}
         try:
-            for epoch, index in keys:
-                seed = derive("image", self.seed, epoch, index)
-                random.seed(seed)
-                np.random.seed(seed % 2**32)
-                torch.default_generator.manual_seed(seed)
-                samples.append(self.dataset[index])
+            samples = [sample for key in keys for sample in self._sample(key, bad)]
         except UserError as error:  # a worker process can only hand it over as a value
-            return [error]
+            return error
         finally:
             random.setstate(states[0])
             np.random.set_state(states[1])
             torch.set_rng_state(states[2])
-        return samples
+        return samples, bad
+
+    def _sample(self, key: tuple[int, ...], bad: dict[str, str]) -> list:
+        """The sample of a key or what stands in for it; none in evaluation, if it can't be read."""
+        epoch, index = key[:2]
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        for attempt in range(STANDINS):
+            seed = derive("image", self.seed, *key)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.default_generator.manual_seed(seed)
+            try:
+                return [self.dataset[index]]
+            except BadImage as error:
+                bad[error.name] = error.reason
+                if not self.replace:
+                    return []
+            index = derive("instead", self.seed, epoch, key[1], attempt) % len(self.dataset)
+        raise UserError(
+            f"{STANDINS} images in a row can't be read, {next(iter(bad))} among them: see to the data", DATA
+        )
 
 
 def steps_per_epoch(images: int, batch_size: int, accumulate: int = 1) -> int:
@@ -57,16 +85,24 @@ def steps_per_epoch(images: int, batch_size: int, accumulate: int = 1) -> int:
 
 
 class TrainingOrder:
-    """Batches of (epoch, index) for steps start … stop - 1 of this process, `accumulate` batches a step."""
+    """Batches of keys for steps start … stop - 1 of this process, `accumulate` batches a step.
 
-    def __init__(self, images: int, batch_size: int, seed: int, start: int, stop: int, accumulate: int = 1):
+    repeats: an epoch has each of its images so many times (repeated augmentation, arXiv 1901.09335), one copy after the
+    other, and is as long as ever: it sees images / repeats of them. A step's batch is then dealt out image by image, so
+    that copies go to different processes, as DeiT does it.
+    """
+
+    def __init__(
+        self, images: int, batch_size: int, seed: int, start: int, stop: int, accumulate: int = 1, repeats: int = 1
+    ):
         self.images, self.batch_size, self.seed, self.start, self.stop = images, batch_size, seed, start, stop
         self.accumulate, self.per_epoch = accumulate, steps_per_epoch(images, batch_size, accumulate)
+        self.repeats = repeats
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulate
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         own = self.batch_size // world()
         part = own // self.accumulate
         shuffled = None
@@ -75,9 +111,13 @@ class TrainingOrder:
             if shuffled != epoch:
                 generator = torch.Generator().manual_seed(derive("order", self.seed, epoch))
                 order, shuffled = torch.randperm(self.images, generator=generator).tolist(), epoch
-            first = position * self.batch_size + rank() * own
-            for begin in range(first, first + own, part):
-                yield [(epoch, index) for index in order[begin : begin + part]]
+            places = range(position * self.batch_size, (position + 1) * self.batch_size)
+            if self.repeats == 1:
+                mine = [(epoch, order[i]) for i in places[rank() * own : (rank() + 1) * own]]
+            else:
+                mine = [(epoch, order[i // self.repeats], i % self.repeats) for i in places[rank() :: world()]]
+            for begin in range(0, own, part):
+                yield mine[begin : begin + part]
 
 
 class EvaluationOrder:
@@ -95,10 +135,40 @@ class EvaluationOrder:
         return ([(0, index) for index in batch] for batch in self.batches)
 
 
-def batches(dataset: Dataset, order: Iterable, seed: int, workers: int, device: torch.device) -> DataLoader:
-    """A loader of the batches that `order` lists, `workers` processes reading ahead (0: this one reads)."""
-    return DataLoader(
-        Seeded(dataset, seed),
+class Batches:
+    """The collated batches of a loader, without the bad images. skipped: how many the last pass has left out."""
+
+    def __init__(self, loader: DataLoader, bad: BadImages | None):
+        self.loader, self.bad, self.skipped = loader, bad, 0
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        self.skipped = 0
+        for loaded in self.loader:
+            if isinstance(loaded, UserError):
+                raise loaded
+            batch, found = loaded
+            if found and self.bad is None:
+                raise BadImage(*next(iter(found.items())))
+            if found:
+                self.bad.note({name: (reason, 1) for name, reason in found.items()})
+                self.skipped += len(found)
+            if batch is not None:
+                yield batch
+
+
+def batches(
+    dataset: Dataset, order: Iterable, seed: int, workers: int, device: torch.device, bad: BadImages | None = None
+) -> Batches:
+    """The batches that `order` lists, `workers` processes reading ahead (0: this one reads).
+
+    bad: where images that can't be read are noted; None: the first one raises. In training another stands in for it.
+    Iteration raises the UserError of what goes wrong in a worker.
+    """
+    loader = DataLoader(
+        Seeded(dataset, seed, replace=isinstance(order, TrainingOrder)),
         batch_sampler=order,
         num_workers=workers,
         collate_fn=_collate,
@@ -106,16 +176,18 @@ def batches(dataset: Dataset, order: Iterable, seed: int, workers: int, device: 
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # its own, so that making an iterator draws nothing from the global one
     )
+    return Batches(loader, bad)
 
 
-def _collate(samples: list) -> Any:
-    return samples[0] if isinstance(samples[0], UserError) else default_collate(samples)
+def _collate(loaded: Any) -> Any:
+    if isinstance(loaded, UserError):
+        return loaded
+    samples, found = loaded
+    return default_collate(samples) if samples else None, found
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch's tensors, in whatever lists, tuples and dicts, on the device. Raises the UserError of its loading."""
-    if isinstance(batch, UserError):
-        raise batch
+    """A batch's tensors, in whatever lists, tuples and dicts, on the device."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):

@@ -1,7 +1,8 @@
 """Image classification: what a batch, a loss, a prediction and a metric are.
 
 A task gives the engine what it asks of any task, and the engine knows nothing of labels:
-model(…), trained(model), loss(model, batch), evaluate(model, batches), score(metrics), pictures(folder, …).
+model(…), trained(model), loss(model, batch), evaluate(model, batches), score(metrics), sample(folder, batch, inputs),
+report(folder, detail), pictures(folder, …); and `methods`, the model's methods besides forward that `loss` calls.
 """
 
 from collections.abc import Iterable
@@ -12,9 +13,14 @@ from timm.data import Mixup
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from ..checkpoint import write_text
 from ..errors import UserError
+from ..metrics.calibration import Calibration
+from ..metrics.confusion import as_csv, confused, per_class, worst
+from ..metrics.real import Real
 from ..metrics.topk import TopK
 from ..model import create
+from ..sheet import contact_sheet
 
 
 class Classify:
@@ -23,6 +29,8 @@ class Classify:
     smoothing: of the labels. mixup, cutmix: their alpha (0: off), chosen between by switch_prob, applied to a batch
     with probability mix_prob. bce: binary cross-entropy of each class instead of a softmax over them.
     """
+
+    methods: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -75,16 +83,54 @@ class Classify:
             return loss, {}
         return loss, {"top1": 100 * (logits.detach().argmax(1) == targets).float().mean()}
 
-    def evaluate(self, model: nn.Module, batches: Iterable) -> tuple[dict[str, float], Tensor]:
-        """top1, top5 (percent), loss and images over all processes, and the confusion counts (classes, classes)."""
-        counts = TopK(len(self.class_names), next(model.parameters()).device)
-        for images, labels in batches:
-            counts.update(model(images), labels)
-        return counts.result()
+    def sample(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
+        """Draw a training batch into folder/pictures/batch.png: augmented, mixed, with its labels or shares of them.
+
+        It draws random numbers as `targets` does. inputs: the preprocessing, as timm names it.
+        """
+        images, targets = self.targets([part.clone() for part in batch])
+        if targets.dim() == 1:
+            captions = [self.class_names[label] for label in targets.tolist()]
+        else:
+            shares, labels = targets.topk(min(2, targets.shape[1]))
+            captions = [
+                "\n".join(f"{self.class_names[label]}: {share:.0%}" for share, label in zip(*pair))
+                for pair in zip(shares.tolist(), labels.tolist())
+            ]
+        return contact_sheet(images, captions, inputs["mean"], inputs["std"], folder / "pictures" / "batch.png")
+
+    def evaluate(self, model: nn.Module, batches: Iterable) -> tuple[dict[str, float], dict[str, Any]]:
+        """top1, top5, ece (percent), loss and images over all processes; confusion counts, and accuracy by confidence.
+
+        Batches with a third part, the classes that are accepted (saccade.train.metrics.real), give real_top1 and
+        real_top5 too.
+        """
+        place = next(model.parameters()).device
+        counts, calibration, real = TopK(len(self.class_names), place), Calibration(place), Real(place)
+        for images, labels, *accepted in batches:
+            logits = model(images)
+            counts.update(logits, labels)
+            calibration.update(logits, labels)
+            if accepted:
+                real.update(logits, *accepted)
+        metrics, confusion = counts.result()
+        metrics["ece"], bins = calibration.result()
+        beside, counted = real.result()
+        return metrics | beside, dict(confusion=confusion, calibration=bins, real_images=counted)
 
     def score(self, metrics: dict[str, float]) -> float:
         """What the best checkpoint has most of."""
         return metrics["top1"]
+
+    def report(self, folder: Path, detail: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+        """Write folder/classes.csv, the accuracy of every class; returns what metrics.json is to say beside the
+        metrics, and lines for people: the worst classes."""
+        rows = per_class(detail["confusion"], self.class_names)
+        write_text(folder / "classes.csv", as_csv(rows))
+        beside = dict(confused=confused(detail["confusion"], self.class_names), calibration=detail["calibration"])
+        if detail["real_images"]:
+            beside["real_images"] = detail["real_images"]
+        return beside, worst(rows)
 
     def pictures(
         self, folder: Path, model: nn.Module | None = None, images: Any = None, detail: Any = None
@@ -92,7 +138,7 @@ class Classify:
         """Draw what a run shows into folder/pictures; returns the files.
 
         After training: the curves of folder/log.jsonl. After testing, with `model`, the split's dataset `images` and
-        the evaluation's `detail`: the confusion counts, and what the model attends to on some images.
+        the evaluation's `detail`: the confusion counts, the reliability, and what the model attends to on some images.
         """
         from .. import pictures  # matplotlib takes a second to import, and only this needs it
 
@@ -101,7 +147,8 @@ class Classify:
             drawn = [pictures.curves(folder / "log.jsonl", place / "curves.png")]
         else:
             drawn = [
-                pictures.confusion(detail, self.class_names, place / "confusion.png"),
+                pictures.confusion(detail["confusion"], self.class_names, place / "confusion.png"),
+                pictures.reliability(detail["calibration"], place / "reliability.png"),
                 pictures.attended(model, images, self.class_names, place / "attended.png"),
             ]
         return [file for file in drawn if file is not None]

@@ -61,6 +61,8 @@ class Distill(Classify):
     reconstruction, logits, tokens: the weights of those terms, beside 1 for the labels', as published.
     """
 
+    methods = ("distill",)
+
     def __init__(
         self,
         data: Any,

@@ -1,0 +1,364 @@
+"""ImageNet in all its layouts: the same images and labels, read whole or with what is bad in them named."""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from saccade.train import checkpoint, engine
+from saccade.train.config import check_typed
+from saccade.train.data import loader, tar
+from saccade.train.data.imagenet import ImageNet
+from saccade.train.data.loader import EvaluationOrder, TrainingOrder, batches
+from saccade.train.errors import DATA, UserError
+from support import imagenet
+
+INPUTS = dict(input_size=(3, 16, 16), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
+SPLITS = imagenet.images()
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "saccade"
+
+
+def patterns(root: Path, **more) -> ImageNet:
+    return ImageNet(train=f"{root}/train-*.tar", val=[f"{root}/val-{{0000..0001}}.tar"], **more)
+
+
+LAYOUTS = dict(
+    folder=lambda root: ImageNet(str(imagenet.folder(root, SPLITS))),
+    tars=lambda root: ImageNet(str(imagenet.tars(root, SPLITS))),
+    shards=lambda root: ImageNet(str(imagenet.shards(root, SPLITS))),
+    patterns=lambda root: patterns(imagenet.shards(root, SPLITS, listed=False, label="json"), classes=4),
+    streams=lambda root: ImageNet(
+        train=f"pipe:cat {imagenet.shards(root, SPLITS)}/train-{{0000..0003}}.tar",
+        val=[f"pipe:cat {root}/val-0000.tar", f"{root}/val-0001.tar"],
+        index=f"{root}/index.json",
+        cache_dir=f"{root}/fetched",
+    ),
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_images_in_every_layout(tmp_path, layout):
+    """Names, labels and pixels, at the first reading and with what that kept; and for worker processes."""
+    for _ in range(2):
+        source = LAYOUTS[layout](tmp_path / layout)
+        assert source.class_names == (list("0123") if layout == "patterns" else sorted(imagenet.WNIDS))
+        for split, files in SPLITS.items():
+            images = source.dataset(split, INPUTS)
+            expected = ImageNet(str(imagenet.folder(tmp_path / "folder", SPLITS))).dataset(split, INPUTS)
+            place = {expected.filename(i).partition(".")[0]: i for i in range(len(expected))}
+            seen = [images.filename(i).partition(".")[0] for i in range(len(images))]
+            assert sorted(seen) == sorted(name.partition(".")[0] for name in files)
+            for i, name in enumerate(seen):
+                pixels, label = expected[place[name]]
+                assert images[i][1] == label == sorted(imagenet.WNIDS).index(files[f"{name}.JPEG"][0])
+                assert torch.equal(images[i][0], pixels)
+        assert len(source.dataset("test", INPUTS)) == 10 and not source.bad
+
+
+@pytest.fixture
+def be(monkeypatch):
+    """be(world, rank) makes this process one of many, as far as the loader sees."""
+
+    def change(world: int, rank: int) -> None:
+        monkeypatch.setattr(loader, "world", lambda: world)
+        monkeypatch.setattr(loader, "rank", lambda: rank)
+
+    return change
+
+
+@pytest.mark.parametrize("layout", ["tars", "shards"])
+def test_everyone_sees_all(tmp_path, be, layout):
+    """Evaluation: every image once over 1, 2, 3 processes with 0 or 2 workers. Training: resumed with other numbers."""
+    source = LAYOUTS[layout](tmp_path)
+    augment = ImageNet(source._layout.root if layout == "tars" else str(tmp_path), augment=dict(hflip=0.5))
+    val, train = source.dataset("val", INPUTS), augment.dataset("train", INPUTS, training=True)
+    labels = sorted(label for _, label in (val[i] for i in range(10)))
+    whole = None
+    for world, workers in ((1, 0), (2, 2), (3, 0)):
+        seen, parts = [], []
+        for rank in range(world):
+            be(world, rank)
+            for _, found in batches(val, EvaluationOrder(10, 4), 0, workers, CPU):
+                seen += found.tolist()
+            start = 0 if whole is None else 3
+            parts.append([images for images, _ in batches(train, TrainingOrder(24, 6, 1, start, 8), 1, workers, CPU)])
+        assert sorted(seen) == labels
+        steps = [torch.cat(step) for step in zip(*parts)]
+        whole = whole or steps
+        assert len(whole) == 8 and all(map(torch.equal, steps, whole[-len(steps) :]))
+
+
+def test_what_was_found_is_kept(tmp_path, cache, monkeypatch):
+    """Beside the tar; in the user's cache where that can't be written; until the tar is another."""
+    root, scan = imagenet.shards(tmp_path / "data", SPLITS), tar._scan
+    scans = []
+    monkeypatch.setattr(tar, "_scan", lambda *args: scans.append(args) or scan(*args))
+    path = root / "val-0000.tar"
+    first = tar.index([path], "shard")[0]
+    assert (root / ".val-0000.tar.index.npz").exists() and not cache.exists() and len(scans) == 1
+    again = tar.index([path], "shard")[0]
+    assert len(scans) == 1 and list(again.names) == list(first.names) and again.torn == first.torn == ""
+    assert all((getattr(again, k) == getattr(first, k)).all() for k in ("offsets", "sizes", "labels"))
+    (root / ".val-0000.tar.index.npz").write_bytes(b"torn")
+    tar.index([path], "shard")
+    assert len(scans) == 2
+    path.write_bytes((root / "val-0001.tar").read_bytes())
+    assert len(tar.index([path], "shard")[0].names) == 3 and len(scans) == 3
+    (root / ".val-0000.tar.index.npz").unlink()
+    (root / ".val-0000.tar.index.npz").mkdir()  # nothing can be written there, as in a folder to read only
+    for _ in range(2):
+        assert len(tar.index([path], "shard")[0].names) == 3 and len(scans) == 4
+    assert len(list(cache.glob("index/*.npz"))) == 1
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_torn_shards(tmp_path, listed):
+    """Cut anywhere, a shard loses samples, mostly with no error of tarfile's; it is named, and they are counted."""
+    root = imagenet.shards(tmp_path / "data", SPLITS, listed=listed)
+    path = root / "train-0001.tar"
+    whole = path.read_bytes()
+    found, torn = tar._members(path.open("rb"), 0, len(whole))
+    assert len(found) == 14 and not torn
+    end = found[-1][1] + 512  # of the last sample; a block of zeros comes after it
+    lost = set()
+    for cut in [*range(0, end + 512, 512), 100, end - 300, len(whole)]:
+        path.write_bytes(whole[:cut])
+        source = patterns(root, **(dict(classes=4) if not listed else {}))
+        files, labels = source.images("train")
+        missing = 24 - len(files)
+        assert len(files) == len(labels) and 0 <= missing <= 7
+        lost.add(missing)
+        counted = sum(count for _, count in source.bad.values())
+        if listed:
+            assert counted == missing, cut
+            assert not missing or f"has {7 - missing} of 7 samples: it " in source.bad[str(path)][0]
+        else:
+            assert counted == (cut < end + 512) and all(name.startswith(str(path)) for name in source.bad)
+        if cut == len(whole) // 2 // 512 * 512:
+            files.read(len(files) - 1)
+    assert lost == set(range(8))
+
+
+def test_damaged_headers(tmp_path):
+    """A bit that flips in a header ends a tar early, for tarfile; here that is a torn shard."""
+    root = imagenet.shards(tmp_path / "data", SPLITS)
+    path = root / "train-0001.tar"
+    whole = path.read_bytes()
+    found, _ = tar._members(path.open("rb"), 0, len(whole))
+    for i in (0, 6):
+        damaged = bytearray(whole)
+        damaged[found[i][1] - 512 + 20] ^= 1
+        path.write_bytes(damaged)
+        files, _ = (source := patterns(root)).images("train")
+        assert len(files) == 17 + i // 2 and source.bad[str(path)][1] == 7 - i // 2
+    original = imagenet.tars(tmp_path / "tars", SPLITS)
+    train = original / "ILSVRC2012_img_train.tar"
+    damaged = bytearray(train.read_bytes())
+    inner, _ = tar._members(train.open("rb"), 0, len(damaged))
+    damaged[inner[1][1] + 20] ^= 1  # the second class: none of its six images is found
+    train.write_bytes(damaged)
+    source = ImageNet(str(original))
+    assert len(source.images("train")[0]) == 18
+    assert source.bad == {
+        str(train): ("n01443537.tar is no tar file (bad checksum), how many samples are lost is not known", 1)
+    }
+    source.images("val")
+    assert len(source.bad) == 1
+    val = original / "ILSVRC2012_img_val.tar"
+    val.write_bytes(val.read_bytes()[: -len(val.read_bytes()) // 2])
+    (source := ImageNet(str(original))).images("test")
+    (said,) = source.bad.values()
+    assert 0 < said[1] < 10 and said[0].startswith(f"has {10 - said[1]} of 10 samples: it ends")
+
+
+@pytest.mark.parametrize("kind", ["shard", "tars"])
+def test_no_sample_is_lost_silently(tmp_path, kind):
+    """Bytes that change anywhere, in headers above all: the scan ends well, and says so where samples are missing."""
+    name = "train-0001.tar" if kind == "shard" else "ILSVRC2012_img_train.tar"
+    root = (imagenet.shards if kind == "shard" else imagenet.tars)(tmp_path / "data", SPLITS)
+    whole, path = (root / name).read_bytes(), tmp_path / "damaged.tar"
+    members, _ = tar._members((root / name).open("rb"), 0, len(whole))
+    random, lost = np.random.default_rng(0), 0
+    for _ in range(200):
+        damaged = bytearray(whole)
+        member = members[random.integers(len(members))]
+        damaged[member[1] - 512 + random.integers(512)] = random.integers(256)
+        damaged[random.integers(len(whole))] = random.integers(256)
+        path.write_bytes(damaged)
+        found = tar._scan(path, kind)
+        if len(found.names) < (7 if kind == "shard" else 24):
+            assert found.torn or found.half
+            lost += 1
+    assert lost > 100
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (dict(), "data needs either root, a folder, or train and val"),
+        (dict(root="x", train="y"), "data needs either root, a folder, or train and val"),
+        (dict(root="x", classes=4), "data.index, data.classes and data.cache_dir go with data.train"),
+        (dict(train="{root}/none-*.tar"), r"there is no shard .*/none-\*.tar$"),
+        (dict(train="{root}/train-{{0000..0005}}.tar"), r"there is no shard .*/train-0004.tar \(of .*0000..0005"),
+        (dict(train="{root}/train-{{0..3.tar"), "is no pattern of shards"),
+        (dict(train="{root}/train-*.tar", classes=5), "data.classes=5, and .*index.json has 4"),
+        (dict(train="{root}/train-*.tar", index="{root}/train-0000.tar"), "train-0000.tar is no index of shards "),
+        (dict(val="{root}/val-*.tar"), "data.train is missing: give the shards of that split"),
+        (dict(train="pipe:false", index="{root}/index.json"), r"pipe:false can't be fetched .*exit 1"),
+        (dict(root="{root}/nowhere"), "data.root=.*/nowhere is no folder"),
+        (dict(root="{root}", max_bad=-1), "data.max_bad=-1 must be 0 or more"),
+        (dict(root="{root}", sizes={1: 16}), r"data.sizes=\{1: 16\} must say pixels from epoch 0 on"),
+        (dict(root="{root}", sizes={0: "big"}), "must say pixels from epoch 0 on"),
+    ],
+)
+def test_arguments(tmp_path, change, sentence):
+    root = imagenet.shards(tmp_path, SPLITS)
+    given = {k: v.format(root=root) if isinstance(v, str) else v for k, v in change.items()}
+    with pytest.raises(UserError, match=sentence):
+        ImageNet(**given).images("train")
+
+
+def test_labels_of_shards(tmp_path):
+    """Other labels than there are classes, and none at all."""
+    root = imagenet.shards(tmp_path, SPLITS, listed=False)
+    with pytest.raises(UserError, match=r"train-0001.tar!n02084071_3.jpg has label 2, and there are 2 classes"):
+        patterns(root, classes=2).images("train")
+    with pytest.raises(UserError, match="classes is missing: the shards have no index"):
+        patterns(root)
+    members = {"a.jpg": imagenet.picture(0), "a.cls": b"cat", "b.png": b"", "c.cls": b"1", "d.jpg": b"", "d.cls": b"1"}
+    (root / "odd.tar").write_bytes(imagenet.tarred(members | {"set.json": b"{}", "d.txt": b"a caption"}))
+    source = ImageNet(train=str(root / "odd.tar"), val=f"{root}/val-*.tar", classes=4)
+    assert len(source.images("train")[0]) == 1
+    said = {name.rpartition("!")[2]: reason for name, (reason, _) in source.bad.items()}
+    assert said == {"a.jpg": "has no label", "b.png": "has no label", "c": "has a label and no image"}
+
+
+def test_devkit(tmp_path):
+    root = imagenet.tars(tmp_path, SPLITS)
+    kit = root / "ILSVRC2012_devkit_t12.tar.gz"
+    whole = kit.read_bytes()
+    kit.write_bytes(whole[:200])
+    with pytest.raises(UserError, match="can't be read as ImageNet's development kit"):
+        ImageNet(str(root))
+    kit.write_bytes(imagenet.devkit(imagenet.WNIDS[1:], [imagenet.WNIDS[1]] * 10))
+    with pytest.raises(UserError, match=r"train.tar!n01440764.tar/n01440764_3.JPEG is no image that .* knows"):
+        ImageNet(str(root)).images("train")
+    kit.write_bytes(whole)
+    (root / "ILSVRC2012_img_train.tar").unlink()
+    with pytest.raises(UserError, match=r"there is no .*train.tar, which the train split is made of"):
+        ImageNet(str(root)).images("train")
+
+
+def test_streams_are_fetched_once(tmp_path):
+    """By several processes at a time too, and only if they are what the index says."""
+    root = imagenet.shards(tmp_path / "data", SPLITS)
+    listed = json.loads((root / "index.json").read_text())
+    for name, entry in listed["shards"].items():
+        entry["sha256"] = tar.checksum(root / name)
+    (root / "index.json").write_text(json.dumps(listed))
+    log, cache = tmp_path / "log", tmp_path / "fetched"
+    stream = f"pipe:echo >> {log}; sleep 0.2; cat {root}/val-0000.tar"
+    source = ImageNet(val=stream, index=str(root / "index.json"), cache_dir=str(cache))
+    with ThreadPoolExecutor(3) as pool:  # the lock is as between processes
+        fetched = [files for files, _ in pool.map(source.images, ["val"] * 3)]
+    assert [len(files) for files in fetched] == [7, 7, 7] and not source.bad
+    assert log.read_text() == "\n"
+    for path in cache.glob("*.tar"):
+        path.unlink()
+    (root / "val-0000.tar").write_bytes((root / "val-0001.tar").read_bytes())
+    with pytest.raises(UserError, match="that are not those of the index") as error:
+        source.images("val")
+    assert error.value.code == DATA and not list(cache.glob("*.tar")) and not list(cache.glob(".*.tmp"))
+
+
+def test_sizes(tmp_path):
+    """Training images grow with the epochs; those of evaluation do not."""
+    source = ImageNet(str(imagenet.folder(tmp_path, SPLITS)), img_size=24, sizes={0: 16, 2: 20, 3: 24})
+    inputs = source.inputs(dict(INPUTS))
+    assert inputs["input_size"] == (3, 24, 24)
+    train = source.dataset("train", inputs, training=True)
+    for workers in (0, 1):
+        loaded = batches(train, TrainingOrder(24, 12, 0, 1, 10), 0, workers, CPU)
+        assert [images.shape[-1] for images, _ in loaded] == [16] * 3 + [20] * 2 + [24] * 4
+    assert source.dataset("val", inputs)[0][0].shape == (3, 24, 24)
+    check_typed("data", dict(type=ImageNet, root="x", sizes={0: 16}, train=["a", "b"]))
+
+
+CONFIG = """
+from saccade.train.data.imagenet import ImageNet
+from saccade.train.tasks.classify import Classify
+
+model = dict(name="test_resnet")
+data = dict(type=ImageNet, root="{root}", img_size=16, sizes={{0: 16, 1: 24}}, max_bad={budget})
+task = dict(type=Classify)
+optimizer = dict(opt="sgd", lr=0.05)
+schedule = dict(sched="cosine")
+epochs = 2
+batch_size = 6
+log_every = 1
+device = "cpu"
+"""
+
+
+@pytest.fixture
+def spoilt(tmp_path):
+    """A folder of ImageNet with two bad training images and a bad one to evaluate on, and a config with a budget."""
+    root = imagenet.folder(tmp_path / "data", SPLITS)
+    for path in ("train/n01440764/n01440764_13.JPEG", "train/n03000134/n03000134_3.JPEG"):
+        (root / path).write_bytes((root / path).read_bytes()[:300])
+    next(root.glob("val/*/ILSVRC2012_val_00000004.JPEG")).write_bytes(b"no image")
+    config = tmp_path / "config.py"
+    config.write_text(CONFIG.format(root=root, budget=3))
+    return config
+
+
+def test_run_with_bad_images(command, spoilt, tmp_path, records, monkeypatch):
+    """Within the budget they are listed, counted and left out; a run that was stopped ends as the whole one."""
+    whole, parted = tmp_path / "whole", tmp_path / "parted"
+    code, _, err = command("train", spoilt, "--run-dir", whole)
+    assert (code, err) == (0, "")
+    listed = (whole / "bad_images.txt").read_text()
+    assert listed.count("\n") == 3 and listed.count("can't be read as an image") == 3
+    assert [(line["images"], line["skipped"]) for line in records(whole, "val")] == [(9, 1), (9, 1)]
+    agreed, taken = engine.StopRequest.agreed, []
+
+    def stop_in_the_middle(request, bad) -> bool:
+        taken.append(agreed(request, bad))
+        return len(taken) == 7
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine.StopRequest, "agreed", stop_in_the_middle)
+        assert command("train", spoilt, "--run-dir", parted)[0] == 75
+    assert command("train", spoilt, "--run-dir", parted, "workers=1", "--resume")[0] == 0
+    assert records(parted) == records(whole)
+    assert sorted((parted / "bad_images.txt").read_text().splitlines()) == sorted(listed.splitlines())
+    ends = [checkpoint.read(run / "checkpoints" / checkpoint.LAST) for run in (whole, parted)]
+    assert all(torch.equal(tensor, ends[1][0][name]) for name, tensor in ends[0][0].items())
+
+    assert command("test", whole, "--split", "val", "data.max_bad=1", "--out", tmp_path / "out")[0] == 0
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["skipped"] == 1
+    code, _, err = command("test", whole, "--split", "val", "data.max_bad=0", "--out", tmp_path / "out")
+    assert code == 65 and "ILSVRC2012_val_00000004.JPEG can't be read as an image (no known format)" in err
+
+
+def test_command_line(command, spoilt, tmp_path, records):
+    """Patterns and lists in place of the config's folder; a torn shard past the budget ends the run at once."""
+    root = imagenet.shards(tmp_path / "shards", SPLITS)
+    lists = repr([f"{root}/val-0000.tar", f"{root}/val-0001.tar"])
+    given = ["data.root=None", f"data.train={root}/train-{{0000..0003}}.tar", f"data.val={lists}", "epochs=1"]
+    assert command("train", spoilt, *given, "--run-dir", tmp_path / "run")[::2] == (0, "")
+    assert records(tmp_path / "run", "val")[0]["images"] == 10
+    path = root / "train-0001.tar"
+    path.write_bytes(path.read_bytes()[:4096])
+    code, _, err = command("train", spoilt, *given, "data.max_bad=1", "--run-dir", tmp_path / "torn")
+    assert code == 65 and err.startswith(f"error: {path} has ") and "log.jsonl" not in os.listdir(tmp_path / "torn")
+    assert (tmp_path / "torn/bad_images.txt").read_text().split("\t")[1] == str(path)

@@ -1,0 +1,36 @@
+"""Judge a frozen backbone by its features: a linear probe, or k-NN. Writes metrics.json (top1, top5 in percent, …).
+
+  python tools/probe.py configs/finetune/knn.py data.root=/path/to/images checkpoint=weights.safetensors
+  python tools/probe.py configs/finetune/linear_probe.py data.root=/path checkpoint=runs/demo --out runs/probe
+  torchrun --nproc_per_node=2 tools/probe.py configs/finetune/knn.py data.root=/path checkpoint=weights.pth
+
+Exit codes as of tools/train.py.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from saccade.train import config, probe
+from saccade.train.distributed import processes, together
+from saccade.train.errors import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", type=Path, help="a config file with a `probe` section")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="change the config; values are Python literals"
+    )
+    parser.add_argument("--out", type=Path, help="where to write (default: runs/ and the config's folder and name)")
+    args = parser.parse_intermixed_args()
+    out = args.out or Path("runs", args.config.resolve().parent.name, args.config.stem)
+    with processes():
+        with together():
+            settings = config.load(args.config, args.overrides)
+            probe.validate(settings)
+        probe.run(out, **settings)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,50 @@
+"""Write ImageNet, or a folder of class folders, as webdataset shards.
+
+  python tools/shard.py /data/imagenet /data/shards --split train --samples 8192 --shuffle 0 --workers 8
+  python tools/shard.py /data/imagenet /data/shards --split val --workers 8
+
+SOURCE is a folder with train and val, one with ILSVRC2012's original tar files, or one of class folders, which is then
+divided at random. OUT gets SPLIT-000000.tar …, and index.json with what is in each and its checksum. The same command
+goes on after a kill. Exit codes: 0 done, 2 something to mend (one sentence says what), 65 data that are damaged,
+74 a file could not be written.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from saccade.train.data import shards
+from saccade.train.data.imagenet import ImageNet
+from saccade.train.errors import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path, help="where the images are")
+    parser.add_argument("out", type=Path, help="the folder to write to")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="train")
+    parser.add_argument("--samples", type=int, default=8192, help="images in a shard (default: %(default)s)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="mix the images; readers in sequence want it")
+    parser.add_argument("--resize", type=int, metavar="PIXELS", help="make the shorter side of larger images this long")
+    args = parser.parse_args()
+    bar = Progress(BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), expand=True)
+    with bar:
+        task = bar.add_task("", total=None)
+        names = shards.write(
+            ImageNet(str(args.source)),
+            args.split,
+            args.out,
+            args.samples,
+            args.workers,
+            args.shuffle,
+            args.resize,
+            lambda images, total: bar.update(task, completed=images, total=total),
+        )
+    print(f"{args.out}: {names[0]} … {names[-1]}, listed in index.json")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

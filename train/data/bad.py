@@ -1,0 +1,77 @@
+"""Images that can't be read, and samples that torn shards have lost: named, counted once each, and up to a budget."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from ..checkpoint import write_text
+from ..distributed import rank, together, world
+from ..errors import DATA, UserError
+
+
+class BadImage(UserError):
+    """An image that can't be read: its name (a file, or tar!member) and why. Who reads batches may go on without it."""
+
+    def __init__(self, name: str, reason: str):
+        super().__init__(f"{printable(name)} {reason}: repair or remove it", DATA)
+        self.name, self.reason = printable(name), reason
+
+    def __reduce__(self) -> tuple:  # between processes
+        return BadImage, (self.name, self.reason)
+
+
+def printable(name: str) -> str:
+    """A file's name with what no terminal or text file takes (control characters, bytes that are no text) escaped."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: repr(found[0])[1:-1], name)
+
+
+class BadImages:
+    """What is bad in a run's data, over all processes, and how many samples of it the budget allows.
+
+    file: where process 0 lists it, a line each: samples, name and reason with tabs between; with `resume`, what it
+    lists counts. source: the data, with `max_bad`, the budget, and `bad`, what it found before any image was read.
+    """
+
+    def __init__(self, file: Path, source: Any, resume: bool = False):
+        self.file, self.budget = file, getattr(source, "max_bad", 0)
+        self.known: dict[str, tuple[str, int]] = {}  # name -> (reason, samples), the same in all processes
+        self.new: dict[str, tuple[str, int]] = {}  # found by this one since the last `share`
+        if resume and file.exists():
+            for line in file.read_text(encoding="utf-8").splitlines():
+                count, name, reason = line.split("\t")
+                self.new[name] = reason, int(count)  # other machines may not see the file
+        self.note(getattr(source, "bad", {}))
+
+    def note(self, found: dict[str, tuple[str, int]]) -> None:
+        """Note what this process has found, name -> (reason, samples). What is known already changes nothing."""
+        said = {printable(name): (printable(reason), samples) for name, (reason, samples) in found.items()}
+        self.new |= {name: what for name, what in said.items() if name not in self.known}
+
+    def share(self) -> None:
+        """Count what the processes have noted; all must call it. Raises UserError (code 65) past the budget."""
+        noted = [self.new]
+        if world() > 1:
+            noted = [{}] * world()
+            dist.all_gather_object(noted, self.new)
+        for found in noted:
+            self.known |= {name: said for name, said in found.items() if name not in self.known}
+        self.new = {}
+        if not self.known:
+            return
+        with together():
+            if rank() == 0:
+                lines = [f"{count}\t{name}\t{reason}\n" for name, (reason, count) in self.known.items()]
+                write_text(self.file, "".join(lines))
+        count = sum(count for _, count in self.known.values())
+        if count > self.budget:
+            first = [f"{name} {reason}" for name, (reason, _) in self.known.items()][:3]
+            more = f" and {len(self.known) - 3} more" if len(self.known) > 3 else ""
+            it = "it" if count == 1 else "them"
+            raise UserError(
+                f"{', '.join(first)}{more}: repair or remove {it}, or allow for {it} "
+                f"(data.max_bad={self.budget} is less than {count})",
+                DATA,
+                quiet=rank() > 0,
+            )

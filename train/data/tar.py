@@ -1,0 +1,326 @@
+"""Images inside tar files, read by their place there, so that any of them is as near as a file in a folder.
+
+One pass over a tar's headers finds its samples; what it found is kept beside the tar (or, where that can't be written,
+in the user's cache folder) until the tar changes.
+"""
+
+import glob
+import hashlib
+import io
+import json
+import os
+import sys
+import tarfile
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from filelock import FileLock
+
+from ..checkpoint import replacing
+from ..errors import DATA, UserError, from_os
+from .images import Strings
+
+VERSION = 1  # of what is kept
+IMAGE = ("jpg", "jpeg", "png", "webp")  # endings of a shard's images
+OPEN = 64  # tars that a process keeps open
+Kind = Literal["files", "tars", "shard"]
+
+
+@dataclass
+class Samples:
+    """What is in a tar: names of the images (member, or tar/member), their places and sizes in bytes, and labels.
+
+    labels: of a shard's samples, else -1. half: samples that lack their image or label, name -> what is wrong.
+    torn: how the tar ends before its end, or nothing.
+    """
+
+    names: Strings
+    offsets: np.ndarray  # (N,) int64
+    sizes: np.ndarray  # (N,) int64
+    labels: np.ndarray  # (N,) int64
+    half: dict[str, str]
+    torn: str
+
+
+class Members:
+    """The images of several tars as one sequence of files (see images.Images)."""
+
+    def __init__(self, tars: Sequence[tuple[Path, Samples]]):
+        self.tars = [str(tar) for tar, _ in tars]
+        self.ends = np.cumsum([0, *(len(samples.names) for _, samples in tars)])
+        self.samples = [samples for _, samples in tars]
+        self.open: OrderedDict[int, io.FileIO] = OrderedDict()
+
+    def __getstate__(self) -> dict:  # to a worker process, which opens files of its own
+        return self.__dict__ | dict(open=OrderedDict())
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def _find(self, index: int) -> tuple[int, int]:
+        tar = int(np.searchsorted(self.ends, index, "right")) - 1
+        return tar, index - int(self.ends[tar])
+
+    def name(self, index: int) -> str:
+        tar, i = self._find(index)
+        return f"{self.tars[tar]}!{self.samples[tar].names[i]}"
+
+    def base(self, index: int) -> str:
+        tar, i = self._find(index)
+        return self.samples[tar].names[i]
+
+    def read(self, index: int) -> bytes:
+        tar, i = self._find(index)
+        if tar not in self.open:
+            if len(self.open) == OPEN:
+                self.open.popitem(last=False)[1].close()
+            self.open[tar] = io.FileIO(self.tars[tar])
+        self.open.move_to_end(tar)
+        size = int(self.samples[tar].sizes[i])
+        data = os.pread(self.open[tar].fileno(), size, int(self.samples[tar].offsets[i]))  # moves no shared position
+        if len(data) < size:
+            raise OSError(f"only {len(data)} of {size} bytes are there")
+        return data
+
+
+def index(tars: Sequence[Path], kind: Kind) -> list[Samples]:
+    """The samples of each tar. Raises UserError for one that is none or can't be read.
+
+    kind: "files": every member is an image; "tars": every member is a tar of images; "shard": members of one name with
+    different endings are a sample, an image and its label: a number in .cls, or "label" in .json.
+    """
+    with ThreadPoolExecutor(16) as pool:  # storage answers slowly, not little
+        return list(pool.map(lambda tar: _indexed(tar, kind), tars))
+
+
+def _indexed(tar: Path, kind: Kind) -> Samples:
+    try:
+        stat = tar.stat()
+        stamp = json.dumps([VERSION, kind, stat.st_size, stat.st_mtime_ns])
+        places = tar.with_name(f".{tar.name}.index.npz"), cache_folder() / "index" / f"{_digest(tar)}.npz"
+        if (kept := _load(places, stamp)) is not None:
+            return kept
+        with at_once(tar):
+            if (kept := _load(places, stamp)) is not None:  # by another process, meanwhile
+                return kept
+            if stat.st_size > 20 << 30:  # of ImageNet's size: minutes
+                print(f"reading through the headers of {tar}, once", file=sys.stderr, flush=True)
+            found = _scan(tar, kind)
+            for place in places:
+                with suppress(UserError), replacing(place) as temporary:  # the first may be in a folder to read only
+                    _store(temporary, found, stamp)
+                    break
+            return found
+    except OSError as error:
+        raise from_os(error, f"reading {tar}") from error
+
+
+def at_once(path: Path) -> FileLock:
+    """A lock that one process of this machine holds at a time: for work on a file that all of them will use."""
+    folder = Path(tempfile.gettempdir(), f"saccade-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return FileLock(folder / f"{_digest(path)}.lock")
+
+
+def cache_folder() -> Path:
+    """Where this user's programs keep what they can make again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "saccade")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:24]
+
+
+def _store(path: Path, samples: Samples, stamp: str) -> None:
+    beside = json.dumps([stamp, samples.half, samples.torn])
+    arrays = dict(offsets=samples.offsets, sizes=samples.sizes, labels=samples.labels)
+    names = dict(text=samples.names.text, ends=samples.names.ends)
+    with open(path, "wb") as file:
+        np.savez_compressed(file, **arrays, **names, beside=np.frombuffer(beside.encode(), np.uint8))
+
+
+def _load(places: Sequence[Path], stamp: str) -> Samples | None:
+    for place in places:
+        with suppress(Exception), np.load(place, allow_pickle=False) as kept:  # not there, or torn: it is made again
+            stamped, half, torn = json.loads(kept["beside"].tobytes())
+            if stamped == stamp:
+                names = Strings(())
+                names.text, names.ends = kept["text"], kept["ends"]
+                return Samples(names, kept["offsets"], kept["sizes"], kept["labels"], half, torn)
+    return None
+
+
+def _scan(tar: Path, kind: Kind) -> Samples:
+    """One pass over a tar's headers."""
+    with open(tar, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        members, torn = _members(file, 0, size)
+        if kind == "shard":
+            return _grouped(file, members, torn)
+        if kind == "tars":
+            inner = []
+            for name, offset, length in members:
+                found, ending = _members(file, offset, offset + length)
+                inner += [(f"{name}/{member}", *place) for member, *place in found]
+                torn = torn or (ending and f"{name} {ending}")
+            members = inner
+    names, offsets, sizes = zip(*members) if members else ((), (), ())
+    places = np.array(offsets, np.int64), np.array(sizes, np.int64)
+    return Samples(Strings(names), *places, np.full(len(names), -1, np.int64), {}, torn)
+
+
+def _members(file: io.BufferedReader, begin: int, end: int) -> tuple[list[tuple[str, int, int]], str]:
+    """The files in a tar that is the part begin … end of a file: (name, offset in the file, size); how it is torn.
+
+    tarfile takes a torn header for the end. A whole tar ends with a block of zeros.
+    """
+    found, position = [], begin
+    try:
+        with tarfile.open(fileobj=_Part(file, begin, end), mode="r:") as tar:
+            for member in tar:
+                tar.members = []  # which it would keep
+                data, length = begin + member.offset_data, member.size if member.isreg() else 0
+                if data + length > end:
+                    return found, f"ends within {member.name}"
+                position = data + -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                if member.isreg():
+                    found.append((member.name, data, length))
+    except tarfile.ReadError as error:
+        return found, "is damaged" if found else f"is no tar file ({error})"
+    file.seek(position)
+    block = file.read(min(tarfile.BLOCKSIZE, end - position))
+    whole = block == bytes(tarfile.BLOCKSIZE)
+    return found, "" if whole else f"ends too early, {'in a damaged header ' if block else ''}after {len(found)} files"
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: io.BufferedReader, begin: int, end: int):
+        self.file, self.begin, self.end, self.position = file, begin, end, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.end - self.begin}[whence]
+        self.position = start + offset
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(0, self.end - self.begin - self.position)
+        self.file.seek(self.begin + self.position)
+        data = self.file.read(left if size < 0 else min(size, left))
+        self.position += len(data)
+        return data
+
+
+def key_and_ending(name: str) -> tuple[str, str]:
+    """Of a shard's member, as webdataset divides it: at the first dot of the base name."""
+    folder, slash, base = name.rpartition("/")
+    key, _, ending = base.partition(".")
+    return folder + slash + key, ending.lower()
+
+
+def _grouped(file: io.BufferedReader, members: list[tuple[str, int, int]], torn: str) -> Samples:
+    images: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, int | None] = {}
+    for name, offset, size in members:
+        key, ending = key_and_ending(name)
+        if ending in IMAGE:
+            images[key] = name, offset, size
+        elif ending in ("cls", "json"):
+            file.seek(offset)
+            if (label := _label(file.read(size), ending)) is not None or ending == "cls":
+                labels[key] = label
+    whole = [key for key in images if labels.get(key) is not None]
+    half = {images[key][0]: "has no label" for key in images if labels.get(key) is None}
+    half |= {key: "has a label and no image" for key in labels if key not in images}
+    names, offsets, sizes = zip(*(images[key] for key in whole)) if whole else ((), (), ())
+    places = np.array(offsets, np.int64), np.array(sizes, np.int64)
+    return Samples(Strings(names), *places, np.array([labels[key] for key in whole], np.int64), half, torn)
+
+
+def _label(text: bytes, ending: str) -> int | None:
+    try:
+        return int(text) if ending == "cls" else int(json.loads(text)["label"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def fetch(url: str, folder: Path, size: int | None = None, sha256: str | None = None) -> Path:
+    """The file in `folder` that holds what a stream gives ("pipe:aws s3 cp … -", "https://…"), fetched if need be.
+
+    Processes of one machine fetch it once. size, sha256: what it must have. Raises UserError where it has not.
+    """
+    from webdataset.gopen import gopen
+
+    target = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}.tar"
+    with at_once(target):
+        if target.exists() and size in (None, target.stat().st_size):
+            return target
+        with replacing(target) as temporary:
+            try:
+                stream = gopen(url, "rb")
+                try:
+                    with open(temporary, "wb") as file:
+                        for piece in iter(lambda: stream.read(1 << 20), b""):
+                            file.write(piece)
+                finally:
+                    stream.close()
+            except (OSError, ValueError) as error:
+                if isinstance(error, OSError) and error.errno:
+                    raise from_os(error, f"fetching {url} to {folder}") from error
+                raise UserError(f"{url} can't be fetched ({error})", DATA) from error
+            if sha256 and checksum(temporary) != sha256:
+                raise UserError(f"{url} gave {temporary.stat().st_size} bytes that are not those of the index", DATA)
+    return target
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            sha.update(piece)
+    return sha.hexdigest()
+
+
+def expand(patterns: str | Sequence[str]) -> Iterator[str]:
+    """Paths and streams that patterns stand for: braces as in shells, and * ? [] among local files.
+
+    Raises UserError for a pattern that is none, or that no file matches, and for a file that is not there.
+    """
+    from webdataset.shardlists import expand_urls
+
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        try:
+            names = expand_urls(pattern)
+        except ValueError as error:  # braces that don't close, variables that are not set
+            raise UserError(f"{pattern} is no pattern of shards ({error})") from error
+        for name in names:
+            if is_stream(name):
+                yield name
+                continue
+            found = [name] if os.path.isfile(name) else sorted(glob.glob(name))
+            if not found:
+                raise UserError(f"there is no shard {name}" + (f" (of {pattern})" if name != pattern else ""))
+            yield from found
+
+
+def is_stream(name: str) -> bool:
+    """Whether a shard's name is one of webdataset's streams, not a local file's."""
+    return name.startswith("pipe:") or "://" in name

@@ -1,0 +1,41 @@
+"""Whether a model's confidence is what it gets right: the expected calibration error, over any number of processes."""
+
+import torch
+from torch import Tensor
+
+from ..distributed import total
+
+
+class Calibration:
+    """Counts over the images of a split, by confidence: the largest softmax probability of an image.
+
+    Guo et al. 2017 (arXiv 1706.04599): bin m of M holds confidences in ((m-1)/M, m/M], and the error is the mean over
+    all images of how far their bin's accuracy lies from its mean confidence.
+    """
+
+    def __init__(self, device: torch.device, bins: int = 15):
+        self.edges = torch.arange(1, bins, dtype=torch.float64, device=device) / bins  # between the bins
+        self.sums = torch.zeros(3, bins, dtype=torch.float64, device=device)  # images, right ones, confidence
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        """Count a batch: logits (B, classes), labels (B,)."""
+        confidence, said = logits.double().softmax(1).max(1)
+        counted = torch.stack([torch.ones_like(confidence), (said == labels).double(), confidence])
+        self.sums.index_add_(1, torch.bucketize(confidence, self.edges), counted)
+
+    def result(self) -> tuple[float, list[dict[str, float]]]:
+        """The error in percent; of each bin with images: `low` and `high`, `images`, `top1`, `confidence` (percent)."""
+        images, right, confidence = total(self.sums).cpu()
+        error = 100 * float((right - confidence).abs().sum() / images.sum().clamp_min(1))
+        rows = [
+            dict(
+                low=100 * i / len(images),
+                high=100 * (i + 1) / len(images),
+                images=int(images[i]),
+                top1=100 * float(right[i] / images[i]),
+                confidence=100 * float(confidence[i] / images[i]),
+            )
+            for i in range(len(images))
+            if images[i]
+        ]
+        return error, rows

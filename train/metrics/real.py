@@ -1,0 +1,83 @@
+"""ImageNet's validation images with all the labels that people accept for them.
+
+Beyer et al. 2020 (arXiv 2006.07159): real.json lists, for ILSVRC2012_val_00000001, …_00000002 and so on, the classes
+that an image may be called; an image for which none was agreed on does not count.
+"""
+
+import json
+import pkgutil
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..distributed import total
+from ..errors import UserError
+
+
+def read_labels(file: str, classes: int) -> list[list[int]]:
+    """The lists of a real.json, or with "timm" of the copy that comes with it. Raises UserError for another file."""
+    try:
+        text = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json") if file == "timm" else None
+        labels = json.loads(text if text is not None else Path(file).read_text(encoding="utf-8"))
+        largest = max(label for accepted in labels for label in accepted)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(
+            f"--real {file} can't be read ({error}): give real.json, a list of lists of class numbers, or timm"
+        ) from error
+    if largest >= classes:
+        raise UserError(
+            f"--real {file} has class {largest}, and the model is tested on {classes} classes: "
+            "these labels are for classifiers of ImageNet's 1000 classes"
+        )
+    return labels
+
+
+class Accepted(Dataset):
+    """A dataset of (image, label) with a third: which of the classes are accepted, (classes,) bool, perhaps none.
+
+    file: see read_labels. Raises UserError for data whose images have no file names.
+    """
+
+    def __init__(self, dataset: Any, file: str, classes: int):
+        if not hasattr(dataset, "filename"):
+            raise UserError(
+                "--real needs the images' file names, which this data does not give: use a folder of images"
+            )
+        self.dataset, self.labels, self.classes = dataset, read_labels(file, classes), classes
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, int, Tensor]:
+        name = self.dataset.filename(index)
+        number = re.match(r"ILSVRC2012_val_(\d{8})(?!\d)", name)
+        place = int(number[1]) - 1 if number else -1
+        if not 0 <= place < len(self.labels):
+            raise UserError(
+                f"--real has no labels for the image {name}: "
+                f"they are for ILSVRC2012_val_00000001 … ILSVRC2012_val_{len(self.labels):08d}"
+            )
+        accepted = torch.zeros(self.classes, dtype=torch.bool)
+        accepted[self.labels[place]] = True
+        return *self.dataset[index], accepted
+
+
+class Real:
+    """Counts over the images that have accepted labels; every process adds its own, `result` sums them."""
+
+    def __init__(self, device: torch.device):
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # right at once, in five, images
+
+    def update(self, logits: Tensor, accepted: Tensor) -> None:
+        """Count a batch: logits (B, classes), accepted (B, classes) bool."""
+        hits = accepted.gather(1, logits.float().topk(min(5, logits.shape[1])).indices)
+        self.counts += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), accepted.any(1).sum()])
+
+    def result(self) -> tuple[dict[str, float], int]:
+        """(real_top1 and real_top5 in percent, the images that counted); no percents where none did."""
+        top1, top5, images = total(self.counts).tolist()
+        return (dict(real_top1=100 * top1 / images, real_top5=100 * top5 / images) if images else {}), images
