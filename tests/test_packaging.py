@@ -13,13 +13,16 @@ else:
     import tomli as tomllib  # comes with pytest there
 
 ROOT = Path(__file__).parents[1]
-INSTALLED = ("backbones", "configs", "ops", "train")
+INSTALLED = {folder: folder for folder in ("backbones", "configs", "ops", "train")} | {"tools/timm_scripts": "timm"}
 
 
 def modules() -> set[str]:
     """Every Python file of the installed folders, as it is named in the wheel."""
-    files = [f for folder in INSTALLED for f in (ROOT / folder).rglob("*.py")]
-    return {f"saccade/{f.relative_to(ROOT).as_posix()}" for f in files}
+    return {
+        f"saccade/{name}/{file.relative_to(ROOT / folder).as_posix()}"
+        for folder, name in INSTALLED.items()
+        for file in (ROOT / folder).rglob("*.py")
+    }
 
 
 @pytest.mark.slow
