@@ -14,6 +14,7 @@ set -uo pipefail
 
 head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export OMP_NUM_THREADS=$((${SLURM_CPUS_PER_TASK:-8} / ${SLURM_GPUS_PER_NODE:-8}))
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # else restarted processes look for the addresses of those before them
 
 # --resume starts from the beginning where nothing is saved yet.
 srun --kill-on-bad-exit=1 torchrun --nnodes="$SLURM_NNODES" --nproc_per_node="${SLURM_GPUS_PER_NODE:-8}" \

@@ -133,13 +133,13 @@ def test_processes_agree_to_stop(start, tmp_path, records, wait_for, children, t
 
 
 def test_torchrun_restarts_resume(start, tmp_path, records, wait_for, children):
-    """With --max-restarts, processes that torchrun starts again go on without being told to."""
+    """With --max-restarts, processes that torchrun starts again, as one of them has died, go on without being told."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     arguments = [*SGD, "save_every=1", "epochs=3"]
-    finish(start(0, *arguments, "--run-dir", whole))
-    process = start(1, *arguments, "--run-dir", run, torchrun=("--max-restarts=1",))
+    finish(start(2, *arguments, "--run-dir", whole))
+    process = start(2, *arguments, "--run-dir", run, torchrun=("--max-restarts=1",))
     wait_for(lambda: (run / "log.jsonl").exists() and len(records(run)) > 3, process)
-    os.kill(children(process)[0], signal.SIGKILL)
+    os.kill(children(process)[1], signal.SIGKILL)
     assert "going on after step" in finish(process)
     assert records(run) == records(whole)
     assert_same_end(run, whole)
