@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import torch
 from saccade import backbones  # noqa: F401  (registers)
 from saccade.train import config, engine
 from saccade.train.data import standin
+from support.runs import train
 from timm.data import ImageNetInfo
 from timm.scheduler import create_scheduler_v2
 
@@ -109,13 +109,7 @@ def run(path: Path, folder: Path, data: Path, *overrides: str) -> dict:
         given.append("schedule.cooldown_epochs=1")
     settings = config.load(path, [*given, "device=cpu", "checkpoint=None", *overrides])
     engine.validate(settings)
-    engine.prepare_folder(folder, False, False)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        engine.train(folder, False, **settings)
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    train(folder, settings)
     lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     cooldown = settings["schedule"].get("cooldown_epochs", 0)

@@ -133,7 +133,7 @@ def train(
         averaged = None
         if ema is not None:
             # Parts of tensors and whole ones (buffers) can't be averaged in one call, as `foreach` would.
-            averaged = ModelEmaV3(net, **ema, **(dict(foreach=False) if strategy == "fsdp" else {}))
+            averaged = ModelEmaV3(net, **ema | (dict(foreach=False) if strategy == "fsdp" else {}))
         if strategy == "fsdp" and world() > 1:
             for divided in (net, averaged.module) if averaged is not None else (net,):
                 shard(divided, place, job.methods)

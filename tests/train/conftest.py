@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from saccade.train.errors import run
+from support.runs import own_signals
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "configs/digits/resnet18.py"
@@ -24,16 +25,12 @@ def command(monkeypatch, capfd):
     """command("train", *arguments) -> (exit code, stdout, stderr) of a tool, run in this process."""
 
     def call(tool: str, *arguments) -> tuple[int, str, str]:
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
         script = str(ROOT / f"tools/{tool}.py")
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
         main = runpy.run_path(script)["main"]
         capfd.readouterr()
-        try:
+        with own_signals():
             code = run(main)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
         return code, *capfd.readouterr()
 
     return call

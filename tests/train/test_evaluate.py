@@ -4,7 +4,6 @@ import json
 import math
 import re
 import shlex
-import signal
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from saccade.train.data.digits import Digits
 from saccade.train.data.testset import TestFolder, class_names
 from saccade.train.errors import UserError
 from support.forked import forked
+from support.runs import train
 from timm.data import create_transform
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,14 +35,9 @@ def threads():
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """A ResNet that has seen four epochs of digits, enough to be right and wrong."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    run = tmp_path_factory.mktemp("trained") / "run"
     arguments = ["model.name=test_resnet", "data.img_size=16", "epochs=4", "batch_size=128", "device=cpu"]
-    engine.prepare_folder(run, False, False)
-    engine.train(run, False, **config.load(ROOT / "configs/digits/resnet18.py", arguments))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return run
+    settings = config.load(ROOT / "configs/digits/resnet18.py", arguments)
+    return train(tmp_path_factory.mktemp("trained") / "run", settings)
 
 
 @pytest.fixture(scope="module")

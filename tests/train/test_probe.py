@@ -2,17 +2,17 @@
 
 import json
 import math
-import signal
 from pathlib import Path
 
 import pytest
 import torch
-from saccade.train import config, engine, probe
+from saccade.train import config, probe
 from saccade.train.data.digits import Digits
 from saccade.train.errors import UserError
 from saccade.train.model import create
 from saccade.train.probe import KNN, LogisticProbe
 from support.forked import forked
+from support.runs import train
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -112,14 +112,9 @@ device = "cpu"
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """A run of three epochs."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    run = tmp_path_factory.mktemp("weights") / "run"
     arguments = ["model.name=test_resnet", "data.img_size=16", "epochs=3", "batch_size=64", "device=cpu"]
-    engine.prepare_folder(run, False, False)
-    engine.train(run, False, **config.load(ROOT / "configs/digits/resnet18.py", arguments))
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    return run
+    settings = config.load(ROOT / "configs/digits/resnet18.py", arguments)
+    return train(tmp_path_factory.mktemp("weights") / "run", settings)
 
 
 @pytest.mark.parametrize("judge, least", [("KNN", 75), ("LogisticProbe", 75)])

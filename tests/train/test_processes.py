@@ -14,21 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from saccade.train import checkpoint
 from saccade.train.data.folder import ImageFolder
-
-# Plain SGD follows its gradients without magnifying their rounding, as Adam does where they are near zero.
-SGD = ["optimizer.opt=sgd", "optimizer.lr=0.005", "schedule.warmup_epochs=0"]
-
-
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    out = process.communicate(timeout=120)[0]
-    assert process.returncode == code, out
-    return out
-
-
-def state(folder):
-    return checkpoint.read(folder / "checkpoints" / checkpoint.LAST)
+from support.runs import SGD, finish, state
 
 
 def assert_same_end(a, b):

@@ -7,19 +7,7 @@ import struct
 
 import pytest
 import torch
-from saccade.train import checkpoint
-
-SGD = ["optimizer.opt=sgd", "optimizer.lr=0.005", "schedule.warmup_epochs=0"]
-
-
-def finish(process, code: int = 0) -> str:
-    out = process.communicate(timeout=200)[0]
-    assert process.returncode == code, out
-    return out
-
-
-def state(folder):
-    return checkpoint.read(folder / "checkpoints" / checkpoint.LAST)
+from support.runs import SGD, finish, state
 
 
 def test_fsdp_trains_as_ddp(start, tmp_path, records):
