@@ -36,7 +36,6 @@ from .distributed import (
 from .errors import PREEMPTED, UserError, closest, from_os
 from .freeze import freeze as frozen
 from .log import Log, environment, spell
-from .model import export, probe
 from .state import State, best_weights
 from .trackers import start
 
@@ -66,8 +65,9 @@ def train(
     task: dict,
     optimizer: dict,
     schedule: dict,
-    epochs: int,
     batch_size: int,
+    epochs: int | None = None,
+    iterations: int | None = None,
     accumulate: int = 1,
     repeats: int = 1,
     clip_grad: float | None = None,
@@ -85,7 +85,7 @@ def train(
     device: str | None = None,
     log_every: int = 50,
     save_every: int | None = None,
-    eval_every: int = 1,
+    eval_every: int | None = None,
     trackers: Sequence[str] = (),
 ) -> None:
     """Train a model; a config's keys are these arguments.
@@ -93,7 +93,9 @@ def train(
     model: name, and what timm.create_model takes. data, task: `type`, a class, and its arguments.
     optimizer: arguments of timm.optim.create_optimizer_v2. schedule: of timm's create_scheduler_v2, followed step by
     step.
-    epochs: passes over the training images; images that don't fill a last batch are left out of a pass.
+    epochs: passes over the training images; images that don't fill a last batch are left out of a pass. Or, in their
+    place, iterations: steps, in which the schedule's lengths (warmup_epochs, decay_epochs, …) and eval_every are then
+    given.
     batch_size: images that one optimiser step sees, over all processes and accumulated parts, as papers count.
     accumulate: forward and backward passes that a step is made of. repeats: of each image in an epoch, which then sees
     fewer of them (repeated augmentation). clip_grad: largest norm of the gradient.
@@ -105,7 +107,7 @@ def train(
     (torch's FSDP2).
     sync_bn: BatchNorm over all processes. compile, channels_last, grad_checkpointing: switches.
     workers: loader processes of each process. device: cpu or cuda; None: cuda where there is one.
-    log_every, save_every: steps; eval_every: epochs. A checkpoint is saved at each evaluation too.
+    log_every, save_every: steps; eval_every: epochs (None: each). A checkpoint is saved at each evaluation too.
     trackers: of "tensorboard" and "wandb", which get what the log gets.
     Raises UserError for whatever the user can mend, and (exit code 75) after SIGTERM or SIGUSR1, the state saved.
     """
@@ -123,7 +125,7 @@ def train(
         net = job.model(**model, checkpoint=checkpoint, new_head=True)
         inputs = source.inputs(net.pretrained_cfg)
         net = net.to(place, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-        probe(net, inputs["input_size"])
+        job.probe(net, inputs)
         if sync_bn:
             net = synchronise_batchnorm(net, place)
         if grad_checkpointing:
@@ -141,11 +143,13 @@ def train(
         per_epoch = steps_per_epoch(len(training), batch_size, accumulate)
         try:
             stepper = create_optimizer_v2(net, **optimizer)
-            by_step = dict(num_epochs=epochs, step_on_epochs=False, updates_per_epoch=per_epoch)
-            scheduler, epochs = create_scheduler_v2(stepper, **schedule, **by_step)
+            unit = 1 if epochs is None else per_epoch  # steps that the schedule's lengths and eval_every count
+            by_step = dict(num_epochs=epochs or iterations, step_on_epochs=False, updates_per_epoch=unit)
+            scheduler, length = create_scheduler_v2(stepper, **schedule, **by_step)
         except (ValueError, TypeError, AssertionError) as error:  # values that timm or torch refuse
             raise UserError(f"the optimizer or schedule section does not do: {error}") from error
-        steps = epochs * per_epoch
+        steps = length * unit
+        between = eval_every * unit if eval_every else per_epoch  # evaluations
         if compile:
             net.compile()
         scaler = torch.amp.GradScaler(place.type, enabled=precision == "fp16")
@@ -181,19 +185,20 @@ def train(
         return UserError(said, PREEMPTED, quiet=rank() > 0)
 
     def measured(batches: Iterable, weights: nn.Module) -> dict[str, float]:
-        divided = is_sharded(weights)
-        return evaluate(weights, job, batches, place, autocast, stop, inputs["input_size"] if divided else None)[0]
+        divided = inputs if is_sharded(weights) else None
+        return evaluate(weights, job, batches, place, autocast, stop, divided)[0]
 
     # Steps
     shared = parallel(learner, place)
-    order = TrainingOrder(len(training), batch_size, seed, state.step, steps, accumulate, repeats)
+    aspects = getattr(training, "aspects", None)
+    order = TrainingOrder(len(training), batch_size, seed, state.step, steps, accumulate, repeats, aspects)
     training_batches = iter(batches(training, order, seed, workers, place, bad))
     order = EvaluationOrder(len(validation), max(1, batch_size // world()))
     validation_batches = batches(validation, order, seed, workers, place, bad)
     resumed_at = state.step
     while True:
         finished = state.step == steps
-        if state.step > state.evaluated and (finished or state.step % (eval_every * per_epoch) == 0):
+        if state.step > state.evaluated and (finished or state.step % between == 0):
             state.check_finite()
             with log.aside():
                 metrics = state.evaluate(partial(measured, validation_batches))
@@ -247,7 +252,7 @@ def train(
         if rank() == 0:
             best = job.model(**model | dict(pretrained=False))  # whatever training made of `net`, a plain one
             best.load_state_dict(best_weights(folder))
-            export(best, run_dir, inputs, source.class_names)
+            job.export(best, run_dir, inputs, source.class_names)
     if rank() == 0:
         drawn = job.pictures(run_dir)
         for file in drawn:
@@ -266,13 +271,13 @@ def evaluate(
     device: torch.device,
     autocast: Callable[[], AbstractContextManager],
     stop: StopRequest | None = None,
-    divided: tuple[int, int, int] | None = None,
+    divided: dict[str, Any] | None = None,
 ) -> tuple[dict[str, float], Any]:
     """The task's metrics over all processes, each image counted once, and its detail; `stop` cuts it short.
 
     Images that can't be read are left out; where there are any, "skipped" is how many.
 
-    divided: of a model whose parameters are divided over the processes, the size of an image: those with fewer batches
+    divided: of a model whose parameters are divided over the processes, the preprocessing: those with fewer batches
     than others run the model on a blank one, since all must run it equally often; none stops before the others.
     """
     rounds = most(len(loader)) if divided else 0
@@ -285,7 +290,7 @@ def evaluate(
                 return
             yield to_device(batch, device)
         for _ in range(rounds - arrived):
-            probe(model, divided)
+            job.probe(model, divided)
 
     model.eval()
     with autocast():
@@ -331,7 +336,9 @@ def validate(config: dict) -> None:
         check("ema", config["ema"], ModelEmaV3, without=("model", "device"))
     if config.get("strategy") == "fsdp" and config.get("channels_last"):
         raise UserError("channels_last=True does not go with strategy=fsdp, which divides contiguous weights only")
-    for key in ("epochs", "batch_size", "accumulate", "repeats", "log_every", "save_every", "eval_every"):
+    if (config.get("epochs") is None) == (config.get("iterations") is None):
+        raise UserError("give one of epochs and iterations, with the other None")
+    for key in ("epochs", "iterations", "batch_size", "accumulate", "repeats", "log_every", "save_every", "eval_every"):
         if config.get(key) is not None and config[key] < 1:
             raise UserError(f"{key}={config[key]} must be 1 or more")
 

@@ -1,9 +1,12 @@
 """Models by name, from timm's registry: the one place where training meets them."""
 
 import inspect
+import json
 import os
 import re
 import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from typing import Any
 import timm
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from timm.models import (
     is_model,
     load_state_dict,
@@ -22,7 +26,7 @@ from timm.models import (
 from torch import nn
 
 from .. import backbones  # noqa: F401  (registers ours)
-from .checkpoint import Foreign, as_os_error, read, replacing
+from .checkpoint import Foreign, as_os_error, read, replacing, write_text
 from .errors import UserError, closest, from_os
 
 
@@ -41,12 +45,7 @@ def create(
     `new_head`, a classifier of another size than ours is left out. pretrained: the weights that timm publishes.
     Raises UserError for a name, an argument or a file that does not do, saying what would.
     """
-    try:
-        source, known = parse_model_name(name)
-    except ValueError as error:
-        raise UserError(f"model.name={name}: {error}") from error
-    if source is None and not is_model(split_model_name_tag(known)[0]):
-        raise UserError(f"unknown model {name}{closest(split_model_name_tag(known)[0], timm.list_models())}")
+    _known(name)
     try:
         arguments = resolve_model_input_args(name, dict(img_size=img_size), num_classes=num_classes, **kwargs)
         if checkpoint is None:
@@ -61,6 +60,73 @@ def create(
     model = _create_from(Path(checkpoint), arguments, heads if new_head else ())
     model.pretrained_cfg.pop("state_dict", None)  # it would be copied with the model
     return model
+
+
+def _known(name: str) -> None:
+    """Raise UserError for a name that timm does not know."""
+    try:
+        source, known = parse_model_name(name)
+    except ValueError as error:
+        raise UserError(f"model.name={name}: {error}") from error
+    if source is None and not is_model(split_model_name_tag(known)[0]):
+        raise UserError(f"unknown model {name}{closest(split_model_name_tag(known)[0], timm.list_models())}")
+
+
+def create_features(
+    name: str,
+    out_indices: Sequence[int] | None = None,
+    checkpoint: str | Path | None = None,
+    pretrained: bool = False,
+    **kwargs: Any,
+) -> nn.Module:
+    """A timm model that returns its stages' maps: images (B, 3, H, W) to a list of (B, C, H / s, W / s).
+
+    out_indices: the maps wanted (None: what the model gives); its `feature_info` has their channels C and strides s.
+    checkpoint: a classifier's weights, or those of a published detector's or segmenter's backbone, as in `create`. The
+    classifier in them is left out; norms of the maps that a file lacks start anew. pretrained: those timm publishes.
+    For optimisers it has `layers`, what the whole model's group_matcher() says, and `exempt`, its no_weight_decay().
+    Raises UserError as `create` does, and where the model has no such maps.
+    """
+    _known(name)
+    wanted = {} if out_indices is None else dict(out_indices=tuple(out_indices))
+    given = kwargs | dict(features_only=True)
+    try:
+        with torch.device("meta"):  # whatever is wrong with the arguments is said before a file is opened
+            whole = timm.create_model(name, **kwargs)
+            timm.create_model(name, **given, **wanted)
+        build = partial(timm.create_model, name, **given, **wanted)
+        model = build(pretrained=pretrained) if checkpoint is None else _features_from(Path(checkpoint), build, kwargs)
+    except TypeError as error:
+        raise _unknown_argument(name, error) from error
+    except (ValueError, AssertionError, RuntimeError, OSError, IndexError) as error:
+        said = _call(None, kwargs | wanted)
+        raise UserError(f"{name} can't be built for its maps with {said}: {_first_line(error)}") from error
+    model.pretrained_cfg.pop("state_dict", None)  # it would be copied with the model
+    model.layers = whole.group_matcher(coarse=False) if hasattr(whole, "group_matcher") else {}
+    model.exempt = set(whole.no_weight_decay()) if hasattr(whole, "no_weight_decay") else set()
+    return model
+
+
+def _features_from(file: Path, build: Callable[..., nn.Module], kwargs: dict[str, Any]) -> nn.Module:
+    """`build`'s model with the weights of a file, loaded through timm's own pretrained path.
+
+    timm loads features without saying what did not fit, so that the file is first held to the whole model.
+    """
+    name, overlay = build.args[0], _weights(file)
+    model = build()
+    kept = {re.match(r"[a-zA-Z]+", key.removeprefix("model."))[0] for key in model.state_dict()}  # stages_0. or stages.
+    try:
+        timm.create_model(name, **kwargs, pretrained=True, pretrained_cfg_overlay=dict(overlay))
+    except Exception as error:  # a foreign file fails wherever a model's own key mapping meets the unexpected
+        problems = _disagreements(error)
+        ours = [text for key, text in problems if re.match(r"[a-zA-Z]+", key)[0] in kept]
+        if ours or not problems:
+            said = "; ".join(ours[:3]) or _first_line(error)
+            raise UserError(
+                f"checkpoint {file} does not fit {name} ({said}): "
+                "give the model.name and model arguments that it was trained with"
+            ) from error
+    return build(pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=-1))
 
 
 def _create_from(file: Path, arguments: dict[str, Any], heads: tuple[str, ...]) -> nn.Module:
@@ -167,3 +233,27 @@ def export(model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: 
         for name in ("model.safetensors", "config.json"):
             with replacing(folder / name) as temporary:
                 os.replace(Path(scratch, name), temporary)
+
+
+def save_whole(model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: list[str]) -> None:
+    """Write model.safetensors, all weights under the model's own names, and config.json: preprocessing and classes.
+
+    For models that timm does not build whole. Raises UserError where they can't be written.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    with replacing(folder / "model.safetensors") as temporary:
+        try:
+            save_file(tensors, temporary, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise from_os(as_os_error(error), f"saving {folder / 'model.safetensors'}") from error
+    write_text(folder / "config.json", json.dumps(dict(label_names=class_names, data_config=inputs), indent=2) + "\n")
+
+
+def label_names(folder: Path) -> list[str]:
+    """The classes of a finished run's model. Raises UserError where its config.json does not name them."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["label_names"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} does not name the model's classes ({error}): train the run again"
+        ) from error

@@ -1,19 +1,22 @@
-"""What a trained classifier makes of pictures: top classes with their probabilities."""
+"""What a trained model finds on pictures."""
 
+import inspect
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_data_config
 
-from .checkpoint import write_text
+from . import config
+from .checkpoint import replacing, write_text
 from .data.images import read_image
 from .distributed import choose_device
 from .errors import UserError
-from .model import create
+from .tasks.classify import Classify
+from .tasks.task import Predictor
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -34,31 +37,53 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
-@torch.inference_mode()
-def predict(
-    run_dir: Path, images: Sequence[Path], top: int = 5, batch: int = 32, device: str | None = None
-) -> Iterator:
-    """Yield (path, [(class name, probability), …]) for each image, the likeliest class first.
+def predictor(run_dir: Path, device: str | None = None, **options: Any) -> Predictor:
+    """The model of a finished run's folder, or a classifier's that timm's `local-dir:` reads; options are the task's.
 
-    run_dir: a finished run's folder (or any that timm's `local-dir:` reads). Raises UserError for a folder without a
-    model and for a file that can't be read as an image.
+    Raises UserError for a folder without a model and for an option that its task does not have.
     """
     if not (run_dir / "model.safetensors").is_file():
         raise UserError(f"{run_dir} has no model.safetensors: give the folder of a finished run")
-    settings = json.loads((run_dir / "config.json").read_text())
-    place = choose_device(device)
-    model = create(f"local-dir:{run_dir}", settings["num_classes"], pretrained=True).to(place).eval()
-    names = model.pretrained_cfg.get("label_names") or [str(i) for i in range(model.num_classes)]
-    transform = create_transform(**resolve_data_config(model=model))
+    settings = config.load(run_dir / "config.py") if (run_dir / "config.py").exists() else {}
+    task = settings["task"]["type"] if settings else Classify
+    for name in options:
+        if name not in inspect.signature(task.predictor).parameters:
+            raise UserError(f"--{name} does not go with {run_dir}, whose task is {task.__name__}")
+    return task.predictor(run_dir, settings, choose_device(device), **options)
+
+
+@torch.inference_mode()
+def predict(
+    run_dir: Path,
+    images: Sequence[Path],
+    batch: int = 8,
+    device: str | None = None,
+    drawings: Path | None = None,
+    **options: Any,
+) -> Iterator[tuple[Path, dict[str, Any], str]]:
+    """Yield (path, what was found as JSON can hold it, the same in a line) for each image.
+
+    drawings: a folder where each image is written as a PNG with what was found on it. options: of the task, such as
+    `top` of a classifier. Raises UserError for a folder without a model and for a file that can't be read as an image.
+    """
+    model = predictor(run_dir, device, **options)
+    names: set[str] = set()
     for first in range(0, len(images), batch):
         part = images[first : first + batch]
-        x = torch.stack([transform(read_image(path)) for path in part]).to(place)
-        for path, p in zip(part, model(x).float().softmax(-1).cpu()):
-            likeliest = p.topk(min(top, len(names)))
-            yield path, [(names[i], v) for i, v in zip(likeliest.indices.tolist(), likeliest.values.tolist())]
+        pictures = [read_image(path) for path in part]
+        for path, picture, record in zip(part, pictures, model.batch(pictures)):
+            if drawings is not None:
+                drawn = model.draw(picture, record)
+                drawings.mkdir(parents=True, exist_ok=True)
+                name = next(
+                    n for i in range(len(names) + 1) if (n := f"{path.stem}{f'_{i}' if i else ''}") not in names
+                )
+                names.add(name)
+                with replacing(drawings / f"{name}.png") as temporary:
+                    drawn.save(temporary, "PNG")
+            yield path, record, model.say(record)
 
 
-def write(predictions: list[tuple[Path, list[tuple[str, float]]]], file: Path) -> None:
-    """As JSON: [{"image": path, "classes": [{"name": …, "probability": …}, …]}, …]."""
-    rows = [dict(image=str(p), classes=[dict(name=n, probability=v) for n, v in found]) for p, found in predictions]
-    write_text(file, json.dumps(rows, indent=1) + "\n")
+def write(predictions: Sequence[tuple[Path, dict[str, Any]]], file: Path) -> None:
+    """As JSON: [{"image": path, … what was found}, …]."""
+    write_text(file, json.dumps([dict(image=str(path), **record) for path, record in predictions], indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""A test of a trained classifier: on a split of the data or on a further folder of images."""
+"""A test of a trained model: on a split of the data or, of a classifier, on a further folder of images."""
 
 import json
 import time
@@ -18,7 +18,7 @@ from .errors import UserError
 from .log import spell
 from .metrics.real import Accepted
 from .metrics.speed import Speed
-from .model import probe
+from .tasks.classify import Classify
 
 
 def test(
@@ -43,22 +43,19 @@ def test(
         place = choose_device(config.get("device"))
         source = build(config["data"])
         job = build(config["task"], source)
+        if (real or isinstance(source, TestFolder)) and not isinstance(job, Classify):
+            raise UserError("--images and --real are for classifiers: test on a split of the data")
         classes = dict(num_classes=source.of_model) if isinstance(source, TestFolder) else {}
         if checkpoint is not None:
             net = job.model(**config["model"], **classes, checkpoint=checkpoint)
         elif run_dir is not None:
-            net = job.model(f"local-dir:{run_dir}", **classes, pretrained=True)
+            net = job.restore(run_dir, config["model"], **classes)
         else:
-            net = job.model(**config["model"], **classes)
-            if (published := net.pretrained_cfg["num_classes"]) != net.num_classes:
-                raise UserError(
-                    f"the weights that are published for {config['model']['name']} have {published} classes, and "
-                    f"{net.num_classes} are needed: train first, or test on other images"
-                )
+            net = job.published(config["model"], **classes)
         net = net.to(place)
         inputs = source.inputs(net.pretrained_cfg) | (preprocessing or {})
-        probe(net, inputs["input_size"])
-        if len(job.class_names) < net.num_classes:
+        job.probe(net, inputs)
+        if classes and len(job.class_names) < net.num_classes:
             kept = torch.tensor(source.classes, device=place)
             net.register_forward_hook(lambda module, images, logits: logits[:, kept])
         dataset = source.dataset(split, inputs)
@@ -77,10 +74,15 @@ def test(
     with together():
         if rank() == 0:
             beside, said = job.report(out, detail)
-            how = {key: inputs[key] for key in ("input_size", "crop_pct", "interpolation")} | dict(precision=precision)
+            kept = ("input_size", "crop_pct", "interpolation")
+            how = {key: inputs[key] for key in kept if key in inputs} | dict(precision=precision)
             whole = dict(split=tested_on, **metrics, **how, **beside)
             write_text(out / "metrics.json", json.dumps(whole, indent=2) + "\n")
     if rank() == 0:
         job.pictures(out, net, dataset, detail)
         print("\n".join([f"{tested_on}: {metrics['images']} images {spell(metrics)}", *said]))
-        print(where(run_dir or out, [out / "metrics.json", out / "classes.csv", *sorted(out.glob("pictures/*.png"))]))
+        print(
+            where(
+                run_dir or out, [out / "metrics.json", *sorted(out.glob("*.csv")), *sorted(out.glob("pictures/*.png"))]
+            )
+        )

@@ -52,6 +52,25 @@ def test_processes_share_each_batch(ranks, world, accumulate):
     assert [flat(step) for step in zip(*parts)] == whole
 
 
+@pytest.mark.parametrize("world, accumulate", [(1, 1), (2, 1), (2, 2)])
+def test_parts_of_like_aspect(ranks, world, accumulate):
+    """The same images a step as without aspects, dealt out sorted, the parts taking turns."""
+    aspects = torch.rand(50, generator=torch.Generator().manual_seed(0)).tolist()
+    ranks(1, 0)
+    plain = list(TrainingOrder(50, 12, 3, 0, 9))
+    parts = []
+    for rank in range(world):
+        ranks(world, rank)
+        own = list(TrainingOrder(50, 12, 3, 0, 9, accumulate, 1, aspects))
+        parts.append([own[i : i + accumulate] for i in range(0, len(own), accumulate)])
+    for step, (dealt, images) in enumerate(zip(zip(*parts), plain)):
+        dealt = flat(dealt)
+        turned = dealt[-step % len(dealt) :] + dealt[: -step % len(dealt)]
+        assert flat(turned) == sorted(images, key=lambda key: aspects[key[1]])
+    with pytest.raises(UserError, match="repeats=2 does not go with images of many sizes"):
+        TrainingOrder(50, 12, 3, 0, 9, accumulate, 2, aspects)
+
+
 def test_epochs():
     steps = list(TrainingOrder(50, 12, 0, 0, 8))
     for epoch in range(2):
@@ -228,7 +247,20 @@ def test_a_broken_image_is_one_sentence(workers):
         list(batches(Noise(), [[(0, 48), (0, 49)]], 0, workers, torch.device("cpu")))
 
 
+def test_a_dataset_says_what_a_batch_is():
+    class Sizes(Noise):
+        def __getitem__(self, index: int):
+            return torch.zeros(3, index, 1), {"name": f"image {index}"}
+
+        @staticmethod
+        def collate(samples: list) -> list:
+            return [list(part) for part in zip(*samples)]
+
+    [(images, targets)] = batches(Sizes(), [[(0, 3), (0, 5)]], 0, 0, torch.device("cpu"))
+    assert [image.shape[1] for image in images] == [3, 5] and targets == [{"name": "image 3"}, {"name": "image 5"}]
+
+
 def test_to_device_keeps_structure():
-    batch = {"images": torch.ones(2), "targets": [{"boxes": torch.zeros(1, 4)}, {"boxes": torch.zeros(0, 4)}]}
+    batch = {"images": torch.ones(2), "targets": [{"boxes": torch.zeros(1, 4)}, {"boxes": torch.zeros(0, 4), "id": 3}]}
     moved = to_device(batch, torch.device("cpu"))
-    assert moved["targets"][1]["boxes"].shape == (0, 4)
+    assert moved["targets"][1]["boxes"].shape == (0, 4) and moved["targets"][1]["id"] == 3

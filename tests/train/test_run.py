@@ -176,6 +176,26 @@ def test_switches(tiny, tmp_path, records, switches):
     assert same_state(parted, whole)
 
 
+def test_iterations(tiny, tmp_path, records):
+    """In place of epochs: the schedule's lengths and the evaluations are counted in steps."""
+    assert tiny(tmp_path / "epochs", "epochs=1", "schedule.warmup_epochs=0", "log_every=1")[0] == 0
+    lengths = [
+        "schedule.sched=poly",
+        "schedule.decay_rate=0.5",
+        "schedule.warmup_epochs=2",
+        "schedule.warmup_lr=0",
+        "optimizer.lr=0.01",
+    ]
+    steps = ["epochs=None", "iterations=11", "eval_every=4", "log_every=1", *lengths, "schedule.min_lr=0"]
+    assert tiny(tmp_path / "steps", *steps)[0] == 0
+    assert [line["step"] for line in records(tmp_path / "steps", "val")] == [4, 8, 11]
+    rates = [line["lr"] for line in records(tmp_path / "steps", "train")]
+    assert rates[:2] == pytest.approx([0, 0.005])
+    assert rates[2:] == pytest.approx([0.01 * (1 - step / 11) ** 0.5 for step in range(2, 11)])
+    assert tiny(tmp_path / "each", *[given for given in steps if "eval" not in given], "eval_every=None")[0] == 0
+    assert [line["step"] for line in records(tmp_path / "each", "val")] == [9, 11]  # every pass over 1,257 images
+
+
 @pytest.mark.slow
 def test_compile(tiny, tmp_path, records):
     arguments = ["epochs=1", *SGD, "model.name=test_vit", "model.img_size=16"]

@@ -10,7 +10,8 @@ A sample's key is (epoch, index), or (epoch, index, copy) where an epoch has an 
 """
 
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -90,14 +91,27 @@ class TrainingOrder:
     repeats: an epoch has each of its images so many times (repeated augmentation, arXiv 1901.09335), one copy after the
     other, and is as long as ever: it sees images / repeats of them. A step's batch is then dealt out image by image, so
     that copies go to different processes, as DeiT does it.
+    aspects: (images,) height / width. A step's batch is then dealt out sorted by it, so that its parts, each padded to
+    one size, are padded little. What is in the batch is as random as ever. Parts take turns: no process always
+    gets the tallest.
     """
 
     def __init__(
-        self, images: int, batch_size: int, seed: int, start: int, stop: int, accumulate: int = 1, repeats: int = 1
+        self,
+        images: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        stop: int,
+        accumulate: int = 1,
+        repeats: int = 1,
+        aspects: Sequence[float] | None = None,
     ):
         self.images, self.batch_size, self.seed, self.start, self.stop = images, batch_size, seed, start, stop
         self.accumulate, self.per_epoch = accumulate, steps_per_epoch(images, batch_size, accumulate)
-        self.repeats = repeats
+        self.repeats, self.aspects = repeats, aspects
+        if aspects is not None and repeats > 1:
+            raise UserError(f"repeats={repeats} does not go with images of many sizes: leave it at 1")
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulate
@@ -112,7 +126,12 @@ class TrainingOrder:
                 generator = torch.Generator().manual_seed(derive("order", self.seed, epoch))
                 order, shuffled = torch.randperm(self.images, generator=generator).tolist(), epoch
             places = range(position * self.batch_size, (position + 1) * self.batch_size)
-            if self.repeats == 1:
+            if self.aspects is not None:
+                batch = sorted((order[i] for i in places), key=lambda i: self.aspects[i])
+                shift = step % (world() * self.accumulate) * part
+                batch = batch[shift:] + batch[:shift]
+                mine = [(epoch, i) for i in batch[rank() * own : (rank() + 1) * own]]
+            elif self.repeats == 1:
                 mine = [(epoch, order[i]) for i in places[rank() * own : (rank() + 1) * own]]
             else:
                 mine = [(epoch, order[i // self.repeats], i % self.repeats) for i in places[rank() :: world()]]
@@ -164,6 +183,7 @@ def batches(
 ) -> Batches:
     """The batches that `order` lists, `workers` processes reading ahead (0: this one reads).
 
+    A dataset may say with `collate(samples)` what a batch of samples is.
     bad: where images that can't be read are noted; None: the first one raises. In training another stands in for it.
     Iteration raises the UserError of what goes wrong in a worker.
     """
@@ -171,7 +191,7 @@ def batches(
         Seeded(dataset, seed, replace=isinstance(order, TrainingOrder)),
         batch_sampler=order,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, getattr(dataset, "collate", default_collate)),
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # its own, so that making an iterator draws nothing from the global one
@@ -179,17 +199,19 @@ def batches(
     return Batches(loader, bad)
 
 
-def _collate(loaded: Any) -> Any:
+def _collate(collate: Callable[[list], Any], loaded: Any) -> Any:
     if isinstance(loaded, UserError):
         return loaded
     samples, found = loaded
-    return default_collate(samples) if samples else None, found
+    return collate(samples) if samples else None, found
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch's tensors, in whatever lists, tuples and dicts, on the device."""
+    """A batch with its tensors, in whatever lists, tuples and dicts, on the device."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         return {key: to_device(value, device) for key, value in batch.items()}
-    return [to_device(value, device) for value in batch]
+    if isinstance(batch, (list, tuple)):
+        return [to_device(value, device) for value in batch]
+    return batch

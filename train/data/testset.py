@@ -1,6 +1,5 @@
 """Further images to test a model on, whose classes are known: ImageNetV2, -A, -R, -Sketch, or a folder of one's own."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from timm.data import ImageNetInfo, resolve_data_config
 
 from ..errors import UserError, closest
+from ..model import label_names
 from .folder import _scan
 from .images import Files, Source
 
@@ -58,11 +58,4 @@ class TestFolder(Source):
 
 def class_names(run: Path | None) -> list[str]:
     """The classes of a finished run's model; without a run, ImageNet's 1000 by their WordNet numbers."""
-    if run is None:
-        return ImageNetInfo().label_names()
-    try:
-        return json.loads((run / "config.json").read_text(encoding="utf-8"))["label_names"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{run / 'config.json'} does not name the model's classes ({error}): train the run again"
-        ) from (error)
+    return ImageNetInfo().label_names() if run is None else label_names(run)

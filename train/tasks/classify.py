@@ -1,15 +1,12 @@
-"""Image classification: what a batch, a loss, a prediction and a metric are.
+"""Image classification: what a batch, a loss, a prediction and a metric are."""
 
-A task gives the engine what it asks of any task, and the engine knows nothing of labels:
-model(…), trained(model), loss(model, batch), evaluate(model, batches), score(metrics), sample(folder, batch, inputs),
-report(folder, detail), pictures(folder, …); and `methods`, the model's methods besides forward that `loss` calls.
-"""
-
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.data import Mixup
+import torch
+from PIL import Image
+from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
@@ -19,18 +16,17 @@ from ..metrics.calibration import Calibration
 from ..metrics.confusion import as_csv, confused, per_class, worst
 from ..metrics.real import Real
 from ..metrics.topk import TopK
-from ..model import create
+from ..model import create, export, label_names
 from ..sheet import contact_sheet
+from .task import Predictor, Task
 
 
-class Classify:
+class Classify(Task):
     """One label an image; a batch is (images (B, 3, H, W), labels (B,)).
 
     smoothing: of the labels. mixup, cutmix: their alpha (0: off), chosen between by switch_prob, applied to a batch
     with probability mix_prob. bce: binary cross-entropy of each class instead of a softmax over them.
     """
-
-    methods: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -59,9 +55,17 @@ class Classify:
         """The classifier, sized to the data; see saccade.train.model.create."""
         return create(name, **{"num_classes": len(self.class_names), "img_size": self.img_size, **kwargs})
 
-    def trained(self, model: nn.Module) -> nn.Module:
-        """What `loss` calls: here the model itself."""
-        return model
+    def restore(self, folder: Path, model: dict[str, Any], **kwargs: Any) -> nn.Module:
+        return self.model(f"local-dir:{folder}", **kwargs, pretrained=True)
+
+    def published(self, model: dict[str, Any], **kwargs: Any) -> nn.Module:
+        net = self.model(**model, **kwargs)
+        if (published := net.pretrained_cfg["num_classes"]) != net.num_classes:
+            raise UserError(
+                f"the weights that are published for {model['name']} have {published} classes, and "
+                f"{net.num_classes} are needed: train first, or test on other images"
+            )
+        return net
 
     def targets(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Images and what the criterion compares logits with: mixed images and their shares of classes, or labels."""
@@ -84,10 +88,7 @@ class Classify:
         return loss, {"top1": 100 * (logits.detach().argmax(1) == targets).float().mean()}
 
     def sample(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
-        """Draw a training batch into folder/pictures/batch.png: augmented, mixed, with its labels or shares of them.
-
-        It draws random numbers as `targets` does. inputs: the preprocessing, as timm names it.
-        """
+        """Its images augmented and mixed, with labels or shares of them; it draws random numbers as `targets` does."""
         images, targets = self.targets([part.clone() for part in batch])
         if targets.dim() == 1:
             captions = [self.class_names[label] for label in targets.tolist()]
@@ -119,7 +120,6 @@ class Classify:
         return metrics | beside, dict(confusion=confusion, calibration=bins, real_images=counted)
 
     def score(self, metrics: dict[str, float]) -> float:
-        """What the best checkpoint has most of."""
         return metrics["top1"]
 
     def report(self, folder: Path, detail: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
@@ -135,20 +135,46 @@ class Classify:
     def pictures(
         self, folder: Path, model: nn.Module | None = None, images: Any = None, detail: Any = None
     ) -> list[Path]:
-        """Draw what a run shows into folder/pictures; returns the files.
-
-        After training: the curves of folder/log.jsonl. After testing, with `model`, the split's dataset `images` and
-        the evaluation's `detail`: the confusion counts, the reliability, and what the model attends to on some images.
-        """
+        """After testing: the confusion counts, the reliability, and what the model attends to on some images."""
+        if model is None:
+            return super().pictures(folder)
         from .. import pictures  # matplotlib takes a second to import, and only this needs it
 
         place = folder / "pictures"
-        if model is None:
-            drawn = [pictures.curves(folder / "log.jsonl", place / "curves.png")]
-        else:
-            drawn = [
-                pictures.confusion(detail["confusion"], self.class_names, place / "confusion.png"),
-                pictures.reliability(detail["calibration"], place / "reliability.png"),
-                pictures.attended(model, images, self.class_names, place / "attended.png"),
-            ]
+        drawn = [
+            pictures.confusion(detail["confusion"], self.class_names, place / "confusion.png"),
+            pictures.reliability(detail["calibration"], place / "reliability.png"),
+            pictures.attended(model, images, self.class_names, place / "attended.png"),
+        ]
         return [file for file in drawn if file is not None]
+
+    def export(self, model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: list[str]) -> None:
+        """Write what timm.create_model("local-dir:FOLDER", pretrained=True) reads."""
+        export(model, folder, inputs, class_names)
+
+    @classmethod
+    def predictor(cls, folder: Path, settings: dict[str, Any], place: torch.device, top: int = 3) -> "ClassPredictor":
+        """top: classes to name for each picture."""
+        return ClassPredictor(folder, place, top)
+
+
+class ClassPredictor(Predictor):
+    """The likeliest classes of a picture: {"classes": [{"name": …, "probability": …}, …]}, the likeliest first.
+
+    folder: a finished run's, or any that timm's `local-dir:` reads and that names its classes.
+    """
+
+    def __init__(self, folder: Path, place: torch.device, top: int = 3):
+        self.names = label_names(folder)
+        self.model = create(f"local-dir:{folder}", len(self.names), pretrained=True).to(place).eval()
+        self.transform = create_transform(**resolve_data_config(model=self.model))
+        self.place, self.top = place, min(top, len(self.names))
+
+    def batch(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        x = torch.stack([self.transform(image) for image in images]).to(self.place)
+        likeliest = self.model(x).float().softmax(-1).cpu().topk(self.top)
+        rows = zip(likeliest.indices.tolist(), likeliest.values.tolist())
+        return [dict(classes=[dict(name=self.names[i], probability=p) for i, p in zip(*row)]) for row in rows]
+
+    def say(self, record: dict[str, Any]) -> str:
+        return ", ".join(f"{found['name']} {100 * found['probability']:.1f} %" for found in record["classes"])
