@@ -18,7 +18,7 @@ from .checkpoint import save as save_checkpoint
 from .checkpoint import write_text
 from .config import build, check, check_typed, dump
 from .data.bad import BadImages
-from .data.loader import Batches, EvaluationOrder, TrainingOrder, batches, steps_per_epoch, to_device
+from .data.loader import Batches, EvaluationOrder, TrainingOrder, batches, steps_per_epoch
 from .distributed import (
     StopRequest,
     choose_device,
@@ -186,7 +186,7 @@ def train(
 
     def measured(batches: Iterable, weights: nn.Module) -> dict[str, float]:
         divided = inputs if is_sharded(weights) else None
-        return evaluate(weights, job, batches, place, autocast, stop, divided)[0]
+        return evaluate(weights, job, batches, autocast, stop, divided)[0]
 
     # Steps
     shared = parallel(learner, place)
@@ -223,7 +223,7 @@ def train(
         sums: dict[str, Tensor] = {}
         for part in range(accumulate):
             with log.waiting():
-                batch = to_device(next(training_batches), place)
+                batch = next(training_batches)
             if state.step == part == 0 and rank() == 0:
                 log.picture(job.sample(run_dir, batch, inputs), 0)
                 seed_generators("step", seed, state.step, rank())  # as they were
@@ -268,7 +268,6 @@ def evaluate(
     model: nn.Module,
     job: Any,
     loader: Batches,
-    device: torch.device,
     autocast: Callable[[], AbstractContextManager],
     stop: StopRequest | None = None,
     divided: dict[str, Any] | None = None,
@@ -288,7 +287,7 @@ def evaluate(
             arrived += 1
             if stop is not None and stop.asked and not divided:
                 return
-            yield to_device(batch, device)
+            yield batch
         for _ in range(rounds - arrived):
             job.probe(model, divided)
 

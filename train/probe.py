@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from .checkpoint import write_text
 from .config import build, check, check_typed
 from .data.bad import BadImages
-from .data.loader import EvaluationOrder, batches, to_device
+from .data.loader import EvaluationOrder, batches
 from .distributed import choose_device, rank, together, total, world
 from .engine import autocasting
 from .errors import UserError
@@ -169,8 +169,7 @@ def features(
     width = pooled(torch.zeros(1, *input_size, device=place)).shape[1]
     found, labels = torch.zeros(len(images), width), torch.zeros(len(images), dtype=torch.int64)
     order = EvaluationOrder(len(images), max(1, batch_size // world()))
-    for batch in batches(_Numbered(images), order, 0, workers, place, bad):
-        x, y, number = to_device(batch, place)
+    for x, y, number in batches(_Numbered(images), order, 0, workers, place, bad):
         found[number.cpu()], labels[number.cpu()] = pooled(x), y.cpu() + 1  # 0: not read
     for part in found.split(2**16):
         part.copy_(total(part))  # a row is another process's, or zero, so that the sum is exact

@@ -66,7 +66,7 @@ def test(
     loader = batches(seen, order, 0, config.get("workers", 0), place, bad)
     precision = config.get("precision", "fp32")
     speed, began = Speed(net, place), time.perf_counter()
-    metrics, detail = evaluate(net, job, loader, place, autocasting(place, precision))
+    metrics, detail = evaluate(net, job, loader, autocasting(place, precision))
     bad.share()
     metrics |= dict(seconds=round(time.perf_counter() - began, 3), **speed.result())
     tested_on = source.root if isinstance(source, TestFolder) else split

@@ -111,7 +111,7 @@ def test_training_augments_and_evaluation_does_not(pets):
 def test_posterising_to_nothing(pets, policy):
     """At magnitude 10 no bits are left and the image is black, whatever Pillow thinks of it."""
     images = ImageFolder(str(pets), augment=dict(auto_augment=policy)).dataset("train", INPUTS, training=True)
-    step = images.transform.transforms[2]
+    step = images.transform.on_pil.transforms[0]
     ops = [*getattr(step, "ops", ()), *(op for pair in getattr(step, "policy", ()) for op in pair)]
     posterising = [op for op in ops if "Posterize" in op.name]
     assert posterising

@@ -6,21 +6,21 @@ A layout (a folder, tars, shards) says which images a split has and where their 
 import io
 import os
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import timm
+import torch
 from PIL import Image, UnidentifiedImageError
 from timm.data import create_transform
-from timm.data.auto_augment import posterize
 from torch import Tensor
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose
 
 from ..config import check
 from ..errors import UserError
+from .augment import Augment
 from .bad import BadImage
 
 _TRANSFORM = ("input_size", "is_training", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # given by `inputs`
@@ -61,14 +61,22 @@ class Files:
 
 
 class Images(Dataset):
-    """(image (3, H, W) float32 normalised, label) of each index.
+    """(image (3, H, W), label) of each index: float32 normalised, or uint8, which `finish` normalises.
 
     files: has __len__, name(index), base(index), which ends with the file's own name, and read(index), its bytes.
-    labels (N,). transforms: by the first epoch that each is for.
+    labels (N,). transforms: of a file's bytes and a function that gives its name, by the first epoch that each is for.
     """
 
-    def __init__(self, files: Any, labels: Sequence[int], transforms: dict[int, Callable[[Image.Image], Tensor]]):
+    def __init__(
+        self,
+        files: Any,
+        labels: Sequence[int],
+        transforms: dict[int, Callable[[bytes, Callable[[], str]], Tensor]],
+        mean: Sequence[float],
+        std: Sequence[float],
+    ):
         self.files, self.labels, self.transforms = files, np.asarray(labels, np.int64), transforms
+        self.mean, self.std = mean, std
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
@@ -87,7 +95,15 @@ class Images(Dataset):
             data = self.files.read(index)
         except OSError as error:
             raise BadImage(self.files.name(index), _says(error)) from error
-        return self.transform(decode(data, lambda: self.files.name(index))), int(self.labels[index])
+        return self.transform(data, lambda: self.files.name(index)), int(self.labels[index])
+
+    def finish(self, batch: Sequence) -> Sequence:
+        """A batch with its images normalised, wherever they are."""
+        images, *rest = batch
+        if images.dtype == torch.uint8:
+            mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (self.mean, self.std))
+            images = images.float().div_(255).sub_(mean).div_(std)
+        return [images, *rest]
 
 
 def decode(data: bytes, name: Callable[[], str]) -> Image.Image:
@@ -99,6 +115,10 @@ def decode(data: bytes, name: Callable[[], str]) -> Image.Image:
         raise
     except Exception as error:  # damaged files make PIL's many readers raise almost anything
         raise BadImage(name(), _says(error)) from error
+
+
+def _as_tested(transform: Callable[[Image.Image], Tensor], data: bytes, name: Callable[[], str]) -> Tensor:
+    return transform(decode(data, name))
 
 
 def read_image(path: str | Path) -> Image.Image:
@@ -114,23 +134,6 @@ def _says(error: Exception) -> str:
     unknown = isinstance(error, UnidentifiedImageError)  # its own text holds an address in memory
     said = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
     return f"can't be read as an image ({'no known format' if unknown else said})"
-
-
-def augmenting(**arguments: Any) -> Compose:
-    """timm's create_transform for training, able to posterise to nothing.
-
-    RandAugment, at magnitude 10, leaves an image no bits, which makes it black. Pillow 13 refuses that.
-    """
-    transform = create_transform(**arguments, is_training=True)
-    for step in transform.transforms:
-        for op in (*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))):
-            if op.aug_fn is posterize:
-                op.aug_fn = _posterize
-    return transform
-
-
-def _posterize(image: Image.Image, bits: int, **fill: Any) -> Image.Image:
-    return Image.new(image.mode, image.size) if bits == 0 else posterize(image, bits, **fill)
 
 
 class Source:
@@ -163,12 +166,13 @@ class Source:
         return inputs
 
     def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> Images:
-        """The images of "train", "val" or "test", as (image (3, H, W) float32 normalised, label)."""
+        """The images of "train", "val" or "test", with their labels."""
         files, labels = self.images(split)
+        norm = dict(mean=inputs["mean"], std=inputs["std"])
         if not training:
-            return Images(files, labels, {0: create_transform(**inputs)})
+            return Images(files, labels, {0: partial(_as_tested, create_transform(**inputs))}, **norm)
         by_epoch = {first: inputs | dict(input_size=(inputs["input_size"][0], n, n)) for first, n in self.sizes.items()}
         transforms = {
-            first: augmenting(**inputs, **self.augment) for first, inputs in (by_epoch or {0: inputs}).items()
+            first: Augment(decode, **inputs, **self.augment) for first, inputs in (by_epoch or {0: inputs}).items()
         }
-        return Images(files, labels, transforms)
+        return Images(files, labels, transforms, **norm)

@@ -155,10 +155,15 @@ class EvaluationOrder:
 
 
 class Batches:
-    """The collated batches of a loader, without the bad images. skipped: how many the last pass has left out."""
+    """The collated batches of a loader on a device, without bad images. skipped: how many the last pass has left out.
 
-    def __init__(self, loader: DataLoader, bad: BadImages | None):
-        self.loader, self.bad, self.skipped = loader, bad, 0
+    finish: what is done to each batch when it is there.
+    """
+
+    def __init__(
+        self, loader: DataLoader, device: torch.device, bad: BadImages | None, finish: Callable[[Any], Any] | None
+    ):
+        self.loader, self.device, self.bad, self.finish, self.skipped = loader, device, bad, finish, 0
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -175,7 +180,8 @@ class Batches:
                 self.bad.note({name: (reason, 1) for name, reason in found.items()})
                 self.skipped += len(found)
             if batch is not None:
-                yield batch
+                batch = to_device(batch, self.device)
+                yield batch if self.finish is None else self.finish(batch)
 
 
 def batches(
@@ -183,7 +189,8 @@ def batches(
 ) -> Batches:
     """The batches that `order` lists, `workers` processes reading ahead (0: this one reads).
 
-    A dataset may say with `collate(samples)` what a batch of samples is.
+    A dataset may say with `collate(samples)` what a batch of samples is, and with `finish(batch)` what is to be done to
+    it on the device.
     bad: where images that can't be read are noted; None: the first one raises. In training another stands in for it.
     Iteration raises the UserError of what goes wrong in a worker.
     """
@@ -196,7 +203,7 @@ def batches(
         persistent_workers=workers > 0,
         generator=torch.Generator(),  # its own, so that making an iterator draws nothing from the global one
     )
-    return Batches(loader, bad)
+    return Batches(loader, device, bad, getattr(dataset, "finish", None))
 
 
 def _collate(collate: Callable[[list], Any], loaded: Any) -> Any:

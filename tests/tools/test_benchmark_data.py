@@ -1,0 +1,40 @@
+"""tools/benchmark_data.py feeds all loaders the same files; its figures are nobody's business here."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+
+
+def benchmark(*arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "tools" / "benchmark_data.py"), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_times_every_loader(tmp_path):
+    small = ["--images", 20, "--size", 32, "--batch", 4, "--workers", 1, "--batches", 2, "--runs", 1, "--out", tmp_path]
+    done = benchmark(*small, "--augment", "auto_augment=rand-m5-inc1", "re_prob=0.5")
+    assert done.returncode == 0, done.stderr
+    result = json.loads((tmp_path / "benchmark_data.json").read_text())
+    assert result["augment"] == dict(color_jitter=0.0, auto_augment="rand-m5-inc1", re_prob=0.5)
+    rows = {row["loader"]: row for row in result["rows"]}
+    assert rows.keys() == {"saccade", "timm", "decoding (torchvision)", "decoding (PIL)"}
+    assert all(row["images_per_s"] > 0 for row in rows.values())
+    assert rows["timm"]["against_timm"] == 1
+    assert 1.0 in (rows["decoding (torchvision)"]["of_decoding"], rows["decoding (PIL)"]["of_decoding"])
+
+
+def test_own_images(tmp_path):
+    for i in range(3):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "a" / f"{i}.jpg")
+    done = benchmark("--data", tmp_path, "--batch", 4)
+    assert done.returncode == 2 and "has 3 JPEGs in its class folders, fewer than --batch 4" in done.stderr
+    done = benchmark("--augment", "hflip")
+    assert done.returncode == 2 and "--augment takes key=value, got hflip" in done.stderr

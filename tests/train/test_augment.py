@@ -1,0 +1,90 @@
+"""timm's training transform begun on tensors: timm's own crops and flips, and pixels that differ by rounding."""
+
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from saccade.train.data.augment import Augment
+from saccade.train.data.bad import BadImage
+from saccade.train.data.images import Images, decode
+from sklearn.datasets import load_sample_image
+from timm.data import create_transform
+
+INPUTS = dict(input_size=(3, 64, 64), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+PHOTOGRAPH = Image.fromarray(load_sample_image("flower.jpg")[:300, 100:500])
+
+
+def file(kind: str = "JPEG", mode: str = "RGB") -> bytes:
+    out = io.BytesIO()
+    PHOTOGRAPH.convert(mode).save(out, kind)
+    return out.getvalue()
+
+
+def seeded(function, *args):
+    random.seed(3), np.random.seed(3), torch.manual_seed(3)
+    return [function(*args) for _ in range(20)]
+
+
+def both(data: bytes, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
+    """Twenty images of each, in levels of 255 where nothing but pixels were done to."""
+    mean, std = (torch.tensor(INPUTS[key]).view(3, 1, 1) for key in ("mean", "std"))
+    timms = create_transform(**INPUTS, **arguments, is_training=True)
+    with Image.open(io.BytesIO(data)) as image:
+        expected = torch.stack(seeded(timms, image.convert("RGB")))
+    ours = torch.stack(seeded(Augment(decode, **INPUTS, **arguments), data, lambda: "a file"))
+    if ours.dtype == torch.uint8:
+        return ours.float(), (expected * std + mean) * 255
+    return ours, expected
+
+
+@pytest.mark.parametrize(
+    "kind, mode", [("JPEG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "RGBA"), ("PNG", "L")]
+)
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "random"])
+def test_crops_and_flips(kind, mode, interpolation):
+    ours, timms = both(file(kind, mode), interpolation=interpolation, vflip=0.5, color_jitter=0.0)
+    difference = (ours - timms).abs()
+    assert difference.max() < 2.01 and difference.mean() < 0.3  # of 255
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [dict(color_jitter=0.4), dict(auto_augment="rand-m5-inc1"), dict(grayscale_prob=0.5, color_jitter=0.0)],
+    ids=lambda arguments: next(iter(arguments)),
+)
+def test_what_follows_on_pil_images(arguments):
+    ours, timms = both(file(), interpolation="bilinear", **arguments)
+    difference = (ours - timms).abs().flatten(1)
+    # Some of RandAugment's operations (equalising, solarising) make much of a level's difference, in few pixels.
+    assert difference.median(1).values.max() < 1.01 and (difference > 8).float().mean() < 0.02
+
+
+def test_without_a_resized_crop_all_is_timms():
+    ours, timms = both(file(), train_crop_mode="rkrr", interpolation="lanczos", color_jitter=0.4)
+    assert (ours - timms).abs().max() < 1e-3
+    ours, timms = both(file(), interpolation="lanczos", color_jitter=0.0)
+    assert (ours - timms).abs().max() < 1e-3
+
+
+def test_erasing_follows_normalising():
+    ours, timms = both(file(), re_prob=1.0, re_mode="const", color_jitter=0.0, interpolation="bilinear")
+    assert torch.equal(ours == 0, timms == 0) and (ours == 0).any()
+    assert (ours - timms).abs().max() < 2.01 / 255 / 0.224
+
+
+def test_normalised_where_the_model_is():
+    pixels = torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8)
+    images = Images(None, [], {0: None}, INPUTS["mean"], INPUTS["std"])
+    normalised, labels = images.finish([pixels, "labels"])
+    plain = create_transform((3, 5, 7), mean=INPUTS["mean"], std=INPUTS["std"], crop_pct=1.0)
+    for mine, image in zip(normalised, pixels):
+        assert torch.equal(mine, plain(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())))
+    assert labels == "labels" and images.finish([normalised])[0] is normalised
+
+
+def test_damaged():
+    with pytest.raises(BadImage, match=r"torn\.jpg"):
+        Augment(decode, **INPUTS)(file()[:2000], lambda: "torn.jpg")

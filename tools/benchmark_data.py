@@ -1,0 +1,193 @@
+"""Time how fast images come to a training process: our loader, timm's, and decoding alone, in turn.
+
+    python tools/benchmark_data.py
+    python tools/benchmark_data.py --workers 8 --batch 256 --data imagenet/train
+    python tools/benchmark_data.py --augment auto_augment=rand-m9-mstd0.5-inc1 re_prob=0.25
+
+Without --data, JPEGs of 500×375, ImageNet's usual size, are cut from the photographs that ship with scikit-learn and
+scikit-image. What is timed: reading a file, decoding, a random crop resized to --size, flips, normalising and batching,
+each loader of the same files. `decoding` is the faster of torchvision's decoder and PIL's in as many
+processes, with nothing done to the pixels and nothing sent anywhere: no loader can be faster. The ratios are medians
+of those run by run. Writes benchmark_data.json into --out.
+"""
+
+import argparse
+import ast
+import gc
+import io
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+from rich.table import Table
+from saccade.train import measure
+from saccade.train.data.folder import ImageFolder
+from saccade.train.data.loader import TrainingOrder, batches
+from timm.data import create_dataset, create_loader
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import decode_jpeg
+
+CPU = torch.device("cpu")
+NORM = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+
+
+def photographs() -> list[Image.Image]:
+    """Large ones that need no network."""
+    from skimage import data
+    from sklearn.datasets import load_sample_images
+
+    pictures = [*load_sample_images().images, *(getattr(data, name)() for name in ("astronaut", "coffee", "rocket"))]
+    return [Image.fromarray(picture) for picture in pictures]
+
+
+def write_images(root: Path, count: int, seed: int = 0) -> None:
+    """JPEGs of 500×375 in ten class folders, random cuts of the photographs at qualities from 75 to 95."""
+    rng, pictures = np.random.default_rng(seed), photographs()
+    for i in range(count):
+        picture = pictures[i % len(pictures)]
+        width = int(min(picture.width, picture.height * 4 / 3) * rng.uniform(0.6, 1))
+        height = width * 3 // 4
+        left, top = rng.integers(picture.width - width + 1), rng.integers(picture.height - height + 1)
+        cut = picture.resize((500, 375), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+        folder = root / f"{i % 10}"
+        folder.mkdir(parents=True, exist_ok=True)
+        cut.save(folder / f"{i}.jpg", quality=int(rng.integers(75, 96)))
+
+
+class Decoding(Dataset):
+    """Files read and decoded, the pixels forgotten."""
+
+    def __init__(self, paths: list[Path], pil: bool):
+        self.paths, self.pil = paths, pil
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> int:
+        data = self.paths[index].read_bytes()
+        if self.pil:
+            with Image.open(io.BytesIO(data)) as image:
+                return image.convert("RGB").width
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)).shape[2]
+
+
+def endless(loader: DataLoader) -> Iterator:
+    while True:
+        yield from loader
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="a folder of class folders of JPEGs")
+    parser.add_argument("--images", type=int, default=512, help="to make, without --data")
+    parser.add_argument("--size", type=int, default=224, help="pixels a side")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2, help="processes that load, in each")
+    parser.add_argument("--batches", type=int, default=8, help="in a run of each")
+    parser.add_argument("--runs", type=int, default=11, help="counted runs of each")
+    parser.add_argument("--augment", nargs="*", default=[], metavar="key=value", help="of timm's create_transform")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_data"))
+    args = parser.parse_args()
+    try:
+        augment = {key: _literal(value) for key, value in (given.split("=", 1) for given in args.augment)}
+    except ValueError:
+        parser.error(f"--augment takes key=value, got {' '.join(args.augment)}")
+    torch.set_num_threads(1)  # of this process, and so of the workers
+    with tempfile.TemporaryDirectory() as scratch:
+        root = args.data or Path(scratch)
+        if args.data is None:
+            write_images(root, args.images)
+        paths = sorted(path for path in root.glob("*/*") if path.suffix.lower() in (".jpg", ".jpeg"))
+        if len(paths) < args.batch:
+            parser.error(f"{root} has {len(paths)} JPEGs in its class folders, fewer than --batch {args.batch}")
+        augment = dict(color_jitter=0.0) | augment
+        times = compare(args, root, paths, augment)
+    report(args, times, augment)
+
+
+def _literal(text: str):
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def compare(args: argparse.Namespace, root: Path, paths: list[Path], augment: dict) -> dict[str, list[float]]:
+    """Seconds that each took for the batches of each run, by name."""
+    size = (3, args.size, args.size)
+    inputs = dict(input_size=size, interpolation="bilinear", crop_pct=0.875, **NORM)
+    training = ImageFolder(str(root), shares=(0.0, 0.0), augment=augment).dataset("train", inputs, training=True)
+    theirs = create_dataset("", str(root))
+
+    def ours() -> Iterator:
+        order = TrainingOrder(len(training), args.batch, 0, 0, 10**6)
+        return iter(batches(training, order, 0, args.workers, CPU))
+
+    def of_timm() -> Iterator:
+        more = dict(num_workers=args.workers, use_prefetcher=False, persistent_workers=args.workers > 0)
+        return endless(
+            create_loader(theirs, size, args.batch, True, interpolation="bilinear", **more, **NORM, **augment)
+        )
+
+    def decoding(pil: bool) -> Iterator:
+        more = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
+        return endless(DataLoader(Decoding(paths, pil), args.batch, shuffle=True, drop_last=True, **more))
+
+    loaders = {
+        "saccade": ours,
+        "timm": of_timm,
+        "decoding (torchvision)": lambda: decoding(False),
+        "decoding (PIL)": lambda: decoding(True),
+    }
+    for name in ("saccade", "timm"):
+        images, _ = next(loaders[name]())
+        assert images.shape == (args.batch, *size) and images.dtype == torch.float32 and images.min() < -1, name
+
+    times: dict[str, list[float]] = {name: [] for name in loaders}
+    for _ in range(args.runs):
+        for name, start in loaders.items():
+            loader = start()  # with workers of its own, which end with the run and so disturb no other
+            for _ in range(2 * args.workers + 1):  # what they read ahead while they started
+                next(loader)
+            began = time.perf_counter()
+            for _ in range(args.batches):
+                next(loader)
+            times[name].append(time.perf_counter() - began)
+            del loader
+            gc.collect()
+    return times
+
+
+def report(args: argparse.Namespace, times: dict[str, list[float]], augment: dict) -> None:
+    """A table on the terminal, and everything in benchmark_data.json."""
+    facts, images = measure.machine(CPU) | dict(workers=args.workers), args.batch * args.batches
+    fastest = min((name for name in times if name.startswith("decoding")), key=lambda name: sum(times[name]))
+    table = Table(title=f"{facts['device']}, {args.workers} worker processes, {args.size}×{args.size}")
+    for head in ("loader", "images/s", "of decoding alone", "against timm"):
+        table.add_column(head, justify="left" if head == "loader" else "right")
+    rows = []
+    for name, seconds in times.items():
+        row = dict(loader=name, images_per_s=images / statistics.median(seconds))
+        row |= dict(
+            of_decoding=measure.ratio(times[fastest], seconds), against_timm=measure.ratio(times["timm"], seconds)
+        )
+        table.add_row(name, f"{row['images_per_s']:.0f}", f"{row['of_decoding']:.0%}", f"{row['against_timm']:.2f}×")
+        rows.append(row)
+    console = Console()
+    console.print(table)
+    args.out.mkdir(parents=True, exist_ok=True)
+    file = args.out / "benchmark_data.json"
+    settings = dict(size=args.size, batch=args.batch, batches=args.batches, runs=args.runs, augment=augment)
+    file.write_text(json.dumps(dict(machine=facts, **settings, rows=rows), indent=1) + "\n")
+    console.print(f"wrote {file}")
+
+
+if __name__ == "__main__":
+    main()

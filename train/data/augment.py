@@ -1,0 +1,105 @@
+"""timm's training transform on the bytes of a file, its first steps on the tensor that a JPEG is decoded to.
+
+It begins with a random crop, resized, and with flips. PIL's resizing takes as long as decoding the whole JPEG;
+torch's, on pixels as the decoder lays them out, a fifth of that. The same random numbers are drawn in the same order,
+so that the crops are timm's, and the pixels differ by the rounding of the resize.
+"""
+
+import random
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import posterize
+from timm.data.transforms import RandomResizedCropAndInterpolation as RandomResizedCrop
+from torch import Tensor
+from torch.nn.functional import interpolate
+from torchvision.io import decode_jpeg
+from torchvision.transforms import (
+    Compose,
+    InterpolationMode,
+    Normalize,
+    RandomHorizontalFlip,
+    RandomVerticalFlip,
+)
+
+_MODES = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bicubic"}
+
+
+class Augment:
+    """What `create_transform(**arguments, is_training=True)` makes of an image, (3, H, W).
+
+    Where normalising comes last, uint8, which is to be normalised where the model is, at a quarter of the bytes to
+    move; where something follows it (random erasing), float32.
+    decode(data, name): the PIL image of the bytes, where they are no plain JPEG; it raises what is to be raised.
+    """
+
+    def __init__(self, decode: Callable[[bytes, Callable[[], str]], Image.Image], **arguments: Any):
+        self.decode = decode
+        steps = create_transform(**arguments, is_training=True).transforms
+        last = next(i for i, step in enumerate(steps) if isinstance(step, Normalize))
+        before, self.after = steps[: last - 1], steps[last:]  # between them is the step from PIL image to tensor
+        on_tensors = next((i for i, step in enumerate(before) if not _takes_tensors(step)), len(before))
+        self.on_tensors, self.on_pil = before[:on_tensors], Compose(before[on_tensors:])
+        for step in self.on_pil.transforms:
+            # RandAugment, at magnitude 10, leaves an image no bits, which makes it black. Pillow 13 refuses that.
+            for op in (*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))):
+                if op.aug_fn is posterize:
+                    op.aug_fn = _posterize
+
+    def __call__(self, data: bytes, name: Callable[[], str]) -> Tensor:
+        pixels = _jpeg(data)
+        if pixels is None:
+            pixels = _pixels(self.decode(data, name))
+        for step in self.on_tensors:
+            pixels = _resized_crop(step, pixels) if isinstance(step, RandomResizedCrop) else step(pixels)
+        if self.on_pil.transforms:
+            pixels = _pixels(self.on_pil(Image.fromarray(pixels.permute(1, 2, 0).numpy())))
+        if len(self.after) == 1:
+            return pixels.contiguous()
+        image = pixels.float().div_(255)
+        for step in self.after:
+            image = step(image)
+        return image.contiguous()
+
+
+def _takes_tensors(step: Any) -> bool:
+    if isinstance(step, RandomResizedCrop):
+        modes = step.interpolation if isinstance(step.interpolation, (list, tuple)) else [step.interpolation]
+        return set(modes) <= _MODES.keys()
+    return isinstance(step, (RandomHorizontalFlip, RandomVerticalFlip))
+
+
+def _jpeg(data: bytes) -> Tensor | None:
+    """The pixels (3, H, W), uint8, of a grey or colour JPEG; None for anything else, and for a damaged file."""
+    if data[:2] != b"\xff\xd8":
+        return None
+    try:
+        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    except RuntimeError:
+        return None
+    if len(pixels) == 1:
+        return pixels.expand(3, -1, -1)
+    return pixels if len(pixels) == 3 else None  # of four inks PIL makes colours otherwise than torchvision
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    """(3, H, W), uint8, laid out as the image is: each pixel's colours side by side."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _resized_crop(step: RandomResizedCrop, pixels: Tensor) -> Tensor:
+    """As `step` does it to a PIL image."""
+    top, left, height, width = step.get_params(pixels, step.scale, step.ratio)
+    several = isinstance(step.interpolation, (list, tuple))
+    mode = _MODES[random.choice(step.interpolation) if several else step.interpolation]
+    crop = pixels[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
+    return interpolate(crop, size=step.size, mode=mode, antialias=True)[0]
+
+
+def _posterize(image: Image.Image, bits: int, **fill: Any) -> Image.Image:
+    return Image.new(image.mode, image.size) if bits == 0 else posterize(image, bits, **fill)
