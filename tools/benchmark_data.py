@@ -5,10 +5,11 @@
     python tools/benchmark_data.py --augment auto_augment=rand-m9-mstd0.5-inc1 re_prob=0.25
 
 Without --data, JPEGs of 500×375, ImageNet's usual size, are cut from the photographs that ship with scikit-learn and
-scikit-image. What is timed: reading a file, decoding, a random crop resized to --size, flips, normalising and batching,
-each loader of the same files. `decoding` is the faster of torchvision's decoder and PIL's in as many
-processes, with nothing done to the pixels and nothing sent anywhere: no loader can be faster. The ratios are medians
-of those run by run. Writes benchmark_data.json into --out.
+scikit-image. What is timed: reading a file, decoding, a random crop resized to --size, flips and batching, of the same
+files. The pixels then go to the device as they are, and are normalised there; "normalised" is with that done on the
+CPU, by this process (saccade) or by the workers (timm). "decoding" is what as many processes decode and forget, with
+torchvision or PIL: no loader can be faster than the faster one. The ratios are medians of those run by run, against
+timm of the same kind. Writes benchmark_data.json into --out.
 """
 
 import argparse
@@ -126,29 +127,47 @@ def compare(args: argparse.Namespace, root: Path, paths: list[Path], augment: di
     training = ImageFolder(str(root), shares=(0.0, 0.0), augment=augment).dataset("train", inputs, training=True)
     theirs = create_dataset("", str(root))
 
-    def ours() -> Iterator:
-        order = TrainingOrder(len(training), args.batch, 0, 0, 10**6)
-        return iter(batches(training, order, 0, args.workers, CPU))
+    for_timm = augment | dict(color_jitter=augment["color_jitter"] or None)  # 0 is a step that changes nothing, to it
+    workers = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
 
-    def of_timm() -> Iterator:
-        more = dict(num_workers=args.workers, use_prefetcher=False, persistent_workers=args.workers > 0)
-        return endless(
-            create_loader(theirs, size, args.batch, True, interpolation="bilinear", **more, **NORM, **augment)
+    def ours(normalised: bool) -> Iterator:
+        order = TrainingOrder(len(training), args.batch, 0, 0, 10**6)
+        loaded = batches(training, order, 0, args.workers, CPU)
+        if not normalised:
+            loaded.finish = None
+        return iter(loaded)
+
+    def of_timm(normalised: bool) -> Iterator:
+        # With its prefetcher timm's workers give pixels, which the prefetcher would normalise on the device.
+        loaded = create_loader(
+            theirs,
+            size,
+            args.batch,
+            True,
+            interpolation="bilinear",
+            use_prefetcher=not normalised,
+            device=CPU,
+            **workers,
+            **NORM,
+            **for_timm,
         )
+        return endless(loaded if normalised else loaded.loader)
 
     def decoding(pil: bool) -> Iterator:
-        more = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
-        return endless(DataLoader(Decoding(paths, pil), args.batch, shuffle=True, drop_last=True, **more))
+        return endless(DataLoader(Decoding(paths, pil), args.batch, shuffle=True, drop_last=True, **workers))
 
     loaders = {
-        "saccade": ours,
-        "timm": of_timm,
+        "saccade": lambda: ours(False),
+        "timm": lambda: of_timm(False),
+        "saccade, normalised": lambda: ours(True),
+        "timm, normalised": lambda: of_timm(True),
         "decoding (torchvision)": lambda: decoding(False),
         "decoding (PIL)": lambda: decoding(True),
     }
-    for name in ("saccade", "timm"):
+    for name in list(loaders)[:4]:
         images, _ = next(loaders[name]())
-        assert images.shape == (args.batch, *size) and images.dtype == torch.float32 and images.min() < -1, name
+        kind = (torch.float32, -1) if "normalised" in name else (torch.uint8, 1)
+        assert images.shape == (args.batch, *size) and images.dtype == kind[0] and images.min() < kind[1], name
 
     times: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(args.runs):
@@ -175,8 +194,9 @@ def report(args: argparse.Namespace, times: dict[str, list[float]], augment: dic
     rows = []
     for name, seconds in times.items():
         row = dict(loader=name, images_per_s=images / statistics.median(seconds))
+        peer = "timm, normalised" if "normalised" in name else "timm"
         row |= dict(
-            of_decoding=measure.ratio(times[fastest], seconds), against_timm=measure.ratio(times["timm"], seconds)
+            of_decoding=measure.ratio(times[fastest], seconds), against_timm=measure.ratio(times[peer], seconds)
         )
         table.add_row(name, f"{row['images_per_s']:.0f}", f"{row['of_decoding']:.0%}", f"{row['against_timm']:.2f}×")
         rows.append(row)

@@ -23,9 +23,13 @@ def file(kind: str = "JPEG", mode: str = "RGB") -> bytes:
     return out.getvalue()
 
 
-def seeded(function, *args):
-    random.seed(3), np.random.seed(3), torch.manual_seed(3)
-    return [function(*args) for _ in range(20)]
+def seeded(function, *args) -> list[torch.Tensor]:
+    """Twenty images, each of random numbers of its own."""
+    images = []
+    for i in range(20):
+        random.seed(i), np.random.seed(i), torch.manual_seed(i)
+        images.append(function(*args))
+    return images
 
 
 def both(data: bytes, **arguments) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,7 +56,7 @@ def test_crops_and_flips(kind, mode, interpolation):
 
 @pytest.mark.parametrize(
     "arguments",
-    [dict(color_jitter=0.4), dict(auto_augment="rand-m5-inc1"), dict(grayscale_prob=0.5, color_jitter=0.0)],
+    [dict(color_jitter=0.4), dict(auto_augment="rand-m5-inc1"), dict(grayscale_prob=0.5)],
     ids=lambda arguments: next(iter(arguments)),
 )
 def test_what_follows_on_pil_images(arguments):
@@ -81,7 +85,8 @@ def test_normalised_where_the_model_is():
     normalised, labels = images.finish([pixels, "labels"])
     plain = create_transform((3, 5, 7), mean=INPUTS["mean"], std=INPUTS["std"], crop_pct=1.0)
     for mine, image in zip(normalised, pixels):
-        assert torch.equal(mine, plain(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy())))
+        expected = plain(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
+        assert torch.allclose(mine, expected, rtol=0, atol=1e-6)
     assert labels == "labels" and images.finish([normalised])[0] is normalised
 
 

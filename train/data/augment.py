@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 from torchvision.io import decode_jpeg
 from torchvision.transforms import (
+    ColorJitter,
     Compose,
     InterpolationMode,
     Normalize,
@@ -42,7 +43,8 @@ class Augment:
         self.decode = decode
         steps = create_transform(**arguments, is_training=True).transforms
         last = next(i for i, step in enumerate(steps) if isinstance(step, Normalize))
-        before, self.after = steps[: last - 1], steps[last:]  # between them is the step from PIL image to tensor
+        # Between these is the step from PIL image to tensor. What changes nothing would want a PIL image all the same.
+        before, self.after = [step for step in steps[: last - 1] if not _is_idle(step)], steps[last:]
         on_tensors = next((i for i, step in enumerate(before) if not _takes_tensors(step)), len(before))
         self.on_tensors, self.on_pil = before[:on_tensors], Compose(before[on_tensors:])
         for step in self.on_pil.transforms:
@@ -65,6 +67,12 @@ class Augment:
         for step in self.after:
             image = step(image)
         return image.contiguous()
+
+
+def _is_idle(step: Any) -> bool:
+    """timm puts in a ColorJitter for color_jitter=0."""
+    idle = isinstance(step, ColorJitter)
+    return idle and not any((step.brightness, step.contrast, step.saturation, step.hue))
 
 
 def _takes_tensors(step: Any) -> bool:
