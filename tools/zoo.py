@@ -108,11 +108,11 @@ def parameters(test):
 
 
 def families() -> dict[str, list[str]]:
-    """Module name -> names of its models."""
+    """Module name -> names of its models. A lifter takes cameras beside its images and has no classes: docs/bev.md."""
     found = defaultdict(list)
     for name in timm.list_models():
         module = timm.model_entrypoint(name).__module__
-        if module.startswith(saccade.backbones.__name__ + "."):
+        if module.startswith(saccade.backbones.__name__ + ".") and timm.get_pretrained_cfg(name).num_classes:
             found[module].append(name)
     return found
 

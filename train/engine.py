@@ -299,9 +299,10 @@ def evaluate(
 
 
 def where(run_dir: Path, paths: list[Path]) -> str:
-    """Where everything is, and the line that loads the model."""
+    """Where everything is, and, of a model that timm can build, the line that loads it."""
     lines = [f"  {path}" for path in paths]
-    if (run_dir / "model.safetensors").exists():
+    file = run_dir / "config.json"
+    if file.exists() and "architecture" in json.loads(file.read_text(encoding="utf-8")):
         lines.append(f'  import saccade.backbones, timm; timm.create_model("local-dir:{run_dir}", pretrained=True)')
     return "\n".join(lines)
 

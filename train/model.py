@@ -74,26 +74,35 @@ def _known(name: str) -> None:
 
 def create_features(
     name: str,
-    out_indices: Sequence[int] | None = None,
+    out_indices: Sequence[int] | Callable[[list[int]], Sequence[int]] | None = None,
     checkpoint: str | Path | None = None,
     pretrained: bool = False,
+    norms: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
     """A timm model that returns its stages' maps: images (B, 3, H, W) to a list of (B, C, H / s, W / s).
 
-    out_indices: the maps wanted (None: what the model gives); its `feature_info` has their channels C and strides s.
+    out_indices: the maps wanted, or what picks them, given the strides of all (None: what the model gives); its
+    `feature_info` has their channels C and strides s.
     checkpoint: a classifier's weights, or those of a published detector's or segmenter's backbone, as in `create`. The
     classifier in them is left out; norms of the maps that a file lacks start anew. pretrained: those timm publishes.
+    norms: a model of ours that can have `out_norms` has them unless told otherwise, but Agent-PVT, published without.
     For optimisers it has `layers`, what the whole model's group_matcher() says, and `exempt`, its no_weight_decay().
     Raises UserError as `create` does, and where the model has no such maps.
     """
     _known(name)
-    wanted = {} if out_indices is None else dict(out_indices=tuple(out_indices))
-    given = kwargs | dict(features_only=True)
+    wanted: dict[str, Any] = {}
     try:
         with torch.device("meta"):  # whatever is wrong with the arguments is said before a file is opened
             whole = timm.create_model(name, **kwargs)
-            timm.create_model(name, **given, **wanted)
+        if norms and "out_norms" in inspect.signature(type(whole)).parameters and not name.startswith("agent_pvt"):
+            kwargs = dict(out_norms=True) | kwargs
+        if callable(out_indices):
+            rows = getattr(whole.feature_info, "info", whole.feature_info)
+            out_indices = out_indices([row["reduction"] for row in rows])
+        if out_indices is not None:
+            wanted = dict(out_indices=tuple(out_indices))
+        given = kwargs | dict(features_only=True)
         build = partial(timm.create_model, name, **given, **wanted)
         model = build(pretrained=pretrained) if checkpoint is None else _features_from(Path(checkpoint), build, kwargs)
     except TypeError as error:
@@ -167,6 +176,12 @@ def _weights(file: Path) -> dict[str, Any]:
     except Exception as error:  # zip, pickle and tensor readers each have their own
         raise UserError(f"checkpoint {file} can't be read ({_first_line(error)}): fetch or convert it again") from error
     return dict(file=str(file))
+
+
+def read_weights(file: str | Path) -> dict[str, torch.Tensor]:
+    """The tensors of a file of weights or a run's folder, under their own names; of a checkpoint, its best weights."""
+    weights = _weights(Path(file))
+    return weights["state_dict"] if "state_dict" in weights else load_state_dict(weights["file"])
 
 
 def _disagreements(error: Exception) -> list[tuple[str, str]]:

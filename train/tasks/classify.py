@@ -28,6 +28,8 @@ class Classify(Task):
     with probability mix_prob. bce: binary cross-entropy of each class instead of a softmax over them.
     """
 
+    scores = ("top1",)
+
     def __init__(
         self,
         data: Any,
@@ -118,9 +120,6 @@ class Classify(Task):
         metrics["ece"], bins = calibration.result()
         beside, counted = real.result()
         return metrics | beside, dict(confusion=confusion, calibration=bins, real_images=counted)
-
-    def score(self, metrics: dict[str, float]) -> float:
-        return metrics["top1"]
 
     def report(self, folder: Path, detail: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Write folder/classes.csv, the accuracy of every class; returns what metrics.json is to say beside the

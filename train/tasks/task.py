@@ -33,9 +33,14 @@ class Predictor:
 
 
 class Task:
-    """The base of all. methods: the model's methods besides forward that `loss` calls."""
+    """The base of all.
+
+    methods: the model's methods besides forward that `loss` calls. scores: metrics, in percent, that curves are drawn
+    of; the first chooses the best checkpoint.
+    """
 
     methods: tuple[str, ...] = ()
+    scores: tuple[str, ...]
 
     def model(
         self, name: str, checkpoint: Any = None, new_head: bool = False, pretrained: bool = False, **kwargs: Any
@@ -73,7 +78,7 @@ class Task:
 
     def score(self, metrics: dict[str, float]) -> float:
         """What the best checkpoint has most of."""
-        raise NotImplementedError
+        return metrics[self.scores[0]]
 
     def sample(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
         """Draw a training batch into folder/pictures/batch.png. inputs: the preprocessing, as timm names it."""
@@ -92,8 +97,10 @@ class Task:
         """
         from .. import pictures  # matplotlib takes a second to import, and only this needs it
 
-        drawn = [pictures.curves(folder / "log.jsonl", folder / "pictures" / "curves.png")] if model is None else []
-        return [file for file in drawn if file is not None]
+        if model is not None:
+            return []
+        file = pictures.curves(folder / "log.jsonl", folder / "pictures" / "curves.png", self.scores)
+        return [file] if file is not None else []
 
     def export(self, model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: list[str]) -> None:
         """Write model.safetensors, all of the model's weights, and config.json, which names the classes."""

@@ -1,0 +1,672 @@
+"""DFA3D-BEV: images of several cameras lifted to a bird's-eye view by 3D deformable attention.
+
+Paper: "DFA3D: 3D Deformable Attention For 2D-to-3D Feature Lifting", ICCV 2023, arXiv 2307.12972, on BEVFormer's
+encoder (arXiv 2203.17270). Published code: IDEA-Research/3D-deformable-attention@cc38675, for non-commercial use only:
+this file is written from a description of it, and equals it in float64. The published weights of the encoder and the
+depth network load (`checkpoint_filter_fn`); the published image backbone, a ResNet-101 with deformable convolutions, is
+not in timm, and any other of timm's stands in its place.
+
+Frames. The view's frame is the caller's, metres, z up: nuScenes' LiDAR has x to the right and y ahead. Cell (i, j) of
+the map (B, E, H, W), row i, column j, is the column of air over y_min + (i + 0.5) · (y_max - y_min) / H and
+x_min + (j + 0.5) · (x_max - x_min) / W. Pixel (u, v) of an image has its centre at (u + 0.5, v + 0.5), so that an image
+spans 0 to W and 0 to H.
+
+With a batch of several samples, each looks through its own cameras and at its own previous frame; the published code
+does so for one sample only, where the two are equal.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import Mlp
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torchvision.ops import FeaturePyramidNetwork
+
+from ..ops import dfa3d, ms_deform_attn
+from ..ops.precision import full, no_autocast
+from .dfa3d_depth import DepthHead, depth_bins, depth_target
+from .published import renamed
+
+NEAR = 1e-5  # metres before a camera, from which on a point is seen
+
+
+def pillars(bev_size: tuple[int, int], pc_range: Sequence[float], points: int, like: Tensor) -> Tensor:
+    """Points over the centre of every cell, from half a metre above the range's floor to as much below its top:
+    (H · W, points, 3) in metres, in `like`'s type."""
+    height, width = bev_size
+    low, high = (torch.tensor(values, dtype=like.dtype, device=like.device) for values in (pc_range[:3], pc_range[3:]))
+    tall = float(pc_range[5] - pc_range[2])
+    dd = dict(dtype=like.dtype, device=like.device)
+    z = torch.linspace(0.5, tall - 0.5, points, **dd) / tall
+    y = (torch.arange(height, **dd) + 0.5) / height
+    x = (torch.arange(width, **dd) + 0.5) / width
+    grid = torch.stack(torch.broadcast_tensors(x[None, :, None], y[:, None, None], z[None, None]), -1)
+    return grid.flatten(0, 1) * (high - low) + low
+
+
+def project(
+    points: Tensor, lidar2img: Tensor, size: tuple[int, int], depth_bound: tuple[float, float, float]
+) -> tuple[Tensor, Tensor]:
+    """Where the cameras see points.
+
+    points (Q, Z, 3) in metres, lidar2img (B, N, 4, 4) to (u · d, v · d, d, 1) in pixels and metres, size (H, W) of the
+    images. Returns (u / W, v / H, (d - nearest) / (farthest - nearest)), (B, N, Q, Z, 3), and which are seen
+    (B, N, Q, Z): before the camera and within its image, whatever their depth.
+    """
+    with no_autocast(lidar2img):
+        matrix = lidar2img.to(points.dtype)
+        u, v, d = (points @ matrix[:, :, None, :3, :3].mT + matrix[:, :, None, None, :3, 3]).unbind(-1)
+        away = d.clamp(min=NEAR)
+        u, v = u / away / size[1], v / away / size[0]
+        seen = (d > NEAR) & (u > 0) & (u < 1) & (v > 0) & (v < 1)
+        return torch.stack([u, v, (d - depth_bound[0]) / (depth_bound[1] - depth_bound[0])], -1), seen
+
+
+def directions(heads: int) -> Tensor:
+    """A direction a head, all around, with 1 as the larger coordinate: (heads, 2)."""
+    angle = 2 * math.pi / heads * torch.arange(heads)
+    grid = torch.stack([angle.cos(), angle.sin()], -1)
+    return grid / grid.abs().amax(-1, keepdim=True)
+
+
+class DeformableAttention(nn.Module):
+    """Queries look at maps of several sizes, around their reference points; at depths too, where the maps have them.
+
+    Args:
+        dim: E, of queries and maps.
+        heads: M.
+        levels: L maps.
+        points: P samples a level.
+        depth: sampled in 3D; else the third coordinate plays no part.
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int, depth: bool):
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"embed_dims must be a multiple of heads={heads}, got {dim}")
+        self.heads, self.levels, self.points = heads, levels, points
+        samples = heads * levels * points
+        self.sampling_offsets = nn.Linear(dim, 2 * samples)
+        self.sampling_offsets_depth = nn.Linear(dim, samples) if depth else None
+        self.attention_weights = nn.Linear(dim, samples)
+        self.value_proj = nn.Linear(dim, dim)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        far = torch.arange(1.0, self.points + 1)
+        grid = directions(self.heads)[:, None, None, :] * far[:, None]  # (M, 1, P, 2)
+        nn.init.zeros_(self.sampling_offsets.weight)
+        self.sampling_offsets.bias.copy_(grid.expand(-1, self.levels, -1, -1).flatten())
+        if self.sampling_offsets_depth is not None:
+            angle = 2 * math.pi / self.heads * torch.arange(self.heads)
+            deep = ((angle.cos() + angle.sin()) / 2)[:, None, None] * far
+            nn.init.xavier_uniform_(self.sampling_offsets_depth.weight)
+            self.sampling_offsets_depth.bias.copy_(deep.expand(-1, self.levels, -1).flatten())
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.zeros_(self.attention_weights.bias)
+        nn.init.xavier_uniform_(self.value_proj.weight)
+        nn.init.zeros_(self.value_proj.bias)
+
+    def sample(
+        self, query: Tensor, value: Tensor, depth: Tensor | None, shapes: list[tuple[int, int]], reference: Tensor
+    ) -> tuple[Tensor, Tensor | None, list, Tensor, Tensor]:
+        """The operator's arguments; see `forward`."""
+        split = (self.heads, self.levels, self.points)
+        offsets = self.sampling_offsets(query).unflatten(-1, (*split, 2))
+        sizes = [(W, H) for H, W in shapes]
+        if depth is not None:
+            offsets = torch.cat([offsets, self.sampling_offsets_depth(query).unflatten(-1, (*split, 1))], -1)
+            sizes = [(W, H, depth.shape[-1]) for W, H in sizes]
+        dims = offsets.shape[-1]
+        Z = reference.shape[2]
+        # In float32 at least: a bfloat16 coordinate is off by whole cells.
+        offsets = offsets.to(full(offsets)) / torch.tensor(sizes, dtype=full(offsets), device=query.device)[:, None]
+        around = reference[:, :, None, None, None, :, :dims]  # point p goes with anchor p mod Z
+        locations = (offsets.unflatten(-2, (-1, Z)) + around).flatten(-3, -2)
+        weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1).unflatten(-1, split[1:])
+        value = self.value_proj(value).unflatten(-1, (self.heads, -1))
+        return value, depth if depth is None else depth[:, :, None], shapes, locations, weights
+
+    def forward(
+        self, query: Tensor, value: Tensor, depth: Tensor | None, shapes: list[tuple[int, int]], reference: Tensor
+    ) -> Tensor:
+        """query (B, Q, E), value (B, S, E) with S = Σ H·W of shapes, depth (B, S, D), reference (B, Q, Z, 3) from 0 to
+        1 -> (B, Q, E), of all heads, not yet projected."""
+        value, depth, shapes, locations, weights = self.sample(query, value, depth, shapes, reference)
+        if depth is None:
+            return ms_deform_attn(value, shapes, locations, weights)
+        return dfa3d(value, depth, shapes, locations, weights)
+
+
+class SpatialCrossAttention(nn.Module):
+    """Every cell of the view looks at the cameras that see something of the air above it.
+
+    Only these queries are gathered, per sample and camera; what the cameras give is averaged over those that see.
+    """
+
+    def __init__(self, dim: int, heads: int, levels: int, points: int, depth: bool, drop: float):
+        super().__init__()
+        self.deformable_attention = DeformableAttention(dim, heads, levels, points, depth)
+        self.output_proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(drop)
+        nn.init.xavier_uniform_(self.output_proj.weight)
+        nn.init.zeros_(self.output_proj.bias)
+
+    def forward(
+        self,
+        query: Tensor,
+        value: Tensor,
+        depth: Tensor | None,
+        shapes: list[tuple[int, int]],
+        reference: Tensor,
+        seen: Tensor,
+    ) -> Tensor:
+        """query (B, Q, E), value (B, N, S, E), depth (B, N, S, D), reference (B, N, Q, Z, 3), seen (B, N, Q, Z) ->
+        (B, Q, E), the query added."""
+        N, Z = reference.shape[1], reference.shape[3]
+        here = seen.any(-1)  # (B, N, Q)
+        most = int(here.sum(-1).max())
+        slots = torch.zeros_like(query)
+        if most:
+            index = here.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[
+                ..., :most
+            ]  # those that see, first
+            kept = here.gather(-1, index)
+            rows = index[..., None].expand(-1, -1, -1, query.shape[-1])
+            looking = query[:, None].expand(-1, N, -1, -1).gather(2, rows)
+            around = reference.gather(2, index[..., None, None].expand(-1, -1, -1, Z, 3))
+            out = self.deformable_attention(
+                looking.flatten(0, 1),
+                value.flatten(0, 1),
+                None if depth is None else depth.flatten(0, 1),
+                shapes,
+                around.flatten(0, 1),
+            ).unflatten(0, (-1, N))
+            out = torch.where(kept[..., None], out, 0.0).to(slots.dtype)
+            for camera in range(N):  # within one, no cell comes twice: the sum is the same in every run
+                slots = slots.scatter_add(1, rows[:, camera], out[:, camera])
+        return self.dropout(self.output_proj(slots / here.sum(1).clamp(min=1)[..., None])) + query
+
+
+class TemporalSelfAttention(nn.Module):
+    """Every cell of the view looks around itself, in the view of before and in the present one."""
+
+    def __init__(self, dim: int, heads: int, points: int, drop: float):
+        super().__init__()
+        self.heads, self.points = heads, points
+        self.sampling_offsets = nn.Linear(2 * dim, 2 * heads * points * 2)
+        self.attention_weights = nn.Linear(2 * dim, 2 * heads * points)
+        self.value_proj = nn.Linear(dim, dim)
+        self.output_proj = nn.Linear(dim, dim)
+        self.dropout = nn.Dropout(drop)
+        with torch.no_grad():
+            grid = directions(heads)[:, None, None, :] * torch.arange(1.0, points + 1)[:, None]  # (M, 1, P, 2)
+            self.sampling_offsets.bias.copy_(grid.expand(-1, 2, -1, -1).flatten())
+        nn.init.zeros_(self.sampling_offsets.weight)
+        for layer in (self.attention_weights, self.value_proj, self.output_proj):
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.attention_weights.weight)
+        nn.init.xavier_uniform_(self.value_proj.weight)
+        nn.init.xavier_uniform_(self.output_proj.weight)
+
+    def forward(
+        self,
+        query: Tensor,
+        position: Tensor,
+        frames: tuple[Tensor, Tensor] | None,
+        shape: tuple[int, int],
+        where: Tensor,
+    ) -> Tensor:
+        """query (B, Q, E), position (Q, E) or (B, Q, E) added to it, frames: the previous view and the present one
+        (B, Q, E) each, None: both are the query; where (B, Q, 2): each cell's place in the frames, from 0 to 1 ->
+        (B, Q, E), the query added."""
+        B = len(query)
+        before, present = (query, query) if frames is None else frames
+        asking = torch.cat([before, query + position], -1)
+        split = (self.heads, 2, self.points)
+        offsets = self.sampling_offsets(asking).unflatten(-1, (*split, 2)).permute(3, 0, 1, 2, 4, 5)  # frames first
+        weights = self.attention_weights(asking).unflatten(-1, split).softmax(-1).permute(3, 0, 1, 2, 4)
+        size = torch.tensor(shape[::-1], dtype=full(offsets), device=query.device)
+        locations = (offsets.to(full(offsets)) / size + where[:, :, None, None]).flatten(0, 1)
+        value = self.value_proj(torch.stack([before, present])).unflatten(-1, (self.heads, -1)).flatten(0, 1)
+        out = ms_deform_attn(value, [shape], locations[:, :, :, None], weights.flatten(0, 1)[:, :, :, None])
+        return self.dropout(self.output_proj(out.unflatten(0, (2, B)).mean(0))) + query
+
+
+class EncoderLayer(nn.Module):
+    """Attention over time, over the cameras, and an MLP, each a residual with LayerNorm after it."""
+
+    def __init__(
+        self, dim: int, heads: int, levels: int, points: int, tsa_points: int, hidden: int, depth: bool, drop: float
+    ):
+        super().__init__()
+        self.tsa = TemporalSelfAttention(dim, heads, tsa_points, drop)
+        self.norm1 = nn.LayerNorm(dim)
+        self.sca = SpatialCrossAttention(dim, heads, levels, points, depth, drop)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, hidden, act_layer=nn.ReLU, drop=drop)
+        self.norm3 = nn.LayerNorm(dim)
+
+    def forward(self, query, position, frames, shape, where, value, depth, shapes, reference, seen) -> Tensor:
+        query = self.norm1(self.tsa(query, position, frames, shape, where))
+        query = self.norm2(self.sca(query, value, depth, shapes, reference, seen))
+        return self.norm3(query + self.mlp(query))
+
+
+class Encoder(nn.Module):
+    """The view from the cameras' maps, layer by layer."""
+
+    def __init__(self, count: int, **layer: Any):
+        super().__init__()
+        self.layers = nn.ModuleList(EncoderLayer(**layer) for _ in range(count))
+        self.grad_checkpointing = False
+
+    def forward(
+        self,
+        query: Tensor,
+        position: Tensor,
+        before: Tensor | None,
+        shift: Tensor,
+        shape: tuple[int, int],
+        value: Tensor,
+        depth: Tensor | None,
+        shapes: list[tuple[int, int]],
+        reference: Tensor,
+        seen: Tensor,
+    ) -> Tensor:
+        """As the layers' arguments; before (B, Q, E), the previous view, turned as the present one, or None; shift
+        (B, 2): how far (x, y) the cells have moved since, from 0 to 1 over the map. -> (B, Q, E).
+
+        The present frame of the first layer is that of all layers, as published; with no previous view it is each
+        layer's own. All look at shifted places, also in the present frame, as published.
+        """
+        H, W = shape
+        dd = dict(dtype=full(query), device=query.device)
+        y, x = (torch.arange(H, **dd) + 0.5) / H, (torch.arange(W, **dd) + 0.5) / W
+        cells = torch.stack(torch.broadcast_tensors(x[None], y[:, None]), -1).flatten(0, 1)
+        where = cells + shift.to(cells)[:, None]  # (B, Q, 2)
+        frames = None if before is None else (before, query)
+        for layer in self.layers:
+            arguments = (position, frames, shape, where, value, depth, shapes, reference, seen)
+            if self.grad_checkpointing and self.training:
+                query = checkpoint(layer, query, *arguments, use_reentrant=False)
+            else:
+                query = layer(query, *arguments)
+        return query
+
+
+def align(view: Tensor, yaw: Tensor) -> Tensor:
+    """The view (B, E, H, W) as an ego sees it that has turned by yaw (B,) degrees since, anticlockwise seen from above
+    (x to the right, y ahead): by nearest neighbours, zero where nothing was, around the middle of the map, the ego.
+
+    The published code turns around cell (100, 100) whatever the size.
+    """
+    H, W = view.shape[2:]
+    cos, sin = yaw.to(view.dtype).deg2rad().cos(), yaw.to(view.dtype).deg2rad().sin()
+    zero = torch.zeros_like(cos)
+    turn = torch.stack([cos, -sin * H / W, zero, sin * W / H, cos, zero], -1).unflatten(-1, (2, 3))
+    grid = F.affine_grid(turn, list(view.shape), align_corners=False)
+    return F.grid_sample(view, grid, mode="nearest", align_corners=False)
+
+
+class Halved(nn.Module):
+    """A further level of a pyramid: the last one, through a convolution of stride 2."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+class BEVLifter(nn.Module):
+    """Images of cameras around an ego to its bird's-eye view.
+
+    Args:
+        backbone: a timm model with feature maps, by name; backbone_args: its arguments (drop_path_rate, …);
+            backbone_pretrained: with the weights that timm publishes.
+        in_chans: channels of the images.
+        strides: of the maps that are lifted, as many as levels; one twice the backbone's last is made by a convolution.
+        depth_stride: of the map from which depth is estimated: one of them.
+        embed_dims: E, of maps, queries and view.
+        heads, points: of the attention over cameras; points a level. tsa_points: of that over time.
+        layers: of the encoder.
+        ffn: hidden width of its MLPs.
+        bev_size: (H, W) of the view.
+        pc_range: what it spans, (x_min, y_min, z_min, x_max, y_max, z_max) in metres.
+        pillar: points over each cell's centre that are looked for in the images; points is a multiple of it.
+        depth_bound: (nearest, farthest, bin) in metres, before a camera.
+        depth_groups: see DepthHead; (): a probability a bin.
+        lift_depth: False: 2D deformable attention, with no depth, as BEVFormer has it.
+        depth_network: False: none; `depth` is given to forward.
+        cams: cameras that have an embedding each; 0: none has, and there may be any number.
+        can_bus: numbers that describe the ego's motion for `can_bus` of forward; 0: none.
+        drop_rate: dropout in the encoder.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "resnet101",
+        backbone_args: dict[str, Any] | None = None,
+        backbone_pretrained: bool = False,
+        in_chans: int = 3,
+        strides: tuple[int, ...] = (8, 16, 32, 64),
+        depth_stride: int = 32,
+        embed_dims: int = 256,
+        heads: int = 8,
+        points: int = 8,
+        tsa_points: int = 4,
+        layers: int = 6,
+        ffn: int = 512,
+        bev_size: tuple[int, int] = (200, 200),
+        pc_range: tuple[float, ...] = (-51.2, -51.2, -5.0, 51.2, 51.2, 3.0),
+        pillar: int = 4,
+        depth_bound: tuple[float, float, float] = (2.0, 58.0, 0.5),
+        depth_groups: tuple[int, ...] = (2, 4, 8),
+        lift_depth: bool = True,
+        depth_network: bool = True,
+        cams: int = 6,
+        can_bus: int = 18,
+        drop_rate: float = 0.1,
+    ):
+        super().__init__()
+        if points % pillar:
+            raise ValueError(f"points must be a multiple of pillar={pillar}, got {points}")
+        if embed_dims % 2:
+            raise ValueError(f"embed_dims must be even, got {embed_dims}")
+        if len(pc_range) != 6 or any(low >= high for low, high in zip(pc_range, pc_range[3:])):
+            raise ValueError(f"pc_range must be (x_min, y_min, z_min, x_max, y_max, z_max), got {pc_range}")
+        if depth_stride not in strides:
+            raise ValueError(f"depth_stride must be one of strides={tuple(strides)}, got {depth_stride}")
+        self.in_chans, self.num_classes, self.num_features = in_chans, 0, embed_dims
+        self.strides, self.bev_size, self.pc_range = tuple(strides), tuple(bev_size), tuple(pc_range)
+        self.pillar, self.depth_bound, self.cams, self.can_bus = pillar, tuple(depth_bound), cams, can_bus
+
+        arguments = dict(features_only=True, in_chans=in_chans, pretrained=backbone_pretrained) | (backbone_args or {})
+        reductions = timm.create_model(backbone, **arguments | dict(pretrained=False)).feature_info.reduction()
+        own = [stride for stride in self.strides if stride in reductions]
+        if list(self.strides) not in (own, [*own, 2 * reductions[-1]]):
+            raise ValueError(
+                f"strides must be some of {backbone}'s {reductions}, and may end with one more, got {strides}"
+            )
+        self.backbone = timm.create_model(backbone, **arguments, out_indices=[reductions.index(s) for s in own])
+        self.fpn = FeaturePyramidNetwork(self.backbone.feature_info.channels(), embed_dims)
+        self.extra = Halved(embed_dims) if len(own) < len(self.strides) else None
+
+        bins = depth_bins(self.depth_bound)
+        self.depth_level = self.strides.index(depth_stride)
+        self.lift_depth, self.depth = lift_depth, None
+        if lift_depth and depth_network:
+            self.depth = DepthHead(embed_dims, embed_dims, bins, depth_groups)
+        self.level_embed = nn.Parameter(torch.empty(len(self.strides), embed_dims))
+        self.camera_embed = nn.Parameter(torch.empty(cams, embed_dims)) if cams else None
+        H, W = self.bev_size
+        self.query = nn.Parameter(torch.empty(H * W, embed_dims))
+        self.row_embed = nn.Parameter(torch.empty(H, embed_dims // 2))
+        self.column_embed = nn.Parameter(torch.empty(W, embed_dims // 2))
+        self.can_bus_mlp = None
+        if can_bus:
+            self.can_bus_mlp = nn.Sequential(
+                nn.Linear(can_bus, embed_dims // 2),
+                nn.ReLU(),
+                nn.Linear(embed_dims // 2, embed_dims),
+                nn.ReLU(),
+                nn.LayerNorm(embed_dims),
+            )
+        self.encoder = Encoder(
+            layers,
+            dim=embed_dims,
+            heads=heads,
+            levels=len(self.strides),
+            points=points,
+            tsa_points=tsa_points,
+            hidden=ffn,
+            depth=lift_depth,
+            drop=drop_rate,
+        )
+        for embedding in (self.level_embed, self.camera_embed, self.query):
+            if embedding is not None:
+                nn.init.normal_(embedding, std=0.02)
+        nn.init.uniform_(self.row_embed)
+        nn.init.uniform_(self.column_embed)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"level_embed", "camera_embed", "query", "row_embed", "column_embed"}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        return dict(stem=r"^backbone\.", blocks=[(r"^(?:fpn|extra|depth)\.", (0,)), (r"^encoder\.layers\.(\d+)", None)])
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.encoder.grad_checkpointing = enable
+        if hasattr(self.backbone, "set_grad_checkpointing"):
+            self.backbone.set_grad_checkpointing(enable)
+
+    def maps(self, images: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """images (B, N, in_chans, H, W) -> maps (B, N, E, H / stride, W / stride) of every level, and probabilities of
+        the depth codes (B, N, codes, H / depth_stride, W / depth_stride) with which the depth loss is taken."""
+        B, N = images.shape[:2]
+        found = self.backbone(images.flatten(0, 1))
+        maps = list(self.fpn({str(i): x for i, x in enumerate(found)}).values())
+        if self.extra is not None:
+            maps.append(self.extra(maps[-1]))
+        codes = None if self.depth is None else self.depth(maps[self.depth_level]).unflatten(0, (B, N))
+        return [x.unflatten(0, (B, N)) for x in maps], codes
+
+    def lift(
+        self,
+        maps: list[Tensor],
+        bins: Tensor | None,
+        lidar2img: Tensor,
+        size: tuple[int, int],
+        prev_bev: Tensor | None = None,
+        motion: Tensor | None = None,
+        can_bus: Tensor | None = None,
+        cameras: Tensor | None = None,
+    ) -> Tensor:
+        """maps as of `maps`, bins (B, N, D, h, w): a depth distribution, of whatever size; size (H, W) of the images;
+        the rest as of `forward`."""
+        B, N = maps[0].shape[:2]
+        H, W = self.bev_size
+        shapes = [tuple(x.shape[3:]) for x in maps]
+        camera = 0 if self.camera_embed is None else self.camera_embed[:N, None]
+        value = torch.cat([x.flatten(3).mT + camera + level for x, level in zip(maps, self.level_embed)], 2)
+        depth = None
+        if self.lift_depth:
+            depth = bins.flatten(0, 1)
+            depth = [depth if depth.shape[2:] == shape else F.interpolate(depth, shape) for shape in shapes]
+            depth = torch.cat([d.flatten(2).mT for d in depth], 1).unflatten(0, (B, N))
+        with no_autocast(lidar2img):
+            like = lidar2img.new_empty(0, dtype=full(lidar2img))
+            points = pillars(self.bev_size, self.pc_range, self.pillar, like)
+            reference, seen = project(points, lidar2img, size, self.depth_bound)
+        if cameras is not None:
+            seen = seen & cameras[:, :, None, None]
+        query = self.query.expand(B, -1, -1)
+        if can_bus is not None:
+            if self.can_bus_mlp is None:
+                raise ValueError("can_bus needs a lifter that was made with can_bus=18 or as many numbers as it has")
+            query = query + self.can_bus_mlp(can_bus)[:, None]
+        column, row = self.column_embed.expand(H, -1, -1), self.row_embed[:, None].expand(-1, W, -1)
+        position = torch.cat([column, row], -1).flatten(0, 1)
+        shift = value.new_zeros(B, 2, dtype=like.dtype)
+        before = None
+        if prev_bev is not None:
+            if motion is not None:
+                span = motion.new_tensor([b - a for a, b in zip(self.pc_range[:2], self.pc_range[3:5])])
+                shift = motion[:, :2] / span
+                prev_bev = align(prev_bev, motion[:, 2])
+            before = prev_bev.flatten(2).mT
+        out = self.encoder(query, position, before, shift, (H, W), value, depth, shapes, reference, seen)
+        return out.mT.unflatten(2, (H, W))
+
+    def forward(
+        self,
+        images: Tensor,
+        lidar2img: Tensor,
+        prev_bev: Tensor | None = None,
+        motion: Tensor | None = None,
+        can_bus: Tensor | None = None,
+        cameras: Tensor | None = None,
+        depth: Tensor | None = None,
+        return_depth: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor | None]:
+        """The view (B, E, H_bev, W_bev).
+
+        images     (B, N, in_chans, H, W) of N cameras, of any size, normalised as the backbone wants it.
+        lidar2img  (B, N, 4, 4): from metres in the view's frame to (u · d, v · d, d, 1), with (u, v) in pixels of these
+                   images, d in metres before the camera: intrinsics times extrinsics. Kept in float32 or float64.
+        prev_bev   (B, E, H_bev, W_bev): the view that this model gave for the frame before.
+        motion     (B, 3): since then the ego has moved by (x, y) metres, in the axes of the present view, and turned by
+                   as many degrees, anticlockwise seen from above. Without it the views lie on each other as they are.
+        can_bus    (B, can_bus): what else is known of the ego's motion; published: nuScenes' pose and CAN bus messages.
+        cameras    (B, N) bool: False where a camera is missing, whatever its image holds (but NaN).
+        depth      (B, N, H, W): metres before the camera where they are known, as of a LiDAR, else 0. It takes the
+                   depth network's place: bins within two of the nearest in each cell are 1, others and unknown ones 0.
+        return_depth
+                   returns (view, codes): the depth network's probabilities; see `maps`.
+
+        Raises ValueError for shapes that do not go together.
+        """
+        self._check(images, lidar2img, prev_bev, motion, can_bus, cameras, depth)
+        maps, codes = self.maps(images)
+        bins = None
+        if self.lift_depth and depth is not None:
+            bins = self.depth_target(depth, tolerance=2)
+        elif self.lift_depth:
+            bins = self.depth.decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
+        view = self.lift(maps, bins, lidar2img, tuple(images.shape[3:]), prev_bev, motion, can_bus, cameras)
+        return (view, codes) if return_depth else view
+
+    def depth_target(self, depth: Tensor, tolerance: int = 0) -> Tensor:
+        """Depth (B, N, H, W) in metres, 0 where it is not known, as a distribution (B, N, D, H / depth_stride, …)."""
+        block = self.strides[self.depth_level]
+        return depth_target(depth.flatten(0, 1), block, self.depth_bound, tolerance).unflatten(0, depth.shape[:2])
+
+    def depth_codes(self, depth: Tensor) -> Tensor:
+        """What `maps`'s codes should be: (B, N, codes, H / depth_stride, W / depth_stride) of depth (B, N, H, W)."""
+        return self.depth.encode(self.depth_target(depth).flatten(0, 1)).unflatten(0, depth.shape[:2])
+
+    def _check(self, images, lidar2img, prev_bev, motion, can_bus, cameras, depth) -> None:
+        if images.dim() != 5 or images.shape[2] != self.in_chans:
+            raise ValueError(f"images must be (B, cameras, {self.in_chans}, H, W), got {tuple(images.shape)}")
+        B, N, _, H, W = images.shape
+        if self.cams and self.cams < N:
+            raise ValueError(f"images must be of at most {self.cams} cameras, which have an embedding each, got {N}")
+        for name, t, shape in (
+            ("lidar2img", lidar2img, (B, N, 4, 4)),
+            ("prev_bev", prev_bev, (B, self.num_features, *self.bev_size)),
+            ("motion", motion, (B, 3)),
+            ("can_bus", can_bus, (B, self.can_bus)),
+            ("cameras", cameras, (B, N)),
+            ("depth", depth, (B, N, H, W)),
+        ):
+            if t is not None and tuple(t.shape) != shape:
+                raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
+        if self.lift_depth and self.depth is None and depth is None:
+            raise ValueError("depth must be given to a lifter that was made with depth_network=False, got None")
+
+
+ENCODER_KEYS = [  # published name of an encoder's entry -> ours, applied in order
+    (r"\.attentions\.0\.", ".tsa."),
+    (r"\.attentions\.1\.", ".sca."),
+    (r"\.ffns\.0\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffns\.0\.layers\.1\.", ".mlp.fc2."),
+    (r"\.norms\.0\.", ".norm1."),
+    (r"\.norms\.1\.", ".norm2."),
+    (r"\.norms\.2\.", ".norm3."),
+]
+PUBLISHED_KEYS = [
+    (r"^pts_bbox_head\.transformer\.encoder\.", "encoder."),
+    (r"^pts_dpt_head\.", "depth."),
+    *[(r"^(encoder\..*)" + pattern, r"\1" + ours) for pattern, ours in ENCODER_KEYS],
+]
+
+
+def rename(key: str) -> str:
+    """Our name of a published state-dict key; ours stay as they are."""
+    return renamed(key, PUBLISHED_KEYS)
+
+
+def checkpoint_filter_fn(state_dict: dict, model: BEVLifter) -> dict[str, Tensor]:
+    """Weights of a published detector, or ours, to ours.
+
+    Of a published one the encoder and the depth network are taken and must fit; the rest (its image backbone is another
+    network, its neck and embeddings are named otherwise) is the model's own.
+    """
+    for container in ("state_dict", "model"):
+        if isinstance(state_dict.get(container), dict):
+            state_dict = state_dict[container]
+    state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
+    if not any(key.startswith("pts_bbox_head.") for key in state_dict):
+        return state_dict
+    own = model.state_dict()
+    taken = {rename(key): value for key, value in state_dict.items()}
+    taken = {key: value for key, value in taken.items() if key.startswith(("encoder.", "depth."))}
+    if model.depth is None:
+        taken = {k: v for k, v in taken.items() if not k.startswith("depth.") and "sampling_offsets_depth" not in k}
+    wanted = [key for key in own if key.startswith(("encoder.", "depth.")) and not key.endswith("num_batches_tracked")]
+    for key in [*wanted, *(key for key in taken if key not in own)]:
+        has, wants = (tuple(d[key].shape) if key in d else "missing" for d in (taken, own))
+        if has != wants:
+            raise ValueError(f"not the weights of this {type(model).__name__}: {key} is {has} there and {wants} here")
+    return own | taken
+
+
+def _cfg(height: int, width: int) -> dict:
+    return dict(
+        num_classes=0,
+        input_size=(3, height, width),  # of each camera; published: (900, 1600), scaled and padded to multiples of 32
+        pool_size=None,
+        crop_pct=1.0,
+        interpolation="bilinear",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv=None,
+        classifier=None,
+        license="apache-2.0",
+        origin_url="https://github.com/IDEA-Research/3D-deformable-attention",
+        paper_name="DFA3D: 3D Deformable Attention For 2D-to-3D Feature Lifting",
+        paper_ids="arXiv:2307.12972",
+    )
+
+
+VARIANTS = dict(
+    dfa3d_bev_s=dict(strides=(32,), bev_size=(150, 150), layers=3),
+    dfa3d_bev_b=dict(strides=(8, 16, 32, 64), bev_size=(200, 200), layers=6),
+)
+default_cfgs = generate_default_cfgs({"dfa3d_bev_s.nuscenes": _cfg(736, 1280), "dfa3d_bev_b.nuscenes": _cfg(928, 1600)})
+
+
+def _create(name: str, pretrained: bool, **kwargs) -> BEVLifter:
+    if kwargs.get("num_classes"):
+        raise ValueError(f"{name} has no classifier: num_classes must be 0, got {kwargs['num_classes']}")
+    return build_model_with_cfg(
+        BEVLifter,
+        name,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        kwargs_filter=("num_classes", "global_pool"),
+        **(VARIANTS[name] | kwargs),
+    )
+
+
+@register_model
+def dfa3d_bev_s(pretrained: bool = False, **kwargs) -> BEVLifter:
+    return _create("dfa3d_bev_s", pretrained, **kwargs)
+
+
+@register_model
+def dfa3d_bev_b(pretrained: bool = False, **kwargs) -> BEVLifter:
+    return _create("dfa3d_bev_b", pretrained, **kwargs)

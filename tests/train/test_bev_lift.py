@@ -1,0 +1,341 @@
+"""The lifter's task: scenes, heads, losses, and whole runs of seconds."""
+
+import importlib
+import json
+
+import numpy as np
+import pytest
+import torch
+from saccade.train import config, engine
+from saccade.train.checkpoint import read
+from saccade.train.data.bev_scenes import CAMERAS, LIDAR, MEAN, STD, BevScenes, augment, corners, moved
+from saccade.train.errors import UserError
+from saccade.train.heads.bev import CentreHead, DecoderHead
+from saccade.train.tasks.lift import Lift, depth_loss
+from support.forked import forked
+from support.runs import train
+
+SIZE = (32, 48)
+MODEL = dict(name="dfa3d_bev_s", backbone="test_resnet", strides=(8, 16), depth_stride=8, embed_dims=16, heads=2)
+MODEL |= dict(points=4, layers=1, ffn=32, bev_size=(16, 16), pc_range=(-16.0, -16.0, -2.3, 16.0, 16.0, 1.7))
+MODEL |= dict(depth_bound=(1.0, 21.0, 2.0), depth_groups=(), can_bus=0, drop_rate=0.0)
+INPUTS = dict(input_size=(3, *SIZE), mean=MEAN, std=STD)
+
+
+def source(**kwargs) -> BevScenes:
+    return BevScenes(**(dict(train=4, val=2, test=2, img_size=SIZE) | kwargs))
+
+
+def settings(**kwargs) -> dict:
+    return dict(
+        model=dict(MODEL), data=dict(type=BevScenes, train=4, val=2, test=2, img_size=SIZE), task=dict(type=Lift),
+        optimizer=dict(opt="adamw", lr=1e-3), schedule=dict(sched="cosine"), epochs=2, batch_size=2, log_every=1,
+        device="cpu",
+    ) | kwargs  # fmt: skip
+
+
+def projected(matrix, points):
+    u, v, d = matrix[:3, :3] @ points.T + matrix[:3, 3:]
+    return np.stack([u / d, v / d, d], 1)
+
+
+def test_scenes_are_exact():
+    """Pixels that a box covers have its depth, and lie inside what its corners span; all others have the ground's."""
+    world = source().world("train", 1)
+    frame = world.frame(0.0, (64, 96))
+    assert len(frame.boxes) >= 6 and set(frame.labels) <= set(range(4))
+    for n, camera in enumerate(CAMERAS):
+        _, depth, hit = world.render(camera, frame.boxes, frame.pose, (64, 96))
+        np.testing.assert_array_equal(depth, frame.depth[n])
+        v, u = np.nonzero(depth)
+        points = np.stack([(u + 0.5) * depth[v, u], (v + 0.5) * depth[v, u], depth[v, u], np.ones(len(u))], 1)
+        points = points @ np.linalg.inv(frame.lidar2img[n]).T
+        on_ground = hit[v, u] < 0
+        np.testing.assert_allclose(points[on_ground, 2], -LIDAR, atol=1e-4)
+        for i, box in enumerate(frame.boxes):
+            mine = points[hit[v, u] == i, :3] - box[:3]
+            c, s = np.cos(box[6]), np.sin(box[6])
+            own = np.abs(mine @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])) / (box[3:6] / 2)
+            assert (own < 1 + 1e-3).all()  # within the box …
+            np.testing.assert_allclose(own.max(1), 1, atol=1e-3) if len(own) else None  # … and on its surface
+    assert frame.pixels.sum() > 100
+
+
+def test_scenes_repeat_and_differ():
+    one, two = source().world("train", 0).frame(0.0, SIZE), source().world("train", 0).frame(0.0, SIZE)
+    assert np.array_equal(one.images, two.images) and np.array_equal(one.boxes, two.boxes)
+    other = source().world("val", 0).frame(0.0, SIZE)
+    assert not np.array_equal(one.images, other.images)
+    assert not np.array_equal(one.images, source(seed=1).world("train", 0).frame(0.0, SIZE).images)
+
+
+def test_what_stands_still_stays_in_the_world():
+    world = source(most=16).world("train", 2)
+    first, later = world.frame(-0.5, SIZE), world.frame(0.0, SIZE)
+    still = world.pace == 0
+    assert still.any() and world.speed > 0.5
+
+    def in_world(frame):
+        return frame.boxes[still, :3] @ frame.pose[:3, :3].T + frame.pose[:3, 3]
+
+    np.testing.assert_allclose(in_world(first), in_world(later), atol=1e-9)
+    x, y, yaw = moved(first.pose, later.pose).tolist()
+    assert yaw == pytest.approx(0.5 * np.rad2deg(world.turning), abs=1e-4)
+    # Half a second along an arc: seen from the later view, mostly ahead (y).
+    assert np.hypot(x, y) == pytest.approx(0.5 * world.speed, rel=0.01) and y > 0.9 * np.hypot(x, y)
+    # What moves does so with its velocity: the places after the frames' motion is taken off.
+    shift = later.boxes[:, :2] - 0.5 * later.boxes[:, 7:]
+    before = first.boxes[:, :3] @ first.pose[:3, :3].T + first.pose[:3, 3]
+    before = (before - later.pose[:3, 3]) @ later.pose[:3, :3]
+    np.testing.assert_allclose(shift, before[:, :2], atol=1e-6)
+
+
+def test_augmentation_keeps_the_geometry():
+    """Turned, mirrored or both, the corners of every box are at the same pixels, or the mirrored ones."""
+    data = source()
+    plain = data.dataset("train", INPUTS)[0]
+    kinds = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        sample = data.dataset("train", INPUTS)[0]
+        frames = sample["frames"]
+        boxes = augment(frames, sample["boxes"], turn=60.0, mirror=True, light=0.0)
+        flipped = not torch.equal(frames[0]["depth"], plain["frames"][0]["depth"])
+        kinds.add(flipped)
+        for n in range(6):
+            for old, new in zip(plain["boxes"], boxes):
+                was = projected(plain["frames"][0]["lidar2img"][n].double().numpy(), corners(old.double().numpy()))
+                now = projected(frames[0]["lidar2img"][n].double().numpy(), corners(new.double().numpy()))
+                if was[:, 2].min() < 0.5:
+                    continue
+                was[:, 0] = SIZE[1] - was[:, 0] if flipped else was[:, 0]
+                order = lambda points: points[np.lexsort(points.round(2).T)]  # noqa: E731
+                np.testing.assert_allclose(order(now), order(was), atol=0.02)
+        assert frames[0]["motion"].abs().max() < 1e-5 and (boxes[:, 3:6] == plain["boxes"][:, 3:6]).all()
+    assert kinds == {False, True}
+
+
+def truth():
+    boxes = torch.tensor(
+        [[3.2, -7.9, -0.9, 4.5, 1.9, 1.6, 0.7, 2.0, -1.0], [-10.4, 11.1, -1.0, 0.8, 0.7, 1.7, -2.9, 0.0, 0.0]]
+    )
+    return boxes, torch.tensor([0, 2])
+
+
+def test_centre_head_returns_what_it_is_taught():
+    """Peaks and codes written as the loss wants them give zero box loss, and the boxes back."""
+    torch.manual_seed(0)
+    head = CentreHead(8, 4, (32, 32), (-16, -16, -2, 16, 16, 2), most=5)
+    boxes, labels = truth()
+    at = head.place(boxes)
+    torch.testing.assert_close(at, (boxes[:, :2] + 16))
+    heat = head.heat(boxes, labels, (4, 32, 32))
+    assert heat[0, 8, 19] == heat[2, 27, 5] == 1 and heat[1].max() == 0 and (heat == 1).sum() == 2
+    logits = torch.logit(heat[None], 1e-4)
+    codes = torch.zeros(1, 10, 32, 32)
+    for box, (x, y) in zip(boxes, at):
+        rest = [x % 1, y % 1, box[2], *box[3:6].log(), box[6].sin(), box[6].cos(), *box[7:]]
+        codes[0, :, int(y), int(x)] = torch.stack([torch.as_tensor(v) for v in rest])
+    losses = head.loss((logits, codes), [boxes], [labels])
+    assert losses["boxes"] < 1e-6 and losses["peaks"] < 0.2
+    ((found, scores, kinds),) = head.boxes((logits, codes))
+    best = scores > 0.9
+    assert best.sum() == 2 and set(kinds[best].tolist()) == {0, 2}
+    for box, label in zip(boxes, labels):
+        torch.testing.assert_close(found[best][kinds[best] == label][0], box, atol=1e-5, rtol=1e-5)
+    worse = head.loss((logits, codes + 0.1), [boxes], [labels])["boxes"]
+    assert worse == pytest.approx(0.5 * 0.1 * (8 + 2 * 0.2), rel=1e-4)
+
+
+def test_decoder_matches_each_box_once():
+    torch.manual_seed(0)
+    head = DecoderHead(16, 4, (8, 8), (-16, -16, -2, 16, 16, 2), queries=7, layers=2, heads=2, hidden=32)
+    boxes, labels = truth()
+    wanted = head.encode(boxes)
+    logits, codes = torch.full((7, 4), -4.0), torch.randn(7, 10)
+    codes[5], codes[2] = wanted[0], wanted[1]
+    logits[5, 0] = logits[2, 2] = 4.0
+    rows, columns = head.match(logits, codes, wanted, labels)
+    assert dict(zip(columns.tolist(), rows.tolist())) == {0: 5, 1: 2}
+    ((found, _, kinds),) = head.boxes([(logits[None], codes[None])])
+    assert kinds[:2].tolist() in ([0, 2], [2, 0])
+    for box, label in zip(boxes, labels):
+        torch.testing.assert_close(found[:2][kinds[:2] == label][0], box, atol=1e-5, rtol=1e-5)
+    losses = head.loss([(logits[None], codes[None])] * 2, [boxes], [labels])
+    assert losses["boxes"] == losses["boxes_0"] == 0
+    p = torch.tensor([-4.0, 4.0]).sigmoid().double()
+    focal = 26 * 0.75 * p[0] ** 2 * -(1 - p[0]).log() + 2 * 0.25 * (1 - p[1]) ** 2 * -p[1].log()
+    assert losses["classes"].item() == pytest.approx(2 * focal.item() / 2, rel=1e-4)
+    empty = head.loss([(logits[None], codes[None])], [boxes[:0]], [labels[:0]])
+    assert empty["boxes"] == 0 and empty["classes"] > 0
+    view = torch.randn(2, 16, 8, 8)
+    outputs = head(view)
+    assert len(outputs) == 2 and outputs[0][0].shape == (2, 7, 4) and outputs[1][1].shape == (2, 7, 10)
+    for _, code in outputs:  # centres are within the range
+        assert (code[..., :2].abs() <= 16).all() and (code[..., 4].abs() <= 2).all()
+
+
+def test_depth_loss_is_over_cells_with_depth():
+    codes = torch.tensor([0.2, 0.8, 0.5, 0.5]).view(1, 2, 2, 1, 1)
+    target = torch.tensor([0.0, 1.0, 0.0, 0.0]).view(1, 2, 2, 1, 1)
+    assert depth_loss(codes, target).item() == pytest.approx(-2 * np.log(0.8), rel=1e-5)
+    assert depth_loss(codes, 0 * target) == 0
+
+
+@pytest.mark.parametrize("head", ["centre", "decoder"])
+def test_learns_one_scene(head):
+    torch.manual_seed(0)
+    arguments = dict(queries=20, layers=2, heads=2, hidden=32) if head == "decoder" else {}
+    data = source(train=1, turn=0.0, mirror=False, light=0.0)
+    job = Lift(data, head=head, head_args=arguments)
+    net = job.model(**MODEL)
+    dataset = data.dataset("train", INPUTS)
+    batch = dataset.collate([dataset[0], dataset[0]])
+    optimizer, losses = torch.optim.AdamW(net.parameters(), 3e-3), []
+    for _ in range(25):
+        loss, said = job.loss(net, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.6 * losses[0] and {"boxes", "depth"} <= set(said)
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_frames_before_are_seen_without_gradients():
+    torch.manual_seed(0)
+    data = source(frames=2)
+    job = Lift(data)
+    net = job.model(**MODEL)
+    dataset = data.dataset("val", INPUTS)
+    batch = dataset.collate([dataset[0], dataset[1]])
+    assert len(batch["frames"]) == 2 and batch["frames"][0]["motion"].abs().max() < 1e-5
+    net.train()
+    net.lifter.depth.eval()  # as engine leaves what is frozen
+    (peaks, _), _ = net(batch["frames"])
+    assert not net.lifter.depth.training and net.lifter.encoder.training and net.lifter.backbone.training
+    with torch.no_grad():
+        net.eval()
+        view = net.lifter(*[batch["frames"][0][name] for name in ("images", "lidar2img")])
+        last = batch["frames"][1]
+        want = net.head(net.lifter(last["images"], last["lidar2img"], view, last["motion"]))[0]
+        torch.testing.assert_close(net(batch["frames"])[0][0], want)
+        alone = net(batch["frames"][1:])[0][0]
+    assert (want - alone).abs().max() > 1e-4 and peaks.requires_grad
+
+
+def test_whole_run_and_its_export(tmp_path):
+    folder = train(tmp_path / "run", settings())
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    val = [line for line in lines if line["kind"] == "val"]
+    assert len(val) == 2 and {"mAP", "NDS", "mAP_2m", "mATE"} <= set(val[0])
+    assert (folder / "pictures" / "batch.png").exists()
+    job = Lift(source())
+    net = job.restore(folder, MODEL).eval()
+    dataset = source().dataset("test", INPUTS)
+    with torch.no_grad():
+        metrics, detail = job.evaluate(net, [dataset.collate([dataset[0], dataset[1]])])
+    assert metrics["images"] == 2 and 0 <= metrics["mAP"] <= 100
+    beside, said = job.report(folder, detail)
+    assert set(beside["classes"]) == set(job.class_names) and len(said) == 4
+    assert (folder / "classes.csv").read_text().startswith("class,AP_0.5m,AP_1.0m,AP_2.0m,AP_4.0m,ATE")
+    drawn = job.pictures(folder, net, dataset, detail)
+    assert [file.name for file in drawn] == ["sample_0.png", "sample_1.png"] and all(file.exists() for file in drawn)
+    tensors, _ = read(folder / "checkpoints" / "best.safetensors")
+    best = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
+    assert all(torch.equal(best[key], value) for key, value in net.state_dict().items())
+
+
+def test_resumes_exactly(tmp_path):
+    whole = train(tmp_path / "whole", settings(epochs=2, eval_every=1))
+    from support.runs import own_signals
+
+    class Stopped(Exception):
+        pass
+
+    folder, calls = tmp_path / "parts", []
+
+    class Stops(Lift):
+        def evaluate(self, model, batches):
+            calls.append(1)
+            if len(calls) == 2:
+                raise Stopped
+            return super().evaluate(model, batches)
+
+    with pytest.raises(Stopped):
+        train(folder, settings(task=dict(type=Stops)))
+    engine.prepare_folder(folder, True, False)
+    with own_signals():
+        engine.train(folder, True, **settings())
+    one, two = (read(run / "checkpoints" / "last.safetensors")[0] for run in (whole, folder))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.mark.parametrize(
+    ("model", "task", "said"),
+    [
+        (dict(name="resnet18"), {}, "model.name=resnet18 is no lifter"),
+        (dict(MODEL, depth_network=False), {}, "needs task.known_depth=True"),
+        (MODEL, dict(known_depth=True), "needs model.depth_network=False"),
+        (MODEL, dict(head_args=dict(most=5, mots=3)), "unknown key task.head_args.mots, did you mean most"),
+        (dict(MODEL, bev_sise=3), {}, "dfa3d_bev_s has no argument model.bev_sise, did you mean bev_size"),
+    ],
+)
+def test_mistakes_are_one_sentence(model, task, said):
+    with pytest.raises(UserError, match=said):
+        Lift(source(), **task).model(**model)
+
+
+CONFIGS = {  # mAP and NDS that the header gives, levels, cells, layers, frames, scale
+    "dfa3d_bev_b": ("mAP 43.0, NDS 53.1", (8, 16, 32, 64), (200, 200), 6, 4, 1.0),
+    "dfa3d_bev_s": ("mAP 40.1, NDS 50.1", (32,), (150, 150), 3, 3, 0.8),
+    "dfa3d_bev_b_lidar": ("mAP 57.6, NDS 63.6", (8, 16, 32, 64), (200, 200), 6, 4, 1.0),
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nuscenes_configs_are_the_published_ones(name):
+    header, strides, cells, layers, frames, scale = CONFIGS[name]
+    file = importlib.import_module("saccade.configs.nuscenes").__path__[0] + f"/{name}.py"
+    found = config.load(file)
+    with open(file) as text:
+        assert header in text.read()
+    engine.validate(found)
+    assert (found["data"]["frames"], found["data"].get("scale", 1.0)) == (frames, scale)
+    assert found["optimizer"] == dict(opt="adamw", lr=2e-4, weight_decay=0.01, layer_decay=0.1)
+    assert (found["epochs"], found["batch_size"], found["clip_grad"]) == (24, 8, 35.0)
+
+    class Ten:
+        class_names = tuple(map(str, range(10)))
+
+    job = found["task"].pop("type")(Ten(), **found["task"])
+    with torch.device("meta"):
+        net = job.model(**dict(found["model"], backbone="resnet18", backbone_pretrained=False))
+    assert net.lifter.strides == strides and net.lifter.bev_size == cells and len(net.lifter.encoder.layers) == layers
+    assert net.head.query.weight.shape == (900, 512) and len(net.head.layers) == 6
+    assert (net.lifter.depth is None) == (name == "dfa3d_bev_b_lidar")
+    groups = {}
+    from timm.optim import create_optimizer_v2
+
+    for group in create_optimizer_v2(net, opt="adamw", lr=1.0, weight_decay=0.01, layer_decay=0.1).param_groups:
+        groups.setdefault(round(group["lr_scale"], 6), []).extend(group["params"])
+    names = {id(p): key for key, p in net.named_parameters()}
+    assert {scale: {names[id(p)].startswith("lifter.backbone.") for p in own} for scale, own in groups.items()} == {
+        0.1: {True},
+        1.0: {False},
+    }
+
+
+def test_two_processes_measure_as_one(tmp_path):
+    """Each sample counts once, also where the processes' shares are not equal."""
+    data = dict(type=BevScenes, train=2, val=1, test=5, img_size=SIZE)
+    folder = train(tmp_path / "run", settings(data=data, epochs=1))
+    results = []
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        assert forked(processes, "test", folder, "--out", out) == [0] * processes
+        metrics = json.loads((out / "metrics.json").read_text())
+        assert metrics["images"] == 5 and set(metrics["classes"]) == {"car", "truck", "pedestrian", "barrier"}
+        results.append([metrics[key] for key in ("mAP", "NDS", "mAP_4m", "mATE", "mASE", "mAOE")])
+    # A batch of another size rounds otherwise.
+    assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-4)

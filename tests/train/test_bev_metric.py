@@ -1,0 +1,133 @@
+"""nuScenes' metric: cases computed by hand, and nuscenes-devkit's own evaluator on generated scenes in its layout."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from saccade.train.data.bev_scenes import BevScenes, write_nuscenes
+from saccade.train.metrics.nuscenes import ATTRIBUTES, NuScenesMetric
+
+
+def box(x, y, size=(4.0, 2.0, 1.5), yaw=0.0, velocity=(0.0, 0.0)):
+    return [x, y, 0.0, *size, yaw, *velocity]
+
+
+def found(rows):
+    boxes, scores = zip(*rows)
+    return torch.tensor(boxes), torch.tensor(scores), torch.zeros(len(rows), dtype=torch.long)
+
+
+def test_hand_computed():
+    """Two cars: one is found 0.3 m off, with a wrong one before it; the other 1.5 m off, so not at 0.5 and 1 m."""
+    metric = NuScenesMetric(["car"])
+    truth = torch.tensor([box(10, 0), box(-10, 0, yaw=0.5, velocity=(3.0, 0.0))])
+    rows = [(box(0, 20), 0.9), (box(10, 0.3), 0.8), (box(-10, 1.5, (4, 2, 3), -0.5, (0.0, 4.0)), 0.7)]
+    kinds = torch.tensor([ATTRIBUTES.index("vehicle.parked"), ATTRIBUTES.index("vehicle.parked")])
+    metric.update(0, found(rows), truth, torch.zeros(2, dtype=torch.long), kinds)
+    metrics, detail = metric.result()
+    # Precision 0, 1/2 and 1/3 or 2/3 at recalls 0, 1/2 and 1/2 or 1, and straight lines between.
+    steps = np.linspace(0, 1, 101)[11:]
+    near, far = np.where(steps < 0.5, steps, 0.0), np.interp(steps, [0, 0.5, 1], [0, 1 / 2, 2 / 3])
+    near[steps == 0.5] = 1 / 3
+    for distance, curve in {"0.5": near, "1": near, "2": far, "4": far}.items():
+        assert metrics[f"mAP_{distance}m"] == pytest.approx(100 * (curve - 0.1).clip(0).mean() / 0.9)
+    errors = detail["car"]["errors"]
+    # Of each error the running mean is 1st, then (1st + 2nd) / 2, along the recalls in between.
+    assert 0.3 < errors["mATE"] < 0.9 and errors["mATE"] == pytest.approx(0.3 + 0.6 * errors["mAOE"] / 0.5, rel=1e-6)
+    assert errors["mASE"] == pytest.approx(0.25 * errors["mAOE"] / 0.5, rel=1e-6)
+    assert errors["mAVE"] == pytest.approx(2.5 * errors["mAOE"] / 0.5, rel=1e-6)
+
+
+def test_perfect_and_nothing():
+    metric = NuScenesMetric(["car", "barrier"])
+    truth = torch.tensor([box(5, 5), box(-5, 5, yaw=1.0)])
+    labels = torch.tensor([0, 1])
+    turned = truth.clone()
+    turned[1, 6] += torch.pi  # a barrier has no front
+    metric.update(0, (turned, torch.tensor([0.9, 0.8]), labels), truth, labels, torch.tensor([6, -1]))
+    metrics, _ = metric.result()
+    assert metrics["mAP"] == pytest.approx(100) and metrics["NDS"] == pytest.approx(100)
+    empty = NuScenesMetric(["car"])
+    empty.update(0, (torch.zeros(0, 9), torch.zeros(0), torch.zeros(0)), truth[:1], labels[:1])
+    metrics, _ = empty.result()
+    assert metrics["mAP"] == 0 and metrics["NDS"] == 0 and metrics["mATE"] == 1
+
+
+@pytest.fixture(scope="module")
+def layout(tmp_path_factory):
+    root = tmp_path_factory.mktemp("nuscenes") / "made"
+    write_nuscenes(root, BevScenes(img_size=(28, 48), most=16), frames=2)
+    return root
+
+
+def test_equals_nuscenes_devkit(layout, tmp_path):
+    pytest.importorskip("nuscenes", reason="nuscenes-devkit is the optional extra [bev]")
+    from nuscenes.eval.common.config import config_factory
+    from nuscenes.eval.detection.evaluate import DetectionEval
+    from saccade.train.data.nuscenes import NuScenes
+
+    source = NuScenes(str(layout), version="v1.0-mini", distort=False, grid_mask=0.0)
+    dataset = source.dataset("val", source.inputs({}))
+    metric, detected = NuScenesMetric(source.class_names), {}
+    generator = torch.Generator().manual_seed(0)
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        boxes, labels = sample["boxes"].repeat(3, 1), sample["labels"].repeat(3)
+        noise = torch.randn(boxes.shape, generator=generator) * torch.tensor(
+            [0.8, 0.8, 0.3, 0.2, 0.2, 0.1, 0.6, 0.4, 0.4]
+        )
+        boxes = boxes + noise
+        boxes[:, 3:6].clamp_(min=0.2)
+        labels = torch.where(torch.rand(len(labels), generator=generator) < 0.1, 0, labels)
+        kept = torch.rand(len(labels), generator=generator) < 0.6
+        scores = (-noise[:, :2].norm(dim=1) + 0.3 * torch.randn(len(boxes), generator=generator)).sigmoid()
+        detected[i] = boxes[kept], scores[kept], labels[kept]
+        metric.update(i, detected[i], sample["boxes"], sample["labels"], sample["attributes"])
+    metrics, detail = metric.result()
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(source.submission(detected)))
+    judge = DetectionEval(
+        source.tables, config_factory("detection_cvpr_2019"), str(file), "mini_val", str(tmp_path), verbose=False
+    )
+    official, _ = judge.evaluate()
+    official = official.serialize()
+    assert 5 < metrics["mAP"] < 35  # of ten classes four are there
+    assert metrics["mAP"] == pytest.approx(100 * official["mean_ap"], abs=1e-4)
+    assert metrics["NDS"] == pytest.approx(100 * official["nd_score"], abs=1e-4)
+    for ours, theirs in dict(
+        mATE="trans_err", mASE="scale_err", mAOE="orient_err", mAVE="vel_err", mAAE="attr_err"
+    ).items():
+        assert metrics[ours] == pytest.approx(official["tp_errors"][theirs], abs=1e-5)
+    for name, one in detail.items():
+        for distance, ap in one["ap"].items():
+            assert ap == pytest.approx(100 * official["label_aps"][name][float(distance)], abs=1e-4)
+
+
+def test_layout_is_the_world(layout):
+    """What nuScenes' tables say of a generated scene is the scene."""
+    pytest.importorskip("nuscenes", reason="nuscenes-devkit is the optional extra [bev]")
+    from saccade.train.data.bev_scenes import CAMERAS as MADE
+    from saccade.train.data.bev_scenes import SEEN, STEP, moved
+    from saccade.train.data.nuscenes import CAMERAS, NuScenes
+
+    source = NuScenes(str(layout), version="v1.0-mini", frames=2, distort=False, grid_mask=0.0)
+    dataset = source.dataset("train", source.inputs({}))
+    made = BevScenes(img_size=(28, 48), most=16)
+    world = made.world("train", 0)
+    frame, sample = world.frame(STEP, (28, 48)), dataset[1]
+    shown = frame.pixels >= SEEN
+    torch.testing.assert_close(sample["boxes"], torch.from_numpy(frame.boxes[shown]).float(), atol=1e-4, rtol=1e-4)
+    names = [source.class_names[label] for label in sample["labels"]]
+    assert names == [made.class_names[label] for label in frame.labels[shown]]
+    order = [list(MADE).index(camera) for camera in CAMERAS]
+    last = sample["frames"][-1]
+    torch.testing.assert_close(last["lidar2img"], torch.from_numpy(frame.lidar2img[order]).float())
+    torch.testing.assert_close(last["motion"], moved(world.pose(0), world.pose(STEP)), atol=1e-4, rtol=1e-4)
+    depth, true = last["depth"][:, :28, :48], torch.from_numpy(frame.depth[order])
+    known = depth > 0
+    assert known.float().mean() > 0.1
+    assert ((depth - true)[known].abs() < 0.01).float().mean() > 0.85  # a camera is shown what another one sees, too
+    assert torch.equal(dataset[0]["frames"][0]["motion"].abs() < 1e-5, torch.ones(3, dtype=torch.bool))
+    batch = dataset.collate([dataset[0], dataset[1]])
+    assert len(batch["frames"]) == 2 and batch["frames"][0]["images"].shape == (2, 6, 3, 32, 64)

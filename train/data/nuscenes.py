@@ -1,0 +1,251 @@
+"""nuScenes as it is downloaded (arXiv 1903.11027), through nuscenes-devkit: `pip install saccade[bev]`.
+
+The view's frame is the LiDAR's of a sample: x to the right, y ahead, z up. Matrices account for how the ego moves
+between the LiDAR's moment and each camera's.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy import ndarray
+from scipy.spatial.transform import Rotation
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import RandomPhotometricDistort
+
+from ..errors import UserError
+from ..metrics.nuscenes import ATTRIBUTES, RANGES, attribute
+from ..tasks.lift import collate
+from .bad import BadImage
+from .bev_scenes import moved, quaternion
+from .images import read_image
+
+CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
+SPLITS = {"v1.0-trainval": ("train", "val"), "v1.0-mini": ("mini_train", "mini_val"), "v1.0-test": ("test", "test")}
+
+
+class NuScenes:
+    """The data of a run.
+
+    root: the folder that has samples/ and the tables' folder `version`. scale: of the images, which are then padded to
+    multiples of 32 on the right and the bottom. frames: key frames a sample shows, oldest first; fewer where a scene
+    begins. distort: photometric distortion; grid_mask: the probability of GridMask (arXiv 2001.04086), of all cameras'
+    images and depths alike; both in training only. max_bad: see saccade.train.data.bad.
+    "val" and "test" are the validation scenes.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        version: str = "v1.0-trainval",
+        scale: float = 1.0,
+        frames: int = 1,
+        distort: bool = True,
+        grid_mask: float = 0.7,
+        max_bad: int = 0,
+    ):
+        try:
+            from nuscenes.nuscenes import NuScenes as Tables
+        except ImportError as error:
+            raise UserError(f"nuScenes is read by nuscenes-devkit ({error}): pip install 'saccade[bev]'") from error
+        if version not in SPLITS:
+            raise UserError(f"data.version must be one of {', '.join(SPLITS)}, got {version!r}")
+        if not Path(root, version).is_dir():
+            raise UserError(f"data.root={root} has no folder {version}: give the folder nuScenes was unpacked in")
+        try:
+            self.tables = Tables(version, str(root), verbose=False)
+        except (OSError, ValueError, KeyError, AssertionError) as error:
+            raise UserError(
+                f"the tables in {Path(root, version)} can't be read ({error}): unpack them again"
+            ) from error
+        self.root, self.version, self.scale, self.frames = str(root), version, scale, frames
+        self.augmentation = dict(distort=distort, grid_mask=grid_mask)
+        self.max_bad, self.bad = max_bad, {}
+        self.class_names = list(RANGES)
+        first = next(row for row in self.tables.sample_data if row["width"])
+        self.img_size = tuple(32 * -(-round(scale * first[side]) // 32) for side in ("height", "width"))
+
+    def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
+        """The preprocessing, as timm names it: the size of the data, the mean and deviation of the model."""
+        mean, std = pretrained_cfg.get("mean", IMAGENET_DEFAULT_MEAN), pretrained_cfg.get("std", IMAGENET_DEFAULT_STD)
+        size = (3, *self.img_size)
+        return dict(input_size=size, interpolation="bilinear", mean=mean, std=std, crop_pct=1.0, crop_mode="center")
+
+    def tokens(self, split: str) -> list[str]:
+        """The samples of a split, scene by scene, in time's order."""
+        from nuscenes.utils.splits import create_splits_scenes
+
+        names = set(create_splits_scenes()[SPLITS[self.version][split != "train"]])
+        found = []
+        for scene in self.tables.scene:
+            token = scene["first_sample_token"] if scene["name"] in names else ""
+            while token:
+                found.append(token)
+                token = self.tables.get("sample", token)["next"]
+        if not found:
+            raise UserError(f"{self.root} has no scenes of {split}: {self.version} may be the wrong data.version")
+        return found
+
+    def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> Dataset:
+        self.evaluated = self.tokens(split)
+        return Samples(self, self.evaluated, inputs, self.augmentation if training else None)
+
+    def submission(self, found: dict[int, tuple[Tensor, Tensor, Tensor]]) -> dict[str, Any]:
+        """What was found on the samples of the split of the last `dataset`, as nuScenes' evaluator takes it: boxes in
+        the world, at most 500 a sample."""
+        results = {}
+        for index, (boxes, scores, labels) in found.items():
+            token = self.evaluated[index]
+            pose = self.pose(self.tables.get("sample", token)["data"]["LIDAR_TOP"])
+            rows = results[token] = []
+            best = scores.argsort(descending=True)[:500]
+            for box, score, label in zip(boxes[best].double().numpy(), scores[best].tolist(), labels[best].tolist()):
+                turn = np.eye(4)
+                turn[:2, :2] = [[np.cos(box[6]), -np.sin(box[6])], [np.sin(box[6]), np.cos(box[6])]]
+                name = self.class_names[label]
+                rows.append(
+                    dict(
+                        sample_token=token,
+                        translation=(pose @ [*box[:3], 1])[:3].tolist(),
+                        size=box[[4, 3, 5]].tolist(),
+                        rotation=quaternion(pose @ turn),
+                        velocity=(pose[:3, :3] @ [*box[7:9], 0])[:2].tolist(),
+                        detection_name=name,
+                        detection_score=score,
+                        attribute_name=attribute(name, float(np.hypot(*box[7:9]))),
+                    )
+                )
+        used = dict(use_camera=True, use_lidar=False, use_radar=False, use_map=False, use_external=False)
+        return dict(meta=used, results=results)
+
+    def pose(self, data_token: str) -> ndarray:
+        """From a sensor's axes at its moment to the world: (4, 4)."""
+        row = self.tables.get("sample_data", data_token)
+        ego = self.tables.get("ego_pose", row["ego_pose_token"])
+        return rigid(ego) @ rigid(self.tables.get("calibrated_sensor", row["calibrated_sensor_token"]))
+
+
+def rigid(row: dict[str, Any]) -> ndarray:
+    """(4, 4) of a table's translation and rotation (w, x, y, z)."""
+    w, x, y, z = row["rotation"]
+    matrix = np.eye(4)
+    matrix[:3, :3], matrix[:3, 3] = Rotation.from_quat([x, y, z, w]).as_matrix(), row["translation"]
+    return matrix
+
+
+class Samples(Dataset):
+    """Samples as saccade.train.tasks.lift has them."""
+
+    def __init__(
+        self, source: NuScenes, tokens: list[str], inputs: dict[str, Any], augmentation: dict[str, Any] | None
+    ):
+        self.source, self.tokens, self.inputs, self.augmentation = source, tokens, inputs, augmentation
+        self.mean, self.std = (torch.tensor(inputs[name]).view(3, 1, 1) for name in ("mean", "std"))
+        self.distort = RandomPhotometricDistort() if augmentation and augmentation["distort"] else None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
+        """Of samples at the beginning of a scene the first frame is repeated, the ego standing still."""
+        most = max(len(sample["frames"]) for sample in samples)
+        for sample in samples:
+            still = sample["frames"][0] | dict(motion=torch.zeros(3))
+            sample["frames"] = [still] * (most - len(sample["frames"])) + sample["frames"]
+        return collate(samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        tables, token = self.source.tables, self.tokens[index]
+        shown = [token]
+        while len(shown) < self.source.frames and (before := tables.get("sample", shown[0])["prev"]):
+            shown.insert(0, before)
+        frames, last = [], None
+        for sample in shown:
+            frame, pose = self.frame(tables.get("sample", sample))
+            frame["motion"] = moved(pose if last is None else last, pose)
+            frames.append(frame)
+            last = pose
+        boxes, labels, attributes = self.annotations(tables.get("sample", token), last)
+        return dict(frames=frames, boxes=boxes, labels=labels, attributes=attributes, index=torch.tensor(index))
+
+    def frame(self, sample: dict[str, Any]) -> tuple[dict[str, Tensor], ndarray]:
+        source, tables = self.source, self.source.tables
+        pose = source.pose(sample["data"]["LIDAR_TOP"])
+        cloud = tables.get("sample_data", sample["data"]["LIDAR_TOP"])["filename"]
+        try:
+            points = np.fromfile(Path(source.root, cloud), np.float32).reshape(-1, 5)[:, :3].astype(np.float64)
+        except (OSError, ValueError) as error:
+            raise BadImage(str(Path(source.root, cloud)), f"can't be read as a LiDAR's sweep ({error})") from error
+        H, W = source.img_size
+        images, matrices, depths, present = [], [], [], []
+        for camera in CAMERAS:
+            present.append(camera in sample["data"])
+            if not present[-1]:
+                images.append(torch.zeros(3, H, W))
+                matrices.append(np.eye(4))
+                depths.append(torch.zeros(H, W))
+                continue
+            row = tables.get("sample_data", sample["data"][camera])
+            picture = torch.from_numpy(np.array(read_image(Path(source.root, row["filename"])))).permute(2, 0, 1)
+            picture = self.distort(picture) if self.distort else picture
+            tall, wide = (round(source.scale * side) for side in picture.shape[1:])
+            picture = interpolate(picture[None].float() / 255, (tall, wide), mode="bilinear", antialias=True)[0]
+            images.append(pad((picture - self.mean) / self.std, (0, W - wide, 0, H - tall)))
+            matrix = np.eye(4)
+            known = tables.get("calibrated_sensor", row["calibrated_sensor_token"])["camera_intrinsic"]
+            matrix[:3, :3] = np.diag([source.scale, source.scale, 1]) @ known
+            matrices.append(matrix @ np.linalg.inv(source.pose(sample["data"][camera])) @ pose)
+            depths.append(sparse_depth(points, matrices[-1], (H, W)))
+        images, depth = torch.stack(images), torch.stack(depths)
+        if self.augmentation and torch.rand(()) < self.augmentation["grid_mask"]:
+            kept = grid(H, W)
+            images, depth = images * kept, depth * kept
+        matrices = torch.from_numpy(np.stack(matrices)).float()
+        frame = dict(images=images, lidar2img=matrices, depth=depth, cameras=torch.tensor(present))
+        return frame, pose
+
+    def annotations(self, sample: dict[str, Any], pose: ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        """Boxes (n, 9), labels and attributes (n,) that a LiDAR or radar point has hit, in the view."""
+        from nuscenes.eval.detection.utils import category_to_detection_name
+
+        tables, back = self.source.tables, np.linalg.inv(pose)
+        boxes, labels, attributes = [], [], []
+        for token in sample["anns"]:
+            row = tables.get("sample_annotation", token)
+            name = category_to_detection_name(row["category_name"])
+            if name is None or row["num_lidar_pts"] + row["num_radar_pts"] == 0:
+                continue
+            matrix = back @ rigid(row)
+            speed = back[:3, :3] @ np.nan_to_num(tables.box_velocity(token))
+            width, length, height = row["size"]
+            yaw = np.arctan2(matrix[1, 0], matrix[0, 0])
+            boxes.append([*matrix[:3, 3], length, width, height, yaw, *speed[:2]])
+            labels.append(self.source.class_names.index(name))
+            traits = [tables.get("attribute", trait)["name"] for trait in row["attribute_tokens"]]
+            attributes.append(ATTRIBUTES.index(traits[0]) if traits else -1)
+        boxes = torch.tensor(boxes, dtype=torch.float32).view(-1, 9)
+        return boxes, torch.tensor(labels, dtype=torch.long), torch.tensor(attributes, dtype=torch.long)
+
+
+def sparse_depth(points: ndarray, matrix: ndarray, size: tuple[int, int]) -> Tensor:
+    """Depth (H, W) in metres of the nearest point in each pixel, 0 where there is none."""
+    u, v, d = matrix[:3, :3] @ points.T + matrix[:3, 3:]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        u, v = np.floor(u / d), np.floor(v / d)
+    kept = (d > 0) & (u >= 0) & (u < size[1]) & (v >= 0) & (v < size[0])
+    depth = np.full(size, np.inf, np.float32)
+    np.minimum.at(depth, (v[kept].astype(int), u[kept].astype(int)), d[kept].astype(np.float32))
+    return torch.from_numpy(np.where(np.isfinite(depth), depth, 0))
+
+
+def grid(height: int, width: int) -> Tensor:
+    """(height, width), 0 in a lattice of squares of random size and place, 1 between: GridMask without its turn."""
+    period = int(torch.randint(2, max(3, min(height, width)), ()))
+    down, right = torch.randint(period, (2,)).tolist()
+    row = (torch.arange(height) + down) % period < max(1, period // 2)
+    column = (torch.arange(width) + right) % period < max(1, period // 2)
+    return 1.0 - (row[:, None] & column).float()

@@ -1,0 +1,312 @@
+"""Detectors of boxes in a bird's-eye view: a lifter of saccade.backbones, and a head on the view that it makes.
+
+A box is (x, y, z of its middle, length, width, height, yaw, velocity x, y) in metres, radians and metres a second, in
+the view's frame. Every head has the same three: forward(view (B, E, H, W)) -> its outputs, loss(outputs, boxes, labels)
+-> {name: scalar, already weighted}, and boxes(outputs) -> for each sample (boxes (n, 9), scores (n,), labels (n,)).
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torchvision.ops import sigmoid_focal_loss
+
+from ...backbones.dfa3d import DeformableAttention
+
+CODE_WEIGHTS = (1.0,) * 8 + (0.2,) * 2  # velocity is hard to see
+
+
+class BevDetector(nn.Module):
+    """A lifter and a head: frames, oldest first, to the head's outputs on the last one's view.
+
+    A frame is a dict of the lifter's arguments: images, lidar2img, and as there are motion, can_bus, cameras, depth.
+    known_depth: depth is given to the lifter, in the depth network's place.
+    """
+
+    def __init__(self, lifter: nn.Module, head: nn.Module, known_depth: bool = False):
+        super().__init__()
+        self.lifter, self.head, self.known_depth = lifter, head, known_depth
+
+    def look(self, frame: dict[str, Tensor], before: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        given = {name: frame[name] for name in ("motion", "can_bus", "cameras") if name in frame}
+        if before is None:
+            given.pop("motion", None)
+        depth = frame["depth"] if self.known_depth else None
+        return self.lifter(frame["images"], frame["lidar2img"], before, **given, depth=depth, return_depth=True)
+
+    def forward(self, frames: Sequence[dict[str, Tensor]]) -> tuple[Any, Tensor | None]:
+        """(the head's outputs, the depth network's codes (B, N, codes, h, w) of the last frame).
+
+        What came before is looked at without a gradient, and as in evaluation, as published.
+        """
+        view = None
+        if len(frames) > 1:
+            learning = [module for module in self.lifter.modules() if module.training]
+            self.lifter.eval()
+            with torch.no_grad():
+                for frame in frames[:-1]:
+                    view = self.look(frame, view)[0]
+            for module in learning:
+                module.training = True
+        view, codes = self.look(frames[-1], view)
+        return self.head(view), codes
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        own = {f"lifter.{name}" for name in self.lifter.no_weight_decay()}
+        return own | {f"head.{name}" for name in getattr(self.head, "no_weight_decay", set)()}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict:
+        """Two layers: the image backbone, and all else. A layer_decay of 0.1 is the backbone's share of the rate."""
+        return dict(stem=r"^lifter\.backbone\.", blocks=r"^(?:lifter\.(?!backbone\.)|head\.)")
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        self.lifter.set_grad_checkpointing(enable)
+
+
+class CentreHead(nn.Module):
+    """The centres of boxes as peaks of a map a class, and at each peak the box (CenterPoint, arXiv 2006.11275).
+
+    Args:
+        dim: E, of the view.
+        classes: how many.
+        bev_size: (H, W) of the view.
+        pc_range: of the view, in metres.
+        most: boxes of a sample at most.
+        box_weight: of the boxes' loss; that of the peaks is 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        bev_size: tuple[int, int],
+        pc_range: Sequence[float],
+        most: int = 100,
+        box_weight: float = 0.5,
+    ):
+        super().__init__()
+        H, W = bev_size
+        self.most, self.box_weight = most, box_weight
+        self.low = pc_range[:2]
+        self.cell = (pc_range[3] - pc_range[0]) / W, (pc_range[4] - pc_range[1]) / H  # metres
+        self.shared = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU())
+        self.peaks = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, classes, 1))
+        # offset x, y in cells; z; log of length, width, height; sin, cos of the yaw; velocity x, y
+        self.codes = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, 10, 1))
+        nn.init.constant_(self.peaks[-1].bias, -math.log(99))  # a probability of 0.01
+
+    def forward(self, view: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.shared(view)
+        return self.peaks(x).float(), self.codes(x).float()  # logits (B, classes, H, W), (B, 10, H, W)
+
+    def place(self, boxes: Tensor) -> Tensor:
+        """Where boxes lie, in cells: (n, 2), x and y."""
+        return (boxes[:, :2] - boxes.new_tensor(self.low)) / boxes.new_tensor(self.cell)
+
+    def heat(self, boxes: Tensor, labels: Tensor, shape: tuple[int, int, int]) -> Tensor:
+        """(classes, H, W): around every centre's cell, where it is 1, a bell as wide as the box."""
+        heat = boxes.new_zeros(shape)
+        at = self.place(boxes).floor()
+        y, x = torch.arange(shape[1], device=boxes.device), torch.arange(shape[2], device=boxes.device)
+        wide = (boxes[:, 3:5].amin(1) / min(self.cell) / 3).clamp(min=0.6)
+        for (column, row), spread, label in zip(at, wide, labels):
+            far = (x - column).square() + (y - row).square()[:, None]
+            heat[label] = torch.maximum(heat[label], torch.exp(-far / (2 * spread.square())))
+        return heat
+
+    def loss(
+        self, outputs: tuple[Tensor, Tensor], boxes: Sequence[Tensor], labels: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        logits, codes = outputs
+        _, H, W = logits.shape[1:]
+        heat, wanted, found, count = [], [], [], 0
+        for code, own, kinds in zip(codes, boxes, labels):
+            at = self.place(own)
+            inside = ((at >= 0) & (at < at.new_tensor([W, H]))).all(1)
+            own, kinds, at = own[inside], kinds[inside], at[inside]
+            heat.append(self.heat(own, kinds, logits.shape[1:]))
+            x, y = at.floor().long().unbind(1)
+            found.append(code[:, y, x].T)
+            yaw = own[:, 6:7]
+            wanted.append(
+                torch.cat([at - at.floor(), own[:, 2:3], own[:, 3:6].log(), yaw.sin(), yaw.cos(), own[:, 7:]], 1)
+            )
+            count += len(own)
+        heat = torch.stack(heat)
+        # Penalty-reduced focal loss (CornerNet, arXiv 1808.01244).
+        p, log, rest = logits.sigmoid(), F.logsigmoid(logits), F.logsigmoid(-logits)
+        peaks = -torch.where(heat == 1, (1 - p).square() * log, (1 - heat) ** 4 * p.square() * rest).sum()
+        off = (torch.cat(found) - torch.cat(wanted)).abs() * logits.new_tensor(CODE_WEIGHTS)
+        return dict(peaks=peaks / max(1, count), boxes=self.box_weight * off.sum() / max(1, count))
+
+    def boxes(self, outputs: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        logits, codes = outputs
+        W = logits.shape[3]
+        p = logits.sigmoid()
+        p = torch.where(F.max_pool2d(p, 3, 1, 1) == p, p, 0.0)  # of neighbours, the highest
+        found = []
+        for scores, code in zip(p, codes):
+            score, index = scores.flatten().topk(min(self.most, scores.numel()))
+            label, cell = index // scores[0].numel(), index % scores[0].numel()
+            c = code.flatten(1)[:, cell].T
+            at = torch.stack([cell % W, cell // W], 1) + c[:, :2]
+            at = at * at.new_tensor(self.cell) + at.new_tensor(self.low)
+            size, yaw = c[:, 3:6].clamp(-5, 5).exp(), torch.atan2(c[:, 6], c[:, 7])
+            box = torch.cat([at, c[:, 2:3], size, yaw[:, None], c[:, 8:]], 1)
+            found.append((box, score, label))
+        return found
+
+
+class DecoderLayer(nn.Module):
+    """Queries look at each other, at the view around their reference points, and into themselves; post-norm."""
+
+    def __init__(self, dim: int, heads: int, points: int, hidden: int, drop: float):
+        super().__init__()
+        self.attn = nn.MultiheadAttention(dim, heads, drop, batch_first=True)
+        self.norm1 = nn.LayerNorm(dim)
+        self.cross = DeformableAttention(dim, heads, 1, points, depth=False)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, hidden, act_layer=nn.ReLU, drop=drop)
+        self.norm3 = nn.LayerNorm(dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor, position: Tensor, view: Tensor, shape: tuple[int, int], reference: Tensor) -> Tensor:
+        q = x + position  # (B, Q, E)
+        x = self.norm1(x + self.drop(self.attn(q, q, x, need_weights=False)[0]))
+        x = self.norm2(x + self.drop(self.proj(self.cross(x + position, view, None, [shape], reference[:, :, None]))))
+        return self.norm3(x + self.mlp(x))
+
+
+class DecoderHead(nn.Module):
+    """DETR's decoder over the view, as BEVFormer has it: queries that become boxes, refined layer by layer.
+
+    The loss is of a one-to-one match (scipy's Hungarian algorithm) at every layer.
+
+    Args:
+        dim: E, of the view. classes: how many. bev_size, pc_range: of the view.
+        queries: how many. layers, heads, points, hidden: of the decoder. most: boxes of a sample at most.
+        margin: metres beyond pc_range that a box's middle may be off, in x and y.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        classes: int,
+        bev_size: tuple[int, int],
+        pc_range: Sequence[float],
+        queries: int = 900,
+        layers: int = 6,
+        heads: int = 8,
+        points: int = 4,
+        hidden: int = 512,
+        drop: float = 0.1,
+        most: int = 300,
+        margin: float = 10.0,
+    ):
+        super().__init__()
+        self.shape, self.most, self.margin, self.classes = tuple(bev_size), most, margin, classes
+        self.low, self.high = pc_range[:3], pc_range[3:]
+        self.query = nn.Embedding(queries, 2 * dim)
+        self.reference = nn.Linear(dim, 3)
+        self.layers = nn.ModuleList(DecoderLayer(dim, heads, points, hidden, drop) for _ in range(layers))
+
+        def branch(outputs: int, norm: bool) -> nn.Sequential:
+            hidden = [m for _ in range(2) for m in (nn.Linear(dim, dim), *([nn.LayerNorm(dim)] * norm), nn.ReLU())]
+            return nn.Sequential(*hidden, nn.Linear(dim, outputs))
+
+        self.kinds = nn.ModuleList(branch(classes, True) for _ in range(layers))
+        self.codes = nn.ModuleList(branch(10, False) for _ in range(layers))
+        nn.init.xavier_uniform_(self.reference.weight)
+        nn.init.zeros_(self.reference.bias)
+        for kind in self.kinds:
+            nn.init.constant_(kind[-1].bias, -math.log(99))
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {"query.weight"}
+
+    def forward(self, view: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each layer, class logits (B, Q, classes) and codes (B, Q, 10): (cx, cy, log w, log l, cz, log h, sin, cos,
+        vx, vy) of the yaw and in metres."""
+        B = len(view)
+        flat = view.flatten(2).mT
+        position, x = self.query.weight.expand(B, -1, -1).chunk(2, -1)
+        where = self.reference(position).float().sigmoid()
+        out = []
+        low, high = where.new_tensor(self.low), where.new_tensor(self.high)
+        for layer, kind, branch in zip(self.layers, self.kinds, self.codes):
+            x = layer(x, position, flat, self.shape, where)
+            code = branch(x).float()
+            at = (code[..., [0, 1, 4]] + where.logit(1e-5)).sigmoid()
+            metres = at * (high - low) + low
+            code = torch.cat([metres[..., :2], code[..., 2:4], metres[..., 2:], code[..., 5:]], -1)
+            out.append((kind(x).float(), code))
+            where = at.detach()
+        return out
+
+    @staticmethod
+    def encode(boxes: Tensor) -> Tensor:
+        x, y, z, length, width, height, yaw, vx, vy = boxes.unbind(-1)
+        return torch.stack([x, y, width.log(), length.log(), z, height.log(), yaw.sin(), yaw.cos(), vx, vy], -1)
+
+    @torch.no_grad()
+    def match(self, logits: Tensor, codes: Tensor, wanted: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Which query is which box: (queries, boxes), the pairs of least cost. Published: focal 2, L1 0.25 over the
+        first eight numbers."""
+        from scipy.optimize import linear_sum_assignment
+
+        p = logits.sigmoid()
+        yes = -(p + 1e-12).log() * 0.25 * (1 - p).square()
+        no = -(1 - p + 1e-12).log() * 0.75 * p.square()
+        cost = 2.0 * (yes - no)[:, labels] + 0.25 * torch.cdist(codes[:, :8], wanted[:, :8], p=1)
+        rows, columns = linear_sum_assignment(cost.nan_to_num(1e4, 1e4, -1e4).cpu().numpy())
+        return torch.as_tensor(rows, device=logits.device), torch.as_tensor(columns, device=logits.device)
+
+    def loss(
+        self, outputs: list[tuple[Tensor, Tensor]], boxes: Sequence[Tensor], labels: Sequence[Tensor]
+    ) -> dict[str, Tensor]:
+        wanted, count = [self.encode(own) for own in boxes], max(1, sum(map(len, boxes)))
+        losses: dict[str, Tensor] = {}
+        for i, (logits, codes) in enumerate(outputs):
+            target, off = torch.zeros_like(logits), codes.sum() * 0
+            for b, (want, kinds) in enumerate(zip(wanted, labels)):
+                rows, columns = self.match(logits[b], codes[b], want, kinds)
+                target[b, rows, kinds[columns]] = 1
+                off = off + ((codes[b, rows] - want[columns]).abs() * codes.new_tensor(CODE_WEIGHTS)).sum()
+            name = "" if i == len(outputs) - 1 else f"_{i}"
+            losses[f"classes{name}"] = 2.0 * sigmoid_focal_loss(logits, target, 0.25, 2.0, "sum") / count
+            losses[f"boxes{name}"] = 0.25 * off / count
+        return losses
+
+    def boxes(self, outputs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        found = []
+        for logits, codes in zip(*outputs[-1]):
+            score, index = logits.sigmoid().flatten().topk(min(self.most, logits.numel()))
+            c = codes[index // self.classes]
+            x, y, width, length, z, height, sin, cos, vx, vy = c.unbind(-1)
+            size = [t.clamp(-5, 5).exp() for t in (length, width, height)]
+            box = torch.stack([x, y, z, *size, torch.atan2(sin, cos), vx, vy], -1)
+            low, high = c.new_tensor(self.low[:2]) - self.margin, c.new_tensor(self.high[:2]) + self.margin
+            kept = ((box[:, :2] >= low) & (box[:, :2] <= high)).all(1)
+            found.append((box[kept], score[kept], index[kept] % self.classes))
+        return found
+
+
+HEADS = dict(centre=CentreHead, decoder=DecoderHead)
+
+
+def make_head(kind: str, lifter: nn.Module, classes: int, **kwargs: Any) -> nn.Module:
+    """The head of a task's section, sized to a lifter. Raises UserError for an argument that it does not have."""
+    from ..config import check
+
+    given = ("dim", "classes", "bev_size", "pc_range")
+    check("task.head_args", kwargs, HEADS[kind], without=given)
+    return HEADS[kind](lifter.num_features, classes, lifter.bev_size, lifter.pc_range, **kwargs)

@@ -1,0 +1,181 @@
+"""nuScenes' detection metric (arXiv 1903.11027): average precision by the distance of centres, five errors of what was
+found, and their sum, the nuScenes detection score. As nuscenes-devkit computes it, on boxes in the view's frame.
+
+A box is (x, y, z of its middle, length, width, height, yaw, velocity x, y).
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch.distributed as dist
+from numpy import ndarray
+from torch import Tensor
+
+from ..distributed import world
+
+RANGES = dict(  # metres from the ego
+    car=50.0, truck=50.0, bus=50.0, trailer=50.0, construction_vehicle=50.0, pedestrian=40.0, motorcycle=40.0,
+    bicycle=40.0, traffic_cone=30.0, barrier=30.0,
+)  # fmt: skip
+ATTRIBUTES = (
+    "cycle.with_rider",
+    "cycle.without_rider",
+    "pedestrian.moving",
+    "pedestrian.sitting_lying_down",
+    "pedestrian.standing",
+    "vehicle.moving",
+    "vehicle.parked",
+    "vehicle.stopped",
+)
+ERRORS = dict(mATE="trans_err", mASE="scale_err", mAOE="orient_err", mAVE="vel_err", mAAE="attr_err")
+NONE = dict(
+    traffic_cone=("attr_err", "vel_err", "orient_err"), barrier=("attr_err", "vel_err")
+)  # not defined for these
+DISTANCES, FOR_ERRORS, MIN_RECALL, MIN_PRECISION = (0.5, 1.0, 2.0, 4.0), 2.0, 0.1, 0.1
+STEPS = np.linspace(0, 1, 101)  # of recall
+FIRST = round(100 * MIN_RECALL) + 1
+
+
+def attribute(name: str, speed: float) -> str:
+    """A guess of a box's attribute from its class and its speed: moving from 0.2 m/s on."""
+    moving = speed > 0.2
+    if name == "pedestrian":
+        return "pedestrian.moving" if moving else "pedestrian.standing"
+    if name in ("bicycle", "motorcycle"):
+        return "cycle.with_rider" if moving else "cycle.without_rider"
+    if name in ("traffic_cone", "barrier"):
+        return ""
+    if moving:
+        return "vehicle.moving"
+    return "vehicle.stopped" if name == "bus" else "vehicle.parked"
+
+
+class NuScenesMetric:
+    """Every process adds its own samples, `result` gathers them."""
+
+    def __init__(self, class_names: Sequence[str]):
+        self.class_names = list(class_names)
+        self.samples: dict[int, tuple[ndarray, ...]] = {}
+
+    def update(
+        self,
+        index: int,
+        found: tuple[Tensor, Tensor, Tensor],
+        boxes: Tensor,
+        labels: Tensor,
+        attributes: Tensor | None = None,
+    ) -> None:
+        """Add sample `index` of the split: found (boxes (n, 9), scores (n,), labels (n,)), and what there is: boxes
+        (m, 9), labels (m,), attributes (m,), numbers in ATTRIBUTES, -1: none."""
+        arrays = [t.detach().cpu().numpy().astype(np.float64) for t in (*found, boxes, labels)]
+        kinds = np.full(len(boxes), -1.0) if attributes is None else attributes.cpu().numpy().astype(np.float64)
+        self.samples[int(index)] = (*arrays, kinds)
+
+    def gathered(self) -> list[tuple[ndarray, ...]]:
+        """The samples of all processes, in the split's order; one that several have counts once."""
+        parts = [self.samples]
+        if world() > 1:
+            parts = [{}] * world()
+            dist.all_gather_object(parts, self.samples)
+        whole = {index: sample for part in parts for index, sample in part.items()}
+        return [whole[index] for index in sorted(whole)]
+
+    def result(self) -> tuple[dict[str, float], dict]:
+        """(mAP, of all distances and at each, and NDS in percent, mean errors as nuScenes names them, images; detail:
+        per class `ap` and `errors`, and the curves: precision at 101 recalls at each distance)."""
+        samples = self.gathered()
+        detail, table = {}, []
+        for label, name in enumerate(self.class_names):
+            curves = {d: accumulate(samples, label, name, d) for d in DISTANCES}
+            ap = {d: average_precision(curve) for d, curve in curves.items()}
+            errors = {
+                short: np.nan if kind in NONE.get(name, ()) else error(curves[FOR_ERRORS], kind)
+                for short, kind in ERRORS.items()
+            }
+            table.append((*ap.values(), *errors.values()))
+            precision = {str(d): curve["precision"].tolist() for d, curve in curves.items()}
+            detail[name] = dict(ap={str(d): 100 * v for d, v in ap.items()}, errors=errors, precision=precision)
+        table = np.array(table)
+        aps, errors = table[:, :4], table[:, 4:]
+        mean_errors = [float(np.mean(e[~np.isnan(e)])) if (~np.isnan(e)).any() else 1.0 for e in errors.T]
+        score = (5 * aps.mean() + sum(max(0.0, 1 - e) for e in mean_errors)) / 10
+        metrics = dict(mAP=100 * float(aps.mean()), NDS=100 * float(score))
+        metrics |= {f"mAP_{d:g}m": 100 * float(ap) for d, ap in zip(DISTANCES, aps.mean(0))}
+        return metrics | dict(zip(ERRORS, mean_errors)) | dict(images=len(samples)), detail
+
+
+def accumulate(samples: Sequence[tuple[ndarray, ...]], label: int, name: str, distance: float) -> dict[str, ndarray]:
+    """Match what was found to what is there, best scores first, each to the nearest that is left within `distance`.
+
+    Returns precision and confidence at 101 recalls, and there the mean errors of what was matched so far.
+    """
+    far = RANGES.get(name, max(RANGES.values()))
+    kept, there, kinds = [], [], []
+    for i, (found, scores, labels, boxes, truth, attributes) in enumerate(samples):
+        mine = (labels == label) & (np.hypot(*found[:, :2].T) < far)
+        kept += [(score, i, box) for score, box in zip(scores[mine], found[mine])]
+        own = (truth == label) & (np.hypot(*boxes[:, :2].T) < far)
+        there.append(boxes[own])
+        kinds.append(attributes[own])
+    count = sum(map(len, there))
+    order = np.argsort([score for score, _, _ in kept], kind="stable")[::-1]  # of equal scores, the later one first
+    taken = [np.zeros(len(boxes), bool) for boxes in there]
+    hits, confidence, matched = [], [], []
+    for place in order:
+        score, i, box = kept[place]
+        away = np.where(taken[i], np.inf, np.hypot(*(there[i][:, :2] - box[:2]).T))
+        nearest = int(away.argmin()) if len(away) else -1
+        hit = nearest >= 0 and away[nearest] < distance
+        hits.append(hit)
+        confidence.append(score)
+        if hit:
+            taken[i][nearest] = True
+            matched.append((score, *errors_of(box, there[i][nearest], kinds[i][nearest], name)))
+    if not matched:
+        return dict(precision=np.zeros(101), confidence=np.zeros(101)) | {
+            kind: np.ones(101) for kind in ERRORS.values()
+        }
+    hits = np.cumsum(hits)
+    precision, recall = hits / np.arange(1, len(hits) + 1), hits / count
+    curve = dict(
+        precision=np.interp(STEPS, recall, precision, right=0),
+        confidence=np.interp(STEPS, recall, confidence, right=0),
+    )
+    scores, *errors = np.array(matched).T
+    for kind, values in zip(ERRORS.values(), errors):
+        so_far = running_mean(values)
+        curve[kind] = np.interp(curve["confidence"][::-1], scores[::-1], so_far[::-1])[::-1]
+    return curve
+
+
+def errors_of(box: ndarray, truth: ndarray, kind: float, name: str) -> tuple[float, ...]:
+    """In the order of ERRORS: metres, 1 - IoU of the sizes, radians, m/s, and whether the attribute is wrong."""
+    least = np.minimum(box[3:6], truth[3:6]).prod()
+    overlap = least / (box[3:6].prod() + truth[3:6].prod() - least)
+    period = np.pi if name == "barrier" else 2 * np.pi  # a barrier has no front
+    turned = abs((truth[6] - box[6] + period / 2) % period - period / 2)
+    wrong = np.nan
+    if kind >= 0:
+        wrong = float(attribute(name, float(np.hypot(*box[7:9]))) != ATTRIBUTES[int(kind)])
+    away = np.hypot(*(box[:2] - truth[:2]))
+    return away, 1 - overlap, turned, np.hypot(*(box[7:9] - truth[7:9])), wrong
+
+
+def running_mean(values: ndarray) -> ndarray:
+    """The mean of all so far that are not NaN; 1 where none is at all, 0 before the first."""
+    known = ~np.isnan(values)
+    if not known.any():
+        return np.ones(len(values))
+    count = np.cumsum(known)
+    return np.divide(np.nancumsum(values), count, out=np.zeros(len(values)), where=count > 0)
+
+
+def average_precision(curve: dict[str, ndarray]) -> float:
+    return float((curve["precision"][FIRST:] - MIN_PRECISION).clip(0).mean() / (1 - MIN_PRECISION))
+
+
+def error(curve: dict[str, ndarray], kind: str) -> float:
+    """The mean from the least recall that counts to the largest that was reached."""
+    reached = np.flatnonzero(curve["confidence"])
+    last = reached[-1] if len(reached) else 0
+    return float(curve[kind][FIRST : last + 1].mean()) if last >= FIRST else 1.0
