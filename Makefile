@@ -3,11 +3,13 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: demo test lint setup clean
+.PHONY: demo demo-detection demo-segmentation demo-bev test lint setup clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo    train BiFormer-T on real handwritten digits, test it, draw what it attends to (runs/demo/)'
+	@echo 'make demo-detection, demo-segmentation, demo-bev'
+	@echo '             the same for digits on photographs, and for boxes around a car with six cameras (15 minutes each)'
 	@echo 'make test    the whole test-suite'
 	@echo 'make lint    ruff'
 	@echo 'make setup   the virtual environment that the others use ($(VENV)); they call it themselves'
@@ -15,6 +17,28 @@ help:
 demo: setup
 	$(PY) tools/train.py configs/digits/biformer_t.py --run-dir runs/demo --overwrite
 	$(PY) tools/test.py runs/demo
+
+# Each begins with the digits' weights, if need be by training them, and writes its scenes once.
+CLASSIFIER := runs/demo/model.safetensors
+$(CLASSIFIER): | setup
+	$(PY) tools/train.py configs/digits/biformer_t.py --run-dir runs/demo --overwrite
+
+# A process a core: on small pictures two processes are faster than one with two threads.
+demo-detection: $(CLASSIFIER)
+	$(PY) tools/make_scenes.py runs/scenes
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node=2 \
+	  tools/train.py configs/scenes/mask_rcnn_biformer_t.py checkpoint=runs/demo --run-dir runs/demo-detection --overwrite
+	$(PY) tools/test.py runs/demo-detection
+
+demo-segmentation: $(CLASSIFIER)
+	$(PY) tools/make_scenes.py runs/scenes
+	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node=2 \
+	  tools/train.py configs/scenes/upernet_biformer_t.py checkpoint=runs/demo --run-dir runs/demo-segmentation --overwrite
+	$(PY) tools/test.py runs/demo-segmentation
+
+demo-bev: setup
+	$(PY) tools/train.py configs/scenes/bev_dfa3d.py --run-dir runs/demo-bev --overwrite
+	$(PY) tools/test.py runs/demo-bev
 
 # First what computes on one thread, on every core; then what trains or measures, in processes and with threads of its own.
 ALONE := tests/train tests/test_timm.py $(wildcard tests/tools/test_demo.py tests/tools/test_benchmark*.py)

@@ -13,7 +13,8 @@ else:
     import tomli as tomllib  # comes with pytest there
 
 ROOT = Path(__file__).parents[1]
-INSTALLED = {folder: folder for folder in ("backbones", "configs", "ops", "train")} | {"tools/timm_scripts": "timm"}
+INSTALLED = {folder: folder for folder in ("backbones", "configs", "ops", "train")}
+INSTALLED |= {"tools/timm_scripts": "timm", "backbones/integrations": "integrations"}
 
 
 def modules() -> set[str]:
@@ -22,6 +23,7 @@ def modules() -> set[str]:
         f"saccade/{name}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, name in INSTALLED.items()
         for file in (ROOT / folder).rglob("*.py")
+        if folder == "backbones/integrations" or "integrations" not in file.parts
     }
 
 

@@ -5,29 +5,43 @@ import os
 import runpy
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
+
+import torch
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
-def forked(processes: int, tool: str, *arguments) -> list[int]:
-    """The exit codes of a tool's command line in that many processes, as torchrun would start them."""
+def in_processes(count: int, function: Callable[[int], int]) -> list[int]:
+    """What function(rank) returns, as exit codes, in that many processes as torchrun would start them."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
 
     def run(rank: int) -> None:
-        from saccade.train.errors import run
-
-        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(processes))
+        torch.set_num_threads(1)  # the threads of the process that this one is a copy of are not there
+        os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(count))
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
-        sys.argv = [tool, *map(str, arguments)]
-        os._exit(run(runpy.run_path(str(TOOLS / f"{tool}.py"))["main"]))
+        os._exit(function(rank))
 
-    started = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(processes)]
+    started = [multiprocessing.get_context("fork").Process(target=run, args=(rank,)) for rank in range(count)]
     for process in started:
         process.start()
     for process in started:
         process.join(120)
         process.kill()
+        process.join()
     return [process.exitcode for process in started]
+
+
+def forked(processes: int, tool: str, *arguments) -> list[int]:
+    """The exit codes of a tool's command line in that many processes."""
+
+    def run(rank: int) -> int:
+        from saccade.train.errors import run
+
+        sys.argv = [tool, *map(str, arguments)]
+        return run(runpy.run_path(str(TOOLS / f"{tool}.py"))["main"])
+
+    return in_processes(processes, run)

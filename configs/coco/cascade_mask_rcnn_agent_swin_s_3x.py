@@ -1,0 +1,16 @@
+"""Cascade Mask R-CNN on Agent-Swin-S, 3x, on COCO: box AP 52.6, mask AP 45.5 expected (README of the published code).
+
+torchrun --nproc_per_node=8 tools/train.py configs/coco/cascade_mask_rcnn_agent_swin_s_3x.py \\
+  data.root=/path/to/coco checkpoint=/path/to/agent_swin_s.pth
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.coco_multiscale import *
+
+model.update(name="agent_swin_s", drop_path_rate=0.1)
+task.update(detector="cascade_mask_rcnn", no_decay=("*.attn.key_*", "*.attn.query_*"))
+sync_bn = True
+schedule.update(decay_milestones=[197910, 241890])
+iterations = 263880

@@ -1,0 +1,15 @@
+"""Mask R-CNN on PATNet-M, 1x, on COCO.
+
+No AP is at hand: the published configs train another network's widths (FasterNet's), these the classifier's.
+
+torchrun --nproc_per_node=8 tools/train.py configs/coco/mask_rcnn_patnet_m_1x.py \\
+  data.root=/path/to/coco checkpoint=/path/to/patnet_m.pth
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.coco import *
+
+model.update(name="patnet_m", drop_path_rate=0.2)
+optimizer.update(weight_decay=1e-4, filter_bias_and_bn=False)

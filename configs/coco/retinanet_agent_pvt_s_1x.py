@@ -1,0 +1,14 @@
+"""RetinaNet on Agent-PVT-S, 1x, on COCO: box AP 44.1 expected (README of the published code).
+
+torchrun --nproc_per_node=8 tools/train.py configs/coco/retinanet_agent_pvt_s_1x.py \\
+  data.root=/path/to/coco checkpoint=/path/to/agent_pvt_s.pth
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.coco import *
+
+model.update(name="agent_pvt_s", drop_path_rate=0.1)
+task.update(detector="retinanet")
+optimizer.update(weight_decay=1e-4, filter_bias_and_bn=False)

@@ -1,0 +1,14 @@
+"""RetinaNet on BiFormer-B, 1x, on COCO: box AP 47.1 expected (arXiv:2303.08810).
+
+torchrun --nproc_per_node=8 tools/train.py configs/coco/retinanet_biformer_b_1x.py \\
+  data.root=/path/to/coco checkpoint=/path/to/biformer_b.pth
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.coco import *
+
+model.update(name="biformer_b", drop_path_rate=0.3, n_win=16, topks=(1, 4, 16, -2))
+task.update(detector="retinanet", norm_eval=True)
+optimizer.update(weight_decay=1e-4)

@@ -1,0 +1,18 @@
+"""RetinaNet on DaViT-S, 3x, on COCO: box AP 48.2 expected (arXiv:2204.03645).
+
+The drop path is ours: of the published configs there is DaViT-T's alone.
+
+torchrun --nproc_per_node=8 tools/train.py configs/coco/retinanet_davit_s_3x.py \\
+  data.root=/path/to/coco checkpoint=/path/to/davit_s.pth
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.coco_multiscale import *
+
+model.update(name="davit_s", drop_path_rate=0.3)
+task.update(detector="retinanet")
+optimizer.update(filter_bias_and_bn=False)
+schedule.update(decay_milestones=[197910, 241890])
+iterations = 263880

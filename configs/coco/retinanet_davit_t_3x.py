@@ -1,0 +1,16 @@
+"""RetinaNet on DaViT-T, 3x, on COCO: box AP 46.5 expected (arXiv:2204.03645).
+
+torchrun --nproc_per_node=8 tools/train.py configs/coco/retinanet_davit_t_3x.py \\
+  data.root=/path/to/coco checkpoint=/path/to/davit_t.pth
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.coco_multiscale import *
+
+model.update(name="davit_t", drop_path_rate=0.2)
+task.update(detector="retinanet")
+optimizer.update(filter_bias_and_bn=False)
+schedule.update(decay_milestones=[197910, 241890])
+iterations = 263880

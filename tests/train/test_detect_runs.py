@@ -1,0 +1,151 @@
+"""Whole runs of a detector on a few generated scenes: train, test, predict, resume, two processes, export."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from pycocotools import mask as coder
+from saccade.train import config, engine, predict
+from saccade.train.config import build
+from saccade.train.data import scenes
+from saccade.train.tasks.detect import Detect
+from support.runs import finish, own_signals, state, train
+
+from .conftest import ROOT
+
+RESNET = ROOT / "configs/scenes/mask_rcnn_resnet18.py"
+COUNTS = dict(train=8, val=3, test=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scenes") / "new"
+    scenes.write(out, formats=("coco",), counts=COUNTS, size=96)
+    return out / "coco"
+
+
+@pytest.fixture(scope="module")
+def tiny(data):
+    """Overrides for a run of four steps of four pictures, a detector of seconds."""
+    model = ["model.name=test_resnet", "task.channels=16", "task.hidden=32", "task.rois=16", "task.proposals=30"]
+    sizes = [f"data.root={data}", "data.short=96", "data.long=96", "task.test_size=(96, 96)", "task.score_thresh=0.0"]
+    return [*model, *sizes, "iterations=4", "eval_every=2", "batch_size=4", "log_every=1", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """The folder of a finished run."""
+    settings = config.load(RESNET, tiny)
+    engine.validate(settings)
+    return train(tmp_path_factory.mktemp("run") / "new", settings)
+
+
+def lines(folder, kind):
+    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["kind"] == kind]
+
+
+def test_run(run):
+    """Each loss is logged, the best is judged by the masks' AP, and the pictures are there."""
+    steps, evaluations = lines(run, "train"), lines(run, "val")
+    names = ("classifier", "box_reg", "mask", "objectness", "rpn_box_reg")
+    for line in steps:
+        assert line["loss"] == pytest.approx(sum(line[name] for name in names), rel=1e-3)
+    assert len(steps) == 4 and [line["images"] for line in evaluations] == [3, 3]
+    assert {f"{kind}_{name}" for kind in ("box", "mask") for name in ("ap", "ap50", "ap75", "ar100")} <= set(
+        evaluations[0]
+    )
+    best = state(run)[1]["best"]
+    assert best["score"] == max(line["mask_ap"] for line in evaluations)
+    assert (run / "pictures/batch.png").exists() and (run / "pictures/curves.png").exists()
+    assert json.loads((run / "config.json").read_text())["label_names"] == list("0123456789")
+
+
+def test_test(run, command, tmp_path):
+    """metrics.json, every class's row, COCO's results file, overlays, the worst pictures, precision and recall."""
+    code, _, err = command("test", run, "--out", tmp_path)
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["images"] == 4 and metrics["split"] == "test"
+    rows = (tmp_path / "classes.csv").read_text().splitlines()
+    assert len(rows) == 11 and rows[0].startswith("class,images,objects,box_ap")
+    found = json.loads((tmp_path / "detections.json").read_text())
+    assert {entry["image_id"] for entry in found} <= {1, 2, 3, 4}
+    assert all(coder.decode(entry["segmentation"]).shape == (96, 96) for entry in found[:5])
+    assert set(metrics["mistakes"]) == {"missed", "false", "confused"}
+    drawn = {path.name for path in (tmp_path / "pictures").iterdir()}
+    assert {"detections.png", "worst.png", "precision_recall.png"} <= drawn
+
+
+def test_predict(run, data, command, tmp_path):
+    """The same detections as the model's own, in the picture's pixels, whatever its size."""
+    picture = data / "images/test/000001.jpg"
+    with Image.open(picture) as image:
+        image.resize((150, 120)).save(tmp_path / "large.png")
+    out = tmp_path / "out"
+    code, said, err = command(
+        "predict", run, picture, tmp_path / "large.png", "--threshold", 0.0, "--json", tmp_path / "p.json", "--out", out
+    )
+    assert code == 0, err
+    first, large = json.loads((tmp_path / "p.json").read_text())
+    settings = config.load(run / "config.py")
+    model = build(settings["task"], build(settings["data"])).restore(run, settings["model"]).eval()
+    pixels = torch.from_numpy(np.asarray(Image.open(picture).convert("RGB")).copy()).permute(2, 0, 1).float() / 255
+    with torch.no_grad():
+        (expected,) = model([pixels])
+    assert torch.allclose(torch.tensor([o["box"] for o in first["objects"]]), expected["boxes"])
+    assert torch.allclose(torch.tensor([o["score"] for o in first["objects"]]), expected["scores"])
+    for found, mask in zip(first["objects"], expected["masks"]):
+        assert np.array_equal(coder.decode(found["mask"]), (mask[0] > 0.5).numpy())
+    assert large["objects"][0]["mask"]["size"] == [120, 150]
+    assert Image.open(out / "000001.png").size == (480, 480) and len(said.splitlines()) == 2
+
+
+def test_nothing_found(run):
+    model = predict.predictor(run, "cpu", threshold=1.1)
+    record = model.batch([Image.new("RGB", (50, 40))])[0]
+    assert record == dict(objects=[]) and model.say(record) == "nothing"
+    assert model.draw(Image.new("RGB", (50, 40)), record).size == (500, 400)
+
+
+def test_resume_is_bit_identical(run, tiny, tmp_path, monkeypatch):
+    """A run that dies in its third step and goes on ends with the very weights and log of one that does not."""
+    folder, settings = tmp_path / "run", config.load(RESNET, [*tiny, "save_every=1"])
+    loss, count = Detect.loss, iter(range(100))
+
+    def dies(*arguments):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(Detect, "loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, settings)
+    monkeypatch.setattr(Detect, "loss", loss)
+    assert state(folder)[1]["step"] == 3
+    with own_signals():
+        engine.train(folder, True, **settings)
+    whole, again = state(run)[0], state(folder)[0]
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [line["loss"] for line in lines(run, "train")] == [line["loss"] for line in lines(folder, "train")]
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes(strategy, tiny, command, tmp_path):
+    """In bf16, accumulated, with BatchNorm over both: a run whose last evaluation one process repeats."""
+    arguments = ["iterations=2", "precision=bf16", "accumulate=2", "sync_bn=True", f"strategy={strategy}"]
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line += [str(ROOT / "tools/train.py"), str(RESNET), *tiny, *arguments, "--run-dir", str(tmp_path / "run")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    finish(subprocess.Popen(line, **pipes))
+    (there,) = lines(tmp_path / "run", "val")
+    code, _, err = command("test", tmp_path / "run", "--split", "val", "--out", tmp_path / "test")
+    assert code == 0, err
+    here = json.loads((tmp_path / "test/metrics.json").read_text())
+    assert here["images"] == there["images"] == 3
+    for name in ("box_ap", "mask_ap", "box_ar100"):
+        assert here[name] == pytest.approx(there[name], abs=1.0), name  # bf16's rounding may differ

@@ -1,0 +1,174 @@
+"""Whole runs of a segmenter on a few generated scenes: train, test, predict, resume, two processes."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from saccade.train import config, engine
+from saccade.train.config import build
+from saccade.train.data import scenes
+from saccade.train.errors import UserError
+from saccade.train.tasks import segment
+from saccade.train.tasks.segment import Segment
+from support.forked import forked
+from support.runs import SGD, finish, own_signals, state, train
+
+from .conftest import ROOT
+
+CONFIG = ROOT / "configs/scenes/upernet_biformer_t.py"
+NAMES = ["background", *"0123456789"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    out = tmp_path_factory.mktemp("scenes") / "new"
+    scenes.write(out, formats=("ade20k",), counts=dict(train=8, val=3, test=5), size=64)
+    return out / "ade20k"
+
+
+@pytest.fixture(scope="module")
+def tiny(data):
+    """Overrides for a run of four steps of four crops, a segmenter of seconds."""
+    sizes = [f"data.root={data}", "data.crop=48", "task.channels=8", "model={'name': 'test_resnet'}"]
+    return [*sizes, "iterations=4", "eval_every=2", "batch_size=4", "log_every=1", "device=cpu"]
+
+
+@pytest.fixture(scope="module")
+def run(tiny, tmp_path_factory):
+    """The folder of a finished run."""
+    settings = config.load(CONFIG, tiny)
+    engine.validate(settings)
+    return train(tmp_path_factory.mktemp("run") / "new", settings)
+
+
+def lines(folder, kind):
+    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["kind"] == kind]
+
+
+def test_run(run):
+    steps, evaluations = lines(run, "train"), lines(run, "val")
+    for line in steps:
+        assert line["loss"] == pytest.approx(line["head"] + 0.4 * line["auxiliary"], rel=1e-4)
+    assert [line["images"] for line in evaluations] == [3, 3] and {"miou", "macc", "aacc"} <= evaluations[0].keys()
+    assert state(run)[1]["best"]["score"] == max(line["miou"] for line in evaluations)
+    assert (run / "pictures/batch.png").exists() and (run / "pictures/curves.png").exists()
+    assert json.loads((run / "config.json").read_text())["label_names"] == NAMES
+
+
+def test_test(run, command, tmp_path):
+    """Counted picture by picture with the model itself; two processes give the very same."""
+    code, out, err = command("test", run, "--out", tmp_path / "one")
+    assert code == 0, err
+    metrics = json.loads((tmp_path / "one/metrics.json").read_text())
+    settings = config.load(run / "config.py")
+    source = build(settings["data"])
+    job = build(settings["task"], source)
+    model = job.restore(run, settings["model"]).eval()
+    inter, union, right, seen = np.zeros(11), np.zeros(11), 0, 0
+    dataset = source.dataset("test", source.inputs(model.pretrained_cfg))
+    for picture, labels, _ in (dataset[i] for i in range(5)):
+        with torch.no_grad():
+            found = model([picture])[0]
+        inter += [float(((found == c) & (labels == c)).sum()) for c in range(11)]
+        union += [float(((found == c) | (labels == c)).sum()) for c in range(11)]
+        right, seen = right + int((found == labels).sum()), seen + labels.numel()
+    assert metrics["miou"] == pytest.approx(100 * (inter[union > 0] / union[union > 0]).mean())
+    assert metrics["aacc"] == pytest.approx(100 * right / seen) and metrics["images"] == 5
+    assert 0 < metrics["images_per_s"] <= metrics["model_images_per_s"] < 1e6
+    rows = (tmp_path / "one/classes.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in rows] == ["class", *NAMES]
+    assert float(rows[1].split(",")[1]) == pytest.approx(100 * inter[0] / union[0])
+    assert {"overlays.png", "worst.png"} <= {path.name for path in (tmp_path / "one/pictures").iterdir()}
+    assert "worst classes" in out
+
+    assert forked(2, "test", run, "--out", tmp_path / "two") == [0, 0]
+    again = json.loads((tmp_path / "two/metrics.json").read_text())
+    assert {k: again[k] for k in ("miou", "macc", "aacc", "images", "classes")} == {
+        k: metrics[k] for k in ("miou", "macc", "aacc", "images", "classes")
+    }
+
+
+def test_arguments_of_tests(run, command, tmp_path):
+    """Windows, scales and flips by the command line: other figures of the same pictures."""
+    found = []
+    for given in ([], ["task.flip=True", "task.scales=(0.5, 1.0)"], ["task.crop=(32, 32)", "task.stride=(16, 16)"]):
+        code, _, err = command("test", run, *given, "--out", tmp_path)
+        assert code == 0, err
+        found.append(json.loads((tmp_path / "metrics.json").read_text()))
+    assert {metrics["images"] for metrics in found} == {5}
+    assert len({metrics["aacc"] for metrics in found}) == 3
+
+
+def test_predict(run, data, command, tmp_path):
+    """The model's own label map, at the picture's size, and drawn."""
+    picture = data / "images/test/000001.jpg"
+    with Image.open(picture) as image:
+        image.resize((71, 50)).save(tmp_path / "other.png")
+    out = tmp_path / "out"
+    code, said, err = command(
+        "predict", run, picture, tmp_path / "other.png", "--json", tmp_path / "p.json", "--out", out
+    )
+    assert code == 0, err
+    first, other = json.loads((tmp_path / "p.json").read_text())
+    settings = config.load(run / "config.py")
+    model = build(settings["task"], build(settings["data"])).restore(run, settings["model"]).eval()
+    pixels = torch.from_numpy(np.array(Image.open(picture))).permute(2, 0, 1)
+    with torch.no_grad():
+        expected = model([pixels])[0].numpy()
+    values, lengths = np.array(first["map"]["runs"]).T
+    assert np.array_equal(np.repeat(values, lengths).reshape(first["map"]["size"]), expected)
+    assert {found["name"]: found["share"] for found in first["classes"]} == {
+        NAMES[c]: (expected == c).mean() for c in np.unique(expected)
+    }
+    assert other["map"]["size"] == [50, 71] and len(said.splitlines()) == 2
+    assert Image.open(out / "other.png").size[0] >= 71
+
+
+def test_resume_is_bit_identical(run, tiny, tmp_path, monkeypatch):
+    """A run that dies in its third step and goes on ends with the very weights and log of one that does not."""
+    folder, settings = tmp_path / "run", config.load(CONFIG, [*tiny, "save_every=1"])
+    loss, count = Segment.loss, iter(range(100))
+
+    def dies(*arguments):
+        if next(count) == 3:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    monkeypatch.setattr(Segment, "loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, settings)
+    monkeypatch.setattr(Segment, "loss", loss)
+    assert state(folder)[1]["step"] == 3
+    with own_signals():
+        engine.train(folder, True, **settings)
+    whole, again = state(run)[0], state(folder)[0]
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert [line["loss"] for line in lines(run, "train")] == [line["loss"] for line in lines(folder, "train")]
+
+
+def test_two_processes_are_as_one(tiny, tmp_path):
+    """Losses, BatchNorm over both, evaluation of pictures that they can't share equally."""
+    arguments = [*tiny, *SGD, "sync_bn=True", "task.drop_rate=0.0", "schedule.warmup_lr=0.0"]
+    one = train(tmp_path / "one", config.load(CONFIG, arguments))
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line += [str(ROOT / "tools/train.py"), str(CONFIG), *arguments, "--run-dir", str(tmp_path / "two")]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    finish(subprocess.Popen(line, **pipes))
+    for mine, theirs in zip(lines(tmp_path / "two", "train"), lines(one, "train"), strict=True):
+        assert mine["head"] == pytest.approx(theirs["head"], rel=1e-4)
+        assert mine["auxiliary"] == pytest.approx(theirs["auxiliary"], rel=1e-4)
+    for mine, theirs in zip(lines(tmp_path / "two", "val"), lines(one, "val"), strict=True):
+        assert mine["images"] == theirs["images"] == 3 and mine["aacc"] == pytest.approx(theirs["aacc"], abs=0.5)
+    key = "model.head.fuse.bn.running_mean"
+    assert torch.allclose(state(tmp_path / "two")[0][key], state(one)[0][key], rtol=1e-3, atol=1e-5)
+
+
+def test_fsdp_is_refused(monkeypatch):
+    monkeypatch.setattr(segment, "is_sharded", lambda model: True)
+    with pytest.raises(UserError, match="strategy=fsdp is not for segmentation"):
+        Segment.loss(None, None, None)

@@ -1,0 +1,59 @@
+"""Write scenes to detect and segment, from pictures that ship with scikit-learn and scikit-image.
+
+  python tools/make_scenes.py runs/scenes                   digits on photographs: 600 to train on, 60 val, 150 test
+  python tools/make_scenes.py runs/coins --coins            24 coins: the left half trains, the right half tests
+  python tools/make_scenes.py runs/large --size 320 --train 5000 --seed 1
+
+OUT gets coco/ and ade20k/, in those layouts, or one of them by --format; what the same command wrote before is left as
+it is. Exit codes: 0 done, 2 something to mend (one sentence says what), 74 a file could not be written.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+from saccade.train.data import scenes
+from saccade.train.errors import run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path, help="a folder that is empty or not there")
+    parser.add_argument("--format", choices=[*scenes.FORMATS, "both"], default="both")
+    for split, count in scenes.COUNTS.items():
+        parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} scenes (default: {count})")
+    parser.add_argument("--size", type=int, default=160, help="pixels a side (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="other scenes for another number (default: %(default)s)")
+    parser.add_argument("--coins", action="store_true", help="scikit-image's coins in place of digits")
+    args = parser.parse_args()
+    for name, least in dict(train=1, val=1, test=1, size=32, seed=0).items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} must be {least} or more, got {getattr(args, name)}")
+    asked = json.dumps({key: value for key, value in vars(args).items() if key != "out"})
+    note = args.out / scenes.NOTE
+    if note.is_file() and note.read_text(encoding="utf-8") == asked:
+        print(f"{args.out} is there already")
+        return
+    formats = scenes.FORMATS if args.format == "both" else (args.format,)
+    if args.coins:
+        scenes.write_coins(args.out, formats, asked)
+    else:
+        counts = {split: getattr(args, split) for split in scenes.COUNTS}
+        with Progress(BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), expand=True) as bar:
+            task = bar.add_task("", total=None)
+            scenes.write(
+                args.out,
+                formats,
+                counts,
+                args.size,
+                args.seed,
+                asked,
+                lambda done, total: bar.update(task, completed=done, total=total),
+            )
+    print(f"{args.out}: " + ", ".join(f"{name}/" for name in formats))
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,427 @@
+"""Pictures with a label for each pixel: ADE20K, COCO-Stuff, or anybody's own pair of folders.
+
+A label map is an image with one number a pixel. Each layout says which number is which class; all label maps become
+numbers 0 … K - 1, and IGNORED where a pixel is neither learned from nor counted.
+"""
+
+import io
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm.data
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, default_collate
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+from torchvision.transforms.v2 import functional as F
+
+from ..config import check as check_section
+from ..distributed import derive, rank
+from ..errors import DATA, UserError
+from ..heads.segmenter import fitted
+from .bad import BadImage
+from .images import Strings, _says
+
+IGNORED = 255
+SPLITS = ("train", "val", "test")
+INVALID = -1  # in a table of labels
+STUFF = """banner blanket branch bridge building-other bush cabinet cage cardboard carpet ceiling-other
+ceiling-tile cloth clothes clouds counter cupboard curtain desk-stuff dirt door-stuff fence floor-marble
+floor-other floor-stone floor-tile floor-wood flower fog food-other fruit furniture-other grass gravel
+ground-other hill house leaves light mat metal mirror-stuff moss mountain mud napkin net paper pavement pillow
+plant-other plastic platform playingfield railing railroad river road rock roof rug salad sand sea shelf
+sky-other skyscraper snow solid-other stairs stone straw structural-other table tent textile-other towel tree
+vegetable wall-brick wall-concrete wall-other wall-panel wall-stone wall-tile wall-wood water-other waterdrops
+window-blind window-other wood"""  # COCO-Stuff's categories 92 to 182
+
+
+class LabelMaps:
+    """What the layouts below have in common. They give `class_names`, `table`, `pairs(split)` and `meaning`.
+
+    scale: (long, short): pictures are enlarged or reduced to the largest of their shape within, in either direction;
+    None: they stay as they are. crop: pixels a side of what training sees. augment: arguments of `Augment`.
+    max_bad: how many pictures that can't be read a run goes on without. check: how many label maps of a split, evenly
+    spread, are read before training begins; what is wrong with others is said when they are read.
+    """
+
+    class_names: list[str]
+    table: np.ndarray  # (256,) int16: number in a file -> label, IGNORED or INVALID
+    meaning: str  # which numbers the files may have, in words
+
+    def __init__(self, scale: Sequence[int] | None, crop: int, augment: dict | None, max_bad: int, check: int):
+        self.scale, self.img_size, self.augment = scale, crop, augment or {}
+        self.max_bad, self.check, self.bad = max_bad, check, {}
+        check_section("data.augment", self.augment, Augment, without=("scale", "crop", "fill"))
+        if scale is not None and (len(scale) != 2 or min(scale) < 1):
+            raise UserError(f"data.scale={scale} must be two numbers of pixels, of the longer and the shorter side")
+        if crop < 1:
+            raise UserError(f"data.crop={crop} must be 1 or more")
+
+    def pairs(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
+        """The files of a split's pictures, and of their label maps."""
+        raise NotImplementedError
+
+    def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
+        """The model's own mean and std; `input_size` is what training sees, `scale` what tests begin with."""
+        own = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
+        size = (own["input_size"][0], self.img_size, self.img_size)
+        return dict(input_size=size, mean=own["mean"], std=own["std"], scale=self.scale)
+
+    def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> "Maps":
+        """ "train", "val" or "test", its first label maps checked.
+
+        Raises UserError for a label map that does not do, naming it.
+        """
+        images, labels = self.pairs(split)
+        if not len(images):
+            raise UserError(f"the {split} split holds no pictures", DATA)
+        augment = Augment(self.scale, self.img_size, inputs["mean"], **self.augment) if training else None
+        dataset = Maps(images, labels, self.table, f"{len(self.class_names)} classes: {self.meaning}", augment)
+        if rank() == 0:
+            dataset.check(self.check, split)
+        return dataset
+
+
+class Ade20k(LabelMaps):
+    """ADE20K as its scene parsing benchmark is downloaded (ADEChallengeData2016), or anything laid out like it.
+
+    root: has images/{training,validation}, annotations/{training,validation} and objectInfo150.txt, whose names count
+    from 1. Label 0 is ignored, c becomes c - 1. A folder "test" is tested on where there is one, else the validation
+    pictures are. Other arguments: see LabelMaps.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        scale: Sequence[int] | None = (2048, 512),
+        crop: int = 512,
+        augment: dict | None = None,
+        max_bad: int = 0,
+        check: int = 500,
+    ):
+        super().__init__(scale, crop, augment, max_bad, check)
+        self.root = Path(root)
+        files = sorted(self.root.glob("objectInfo*.txt"))
+        if not files:
+            raise UserError(f"data.root={root} has no objectInfo150.txt: give the folder that ADE20K unpacks to")
+        self.class_names = _object_names(files[0])
+        classes = len(self.class_names)
+        self.table = _table({0: IGNORED} | {c + 1: c for c in range(classes)})
+        self.meaning = f"labels must be 1 to {classes}, or 0 where they are to be ignored"
+
+    def pairs(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
+        folder = dict(train="training", val="validation", test="test")[split]
+        if split == "test" and not (self.root / "images" / folder).is_dir():
+            folder = "validation"
+        return _matched(self.root / "images" / folder, self.root / "annotations" / folder)
+
+
+class CocoStuff(LabelMaps):
+    """COCO-Stuff's 171 classes on COCO's pictures, in either layout that people have.
+
+    root: has images/{train2017,val2017} and annotations/{train2017,val2017}: either stuffthingmaps_trainval2017's
+    pixel maps as downloaded (000000000009.png, category number - 1), or mmsegmentation's converted ones
+    (000000000009_labelTrainIds.png, 0 … 170). 255 is ignored in both. Other arguments: see LabelMaps.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        scale: Sequence[int] | None = (2048, 512),
+        crop: int = 512,
+        augment: dict | None = None,
+        max_bad: int = 0,
+        check: int = 500,
+    ):
+        super().__init__(scale, crop, augment, max_bad, check)
+        self.root = Path(root)
+        things = _coco_things()
+        self.class_names = [*things, *STUFF.split()]
+        converted = next((self.root / "annotations/val2017").glob("*_labelTrainIds.png"), None)
+        self.suffix = "_labelTrainIds" if converted else ""
+        files = range(171) if converted else [number - 1 for number in (*things.values(), *range(92, 183))]
+        self.table = _table({255: IGNORED} | {value: label for label, value in enumerate(files)})
+        known = "0 to 170" if converted else "numbers of COCO-Stuff's categories less one, 0 to 181"
+        self.meaning = f"labels must be {known}, or 255 where they are to be ignored"
+
+    def pairs(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
+        folder = "train2017" if split == "train" else "val2017"
+        return _matched(self.root / "images" / folder, self.root / "annotations" / folder, "", self.suffix)
+
+
+class Folders(LabelMaps):
+    """One's own pictures and label maps: ROOT/images, ROOT/labels, and a name a line in ROOT/classes.txt.
+
+    root: each of images and labels has train, val and perhaps test in it; or files, which are then divided at random,
+    the same way each time. A picture and its label map have the same path but for the extension. Label c is the class
+    of line c + 1, 255 is ignored. images, labels: other names of the two folders. classes: the names, in place of
+    classes.txt. zero_ignored: label 0 is ignored and c is the class of line c, as in ADE20K. image_suffix,
+    label_suffix: what ends the names of pictures and of label maps before the extension, where they differ
+    ("_leftImg8bit", "_gtFine_labelTrainIds"). shares: of val and test in an automatic division. Other arguments: see
+    LabelMaps.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        images: str = "images",
+        labels: str = "labels",
+        classes: Sequence[str] | None = None,
+        zero_ignored: bool = False,
+        image_suffix: str = "",
+        label_suffix: str = "",
+        shares: Sequence[float] = (0.1, 0.2),
+        scale: Sequence[int] | None = (2048, 512),
+        crop: int = 512,
+        augment: dict | None = None,
+        max_bad: int = 0,
+        check: int = 500,
+    ):
+        super().__init__(scale, crop, augment, max_bad, check)
+        self.root, self.shares = Path(root), shares
+        self.folders, self.suffixes = (self.root / images, self.root / labels), (image_suffix, label_suffix)
+        if len(shares) != 2 or min(shares) < 0 or sum(shares) >= 1:
+            raise UserError(
+                f"data.shares={tuple(shares)} must be two shares, of val and test, that leave some to train on"
+            )
+        file = self.root / "classes.txt"
+        if classes is None and not file.is_file():
+            raise UserError(f"data.root={root} has no classes.txt: write the classes' names there, one a line")
+        names = file.read_text(encoding="utf-8").splitlines() if classes is None else classes
+        self.class_names = [name.strip() for name in names if name.strip()]
+        count, first = len(self.class_names), int(zero_ignored)
+        if not 2 <= count < IGNORED:
+            raise UserError(
+                f"{'data.classes' if classes else file} names {count} classes: there must be 2 to {IGNORED - 1}"
+            )
+        self.table = _table(
+            {255: IGNORED} | ({0: IGNORED} if zero_ignored else {}) | {c + first: c for c in range(count)}
+        )
+        self.meaning = (
+            f"labels must be {first} to {count - 1 + first}, or {'0 or ' * first}255 where they are to be ignored"
+        )
+
+    def pairs(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
+        images, labels = self.folders
+        if (images / "train").is_dir():
+            place = "val" if split == "test" and not (images / "test").is_dir() else split
+            return _matched(images / place, labels / place, *self.suffixes)
+        files = _matched(images, labels, *self.suffixes)
+        generator = torch.Generator().manual_seed(derive("division", len(files[0])))
+        order = torch.randperm(len(files[0]), generator=generator).tolist()
+        val, test = (round(share * len(order)) for share in self.shares)
+        parts = dict(val=order[:val], test=order[val : val + test], train=order[val + test :])
+        return tuple([column[i] for i in sorted(parts[split])] for column in files)
+
+
+def _coco_things() -> dict[str, int]:
+    """COCO's 80 things and their numbers, which leave some out."""
+    from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
+
+    names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
+    return {name: number for number, name in enumerate(names) if name not in ("__background__", "N/A")}
+
+
+def _object_names(file: Path) -> list[str]:
+    """The names of objectInfo150.txt: the last column, of several names the first, in the order of the first column."""
+    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        found = {int(row[0]): row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()}
+    except (ValueError, IndexError):
+        found = {}
+    if not found or sorted(found) != list(range(1, len(found) + 1)) or len(found) >= IGNORED:
+        raise UserError(f"{file} does not name classes 1, 2, … in lines of columns with tabs between: fetch it again")
+    return [found[number] for number in sorted(found)]
+
+
+def _table(labels: dict[int, int]) -> np.ndarray:
+    table = np.full(256, INVALID, np.int16)
+    for value, label in labels.items():
+        table[value] = label
+    return table
+
+
+def _matched(images: Path, labels: Path, image_suffix: str = "", label_suffix: str = "") -> tuple[Strings, Strings]:
+    """The pictures below a folder and their label maps below another, in the order of their paths.
+
+    Raises UserError for a folder that is not there and for a file without its partner, naming it.
+    """
+    extensions = set(Image.registered_extensions())
+
+    def named(folder: Path, suffix: str) -> dict[str, str]:
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}", DATA)
+        found = {}
+        for place, _, names in os.walk(folder, followlinks=True):
+            for name in names:
+                stem, extension = os.path.splitext(os.path.relpath(os.path.join(place, name), folder))
+                if not name.startswith(".") and extension.lower() in extensions and stem.endswith(suffix):
+                    found[stem.removesuffix(suffix)] = os.path.join(place, name)
+        return found
+
+    pictures, maps = named(images, image_suffix), named(labels, label_suffix)
+    for mine, others, folder, suffix, what in (
+        (pictures, maps, labels, label_suffix, "label map"),
+        (maps, pictures, images, image_suffix, "picture"),
+    ):
+        alone = sorted(mine.keys() - others.keys())
+        if alone:
+            more = f" (nor have {len(alone) - 1} others)" if len(alone) > 1 else ""
+            raise UserError(f"{mine[alone[0]]} has no {what} {folder / alone[0]}{suffix}.*{more}: add or remove", DATA)
+    names = sorted(pictures)
+    return Strings(pictures[name] for name in names), Strings(maps[name] for name in names)
+
+
+class Augment:
+    """What training does to a picture (3, H, W) uint8 and its labels (H, W), at random; both become `crop` a side.
+
+    scale: see LabelMaps; ratios: a factor of it is drawn between them. share: of a crop, the largest that one class may
+    take; after ten attempts any crop does. hflip: probability of mirroring. distort: brightness, contrast, saturation
+    and hue. fill: colour, 0 … 1, of what a smaller picture leaves of its crop; it is IGNORED.
+    """
+
+    def __init__(
+        self,
+        scale: Sequence[int] | None,
+        crop: int,
+        fill: Sequence[float],
+        ratios: Sequence[float] = (0.5, 2.0),
+        share: float = 0.75,
+        hflip: float = 0.5,
+        distort: bool = True,
+    ):
+        self.scale, self.crop, self.ratios, self.share = scale, crop, ratios, share
+        self.flip, self.distort, self.fill = v2.RandomHorizontalFlip(hflip), distort, list(fill)
+        if len(ratios) != 2 or not 0 < ratios[0] <= ratios[1]:
+            raise UserError(
+                f"data.augment.ratios={tuple(ratios)} must be the least and the largest factor of data.scale"
+            )
+
+    def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        height, width = image.shape[1:]
+        ratio = _uniform(*self.ratios)
+        if self.scale is None:
+            height, width = height * ratio, width * ratio
+        else:
+            height, width = fitted(height, width, [int(side * ratio) for side in self.scale])
+        size = [max(1, int(height + 0.5)), max(1, int(width + 0.5))]
+        image = F.resize(tv_tensors.Image(image), size, v2.InterpolationMode.BILINEAR, antialias=False)
+        labels = F.resize(tv_tensors.Mask(labels[None]), size, v2.InterpolationMode.NEAREST)
+        box = self._box(labels[0])
+        image, labels = self.flip(F.crop(image, *box), tv_tensors.Mask(F.crop(labels, *box)))
+        image = F.to_dtype(image, torch.float32, scale=True)
+        if self.distort:
+            image = distorted(image)
+        border = [0, 0, self.crop - image.shape[2], self.crop - image.shape[1]]
+        image = F.pad(image, border, fill=self.fill)
+        labels = F.pad(labels, border, fill=IGNORED)
+        return image.as_subclass(Tensor), labels.as_subclass(Tensor)[0].long()
+
+    def _box(self, labels: Tensor) -> tuple[int, int, int, int]:
+        """(top, left, height, width) of a crop in which no class takes more than `share`."""
+        height, width = (min(self.crop, side) for side in labels.shape)
+        for attempt in range(11):
+            top, left = (int(torch.randint(n - c + 1, ())) for n, c in zip(labels.shape, (height, width)))
+            if self.share >= 1 or attempt == 10:
+                break
+            seen = torch.bincount(labels[top : top + height, left : left + width].flatten(), minlength=256)[:IGNORED]
+            if (seen > 0).sum() > 1 and seen.max() < self.share * seen.sum():
+                break
+        return top, left, height, width
+
+
+def distorted(image: Tensor) -> Tensor:
+    """An image (3, H, W) in [0, 1] with, each at even odds, other brightness, contrast, saturation and hue (SSD's way).
+
+    The strengths are mmsegmentation's: brightness ± 32 / 255, contrast and saturation 0.5 … 1.5, hue ± a tenth of the
+    circle.
+    """
+    if _uniform(0, 1) < 0.5:
+        image = (image + _uniform(-32, 32) / 255).clamp(0, 1)
+    contrast = _uniform(0.5, 1.5) if _uniform(0, 1) < 0.5 else 1.0
+    first = _uniform(0, 1) < 0.5
+    if first:
+        image = (image * contrast).clamp(0, 1)
+    if _uniform(0, 1) < 0.5:
+        image = F.adjust_saturation(image, _uniform(0.5, 1.5))
+    if _uniform(0, 1) < 0.5:
+        image = F.adjust_hue(image, _uniform(-0.1, 0.1))
+    return image if first else (image * contrast).clamp(0, 1)
+
+
+def _uniform(low: float, high: float) -> float:
+    return float(torch.empty(()).uniform_(low, high))
+
+
+class Maps(Dataset):
+    """A split. With `augment`: (image (3, crop, crop) float32 in [0, 1], labels (crop, crop) int64). Without it, the
+    picture as it is: (picture (3, H, W) uint8, labels (H, W) int64, index), in a batch a list of each.
+
+    table: number in a file -> label. meaning: of the numbers, in words.
+    """
+
+    def __init__(
+        self, images: Sequence[str], labels: Sequence[str], table: np.ndarray, meaning: str, augment: Augment | None
+    ):
+        self.images, self.labels, self.table, self.meaning, self.augment = images, labels, table, meaning, augment
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple:
+        picture = _read(self.images[index]).convert("RGB")
+        labels = self._labels(index, picture.size)
+        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
+        labels = torch.from_numpy(labels)
+        return (image, labels.long(), index) if self.augment is None else self.augment(image, labels)
+
+    def collate(self, samples: list[tuple]) -> Any:
+        return default_collate(samples) if self.augment is not None else [list(column) for column in zip(*samples)]
+
+    def check(self, most: int, split: str) -> None:
+        """Read up to `most` label maps, evenly spread; raises UserError for the first that does not do."""
+        from rich.progress import track  # of what is not needed to run a model
+
+        chosen = sorted(set(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int).tolist()))
+        said = f"checking {len(chosen)} of {len(self)} label maps ({split})"
+        for index in track(chosen, said, transient=True, disable=len(chosen) < 200):
+            try:
+                with Image.open(self.images[index]) as picture:
+                    size = picture.size
+                self._labels(index, size)
+            except (OSError, BadImage):
+                continue  # counted in training, where a number of them may be allowed
+
+    def _labels(self, index: int, size: tuple[int, int]) -> np.ndarray:
+        """The labels (H, W) uint8 of a picture of this width and height."""
+        name = self.labels[index]
+        found = np.array(_read(name))
+        if found.ndim != 2 or found.dtype.kind not in "uib":
+            raise UserError(f"{name} must have one whole number a pixel to be a label map, it is in colours", DATA)
+        if found.shape != size[::-1]:
+            here, there = (f"{height}x{width}" for height, width in (found.shape, size[::-1]))
+            raise UserError(f"label map {name} is {here} pixels, its picture {self.images[index]} is {there}", DATA)
+        labels = self.table[np.clip(found, 0, 255).astype(np.uint8)]
+        wrong = (labels == INVALID) | (found > 255) | (found < 0)
+        if wrong.any():
+            row, column = np.argwhere(wrong)[0]
+            value = int(found[row, column])
+            raise UserError(f"{name} has label {value} in row {row}, column {column}, but of {self.meaning}", DATA)
+        return labels.astype(np.uint8)
+
+
+def _read(name: str) -> Image.Image:
+    """An image as its file has it. Raises BadImage, naming the file."""
+    try:
+        image = Image.open(io.BytesIO(Path(name).read_bytes()))
+        image.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged files make PIL's many readers raise almost anything
+        raise BadImage(name, _says(error)) from error
+    return image

@@ -1,0 +1,272 @@
+"""Average precision and recall as COCO defines them, of boxes and of masks, over any number of processes.
+
+The numbers are pycocotools', to the last digit; where faster-coco-eval is installed it computes them, several times as
+fast. In percent, as all of this project's. Beside them: every class's, precision against recall, and what went wrong on
+each picture.
+"""
+
+import importlib.util
+import io
+import json
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from torch import Tensor
+
+from ..checkpoint import write_text
+from ..data.coco import has_mask
+from ..distributed import rank, together, world
+from ..errors import UserError
+
+KINDS = dict(box="bbox", mask="segm")
+IOUS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
+# name -> (precision or recall, IoU, sizes, detections of an image and class); None: the mean over all IoUs
+SUMMARY = dict(
+    ap=("precision", None, 0, 2),
+    ap50=("precision", 0, 0, 2),
+    ap75=("precision", 5, 0, 2),
+    ap_small=("precision", None, 1, 2),
+    ap_medium=("precision", None, 2, 2),
+    ap_large=("precision", None, 3, 2),
+    ar1=("recall", None, 0, 0),
+    ar10=("recall", None, 0, 1),
+    ar100=("recall", None, 0, 2),
+    ar_small=("recall", None, 1, 2),
+    ar_medium=("recall", None, 2, 2),
+    ar_large=("recall", None, 3, 2),
+)
+SURE, OVERLAP = 0.5, 0.5  # score from which a detection counts as a claim; IoU from which it is of an object
+
+
+class CocoMetric:
+    """Detections of a split; every process adds its own, `result` brings them together.
+
+    truth: the split's json (saccade.train.data.coco.Coco.truth). classes: their names, in the order of labels 1 … K,
+    which is that of the category ids. masks: whether masks are evaluated too. faster: whether by faster-coco-eval;
+    None: where it is installed. Raises UserError for masks that the json does not have.
+    """
+
+    def __init__(self, truth: dict[str, Any], classes: Sequence[str], masks: bool, faster: bool | None = None):
+        self.truth, self.classes, self.masks = truth, list(classes), masks
+        self.faster = importlib.util.find_spec("faster_coco_eval") is not None if faster is None else faster
+        self.categories = sorted(category["id"] for category in truth["categories"])
+        if len(self.categories) != len(self.classes):
+            raise ValueError(f"classes must be the json's {len(self.categories)} categories, got {len(self.classes)}")
+        without = [a["id"] for a in truth.get("annotations", ()) if masks and not has_mask(a.get("segmentation"))]
+        if without:
+            raise UserError(
+                f"{len(without)} annotations that masks are to be held to have none, that with id {without[0]} among "
+                "them: mend the json, or train a detector of boxes"
+            )
+        self.seen: dict[int, list[dict[str, Any]]] = {}  # image id -> what was found, in COCO's submission format
+
+    def update(self, image_ids: Sequence[int] | Tensor, outputs: Sequence[dict[str, Tensor]]) -> None:
+        """Add what was found on some images.
+
+        outputs: of each image boxes (n, 4) as x1 y1 x2 y2 in pixels of the picture itself, scores (n,), labels (n,)
+        from 1 and, with masks, masks (n, 1, H, W) or (n, H, W), the pixels' probabilities; n may be 0. Masks are
+        encoded at once, for they need a thousand times the memory.
+        Raises UserError where boxes or scores are not finite.
+        """
+        for image_id, output in zip(map(int, image_ids), outputs):
+            boxes, scores = (output[name].detach().double().cpu() for name in ("boxes", "scores"))
+            if not (boxes.isfinite().all() and scores.isfinite().all()):
+                raise UserError(
+                    f"the model's boxes or scores on image {image_id} are not finite numbers: "
+                    "evaluate with precision=fp32 or train it again"
+                )
+            boxes[:, 2:] -= boxes[:, :2]
+            rows = zip(output["labels"].tolist(), boxes.tolist(), scores.tolist())
+            found = [
+                dict(image_id=image_id, category_id=self.categories[label - 1], bbox=box, score=score)
+                for label, box, score in rows
+            ]
+            if self.masks:
+                for entry, mask in zip(found, output["masks"].flatten(0, -3).gt(0.5).cpu()):
+                    entry["segmentation"] = encode(mask)
+            self.seen[image_id] = found
+
+    def result(self) -> tuple[dict[str, float], dict[str, Any] | None]:
+        """({box_ap, box_ap50, …, mask_ap, …, images}, detail), of all processes, which must all call it.
+
+        Averages are over the images that were seen; those of which there is none (no large object, say) are left out.
+        detail, in process 0 alone (None in others):
+        results    what was found, in COCO's submission format (see write_results)
+        classes    a row for each class: class, images, objects, box_ap, box_ap50, …; see as_csv
+        precision  box and mask: (10 IoUs, 101 recalls, K), -1 where a class has no object: IOUS and RECALLS
+        pictures   what went wrong on each image, the worst first: see mistakes
+        Of a json without annotations there are the results alone.
+        """
+        parts: list = [self.seen]
+        if world() > 1:
+            parts = [None] * world()
+            dist.gather_object(self.seen, parts if rank() == 0 else None)
+        metrics, detail = None, None
+        with together():
+            if rank() == 0:
+                metrics, detail = self._evaluate({image: found for part in parts for image, found in part.items()})
+        if world() > 1:
+            shared = [metrics]
+            dist.broadcast_object_list(shared)
+            (metrics,) = shared
+        return metrics, detail
+
+    def _evaluate(self, seen: dict[int, list[dict[str, Any]]]) -> tuple[dict[str, float], dict[str, Any]]:
+        images = sorted(seen)
+        results = [entry for image in images for entry in seen[image]]
+        metrics: dict[str, float] = {}
+        detail: dict[str, Any] = dict(results=results, classes=[], precision={}, pictures=[])
+        mine = [a for a in self.truth.get("annotations", ()) if a["image_id"] in seen and not a["iscrowd"]]
+        for name, number in zip(self.classes, self.categories):
+            objects = [a["image_id"] for a in mine if a["category_id"] == number]
+            detail["classes"].append({"class": name, "images": len(set(objects)), "objects": len(objects)})
+        if "annotations" in self.truth:
+            for kind in ("box", "mask") if self.masks else ("box",):
+                evaluated = evaluate(self.truth, results, images, KINDS[kind], self.faster)
+                metrics |= {f"{kind}_{name}": value for name, value in summary(evaluated).items()}
+                detail["precision"][kind] = evaluated["precision"][..., 0, 2]
+                for k, row in enumerate(detail["classes"]):
+                    one = summary({name: evaluated[name][..., k : k + 1, :, :] for name in ("precision", "recall")})
+                    row |= {f"{kind}_{name}": one.get(name) for name in SUMMARY}
+            detail["pictures"] = mistakes(self.truth, seen)
+        return metrics | dict(images=len(images)), detail
+
+
+def encode(mask: Tensor) -> dict[str, Any]:
+    """The pixels of a mask (H, W), of probabilities or bool, that are over one half, run-length encoded."""
+    from pycocotools import mask as coder
+
+    encoded = coder.encode(np.asfortranarray((mask > 0.5).cpu().numpy(), np.uint8))
+    return dict(size=encoded["size"], counts=encoded["counts"].decode())
+
+
+def evaluate(
+    truth: dict[str, Any], results: list[dict[str, Any]], images: Sequence[int], kind: str, faster: bool
+) -> dict[str, np.ndarray]:
+    """precision (10 IoUs, 101 recalls, K, 4 sizes, 3 counts of detections) and recall (the same without recalls).
+
+    kind: bbox or segm. Sizes are all, small, medium, large; counts 1, 10, 100 an image.
+    """
+    if faster:
+        from faster_coco_eval import COCO
+        from faster_coco_eval import COCOeval_faster as COCOeval
+    else:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    # They write into what they are given; and a result's box would give a mask's size.
+    truth = truth | dict(annotations=[dict(a) for a in truth["annotations"]])
+    results = [{k: v for k, v in r.items() if kind == "bbox" or k != "bbox"} for r in results]
+    results = [{k: v for k, v in r.items() if kind == "segm" or k != "segmentation"} for r in results]
+    with redirect_stdout(io.StringIO()):
+        real, found = COCO(), COCO()
+        real.dataset = truth
+        real.createIndex()
+        if results:
+            found = real.loadRes(results)
+        else:
+            found.dataset = truth | dict(annotations=[])
+            found.createIndex()
+        judge = COCOeval(real, found, kind)
+        judge.params.imgIds = list(images)
+        if faster:
+            objects = _objects(truth, set(images), judge.params.areaRng)
+            judge.params.recThrs = np.union1d(RECALLS, 1.5 / objects)
+        judge.evaluate()
+        judge.accumulate()
+    precision, recall = (np.asarray(judge.eval[name]) for name in ("precision", "recall"))
+    if faster:
+        # pycocotools' precision is tp / (tp + fp + 2.2e-16): seen where a first detection is right and no second is.
+        places = np.searchsorted(judge.params.recThrs, 1.5 / objects)  # between the first object found and the second
+        k, size = np.indices(places.shape)
+        second = precision[:, places, k, size]
+        precision = precision[:, np.searchsorted(judge.params.recThrs, RECALLS)]
+        precision[(precision == 1) & (second < 1)[:, None]] = 1 / (1 + np.spacing(1.0))
+    return dict(precision=precision, recall=recall)
+
+
+def _objects(truth: dict[str, Any], images: set[int], sizes: Sequence[Sequence[float]]) -> np.ndarray:
+    """How many objects there are to find of each class and size, (K, 4); at least 1."""
+    mine = [a for a in truth["annotations"] if a["image_id"] in images and not a["iscrowd"]]
+    category, area = (np.array([a[name] for a in mine]) for name in ("category_id", "area"))
+    classes = sorted(c["id"] for c in truth["categories"])
+    counts = [[((category == k) & (area >= low) & (area <= high)).sum() for low, high in sizes] for k in classes]
+    return np.maximum(counts, 1)
+
+
+def summary(evaluated: dict[str, np.ndarray]) -> dict[str, float]:
+    """COCO's twelve numbers in percent, of what `evaluate` returned; without those that average nothing."""
+    found = {}
+    for name, (table, iou, size, most) in SUMMARY.items():
+        values = evaluated[table][..., size, most]
+        values = values if iou is None else values[iou]
+        values = values[values > -1]
+        if len(values):
+            found[name] = 100 * float(np.mean(values))
+    return found
+
+
+def mistakes(truth: dict[str, Any], seen: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """What went wrong on each image, the most mistakes first, by boxes, taking detections of score SURE or more.
+
+    From the highest score on, a detection takes the object of its class that it overlaps most, by OVERLAP or more, and
+    that is still free. Then any that overlaps an object of another class that no one has taken is confused with it;
+    the rest are false, except on crowds of their class, and objects that nothing took are missed.
+    Of each image: image_id, file_name, found (how many are right), and lists: missed, annotations; false, results;
+    confused, pairs of result and annotation.
+    """
+    from pycocotools import mask as coder
+
+    of_image: dict[int, list[dict]] = {image: [] for image in seen}
+    for annotation in truth["annotations"]:
+        if annotation["image_id"] in of_image:
+            of_image[annotation["image_id"]].append(annotation)
+    rows = []
+    for image in (image for image in truth["images"] if image["id"] in seen):
+        real = of_image[image["id"]]
+        claims = sorted((r for r in seen[image["id"]] if r["score"] >= SURE), key=lambda r: -r["score"])
+        crowd = [bool(a["iscrowd"]) for a in real]
+        overlap = np.zeros((len(claims), len(real)))
+        if claims and real:
+            overlap = coder.iou(_boxes(claims), _boxes(real), [int(c) for c in crowd])
+        same = np.array([[c["category_id"] == a["category_id"] for a in real] for c in claims], bool)
+        same, free = same.reshape(overlap.shape), ~np.array(crowd, bool)
+        right, confused, false = 0, [], []
+        left = []
+        for i in range(len(claims)):
+            taken = _best(overlap[i], free & same[i])
+            if taken is None:
+                left.append(i)
+            else:
+                free[taken], right = False, right + 1
+        for i in left:
+            taken = _best(overlap[i], free)
+            if taken is not None:
+                free[taken] = False
+                confused.append((claims[i], real[taken]))
+            elif _best(overlap[i], np.array(crowd, bool) & same[i]) is None:
+                false.append(claims[i])
+        missed = [a for a, there in zip(real, free) if there]
+        row = dict(image_id=image["id"], file_name=image["file_name"], found=right)
+        rows.append(row | dict(missed=missed, false=false, confused=confused))
+    return sorted(rows, key=lambda row: -sum(len(row[name]) for name in ("missed", "false", "confused")))
+
+
+def _boxes(entries: list[dict[str, Any]]) -> np.ndarray:
+    return np.array([entry["bbox"] for entry in entries], np.float64)
+
+
+def _best(overlap: np.ndarray, allowed: np.ndarray) -> int | None:
+    """The allowed object with the largest overlap, if that is OVERLAP or more."""
+    if not allowed.any():
+        return None
+    place = int(np.where(allowed, overlap, -1).argmax())
+    return place if overlap[place] >= OVERLAP else None
+
+
+def write_results(file: Path, results: list[dict[str, Any]]) -> None:
+    """What was found, as COCO's server takes it: [{"image_id", "category_id", "bbox", "score", "segmentation"}, …]."""
+    write_text(file, json.dumps(results) + "\n")

@@ -1,0 +1,94 @@
+"""Mean IoU and its kin from the confusion counts of a whole set, as mmsegmentation defines them."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed import total, world
+
+
+class Confusion:
+    """Counts pixels (true class, predicted) over a split; every process adds its own, `result` sums them.
+
+    Pixels whose label is `ignored` do not count. worst: how many pictures `result` names.
+    """
+
+    def __init__(self, classes: int, device: torch.device, ignored: int = 255, worst: int = 12):
+        self.counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
+        self.ignored, self.worst = ignored, worst
+        self.images = torch.zeros((), dtype=torch.int64, device=device)
+        self._rows: list[tuple[float, int]] = []  # (mean IoU, index) of the worst pictures
+
+    def update(self, labels: Tensor, predicted: Tensor, index: int) -> None:
+        """Count a picture: labels and predicted classes, both (H, W) int64; index: which picture of the split."""
+        counts = confusion(labels, predicted, len(self.counts), self.ignored)
+        self.counts += counts
+        self.images += 1
+        iou = per_class(counts)["iou"]
+        if not iou.isnan().all():
+            self._rows = sorted([*self._rows, (float(iou.nanmean()), index)])[: self.worst]
+
+    def result(self) -> tuple[dict[str, float], dict[str, object]]:
+        """({miou, macc, aacc (percent), images}, {confusion: counts, worst: indices of pictures, the worst first})."""
+        counts, images = total(self.counts).cpu(), int(total(self.images))
+        found = per_class(counts)
+        labelled = max(int(counts.sum()), 1)
+        metrics = dict(
+            miou=_mean(found["iou"]), macc=_mean(found["acc"]), aacc=100 * int(counts.trace()) / labelled, images=images
+        )
+        return metrics, dict(confusion=counts, worst=[index for _, index in self._all_rows()])
+
+    def _all_rows(self) -> list[tuple[float, int]]:
+        """The worst pictures of all processes."""
+        rows = torch.full((self.worst, 2), float("inf"), dtype=torch.float64)
+        if self._rows:
+            rows[: len(self._rows)] = torch.tensor(self._rows, dtype=torch.float64)
+        gathered = gather(rows.to(self.counts.device))
+        found = sorted((value, int(index)) for value, index in gathered.tolist() if value != float("inf"))
+        return found[: self.worst]
+
+
+def gather(rows: Tensor) -> Tensor:
+    """The rows of all processes, after each other."""
+    if world() == 1:
+        return rows
+    found = [torch.empty_like(rows) for _ in range(world())]
+    dist.all_gather(found, rows)
+    return torch.cat(found)
+
+
+def confusion(labels: Tensor, predicted: Tensor, classes: int, ignored: int = 255) -> Tensor:
+    """Pixels by (true class, predicted)."""
+    kept = labels != ignored
+    return torch.bincount(labels[kept] * classes + predicted[kept], minlength=classes**2).view(classes, classes)
+
+
+def per_class(counts: Tensor) -> dict[str, Tensor]:
+    """Of counts (true class, predicted): iou and acc (recall) of each class in float64, 0 … 1, and its pixels.
+
+    NaN where a class is neither labelled nor predicted (iou) or not labelled (acc).
+    """
+    right, labelled, predicted = (n.double() for n in (counts.diagonal(), counts.sum(1), counts.sum(0)))
+    return dict(iou=right / (labelled + predicted - right), acc=right / labelled, pixels=counts.sum(1))
+
+
+def table(counts: Tensor, names: Sequence[str]) -> list[dict]:
+    """For each class: class, iou and acc (percent; None where undefined), pixels, and what it is mostly taken for."""
+    found = per_class(counts)
+    rows = []
+    for i, name in enumerate(names):
+        iou, acc = (None if found[key][i].isnan() else 100 * float(found[key][i]) for key in ("iou", "acc"))
+        wrong = counts[i].clone()
+        wrong[i] = 0
+        times, other = wrong.max(0)
+        taken = names[int(other)] if times else None
+        rows.append({"class": name, "iou": iou, "acc": acc, "pixels": int(found["pixels"][i]), "taken_for": taken})
+    return rows
+
+
+def _mean(values: Tensor) -> float:
+    """Percent, of the classes where it is defined; 0 where there is none."""
+    mean = float(values.nanmean())
+    return 0.0 if mean != mean else 100 * mean
