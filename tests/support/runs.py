@@ -1,11 +1,14 @@
 """Training runs of the tests: in this process, and as processes of their own."""
 
+import json
 import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+import torch
 from saccade.train import checkpoint, engine
 
 # Plain SGD follows its gradients without magnifying their rounding, as Adam does where they are near zero.
@@ -41,3 +44,35 @@ def finish(process: subprocess.Popen, code: int = 0) -> str:
 def state(folder: Path) -> tuple[dict, dict]:
     """Tensors and metadata of a run's last checkpoint."""
     return checkpoint.read(folder / "checkpoints" / checkpoint.LAST)
+
+
+def records(folder: Path, kind: str) -> list[dict]:
+    """The lines of a run's log.jsonl on training ("train") or on evaluations ("val")."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def dies_and_goes_on(folder: Path, settings: dict, task: type, step: int, patch: pytest.MonkeyPatch) -> None:
+    """A run of settings (save_every=1) that dies in the step after `step`, and is resumed to its end."""
+    loss, count = task.loss, iter(range(10**6))
+
+    def dies(*arguments):
+        if next(count) == step:
+            raise KeyboardInterrupt
+        return loss(*arguments)
+
+    patch.setattr(task, "loss", dies)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, settings)
+    patch.setattr(task, "loss", loss)
+    assert state(folder)[1]["step"] == step
+    with own_signals():
+        engine.train(folder, True, **settings)
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """To the bit: weights and all else that a checkpoint holds, and the losses on the way."""
+    whole, again = state(one)[0], state(other)[0]
+    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    losses = [[line["loss"] for line in records(folder, "train")] for folder in (one, other)]
+    assert losses[0] == losses[1]

@@ -13,7 +13,7 @@ from saccade.train.errors import UserError
 from saccade.train.heads.bev import CentreHead, DecoderHead
 from saccade.train.tasks.lift import Lift, depth_loss
 from support.forked import forked
-from support.runs import train
+from support.runs import assert_same_end, dies_and_goes_on, train
 
 SIZE = (32, 48)
 MODEL = dict(name="dfa3d_bev_s", backbone="test_resnet", strides=(8, 16), depth_stride=8, embed_dims=16, heads=2)
@@ -246,29 +246,10 @@ def test_whole_run_and_its_export(tmp_path):
     assert all(torch.equal(best[key], value) for key, value in net.state_dict().items())
 
 
-def test_resumes_exactly(tmp_path):
+def test_resumes_exactly(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", settings(epochs=2, eval_every=1))
-    from support.runs import own_signals
-
-    class Stopped(Exception):
-        pass
-
-    folder, calls = tmp_path / "parts", []
-
-    class Stops(Lift):
-        def evaluate(self, model, batches):
-            calls.append(1)
-            if len(calls) == 2:
-                raise Stopped
-            return super().evaluate(model, batches)
-
-    with pytest.raises(Stopped):
-        train(folder, settings(task=dict(type=Stops)))
-    engine.prepare_folder(folder, True, False)
-    with own_signals():
-        engine.train(folder, True, **settings())
-    one, two = (read(run / "checkpoints" / "last.safetensors")[0] for run in (whole, folder))
-    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+    dies_and_goes_on(tmp_path / "parts", settings(epochs=2, eval_every=1, save_every=1), Lift, 3, monkeypatch)
+    assert_same_end(whole, tmp_path / "parts")
 
 
 @pytest.mark.parametrize(

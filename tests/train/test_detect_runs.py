@@ -14,7 +14,7 @@ from saccade.train import config, engine, predict
 from saccade.train.config import build
 from saccade.train.data import scenes
 from saccade.train.tasks.detect import Detect
-from support.runs import finish, own_signals, state, train
+from support.runs import assert_same_end, dies_and_goes_on, finish, records, state, train
 
 from .conftest import ROOT
 
@@ -45,13 +45,9 @@ def run(tiny, tmp_path_factory):
     return train(tmp_path_factory.mktemp("run") / "new", settings)
 
 
-def lines(folder, kind):
-    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["kind"] == kind]
-
-
 def test_run(run):
     """Each loss is logged, the best is judged by the masks' AP, and the pictures are there."""
-    steps, evaluations = lines(run, "train"), lines(run, "val")
+    steps, evaluations = records(run, "train"), records(run, "val")
     names = ("classifier", "box_reg", "mask", "objectness", "rpn_box_reg")
     for line in steps:
         assert line["loss"] == pytest.approx(sum(line[name] for name in names), rel=1e-3)
@@ -115,23 +111,8 @@ def test_nothing_found(run):
 def test_resume_is_bit_identical(run, tiny, tmp_path, monkeypatch):
     """A run that dies in its third step and goes on ends with the very weights and log of one that does not."""
     folder, settings = tmp_path / "run", config.load(RESNET, [*tiny, "save_every=1"])
-    loss, count = Detect.loss, iter(range(100))
-
-    def dies(*arguments):
-        if next(count) == 3:
-            raise KeyboardInterrupt
-        return loss(*arguments)
-
-    monkeypatch.setattr(Detect, "loss", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train(folder, settings)
-    monkeypatch.setattr(Detect, "loss", loss)
-    assert state(folder)[1]["step"] == 3
-    with own_signals():
-        engine.train(folder, True, **settings)
-    whole, again = state(run)[0], state(folder)[0]
-    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
-    assert [line["loss"] for line in lines(run, "train")] == [line["loss"] for line in lines(folder, "train")]
+    dies_and_goes_on(folder, settings, Detect, 3, monkeypatch)
+    assert_same_end(run, folder)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -142,7 +123,7 @@ def test_two_processes(strategy, tiny, command, tmp_path):
     line += [str(ROOT / "tools/train.py"), str(RESNET), *tiny, *arguments, "--run-dir", str(tmp_path / "run")]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     finish(subprocess.Popen(line, **pipes))
-    (there,) = lines(tmp_path / "run", "val")
+    (there,) = records(tmp_path / "run", "val")
     code, _, err = command("test", tmp_path / "run", "--split", "val", "--out", tmp_path / "test")
     assert code == 0, err
     here = json.loads((tmp_path / "test/metrics.json").read_text())

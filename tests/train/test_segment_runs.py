@@ -16,7 +16,7 @@ from saccade.train.errors import UserError
 from saccade.train.tasks import segment
 from saccade.train.tasks.segment import Segment
 from support.forked import forked
-from support.runs import SGD, finish, own_signals, state, train
+from support.runs import SGD, assert_same_end, dies_and_goes_on, finish, records, state, train
 
 from .conftest import ROOT
 
@@ -46,12 +46,8 @@ def run(tiny, tmp_path_factory):
     return train(tmp_path_factory.mktemp("run") / "new", settings)
 
 
-def lines(folder, kind):
-    return [line for line in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if line["kind"] == kind]
-
-
 def test_run(run):
-    steps, evaluations = lines(run, "train"), lines(run, "val")
+    steps, evaluations = records(run, "train"), records(run, "val")
     for line in steps:
         assert line["loss"] == pytest.approx(line["head"] + 0.4 * line["auxiliary"], rel=1e-4)
     assert [line["images"] for line in evaluations] == [3, 3] and {"miou", "macc", "aacc"} <= evaluations[0].keys()
@@ -132,23 +128,8 @@ def test_predict(run, data, command, tmp_path):
 def test_resume_is_bit_identical(run, tiny, tmp_path, monkeypatch):
     """A run that dies in its third step and goes on ends with the very weights and log of one that does not."""
     folder, settings = tmp_path / "run", config.load(CONFIG, [*tiny, "save_every=1"])
-    loss, count = Segment.loss, iter(range(100))
-
-    def dies(*arguments):
-        if next(count) == 3:
-            raise KeyboardInterrupt
-        return loss(*arguments)
-
-    monkeypatch.setattr(Segment, "loss", dies)
-    with pytest.raises(KeyboardInterrupt):
-        train(folder, settings)
-    monkeypatch.setattr(Segment, "loss", loss)
-    assert state(folder)[1]["step"] == 3
-    with own_signals():
-        engine.train(folder, True, **settings)
-    whole, again = state(run)[0], state(folder)[0]
-    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
-    assert [line["loss"] for line in lines(run, "train")] == [line["loss"] for line in lines(folder, "train")]
+    dies_and_goes_on(folder, settings, Segment, 3, monkeypatch)
+    assert_same_end(run, folder)
 
 
 def test_two_processes_are_as_one(tiny, tmp_path):
@@ -159,10 +140,10 @@ def test_two_processes_are_as_one(tiny, tmp_path):
     line += [str(ROOT / "tools/train.py"), str(CONFIG), *arguments, "--run-dir", str(tmp_path / "two")]
     pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     finish(subprocess.Popen(line, **pipes))
-    for mine, theirs in zip(lines(tmp_path / "two", "train"), lines(one, "train"), strict=True):
+    for mine, theirs in zip(records(tmp_path / "two", "train"), records(one, "train"), strict=True):
         assert mine["head"] == pytest.approx(theirs["head"], rel=1e-4)
         assert mine["auxiliary"] == pytest.approx(theirs["auxiliary"], rel=1e-4)
-    for mine, theirs in zip(lines(tmp_path / "two", "val"), lines(one, "val"), strict=True):
+    for mine, theirs in zip(records(tmp_path / "two", "val"), records(one, "val"), strict=True):
         assert mine["images"] == theirs["images"] == 3 and mine["aacc"] == pytest.approx(theirs["aacc"], abs=0.5)
     key = "model.head.fuse.bn.running_mean"
     assert torch.allclose(state(tmp_path / "two")[0][key], state(one)[0][key], rtol=1e-3, atol=1e-5)

@@ -41,8 +41,9 @@ window-blind window-other wood"""  # COCO-Stuff's categories 92 to 182
 
 
 class LabelMaps:
-    """What the layouts below have in common. They give `class_names`, `table`, `pairs(split)` and `meaning`.
+    """What the layouts below have in common. They give `classes()`, which sets what stands here, and `pairs(split)`.
 
+    root: the folder that has the pictures and label maps.
     scale: (long, short): pictures are enlarged or reduced to the largest of their shape within, in either direction;
     None: they stay as they are. crop: pixels a side of what training sees. augment: arguments of `Augment`.
     max_bad: how many pictures that can't be read a run goes on without. check: how many label maps of a split, evenly
@@ -53,7 +54,16 @@ class LabelMaps:
     table: np.ndarray  # (256,) int16: number in a file -> label, IGNORED or INVALID
     meaning: str  # which numbers the files may have, in words
 
-    def __init__(self, scale: Sequence[int] | None, crop: int, augment: dict | None, max_bad: int, check: int):
+    def __init__(
+        self,
+        root: str,
+        scale: Sequence[int] | None = (2048, 512),
+        crop: int = 512,
+        augment: dict | None = None,
+        max_bad: int = 0,
+        check: int = 500,
+    ):
+        self.root = Path(root)
         self.scale, self.img_size, self.augment = scale, crop, augment or {}
         self.max_bad, self.check, self.bad = max_bad, check, {}
         check_section("data.augment", self.augment, Augment, without=("scale", "crop", "fill"))
@@ -61,6 +71,11 @@ class LabelMaps:
             raise UserError(f"data.scale={scale} must be two numbers of pixels, of the longer and the shorter side")
         if crop < 1:
             raise UserError(f"data.crop={crop} must be 1 or more")
+        self.classes()
+
+    def classes(self) -> None:
+        """Find out about the classes: see above. Raises UserError where there is nothing that says."""
+        raise NotImplementedError
 
     def pairs(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
         """The files of a split's pictures, and of their label maps."""
@@ -95,20 +110,10 @@ class Ade20k(LabelMaps):
     pictures are. Other arguments: see LabelMaps.
     """
 
-    def __init__(
-        self,
-        root: str,
-        scale: Sequence[int] | None = (2048, 512),
-        crop: int = 512,
-        augment: dict | None = None,
-        max_bad: int = 0,
-        check: int = 500,
-    ):
-        super().__init__(scale, crop, augment, max_bad, check)
-        self.root = Path(root)
+    def classes(self) -> None:
         files = sorted(self.root.glob("objectInfo*.txt"))
         if not files:
-            raise UserError(f"data.root={root} has no objectInfo150.txt: give the folder that ADE20K unpacks to")
+            raise UserError(f"data.root={self.root} has no objectInfo150.txt: give the folder that ADE20K unpacks to")
         self.class_names = _object_names(files[0])
         classes = len(self.class_names)
         self.table = _table({0: IGNORED} | {c + 1: c for c in range(classes)})
@@ -129,17 +134,7 @@ class CocoStuff(LabelMaps):
     (000000000009_labelTrainIds.png, 0 … 170). 255 is ignored in both. Other arguments: see LabelMaps.
     """
 
-    def __init__(
-        self,
-        root: str,
-        scale: Sequence[int] | None = (2048, 512),
-        crop: int = 512,
-        augment: dict | None = None,
-        max_bad: int = 0,
-        check: int = 500,
-    ):
-        super().__init__(scale, crop, augment, max_bad, check)
-        self.root = Path(root)
+    def classes(self) -> None:
         things = _coco_things()
         self.class_names = [*things, *STUFF.split()]
         converted = next((self.root / "annotations/val2017").glob("*_labelTrainIds.png"), None)
@@ -182,25 +177,27 @@ class Folders(LabelMaps):
         max_bad: int = 0,
         check: int = 500,
     ):
-        super().__init__(scale, crop, augment, max_bad, check)
-        self.root, self.shares = Path(root), shares
-        self.folders, self.suffixes = (self.root / images, self.root / labels), (image_suffix, label_suffix)
+        self.shares, self.names, self.zero_ignored = shares, classes, zero_ignored
+        self.folders, self.suffixes = (Path(root, images), Path(root, labels)), (image_suffix, label_suffix)
         if len(shares) != 2 or min(shares) < 0 or sum(shares) >= 1:
             raise UserError(
                 f"data.shares={tuple(shares)} must be two shares, of val and test, that leave some to train on"
             )
+        super().__init__(root, scale, crop, augment, max_bad, check)
+
+    def classes(self) -> None:
         file = self.root / "classes.txt"
-        if classes is None and not file.is_file():
-            raise UserError(f"data.root={root} has no classes.txt: write the classes' names there, one a line")
-        names = file.read_text(encoding="utf-8").splitlines() if classes is None else classes
+        if self.names is None and not file.is_file():
+            raise UserError(f"data.root={self.root} has no classes.txt: write the classes' names there, one a line")
+        names = file.read_text(encoding="utf-8").splitlines() if self.names is None else self.names
         self.class_names = [name.strip() for name in names if name.strip()]
-        count, first = len(self.class_names), int(zero_ignored)
+        count, first = len(self.class_names), int(self.zero_ignored)
         if not 2 <= count < IGNORED:
             raise UserError(
-                f"{'data.classes' if classes else file} names {count} classes: there must be 2 to {IGNORED - 1}"
+                f"{'data.classes' if self.names else file} names {count} classes: there must be 2 to {IGNORED - 1}"
             )
         self.table = _table(
-            {255: IGNORED} | ({0: IGNORED} if zero_ignored else {}) | {c + first: c for c in range(count)}
+            {255: IGNORED} | ({0: IGNORED} if self.zero_ignored else {}) | {c + first: c for c in range(count)}
         )
         self.meaning = (
             f"labels must be {first} to {count - 1 + first}, or {'0 or ' * first}255 where they are to be ignored"

@@ -9,7 +9,6 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from PIL import Image
-from timm.models import load_state_dict
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -23,7 +22,7 @@ from ..heads.fcn import resize
 from ..heads.segmenter import Inference, Segmenter
 from ..metrics.confusion import as_csv
 from ..metrics.segmentation import Confusion, table
-from ..model import _weights, create_features, label_names
+from ..model import create_features, label_names, read_weights
 from .task import Predictor, Task
 
 
@@ -147,8 +146,7 @@ class Segment(Task):
 
 def _whole(file: Path) -> dict[str, Tensor] | None:
     """The tensors of a file of a whole segmenter; None where it is something else, such as a classifier."""
-    found = _weights(file)
-    tensors = found["state_dict"] if "state_dict" in found else load_state_dict(found["file"])
+    tensors = read_weights(file)
     return tensors if any(name.startswith("head.classifier.") for name in tensors) else None
 
 
