@@ -41,7 +41,8 @@ demo-bev: setup
 	$(PY) tools/test.py runs/demo-bev
 
 # First what computes on one thread, on every core; then what trains or measures, in processes and with threads of its own.
-ALONE := tests/train tests/test_timm.py $(wildcard tests/tools/test_demo.py tests/tools/test_benchmark*.py)
+ALONE := $(patsubst %,tests/train/test_%.py,distill evaluate freeze imagenet loader mistakes probe processes run slurm strategies)
+ALONE += tests/test_timm.py $(wildcard tests/tools/test_demo.py tests/tools/test_benchmark*.py)
 test: setup
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto tests $(addprefix --ignore=,$(ALONE))
 	$(PY) -m pytest $(ALONE)

@@ -5,10 +5,22 @@ A picture's shorter side becomes 480 to 800 pixels, its longer one 1333 at most;
 no loss scaling and runs on CPUs too. checkpoint=…: the backbone's weights, a classifier's on ImageNet-1K.
 """
 
-from mmengine.config import read_base
+from saccade.train.data.coco import Coco
+from saccade.train.tasks.detect import Detect
 
-with read_base():
-    from .coco import *
-
-model.update(name="davit_t")
-data.update(short=tuple(range(480, 801, 32)), crop=dict(short=(400, 500, 600), side=(384, 600)))
+model = dict(name="davit_t")
+data = dict(
+    type=Coco,
+    root="data/coco",
+    short=tuple(range(480, 801, 32)),
+    long=1333,
+    crop=dict(short=(400, 500, 600), side=(384, 600)),
+)
+task = dict(type=Detect, detector="mask_rcnn")
+optimizer = dict(opt="adamw", lr=1e-4, weight_decay=0.05)
+schedule = dict(sched="multistep", decay_milestones=[58640, 80630], warmup_epochs=500, warmup_lr=1e-7)
+iterations = 87960
+eval_every = 7330
+batch_size = 16
+precision = "bf16"
+workers = 4

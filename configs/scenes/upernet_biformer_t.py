@@ -4,17 +4,9 @@ python tools/make_scenes.py runs/scenes
 python tools/train.py configs/scenes/upernet_biformer_t.py checkpoint=runs/demo
 """
 
-from saccade.train.data.ade20k import Ade20k
-from saccade.train.tasks.segment import Segment
+from mmengine.config import read_base
 
-model = dict(name="biformer_t", n_win=4, topks=(1, 4, 8, -2), out_norms=True, drop_path_rate=0.1)
-data = dict(type=Ade20k, root="runs/scenes/ade20k", scale=None, crop=128, augment=dict(ratios=(0.75, 1.25), hflip=0.0))
-task = dict(type=Segment, channels=64)
-optimizer = dict(opt="adamw", lr=5e-4, weight_decay=0.05)
-schedule = dict(sched="cosine", warmup_epochs=30, warmup_lr=1e-5)
-iterations = 900
-eval_every = 300
-log_every = 25
-batch_size = 8
-clip_grad = 1.0
-sync_bn = True
+with read_base():
+    from .._base_.scenes_ade20k import *
+
+model.update(n_win=4, topks=(1, 4, 8, -2), out_norms=True, drop_path_rate=0.1)

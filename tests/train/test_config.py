@@ -13,7 +13,8 @@ DIGITS = next(p for p in CONFIGS if p.name == "resnet18.py")
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_shipped_configs(path):
     """Each is valid, short, has one base, and says in its header how to run it."""
-    given = ["data.root=somewhere", "checkpoint=weights.pth"] if path.parent.name == "finetune" else []
+    own = path.parent.name == "finetune" or path.stem == "own_folders"
+    given = ["data.root=somewhere", "checkpoint=weights.pth"] if own else []
     settings = config.load(path, given)
     tool, validate = ("probe", probe.validate) if "probe" in settings else ("train", engine.validate)
     validate(settings)
