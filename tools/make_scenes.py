@@ -2,6 +2,7 @@
 
   python tools/make_scenes.py runs/scenes                   digits on photographs: 600 to train on, 60 val, 150 test
   python tools/make_scenes.py runs/coins --coins            24 coins: the left half trains, the right half tests
+  python tools/make_scenes.py runs/coloured --ink any       digits in any colour, over one another: a harder task
   python tools/make_scenes.py runs/large --size 320 --train 5000 --seed 1
 
 OUT gets coco/ and ade20k/, in those layouts, or one of them by --format; what the same command wrote before is left as
@@ -26,6 +27,9 @@ def main() -> None:
         parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} scenes (default: {count})")
     parser.add_argument("--size", type=int, default=160, help="pixels a side (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="other scenes for another number (default: %(default)s)")
+    parser.add_argument(
+        "--ink", choices=list(scenes.INKS), default="light", help="colours of digits (default: %(default)s)"
+    )
     parser.add_argument("--coins", action="store_true", help="scikit-image's coins in place of digits")
     args = parser.parse_args()
     for name, least in dict(train=1, val=1, test=1, size=32, seed=0).items():
@@ -49,6 +53,7 @@ def main() -> None:
                 counts,
                 args.size,
                 args.seed,
+                args.ink,
                 asked,
                 lambda done, total: bar.update(task, completed=done, total=total),
             )

@@ -20,7 +20,7 @@ data = dict(
 task = dict(type=Detect, channels=64, hidden=256, rois=32, proposals=100, anchor_scale=5, test_size=(128, 128))
 optimizer = dict(opt="adamw", lr=6e-4, weight_decay=0.05)
 schedule = dict(sched="cosine", warmup_epochs=50, warmup_lr=1e-5)
-iterations = 1500
+iterations = 1000
 batch_size = 4
 log_every = 25
 eval_every = 500

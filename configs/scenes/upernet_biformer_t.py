@@ -9,4 +9,4 @@ from mmengine.config import read_base
 with read_base():
     from .._base_.scenes_ade20k import *
 
-model.update(n_win=4, topks=(1, 4, 8, -2), out_norms=True, drop_path_rate=0.1)
+model.update(n_win=4, topks=(1, 4, 8, -2), out_norms=True)

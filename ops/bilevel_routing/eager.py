@@ -37,7 +37,8 @@ def _dense(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale
         row = torch.arange(H, device=qkv.device) // (H // R)
         col = torch.arange(W, device=qkv.device) // (W // S)
         region = (row[:, None] * S + col).reshape(-1)  # of each token
-        chosen = torch.zeros(B, P, P, dtype=torch.bool, device=qkv.device).scatter_(2, idx.long(), True)
+        chosen = torch.zeros(B, P, P, dtype=torch.bool, device=qkv.device)
+        chosen = chosen.scatter(2, idx.long(), torch.ones_like(idx, dtype=torch.bool))  # ONNX has no bool as the value
         mask = chosen[:, region][:, :, region].unsqueeze(1)  # (B, 1, N, N)
     return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).reshape(B, H, W, C)
 

@@ -49,11 +49,28 @@ def test_both_layouts_say_what_was_drawn(written):
     assert (written / "ade20k/objectInfo.txt").read_text().splitlines()[1:3] == ["1\tbackground", "2\t0"]
 
 
-def test_no_pixel_is_two_digits_and_most_of_each_is_seen():
+@pytest.mark.parametrize("ink", scenes.INKS)
+def test_digits_stand_out_and_are_seen(ink):
+    counts = []
     for index in range(20):
-        made = scenes.scene("train", index)
-        assert made.masks.sum(0).max() == 1
-        assert 1 <= len(made.labels) <= 7 and made.masks.any((1, 2)).all()
+        made = scenes.scene("train", index, ink=ink)
+        assert made.masks.sum(0).max() == 1 and made.masks.any((1, 2)).all()
+        counts.append(len(made.labels))
+        grey = made.image @ [0.299, 0.587, 0.114]
+        ground = grey[~made.masks.any(0)].mean()
+        if ink == "light":
+            assert all(grey[mask].mean() > ground for mask in made.masks)
+    assert min(counts) >= 1 and 8 <= max(counts) <= 12
+
+
+def test_light_digits_lie_apart(monkeypatch):
+    """Each mask is the whole of its digit: what was placed is what is seen."""
+    placed = []
+    place = scenes._place
+    monkeypatch.setattr(scenes, "_place", lambda *args: placed.append(place(*args)) or placed[-1])
+    made = scenes.scene("train", 4)
+    whole = [alpha > 0.5 for alpha in placed]
+    assert all(any(np.array_equal(mask, one) for one in whole) for mask in made.masks)
 
 
 def test_test_scenes_share_nothing_with_training():
@@ -70,6 +87,7 @@ def test_bytes_repeat_and_follow_the_seed(written, tmp_path):
     scenes.write(tmp_path / "one", ("coco",), dict(train=1, val=1, test=1), 96, 3)
     assert contents(tmp_path / "one")["coco/images/test/000001.jpg"] == contents(written)["coco/images/test/000001.jpg"]
     assert not np.array_equal(scenes.scene("train", 0, 3, 96).image, scenes.scene("train", 0, 4, 96).image)
+    assert not np.array_equal(scenes.scene("train", 0, ink="any").image, scenes.scene("train", 0).image)
 
 
 def test_all_or_nothing(tmp_path, monkeypatch):

@@ -252,9 +252,10 @@ def test_weights_of_a_classifier_and_of_other_segmenters(tmp_path):
         Segment(DATA, channels=16).model("test_resnet", checkpoint=tmp_path / "model.safetensors")
 
 
-def test_loss_is_mmsegmentations():
-    """Cross-entropy per pixel, ignored pixels as zeros in the mean, 0.4 times the auxiliary head's."""
-    job = Segment(DATA, channels=8, drop_rate=0.0)
+@pytest.mark.parametrize("weights", [None, (1.0, 4.0, 0.0)])
+def test_loss_is_mmsegmentations(weights):
+    """Cross-entropy by the class's weight, ignored pixels as zeros in the mean, and 0.4 times the auxiliary head's."""
+    job = Segment(DATA, channels=8, drop_rate=0.0, class_weights=weights)
     torch.manual_seed(0)
     net = job.model("test_resnet").train()
     for module in net.modules():
@@ -267,11 +268,17 @@ def test_loss_is_mmsegmentations():
     parts = []
     for logits in twin(images):
         enlarged = interpolate(logits, (32, 40), mode="bilinear", align_corners=False)
-        parts.append(cross_entropy(enlarged, labels, ignore_index=255, reduction="none").mean())
+        lost = cross_entropy(enlarged, labels, ignore_index=255, reduction="none")
+        parts.append((lost if weights is None else lost * torch.tensor([*weights, *[0.0] * 253])[labels]).mean())
     torch.testing.assert_close(loss, parts[0] + 0.4 * parts[1])
     torch.testing.assert_close(said["head"], parts[0].detach())
     labels.fill_(255)
     assert job.loss(net, (images, labels))[0] == 0
+
+
+def test_class_weights_are_one_a_class():
+    with pytest.raises(UserError, match=r"^task\.class_weights=\(1, 2\) must be 3 numbers of 0 or more, one a class$"):
+        Segment(DATA, class_weights=(1, 2))
 
 
 def test_colours_overlays_and_legends():

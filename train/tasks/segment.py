@@ -30,8 +30,9 @@ class Segment(Task):
     """A class for each pixel; a batch is (images (B, 3, H, W) in [0, 1], labels (B, H, W)): see train.data.ade20k.
 
     head: upernet or semantic_fpn; channels: of it; drop_rate: of whole channels before the classifiers. auxiliary:
-    weight of the loss of an FCN head on the last map but one; 0: no such head. no_decay: patterns of parameter names
-    without weight decay, beside the backbone's own ("*norm*").
+    weight of the loss of an FCN head on the last map but one; 0: no such head. class_weights: of each class's pixels in
+    the loss, in the order of the class list; None: all weigh the same. no_decay: patterns of parameter names without
+    weight decay, beside the backbone's own ("*norm*").
     multiple, scales, flip, crop, stride: of tests, whole pictures or windows: see train.heads.segmenter.Inference.
     """
 
@@ -45,6 +46,7 @@ class Segment(Task):
         channels: int | None = None,
         drop_rate: float = 0.1,
         auxiliary: float = 0.4,
+        class_weights: Sequence[float] | None = None,
         no_decay: Sequence[str] = (),
         multiple: int = 1,
         scales: Sequence[float] = (1.0,),
@@ -53,6 +55,12 @@ class Segment(Task):
         stride: Sequence[int] | None = None,
     ):
         self.data, self.class_names, self.weight = data, data.class_names, auxiliary
+        if class_weights is not None and (len(class_weights) != len(self.class_names) or min(class_weights) < 0):
+            raise UserError(
+                f"task.class_weights={tuple(class_weights)} must be {len(self.class_names)} numbers of 0 or more, "
+                "one a class"
+            )
+        self.class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.head = dict(head=head, drop_rate=drop_rate, auxiliary=auxiliary > 0, no_decay=no_decay)
         self.head |= {} if channels is None else dict(channels=channels)
         self.inference = Inference(data.scale, multiple, scales, flip, crop, stride)
@@ -78,7 +86,7 @@ class Segment(Task):
         return net
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of the logits enlarged to the labels' size, averaged over all pixels.
+        """Cross-entropy of the logits enlarged to the labels' size, by class_weights, averaged over all pixels.
 
         Ignored pixels count as zeros, as in mmsegmentation: so processes with different numbers of them weigh alike.
         """
@@ -87,15 +95,19 @@ class Segment(Task):
         images, labels = batch
         logits, auxiliary = model(images)
         logits = resize(logits.float(), labels.shape[1:])
-        loss = _cross_entropy(logits, labels)
+        loss = self._cross_entropy(logits, labels)
         kept = labels != IGNORED
         right = (logits.detach().argmax(1) == labels)[kept].float().sum()
         said = dict(acc=100 * right / kept.sum().clamp_min(1))
         if auxiliary is not None:
-            beside = _cross_entropy(resize(auxiliary.float(), labels.shape[1:]), labels)
+            beside = self._cross_entropy(resize(auxiliary.float(), labels.shape[1:]), labels)
             said |= dict(head=loss.detach(), auxiliary=beside.detach())
             loss = loss + self.weight * beside
         return loss, said
+
+    def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
+        weights = None if self.class_weights is None else self.class_weights.to(logits.device)
+        return cross_entropy(logits, labels, weights, ignore_index=IGNORED, reduction="sum") / labels.numel()
 
     def evaluate(self, model: nn.Module, batches: Iterable) -> tuple[dict[str, float], dict[str, Any]]:
         """miou, macc and aacc (percent) at the pictures' own sizes; confusion counts, the worst pictures."""
@@ -148,10 +160,6 @@ def _whole(file: Path) -> dict[str, Tensor] | None:
     """The tensors of a file of a whole segmenter; None where it is something else, such as a classifier."""
     tensors = read_weights(file)
     return tensors if any(name.startswith("head.classifier.") for name in tensors) else None
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum") / labels.numel()
 
 
 @torch.no_grad()
