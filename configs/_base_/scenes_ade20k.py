@@ -14,8 +14,8 @@ data = dict(
 task = dict(type=Segment, channels=64, class_weights=(1,) + (6,) * 10)
 optimizer = dict(opt="adamw", lr=1e-3, weight_decay=0.05)
 schedule = dict(sched="cosine", warmup_epochs=30, warmup_lr=1e-5)
-iterations = 2000
-eval_every = 400
+iterations = 1800
+eval_every = 600
 log_every = 25
 batch_size = 4
 clip_grad = 1.0
