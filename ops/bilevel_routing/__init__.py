@@ -137,4 +137,4 @@ def _routing(qkv: Tensor, region_size: tuple[int, int], topk: int) -> Tensor:
         x = x.to(full).permute(0, 3, 1, 2)  # channels last, as it lies
         means = F.avg_pool2d(x, region_size, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1)
     q, k = means.flatten(1, 2).chunk(2, -1)  # (B, P, C) each
-    return (q @ k.mT).topk(topk, -1)[1]
+    return (q @ k.transpose(1, 2)).topk(topk, -1)[1]

@@ -272,19 +272,22 @@ def test_whole_detectors_weights(tmp_path):
         load_whole(small("retinanet"), tensors, tmp_path, new_head=True)
 
 
-@pytest.mark.parametrize("detector", ["mask_rcnn", "cascade_mask_rcnn"])
-def test_onnx(detector, tmp_path):
+@pytest.mark.parametrize(
+    ("detector", "name"),
+    [("mask_rcnn", "test_resnet"), ("cascade_mask_rcnn", "test_resnet"), ("mask_rcnn", "biformer_t")],
+)
+def test_onnx(detector, name, tmp_path):
     """The exported detector finds on other pictures of its size what ours finds."""
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime, which runs the exported file, is not installed")
     torch.manual_seed(0)
-    model = small(detector, score_thresh=0.0, detections=10).eval()
+    model = small(detector, name, score_thresh=0.0, detections=10).eval()
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     session = runtime.InferenceSession(detectors.to_onnx(model, (60, 90), tmp_path / "model.onnx"), options)
     for picture in (scene(60, 90)[0], torch.rand(3, 60, 90)):
         with torch.no_grad():
             (found,) = model([picture])
-        names = ("boxes", "scores", "labels", "masks")
+        keys = ("boxes", "scores", "labels", "masks")
         assert len(found["boxes"]) == 10
-        for name, exported in zip(names, session.run(list(names), {"image": picture.numpy()}), strict=True):
-            torch.testing.assert_close(torch.from_numpy(exported), found[name], rtol=1e-4, atol=1e-4)
+        for key, exported in zip(keys, session.run(list(keys), {"image": picture.numpy()}), strict=True):
+            torch.testing.assert_close(torch.from_numpy(exported), found[key], rtol=1e-4, atol=1e-4)
