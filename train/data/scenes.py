@@ -52,9 +52,7 @@ class Ink(NamedTuple):
 
 
 # light: as chalk on dark photographs, no digit on another, of which a classifier of white digits on black knows a part.
-# any: brighter or darker than what is behind, and over one another. Which digit is which takes far longer to learn:
-# after 640 steps of four, Mask R-CNN on BiFormer-T had an AP50 of 37 %, and 96 % after 600 with light ink; UPerNet on
-# BiFormer-T or ResNet-18 named digits no better than by chance after 1,600 to 1,900 pictures.
+# any: brighter or darker than what is behind, and over one another: which digit is which takes far longer to learn.
 INKS = dict(light=Ink(0.3, 0.7, 200, 1.0), any=Ink(0.7, 1.2, 0, 0.6))
 
 
