@@ -173,12 +173,12 @@ class SpatialCrossAttention(nn.Module):
         (B, Q, E), the query added."""
         N, Z = reference.shape[1], reference.shape[3]
         here = seen.any(-1)  # (B, N, Q)
-        most = int(here.sum(-1).max())
+        # A graph that is exported must do for all cameras: there every query looks through every one.
+        most = here.shape[2] if torch.compiler.is_exporting() else int(here.sum(-1).max())
         slots = torch.zeros_like(query)
         if most:
-            index = here.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[
-                ..., :most
-            ]  # those that see, first
+            order = here.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)  # those that see, first
+            index = order[..., :most]
             kept = here.gather(-1, index)
             rows = index[..., None].expand(-1, -1, -1, query.shape[-1])
             looking = query[:, None].expand(-1, N, -1, -1).gather(2, rows)

@@ -103,11 +103,7 @@ def compare(case: operators.Case, mode: str, dtype: torch.dtype, device: torch.d
         else:
             failed[name] = "computes something else"
     del mine
-    peak = {
-        name: measure.peak_allocated(lambda f=f: run(f, sets[0], mode, seeds), device)
-        for name, f in forms.items()
-        if name in ("ours", "published")
-    }
+    peak = {name: measure.peak_allocated(lambda f=f: run(f, sets[0], mode, seeds), device) for name, f in forms.items()}
     steps = {name: lambda f=f: [run(f, args, mode, seeds) for args in sets] for name, f in forms.items()}
     times = measure.interleaved(steps, runs, device)
     seconds = {name: statistics.median(t) / len(sets) for name, t in times.items()}
@@ -127,6 +123,7 @@ def compare(case: operators.Case, mode: str, dtype: torch.dtype, device: torch.d
         of_floor=floor / seconds["ours"],
         peak_mib=peak["ours"] / 2**20,
         published_peak_mib=peak["published"] / 2**20 if "published" in peak else None,
+        library_peak_mib=peak[library] / 2**20 if library else None,
         bytes=elements * dtype.itemsize,
         flops=flops,
         failed=failed,

@@ -35,6 +35,12 @@ def main() -> None:
     for name, least in dict(train=1, val=1, test=1, size=32, seed=0).items():
         if getattr(args, name) < least:
             parser.error(f"--{name} must be {least} or more, got {getattr(args, name)}")
+    if args.coins:  # one picture, cut in two: there is nothing to choose
+        vain = [
+            name for name in (*scenes.COUNTS, "size", "seed", "ink") if getattr(args, name) != parser.get_default(name)
+        ]
+        if vain:
+            parser.error(f"--{vain[0]} is of digits' scenes and has no meaning with --coins")
     asked = json.dumps({key: value for key, value in vars(args).items() if key != "out"})
     note = args.out / scenes.NOTE
     if note.is_file() and note.read_text(encoding="utf-8") == asked:

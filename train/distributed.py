@@ -9,6 +9,7 @@ import random
 import re
 import signal
 import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -101,6 +102,8 @@ def parallel(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with gradients averaged over the processes; itself where there is only one, or `shard` does it."""
     if world() == 1 or is_sharded(model):
         return model
+    # Said of depthwise convolutions, whose one input channel has a stride that means nothing.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     shared = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     if device.type == "cpu" and world() > 2:
         shared.register_comm_hook(None, _average_each)

@@ -7,6 +7,7 @@ the time was spent waiting for data; seconds since the process started), and {"k
 """
 
 import atexit
+import contextlib
 import json
 import os
 import platform
@@ -166,6 +167,9 @@ def spell(values: dict[str, float]) -> str:
 def _memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    # getrusage counts what the process held that this one was forked from.
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM")) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
 
 

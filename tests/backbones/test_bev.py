@@ -443,6 +443,23 @@ def test_gradients_reach_every_parameter():
             torch.testing.assert_close(p.grad, want[name], rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("form", ["export", "compile"])
+def test_exported_and_compiled(form):
+    """A graph made of one set of cameras, which see other cells, is right for another."""
+    model, given = tiny().eval(), seen()
+    if form == "export":
+        other = torch.export.export(model, (), given).module()
+    else:
+        other = torch.compile(model, backend="aot_eager")
+        other(**given)
+    matrices = torch.stack([camera(70.0 * i, focal=25.0) for i in range(3)]).repeat(2, 1, 1, 1)
+    changed = dict(images=torch.randn_like(given["images"]), lidar2img=matrices)
+    with torch.no_grad():
+        want = model(**changed)
+        assert (want - model(**given)).abs().max() > 0.01
+        torch.testing.assert_close(other(**changed), want, rtol=1e-9, atol=1e-9)
+
+
 def test_bfloat16_autocast_is_close():
     torch.set_default_dtype(torch.float32)
     model, given = tiny().float(), {name: value.float() for name, value in seen().items()}

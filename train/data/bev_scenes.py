@@ -3,8 +3,9 @@
     python -m saccade.train.data.bev_scenes FOLDER    writes ten in nuScenes' layout, as v1.0-mini
 
 A scene comes from its seed: an ego that drives and turns, around it cars, trucks, pedestrians and barriers of varied
-sizes, colours and textures, none within another, some of which move. A picture is made by casting one ray through the
-centre of every pixel, at the plane and the boxes; its depth and what it hits are exact, light is a sun and a sky.
+sizes, colours and textures, none within another, some of which move; from behind, all look otherwise. A picture is made
+by casting one ray through the centre of every pixel, at the plane and the boxes; its depth and what it hits are exact,
+light is a sun and a sky.
 
 The view's frame is nuScenes' LiDAR's: x to the right, y ahead, z up, its origin `LIDAR` metres above the ground under
 the ego. A box is (x, y, z of its middle, length, width, height, yaw, velocity x, y), in metres, radians from the x axis
@@ -186,16 +187,21 @@ class World:
             light = 0.45 + 0.6 * (normal @ turn.T @ sun).clip(0)
             paint = self.colours[i] * (1 - 0.25 * (noise(at[:, :2] + at[:, 2:], self.stripes[i]) > 0.5))[:, None]
             name = CLASSES[self.labels[i]]
-            if name in ("car", "truck"):  # a band of windows
-                glass = (at[:, 2] > 0.1 * box[5]) & (at[:, 2] < 0.4 * box[5]) & (face < 2)
-                if name == "truck":
-                    glass &= at[:, 0] > 0.3 * box[3]
+            ahead, up = at[:, 0] / box[3], at[:, 2] / box[5]  # -1/2 to 1/2
+            if name in ("car", "truck"):  # windows, towards the front; light before and red behind
+                glass = (up > 0.1) & (up < 0.4) & (face < 2) & (ahead > (0.3 if name == "truck" else -0.2))
                 paint = np.where(glass[:, None], [0.08, 0.1, 0.13], paint)
-            elif name == "pedestrian":
-                paint = np.where(at[:, 2:] > 0.36 * box[5], [0.75, 0.57, 0.45], paint)
-            else:
+                lamp = (face == 0) & (up > -0.3) & (up < 0.05)
+                paint = np.where((lamp & (ahead > 0))[:, None], [1.0, 1.0, 0.85], paint)
+                paint = np.where((lamp & (ahead < 0))[:, None], [0.85, 0.05, 0.05], paint)
+            elif name == "pedestrian":  # a face, and hair
+                head = up > 0.36
+                paint = np.where((head & (ahead > 0))[:, None], [0.75, 0.57, 0.45], paint)
+                paint = np.where((head & (ahead <= 0))[:, None], [0.15, 0.1, 0.05], paint)
+            else:  # stripes before, nothing behind
                 stripe = (at[:, 1] + at[:, 2]) % 0.8 < 0.4
                 paint = np.where(stripe[:, None], [0.9, 0.25, 0.1], [0.95, 0.95, 0.95])
+                paint = np.where((ahead < 0)[:, None], [0.4, 0.4, 0.42], paint)
             colour[mine] = paint * light[:, None]
         return colour
 

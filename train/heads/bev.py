@@ -73,6 +73,9 @@ class BevDetector(nn.Module):
 class CentreHead(nn.Module):
     """The centres of boxes as peaks of a map a class, and at each peak the box (CenterPoint, arXiv 2006.11275).
 
+    Its yaw is told from the ray on which the ego sees the cell, as monocular detectors do: what a box looks like from a
+    camera says that angle, wherever around the ego it stands.
+
     Args:
         dim: E, of the view.
         classes: how many.
@@ -98,7 +101,7 @@ class CentreHead(nn.Module):
         self.cell = (pc_range[3] - pc_range[0]) / W, (pc_range[4] - pc_range[1]) / H  # metres
         self.shared = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU())
         self.peaks = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, classes, 1))
-        # offset x, y in cells; z; log of length, width, height; sin, cos of the yaw; velocity x, y
+        # offset x, y in cells; z; log of length, width, height; sin, cos of the yaw from the ray; velocity x, y
         self.codes = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1), nn.ReLU(), nn.Conv2d(dim, 10, 1))
         nn.init.constant_(self.peaks[-1].bias, -math.log(99))  # a probability of 0.01
 
@@ -109,6 +112,11 @@ class CentreHead(nn.Module):
     def place(self, boxes: Tensor) -> Tensor:
         """Where boxes lie, in cells: (n, 2), x and y."""
         return (boxes[:, :2] - boxes.new_tensor(self.low)) / boxes.new_tensor(self.cell)
+
+    def ray(self, cells: Tensor) -> Tensor:
+        """The angle from the x axis at which cells (n, 2), x and y, lie from the ego, the view's origin: (n, 1)."""
+        x, y = ((cells + 0.5) * cells.new_tensor(self.cell) + cells.new_tensor(self.low)).split(1, 1)
+        return torch.atan2(y, x)
 
     def heat(self, boxes: Tensor, labels: Tensor, shape: tuple[int, int, int]) -> Tensor:
         """(classes, H, W): around every centre's cell, where it is 1, a bell as wide as the box."""
@@ -134,7 +142,7 @@ class CentreHead(nn.Module):
             heat.append(self.heat(own, kinds, logits.shape[1:]))
             x, y = at.floor().long().unbind(1)
             found.append(code[:, y, x].T)
-            yaw = own[:, 6:7]
+            yaw = own[:, 6:7] - self.ray(at.floor())
             wanted.append(
                 torch.cat([at - at.floor(), own[:, 2:3], own[:, 3:6].log(), yaw.sin(), yaw.cos(), own[:, 7:]], 1)
             )
@@ -156,10 +164,12 @@ class CentreHead(nn.Module):
             score, index = scores.flatten().topk(min(self.most, scores.numel()))
             label, cell = index // scores[0].numel(), index % scores[0].numel()
             c = code.flatten(1)[:, cell].T
-            at = torch.stack([cell % W, cell // W], 1) + c[:, :2]
+            cells = torch.stack([cell % W, cell // W], 1).to(c)
+            at = cells + c[:, :2]
             at = at * at.new_tensor(self.cell) + at.new_tensor(self.low)
-            size, yaw = c[:, 3:6].clamp(-5, 5).exp(), torch.atan2(c[:, 6], c[:, 7])
-            box = torch.cat([at, c[:, 2:3], size, yaw[:, None], c[:, 8:]], 1)
+            yaw = torch.atan2(c[:, 6:7], c[:, 7:8]) + self.ray(cells)
+            yaw = torch.remainder(yaw + math.pi, 2 * math.pi) - math.pi
+            box = torch.cat([at, c[:, 2:3], c[:, 3:6].clamp(-5, 5).exp(), yaw, c[:, 8:]], 1)
             found.append((box, score, label))
         return found
 
