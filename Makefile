@@ -37,7 +37,7 @@ demo-segmentation: $(CLASSIFIER)
 	$(PY) tools/test.py runs/demo-segmentation
 
 demo-bev: setup
-	$(PY) tools/train.py configs/scenes/bev_dfa3d.py --run-dir runs/demo-bev --overwrite
+	GOMP_SPINCOUNT=infinite $(PY) tools/train.py configs/scenes/bev_dfa3d.py --run-dir runs/demo-bev --overwrite
 	$(PY) tools/test.py runs/demo-bev
 
 # First what computes on one thread, on every core; then what trains or measures, in processes and with threads of its own.

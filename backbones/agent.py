@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..ops import agent_attention, pool_agents, resize_agent_bias, window_attention
 from .base import Isotropic, Pyramid, TokenHead, checked_size, init_linear, map_norms
-from .layers import CachedMlp, position_table, resize_positions
+from .layers import CachedMlp, DepthwiseConv, position_table, resize_positions
 from .published import fitted, opened, renamed
 
 TABLE = 7  # side of the tables of block biases, whatever the map
@@ -37,10 +37,6 @@ def square_root(agents: int) -> int:
     if math.isqrt(agents) ** 2 != agents or agents < 1:
         raise ValueError(f"agents must be square numbers, as they form a grid, got {agents}")
     return math.isqrt(agents)
-
-
-def _dwc(dim: int, **dd) -> nn.Conv2d:
-    return nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd)
 
 
 # Shapes decide what runs, so an fx trace keeps the layer whole; as it does the others that look at sizes.
@@ -75,7 +71,7 @@ class AgentAttention(nn.Module):
         self.resize_agents = square_root(agents) != side
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
-        self.dwc = _dwc(dim, **dd)
+        self.dwc = DepthwiseConv(dim, **dd)
 
         def table(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(heads, agents, *shape, **dd))
@@ -174,8 +170,8 @@ class StripeAttention(nn.Module):
         self.heads, self.stripe = heads, tuple(stripe)
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
-        self.dwc = _dwc(dim // 2, **dd)  # of vertical stripes
-        self.dwc_rows = _dwc(dim // 2, **dd)
+        self.dwc = DepthwiseConv(dim // 2, **dd)  # of vertical stripes
+        self.dwc_rows = DepthwiseConv(dim // 2, **dd)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, stripe={self.stripe}"
@@ -211,7 +207,7 @@ class FullAttention(nn.Module):
         self.heads = heads
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
-        self.dwc = _dwc(dim, **dd) if dwc else None
+        self.dwc = DepthwiseConv(dim, **dd) if dwc else None
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}"

@@ -19,15 +19,10 @@ from torch import Tensor, nn
 
 from ..ops import bilevel_routing_attention, region_routing
 from .base import Pyramid, Stage, map_norms
-from .layers import CachedMlp
+from .layers import CachedMlp, DepthwiseConv
 from .published import fitted, opened, renamed
 
 FULL, FULL_LEPE = -1, -2  # the published codes in `topks` for attention over the whole map, without and with LePE
-
-
-def _lepe(dim: int, kernel: int, **dd) -> nn.Conv2d:
-    """Locally enhanced position encoding: a depthwise convolution whose output is added to the attention's."""
-    return nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, **dd)
 
 
 # Padding depends on the size, so an fx trace keeps the layer whole.
@@ -66,7 +61,7 @@ class RoutedAttention(nn.Module):
         self.heads, self.n_win, self.topk = heads, n_win, topk
         self.auto_pad, self.pad_projected = auto_pad, pad_projected
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
-        self.lepe = _lepe(dim, lepe_kernel, **dd)
+        self.lepe = DepthwiseConv(dim, lepe_kernel, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
     def extra_repr(self) -> str:
@@ -128,7 +123,7 @@ class FullAttention(nn.Module):
             raise ValueError(f"dim must be a multiple of the last stage's {heads} heads, got {dim}")
         self.heads, self.lepe_on_v = heads, lepe_on_v
         self.qkv = nn.Linear(dim, 3 * dim, bias=False, **dd)
-        self.lepe = _lepe(dim, lepe_kernel, **dd) if lepe else None
+        self.lepe = DepthwiseConv(dim, lepe_kernel, **dd) if lepe else None
         self.proj = nn.Linear(dim, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -147,7 +142,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, pos_embed: bool, drop_path: float, **dd):
         super().__init__()
-        self.pos_embed = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if pos_embed else None
+        self.pos_embed = DepthwiseConv(dim, **dd) if pos_embed else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, **dd)
         self.attn = attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()

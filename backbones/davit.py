@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..ops import channel_attention, window_attention
 from .base import Pyramid, Stage, init_linear, map_norms
-from .layers import CachedMlp
+from .layers import CachedMlp, DepthwiseConv
 from .published import fitted, opened, renamed
 
 EPS = 1e-5  # of every LayerNorm
@@ -74,7 +74,7 @@ class ConvPosEnc(nn.Module):
 
     def __init__(self, dim: int, device=None, dtype=None):
         super().__init__()
-        self.proj = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, device=device, dtype=dtype)
+        self.proj = DepthwiseConv(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -25,8 +25,8 @@ data = dict(type=BevScenes, train=400, val=40, test=100, img_size=(56, 96))
 task = dict(type=Lift, head="centre")
 optimizer = dict(opt="adamw", lr=2e-3, weight_decay=0.01)
 schedule = dict(sched="cosine", warmup_epochs=1, warmup_lr=1e-5)
-epochs = 5
+epochs = 10
 batch_size = 4
 clip_grad = 10.0
-eval_every = 5
+eval_every = 10
 log_every = 25

@@ -19,12 +19,13 @@ from saccade.backbones.dfa3d import (
     project,
     rename,
 )
-from saccade.backbones.dfa3d_depth import DepthHead, depth_bins, depth_target
+from saccade.backbones.dfa3d_depth import DeformConv, DepthHead, depth_bins, depth_target
 from saccade.backbones.published import renamed
 from saccade.ops import dfa3d
 from saccade.train.tasks.lift import depth_loss
 from support import parity
 from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
 
 pytestmark = pytest.mark.usefixtures("double")  # as default type
 
@@ -150,6 +151,20 @@ def test_equals_published_depth_network(fixture, groups):
     rows = target.permute(0, 2, 3, 1).flatten(0, 2)
     loss = 0.5 * depth_loss(codes[None], target[None]).detach().view(1)
     assert_module(fixture, head, given, dict(dpt_dist=codes, **bins, gt_target=rows, loss_dpt=loss))
+
+
+def test_deformable_convolution_is_torchvisions():
+    """With taps far beyond the border, on a map that is not square; gradients too."""
+    torch.manual_seed(0)
+    conv = DeformConv(8, groups=4)
+    nn.init.normal_(conv.conv_offset.weight, std=0.5)
+    x = torch.randn(2, 8, 5, 7, requires_grad=True)
+    out, offset = conv(x), conv.conv_offset(x)
+    assert offset.abs().max() > 4
+    want = deform_conv2d(x, offset, conv.weight, padding=1)
+    dout, inputs = torch.randn_like(out), [x, *conv.parameters()]
+    ours, theirs = (torch.autograd.grad(y, inputs, dout, retain_graph=True) for y in (out, want))
+    torch.testing.assert_close((out, *ours), (want, *theirs), rtol=1e-9, atol=1e-9)
 
 
 def test_equals_published_depth_targets():
@@ -443,15 +458,10 @@ def test_gradients_reach_every_parameter():
             torch.testing.assert_close(p.grad, want[name], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("form", ["export", "compile"])
-def test_exported_and_compiled(form):
-    """A graph made of one set of cameras, which see other cells, is right for another."""
-    model, given = tiny().eval(), seen()
-    if form == "export":
-        other = torch.export.export(model, (), given).module()
-    else:
-        other = torch.compile(model, backend="aot_eager")
-        other(**given)
+def test_exported_for_any_cameras():
+    """A graph made of one set of cameras is right for another, which sees other cells."""
+    model, given = tiny(layers=1).eval(), seen()
+    other = torch.export.export(model, (), given).module()
     matrices = torch.stack([camera(70.0 * i, focal=25.0) for i in range(3)]).repeat(2, 1, 1, 1)
     changed = dict(images=torch.randn_like(given["images"]), lidar2img=matrices)
     with torch.no_grad():

@@ -1,5 +1,6 @@
+import pytest
 import torch
-from saccade.backbones.layers import CachedMlp, _tokens_at_once, resize_positions
+from saccade.backbones.layers import CachedMlp, DepthwiseConv, _tokens_at_once, resize_positions
 
 
 def test_few_tokens_at_once_are_as_good_as_all():
@@ -25,3 +26,25 @@ def test_positions_of_another_size():
     assert out.shape == (1, 61, 1) and out[0, 0, 0] == -7  # the class token's stays
     expected = ((torch.arange(10) + 0.5) / 2 - 0.5).clamp(0, 4)  # pixel centres, clamped at the border
     torch.testing.assert_close(out[0, 1:, 0].view(6, 10), expected.expand(6, 10))
+
+
+@pytest.mark.parametrize(("size", "kernel"), [((1, 1), 5), ((2, 3), 3), ((4, 4), 5), ((5, 4), 3), ((1, 9), 5)])
+def test_depthwise_convolution_has_pytorchs_gradients(size, kernel):
+    """On small maps, where they are computed otherwise, of first and second order, whichever are asked for."""
+    torch.manual_seed(0)
+    conv = DepthwiseConv(6, kernel, dtype=torch.float64)
+    x = torch.randn(3, 6, *size, dtype=torch.float64, requires_grad=True)
+    out = conv(x)
+    assert ("Depthwise" in type(out.grad_fn).__name__) == (size[0] * size[1] <= 16)
+    plain = torch.nn.functional.conv2d(x, conv.weight, conv.bias, padding=kernel // 2, groups=6)
+    dout = torch.randn_like(out)
+    parameters = (x, conv.weight, conv.bias)
+    ours, theirs = (torch.autograd.grad(y, parameters, dout, create_graph=True) for y in (out, plain))
+    torch.testing.assert_close((out, *ours), (plain, *theirs), rtol=1e-12, atol=1e-12)
+    ours, theirs = (
+        torch.autograd.grad(sum(g.square().sum() for g in first), parameters[:2]) for first in (ours, theirs)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    conv.bias.requires_grad_(False)
+    (alone,) = torch.autograd.grad(conv(x.detach()), conv.weight, dout)
+    torch.testing.assert_close(alone, torch.autograd.grad(plain, conv.weight, dout)[0], rtol=1e-12, atol=1e-12)
