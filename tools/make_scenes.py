@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from saccade.train.data import scenes
-from saccade.train.errors import run
+from saccade.train.errors import UserError, run
 
 
 def main() -> None:
@@ -40,7 +40,7 @@ def main() -> None:
             name for name in (*scenes.COUNTS, "size", "seed", "ink") if getattr(args, name) != parser.get_default(name)
         ]
         if vain:
-            parser.error(f"--{vain[0]} is of digits' scenes and has no meaning with --coins")
+            raise UserError(f"--{vain[0]} is for scenes of digits and has no meaning with --coins")
     asked = json.dumps({key: value for key, value in vars(args).items() if key != "out"})
     note = args.out / scenes.NOTE
     if note.is_file() and note.read_text(encoding="utf-8") == asked:

@@ -126,5 +126,5 @@ def test_command(command, tmp_path):
     assert code == 2 and error == f"error: {out} is not empty: choose another folder\n"
     assert contents(out) == before
     code, _, error = command("make_scenes", tmp_path / "coins", "--coins", "--size", 32)
-    assert code == 2 and "--size is of digits' scenes and has no meaning with --coins" in error
+    assert code == 2 and error == "error: --size is for scenes of digits and has no meaning with --coins\n"
     assert not (tmp_path / "coins").exists()
