@@ -1,4 +1,4 @@
-"""BiFormer-T on digits: 99 % top-1 on the test split (four seeds: 99.2 to 99.7) in one to four minutes on two CPU cores.
+"""BiFormer-T on digits: 99 % top-1 on the test split (seeds: 99.2 to 99.7) in one to four minutes on two CPU cores.
 
 python tools/train.py configs/digits/biformer_t.py
 """
