@@ -44,18 +44,20 @@ def tiny(command):
 
 @pytest.fixture
 def start():
-    """start(processes, *arguments) -> a run as of `tiny`, under torchrun if processes > 0; ended after the test."""
+    """start(processes, *arguments) -> a run as of `tiny`, under torchrun if processes > 0; ended after the test.
+
+    For another config give its `settings` too, in the place of those that make digits a matter of seconds."""
     started = []
 
     def call(
-        processes: int, *arguments, torchrun: tuple[str, ...] = (), config: Path = DIGITS, **options
+        processes: int, *arguments, torchrun: tuple[str, ...] = (), config: Path = DIGITS, settings=TINY, **options
     ) -> subprocess.Popen:
         prefix = [sys.executable]
         if processes:
             # Each on a port of its own, unless the test has them meet.
             meet = () if any("rdzv" in argument for argument in torchrun) else ("--standalone",)
             prefix += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *meet, *torchrun]
-        line = [*prefix, str(ROOT / "tools/train.py"), str(config), *TINY, *map(str, arguments)]
+        line = [*prefix, str(ROOT / "tools/train.py"), str(config), *settings, *map(str, arguments)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
         started.append(subprocess.Popen(line, **pipes | options))

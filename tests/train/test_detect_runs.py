@@ -1,9 +1,6 @@
 """Whole runs of a detector on a few generated scenes: train, test, predict, resume, two processes, export."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -116,13 +113,10 @@ def test_resume_is_bit_identical(run, tiny, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_two_processes(strategy, tiny, command, tmp_path):
+def test_two_processes(strategy, tiny, command, start, tmp_path):
     """In bf16, accumulated, with BatchNorm over both: a run whose last evaluation one process repeats."""
-    arguments = ["iterations=2", "precision=bf16", "accumulate=2", "sync_bn=True", f"strategy={strategy}"]
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    line += [str(ROOT / "tools/train.py"), str(RESNET), *tiny, *arguments, "--run-dir", str(tmp_path / "run")]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    finish(subprocess.Popen(line, **pipes))
+    arguments = [*tiny, "iterations=2", "precision=bf16", "accumulate=2", "sync_bn=True", f"strategy={strategy}"]
+    finish(start(2, "--run-dir", tmp_path / "run", config=RESNET, settings=arguments))
     (there,) = records(tmp_path / "run", "val")
     code, _, err = command("test", tmp_path / "run", "--split", "val", "--out", tmp_path / "test")
     assert code == 0, err

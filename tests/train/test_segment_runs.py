@@ -1,9 +1,6 @@
 """Whole runs of a segmenter on a few generated scenes: train, test, predict, resume, two processes."""
 
 import json
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -132,14 +129,11 @@ def test_resume_is_bit_identical(run, tiny, tmp_path, monkeypatch):
     assert_same_end(run, folder)
 
 
-def test_two_processes_are_as_one(tiny, tmp_path):
+def test_two_processes_are_as_one(tiny, start, tmp_path):
     """Losses, BatchNorm over both, evaluation of pictures that they can't share equally."""
     arguments = [*tiny, *SGD, "sync_bn=True", "task.drop_rate=0.0", "schedule.warmup_lr=0.0"]
     one = train(tmp_path / "one", config.load(CONFIG, arguments))
-    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    line += [str(ROOT / "tools/train.py"), str(CONFIG), *arguments, "--run-dir", str(tmp_path / "two")]
-    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    finish(subprocess.Popen(line, **pipes))
+    finish(start(2, "--run-dir", tmp_path / "two", config=CONFIG, settings=arguments))
     for mine, theirs in zip(records(tmp_path / "two", "train"), records(one, "train"), strict=True):
         assert mine["head"] == pytest.approx(theirs["head"], rel=1e-4)
         assert mine["auxiliary"] == pytest.approx(theirs["auxiliary"], rel=1e-4)
