@@ -51,7 +51,7 @@ class ASPP(nn.Module):
 class DeformConv(nn.Module):
     """A 3x3 convolution (arXiv 1703.06211) whose nine taps lie where another one says: (B, C, H, W) -> same.
 
-    By grid_sample and a product: torchvision's deform_conv2d, which is equal, takes 5 to 11 times as long on a CPU.
+    By grid_sample and a product: torchvision's deform_conv2d, which is equal, takes several times as long on a CPU.
     """
 
     def __init__(self, dim: int, groups: int):

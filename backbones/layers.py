@@ -66,8 +66,8 @@ class _Depthwise(torch.autograd.Function):
 class DepthwiseConv(nn.Conv2d):
     """A depthwise convolution of stride 1 that keeps the size: (B, C, H, W) -> same.
 
-    On a CPU and maps of up to 16 cells, the last ones of small images, PyTorch takes up to a hundred times as long for
-    the gradient of its weight as for that of its input: there it is computed tap by tap.
+    On a CPU and maps of up to 16 cells, the last ones of small images, PyTorch takes far longer for the gradient of its
+    weight than for that of its input: there it is computed tap by tap.
     """
 
     def __init__(self, dim: int, kernel: int = 3, **dd):

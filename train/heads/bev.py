@@ -114,7 +114,7 @@ class CentreHead(nn.Module):
         return (boxes[:, :2] - boxes.new_tensor(self.low)) / boxes.new_tensor(self.cell)
 
     def ray(self, cells: Tensor) -> Tensor:
-        """The angle from the x axis at which cells (n, 2), x and y, lie from the ego, the view's origin: (n, 1)."""
+        """Radians from the x axis at which cells (n, 2), x and y, lie from the ego, the view's origin: (n, 1)."""
         x, y = ((cells + 0.5) * cells.new_tensor(self.cell) + cells.new_tensor(self.low)).split(1, 1)
         return torch.atan2(y, x)
 
