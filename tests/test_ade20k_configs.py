@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from saccade.train import config, engine
+from saccade.train import engine
 from saccade.train.data import scenes
-from saccade.train.heads.segmenter import Segmenter
-from saccade.train.model import create_features
+from saccade.train.models.build import create_features
+from saccade.train.models.segmenter import Segmenter
+from saccade.train.runtime import config
 from support.runs import train
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2

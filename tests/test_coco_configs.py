@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from saccade.train import config, engine
+from saccade.train import engine
 from saccade.train.data import scenes
+from saccade.train.runtime import config
 from support.runs import train
 from timm.scheduler import create_scheduler_v2
 

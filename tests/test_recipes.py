@@ -9,8 +9,9 @@ import pytest
 import timm
 import torch
 from saccade import backbones  # noqa: F401  (registers)
-from saccade.train import config, engine
-from saccade.train.data import standin
+from saccade.train import engine
+from saccade.train.data import made_imagenet as standin
+from saccade.train.runtime import config
 from support.runs import train
 from timm.data import ImageNetInfo
 from timm.scheduler import create_scheduler_v2

@@ -5,8 +5,8 @@
     python tools/benchmark.py --models sparsifiner_deit_t,token_keep_rate=0.7 patnet_t2,fuse --modes inference
 
 A model is a name, its arguments behind commas, and `fuse` for one whose fuse() is called first (inference only).
-`--vs published` is the plain transcription of the published model under tools/published/, with our weights, held
-against ours in float64 before it is timed; any timm name works too, one for all models or one for each.
+`--vs published` is a peer under tools/published/ that does the published arithmetic with our weights; it is compared
+with our model in float64 before it is timed; any timm name works too, one for all models or one for each.
 The peer is timed in turn with each of our runs, and the ratio is the median of the ratios run by run. Every further
 dtype is also compared with our own float32. Writes benchmark.json and benchmark.png into --out.
 """
@@ -24,7 +24,7 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
-from saccade.train import measure
+from saccade.train.runtime import measure
 from torch import nn
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}

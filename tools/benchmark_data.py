@@ -28,9 +28,9 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
-from saccade.train import measure
 from saccade.train.data.folder import ImageFolder
 from saccade.train.data.loader import TrainingOrder, batches
+from saccade.train.runtime import measure
 from timm.data import create_dataset, create_loader
 from torch.utils.data import DataLoader, Dataset
 from torchvision.io import decode_jpeg

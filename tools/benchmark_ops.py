@@ -7,7 +7,7 @@ For every operator at the shapes of its models, forward and forward+backward, in
 longer (a) the published form in plain PyTorch and (b) the best library call take; the share of the floor, the time
 that the bytes and FLOPs which cannot be avoided take at the copy bandwidth and matmul rate measured in the same run;
 and our peak memory against the published form's. tools/operators/ says what is compared. Random data, several sets of
-it so that none is found in a cache, medians of interleaved runs.
+it so that none is in a cache, medians of interleaved runs.
 
 The operators' tests run first, and no time is taken of an operator whose tests fail. Writes operators.json and
 operators.png (roofline) into --out.
@@ -27,7 +27,7 @@ import operators
 import torch
 from rich.console import Console
 from rich.table import Table
-from saccade.train import measure
+from saccade.train.runtime import measure
 
 ROOT = Path(__file__).parents[1]
 OPERATORS = sorted(module.name for module in pkgutil.iter_modules(operators.__path__))

@@ -7,7 +7,7 @@ python tools/make_imagenet.py /tmp/imagenet --layout tars          the three ori
 import argparse
 from pathlib import Path
 
-from saccade.train.data import standin
+from saccade.train.data import made_imagenet as standin
 from timm.data import ImageNetInfo
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from saccade.train.data import scenes
-from saccade.train.errors import UserError, run
+from saccade.train.runtime.errors import UserError, run
 
 
 def main() -> None:

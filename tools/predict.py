@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from saccade.train import predict
-from saccade.train.errors import run
+from saccade.train.runtime.errors import run
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ import argparse
 import sys
 from pathlib import Path
 
-from saccade.train import config, probe
-from saccade.train.distributed import processes, together
-from saccade.train.errors import run
+from saccade.train import probe
+from saccade.train.runtime import config
+from saccade.train.runtime.distributed import process_group, sync_errors
+from saccade.train.runtime.errors import run
 
 
 def main() -> None:
@@ -25,8 +26,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write (default: runs/ and the config's folder and name)")
     args = parser.parse_intermixed_args()
     out = args.out or Path("runs", args.config.resolve().parent.name, args.config.stem)
-    with processes():
-        with together():
+    with process_group():
+        with sync_errors():
             settings = config.load(args.config, args.overrides)
             probe.validate(settings)
         probe.run(out, **settings)

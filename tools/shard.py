@@ -17,7 +17,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 from saccade.train.data import shards
 from saccade.train.data.imagenet import ImageNet
-from saccade.train.errors import run
+from saccade.train.runtime.errors import run
 
 
 def main() -> None:

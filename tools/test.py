@@ -14,10 +14,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from saccade.train import config, engine
-from saccade.train.data.testset import TestFolder, class_names
-from saccade.train.distributed import processes, together
-from saccade.train.errors import UserError, run
+from saccade.train import engine
+from saccade.train.data.test_folder import TestFolder, class_names
+from saccade.train.runtime import config
+from saccade.train.runtime.distributed import process_group, sync_errors
+from saccade.train.runtime.errors import UserError, run
 from saccade.train.test import test
 
 
@@ -41,8 +42,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="where to write (default: the run folder, or runs/test)")
     args = parser.parse_intermixed_args()
     run_dir = args.run if args.run.is_dir() else None
-    with processes():
-        with together():
+    with process_group():
+        with sync_errors():
             settings = config.load(run_dir / "config.py" if run_dir else args.run, args.overrides)
             if args.img_size is not None:
                 settings["data"]["img_size"] = args.img_size

@@ -15,9 +15,10 @@ import os
 import sys
 from pathlib import Path
 
-from saccade.train import config, engine
-from saccade.train.distributed import processes, together
-from saccade.train.errors import run
+from saccade.train import engine
+from saccade.train.runtime import config
+from saccade.train.runtime.distributed import process_group, sync_errors
+from saccade.train.runtime.errors import run
 
 
 def main() -> None:
@@ -34,8 +35,8 @@ def main() -> None:
     args = parser.parse_intermixed_args()
     run_dir = args.run_dir or Path("runs", args.config.resolve().parent.name, args.config.stem)
     resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
-    with processes():
-        with together():
+    with process_group():
+        with sync_errors():
             settings = config.load(args.config, args.overrides)
             engine.validate(settings)
         engine.prepare_folder(run_dir, resume, args.overwrite)

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
-from saccade.train import measure
+from saccade.train.runtime import measure
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 

@@ -14,30 +14,30 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from .checkpoint import save as save_checkpoint
-from .checkpoint import write_text
-from .config import build, check, check_typed, dump
-from .data.bad import BadImages
+from .data.bad_images import BadImages
 from .data.loader import Batches, EvaluationOrder, TrainingOrder, batches, steps_per_epoch
-from .distributed import (
+from .models.freeze import freeze as frozen
+from .runtime.checkpoint import save as save_checkpoint
+from .runtime.checkpoint import write_text
+from .runtime.config import build, check, check_typed, dump
+from .runtime.distributed import (
     StopRequest,
+    all_reduce_max,
+    all_reduce_sum,
+    apply_fsdp,
     choose_device,
     is_sharded,
-    most,
-    parallel,
     rank,
     seed_generators,
-    shard,
-    synchronise_batchnorm,
-    together,
-    total,
-    world,
+    sync_batchnorm,
+    sync_errors,
+    world_size,
+    wrap_ddp,
 )
-from .errors import PREEMPTED, UserError, closest, from_os
-from .freeze import freeze as frozen
-from .log import Log, environment, spell
-from .state import State, best_weights
-from .trackers import start
+from .runtime.errors import PREEMPTED, UserError, closest, from_os
+from .runtime.log import Log, environment, format_metrics
+from .runtime.state import State, best_weights
+from .runtime.trackers import start
 
 HEADER = '"""The configuration of this run."""'  # config.py's, by which a run's folder is known
 RUN_FILES = ("checkpoints", "pictures", "config.json", "environment.json", "log.jsonl", "log.txt")
@@ -101,7 +101,7 @@ def train(
     fewer of them (repeated augmentation). clip_grad: largest norm of the gradient.
     ema: arguments of timm.utils.ModelEmaV3; the averaged weights are evaluated beside the others.
     checkpoint: weights to begin with; a classifier of another size than the data's is left out.
-    freeze: what does not learn: the number of first stages, or names in the model; see saccade.train.freeze.
+    freeze: what does not learn: the number of first stages, or names in the model; see saccade.train.models.freeze.
     precision: of autocast.
     strategy: ddp: each process has the whole model; fsdp: weights, gradients and optimiser state are divided over them
     (torch's FSDP2).
@@ -115,7 +115,7 @@ def train(
     stop = StopRequest()
 
     # Build
-    with together():
+    with sync_errors():
         place = choose_device(device)
         if precision == "fp16" and place.type == "cpu":
             raise UserError("precision=fp16 needs a GPU: use precision=bf16 on the CPU")
@@ -127,7 +127,7 @@ def train(
         net = net.to(place, memory_format=torch.channels_last if channels_last else torch.preserve_format)
         job.probe(net, inputs)
         if sync_bn:
-            net = synchronise_batchnorm(net, place)
+            net = sync_batchnorm(net, place)
         if grad_checkpointing:
             net.set_grad_checkpointing(True)
         learner = job.trained(net)
@@ -136,9 +136,9 @@ def train(
         if ema is not None:
             # Parts of tensors and whole ones (buffers) can't be averaged in one call, as `foreach` would.
             averaged = ModelEmaV3(net, **ema | (dict(foreach=False) if strategy == "fsdp" else {}))
-        if strategy == "fsdp" and world() > 1:
+        if strategy == "fsdp" and world_size() > 1:
             for divided in (net, averaged.module) if averaged is not None else (net,):
-                shard(divided, place, job.methods)
+                apply_fsdp(divided, place, job.methods)
         training, validation = source.dataset("train", inputs, training=True), source.dataset("val", inputs)
         per_epoch = steps_per_epoch(len(training), batch_size, accumulate)
         try:
@@ -162,7 +162,7 @@ def train(
     # Resume
     state = State(net, averaged, stepper, scaler, dump(config))
     folder = run_dir / "checkpoints"
-    with together():
+    with sync_errors():
         said = state.load(folder, place) if resume else []
         if rank() == 0:
             write_text(run_dir / "config.py", f"{HEADER}\n\n{state.config}")
@@ -173,7 +173,7 @@ def train(
 
     def save(best: bool = False) -> None:
         state.check_finite()
-        with log.aside(), together():
+        with log.aside(), sync_errors():
             tensors, meta = state.content()
             if rank() == 0:
                 save_checkpoint(folder, tensors, meta, best)
@@ -189,11 +189,11 @@ def train(
         return evaluate(weights, job, batches, autocast, stop, divided)[0]
 
     # Steps
-    shared = parallel(learner, place)
+    shared = wrap_ddp(learner, place)
     aspects = getattr(training, "aspects", None)
     order = TrainingOrder(len(training), batch_size, seed, state.step, steps, accumulate, repeats, aspects)
     training_batches = iter(batches(training, order, seed, workers, place, bad))
-    order = EvaluationOrder(len(validation), max(1, batch_size // world()))
+    order = EvaluationOrder(len(validation), max(1, batch_size // world_size()))
     validation_batches = batches(validation, order, seed, workers, place, bad)
     resumed_at = state.step
     while True:
@@ -248,7 +248,7 @@ def train(
             log.training(state.step, state.take_means(), max(group["lr"] for group in stepper.param_groups))
 
     # Finish
-    with together():
+    with sync_errors():
         if rank() == 0:
             best = job.model(**model | dict(pretrained=False))  # whatever training made of `net`, a plain one
             best.load_state_dict(best_weights(folder))
@@ -259,7 +259,8 @@ def train(
             log.picture(file, state.step)
     log.stop()
     if rank() == 0:
-        log.say(f"done: the best on val was step {state.best['step']} of {steps} ({spell(state.best['metrics'])})")
+        metrics = format_metrics(state.best["metrics"])
+        log.say(f"done: the best on val was step {state.best['step']} of {steps} ({metrics})")
         log.say(where(run_dir, [run_dir / "model.safetensors", run_dir / "log.jsonl", *drawn]))
 
 
@@ -279,7 +280,7 @@ def evaluate(
     divided: of a model whose parameters are divided over the processes, the preprocessing: those with fewer batches
     than others run the model on a blank one, since all must run it equally often; none stops before the others.
     """
-    rounds = most(len(loader)) if divided else 0
+    rounds = all_reduce_max(len(loader)) if divided else 0
 
     def arriving() -> Iterator:
         arrived = 0
@@ -294,7 +295,7 @@ def evaluate(
     model.eval()
     with autocast():
         metrics, detail = job.evaluate(model, arriving())
-    skipped = int(total(torch.tensor(loader.skipped)))
+    skipped = int(all_reduce_sum(torch.tensor(loader.skipped)))
     return metrics | (dict(skipped=skipped) if skipped else {}), detail
 
 
@@ -348,7 +349,7 @@ def prepare_folder(run_dir: Path, resume: bool, overwrite: bool) -> None:
 
     Raises UserError for a folder that holds something else, and for one that can't be written.
     """
-    with together():
+    with sync_errors():
         if rank() > 0:
             return
         try:

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from PIL import Image
 
-from . import config
-from .checkpoint import replacing, write_text
 from .data.images import read_image
-from .distributed import choose_device
-from .errors import UserError
+from .runtime import config
+from .runtime.checkpoint import atomic_write, write_text
+from .runtime.distributed import choose_device
+from .runtime.errors import UserError
 from .tasks.classify import Classify
 from .tasks.task import Predictor
 
@@ -79,7 +79,7 @@ def predict(
                     n for i in range(len(names) + 1) if (n := f"{path.stem}{f'_{i}' if i else ''}") not in names
                 )
                 names.add(name)
-                with replacing(drawings / f"{name}.png") as temporary:
+                with atomic_write(drawings / f"{name}.png") as temporary:
                     drawn.save(temporary, "PNG")
             yield path, record, model.say(record)
 

@@ -14,16 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from .checkpoint import write_text
-from .config import build, check, check_typed
-from .data.bad import BadImages
+from .data.bad_images import BadImages
 from .data.loader import EvaluationOrder, batches
-from .distributed import choose_device, rank, together, total, world
 from .engine import autocasting
-from .errors import UserError
-from .log import spell
-from .model import create
-from .model import probe as show
+from .models.build import create
+from .models.build import probe as show
+from .runtime.checkpoint import write_text
+from .runtime.config import build, check, check_typed
+from .runtime.distributed import all_reduce_sum, choose_device, rank, sync_errors, world_size
+from .runtime.errors import UserError
+from .runtime.log import format_metrics
 
 Features = tuple[Tensor, Tensor]  # (N, C) float32 and labels (N,), on the CPU
 
@@ -46,7 +46,7 @@ class KNN:
             said = f"probe.k={self.k} is more than the {len(train[1])} training images: make it smaller"
             raise UserError(said, quiet=rank() > 0)
         known, labels = nn.functional.normalize(train[0].to(place)), train[1].to(place)
-        asked, answers = nn.functional.normalize(test[0][rank() :: world()]), test[1][rank() :: world()]
+        asked, answers = nn.functional.normalize(test[0][rank() :: world_size()]), test[1][rank() :: world_size()]
         right = torch.zeros(2, dtype=torch.int64)
         for x, y in zip(asked.split(256), answers.split(256)):
             cosine, nearest = (x.to(place) @ known.T).topk(self.k)
@@ -55,7 +55,7 @@ class KNN:
             most, said = votes.topk(min(5, classes))
             hits = ((said == y[:, None].to(place)) & (most > 0)).cpu()
             right += torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
-        top1, top5 = (100 * total(right).double() / len(test[1])).tolist()
+        top1, top5 = (100 * all_reduce_sum(right).double() / len(test[1])).tolist()
         return dict(top1=top1, top5=top5, k=self.k, temperature=self.temperature)
 
 
@@ -124,7 +124,7 @@ def run(
     LogisticProbe) and its arguments. batch_size: over all processes. Raises UserError for what the user can mend.
     """
     began = time.perf_counter()
-    with together():
+    with sync_errors():
         place = choose_device(device)
         source, judge = build(data), build(probe)
         sizes = dict(num_classes=len(source.class_names), img_size=source.img_size)
@@ -142,7 +142,7 @@ def run(
         said = dict(probe=type(judge).__name__, **metrics, train_images=len(found[0][1]), features=found[0][0].shape[1])
         write_text(out / "metrics.json", json.dumps(said, indent=2) + "\n")
         numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-        print(f"test: {metrics['images']} images {spell(numbers)}\n  {out / 'metrics.json'}")
+        print(f"test: {metrics['images']} images {format_metrics(numbers)}\n  {out / 'metrics.json'}")
         if metrics.get("converged") is False:
             print("  the classifier has not converged: give more probe.iterations")
 
@@ -168,12 +168,12 @@ def features(
 
     width = pooled(torch.zeros(1, *input_size, device=place)).shape[1]
     found, labels = torch.zeros(len(images), width), torch.zeros(len(images), dtype=torch.int64)
-    order = EvaluationOrder(len(images), max(1, batch_size // world()))
+    order = EvaluationOrder(len(images), max(1, batch_size // world_size()))
     for x, y, number in batches(_Numbered(images), order, 0, workers, place, bad):
         found[number.cpu()], labels[number.cpu()] = pooled(x), y.cpu() + 1  # 0: not read
     for part in found.split(2**16):
-        part.copy_(total(part))  # a row is another process's, or zero, so that the sum is exact
-    labels = total(labels)
+        part.copy_(all_reduce_sum(part))  # a row is another process's, or zero, so that the sum is exact
+    labels = all_reduce_sum(labels)
     if not found.isfinite().all():
         said = "the model's features are not finite numbers: use precision=fp32 or other weights"
         raise UserError(said, quiet=rank() > 0)

@@ -7,17 +7,17 @@ from typing import Any
 
 import torch
 
-from .checkpoint import write_text
-from .config import build
-from .data.bad import BadImages
+from .data.bad_images import BadImages
 from .data.loader import EvaluationOrder, batches
-from .data.testset import TestFolder
-from .distributed import choose_device, rank, together, world
+from .data.test_folder import TestFolder
 from .engine import autocasting, evaluate, where
-from .errors import UserError
-from .log import spell
 from .metrics.real import Accepted
 from .metrics.speed import Speed
+from .runtime.checkpoint import write_text
+from .runtime.config import build
+from .runtime.distributed import choose_device, rank, sync_errors, world_size
+from .runtime.errors import UserError
+from .runtime.log import format_metrics
 from .tasks.classify import Classify
 
 
@@ -39,7 +39,7 @@ def test(
     data's or the model's own, as timm names it (crop_pct, interpolation).
     Raises UserError for what the user can mend.
     """
-    with together():
+    with sync_errors():
         place = choose_device(config.get("device"))
         source = build(config["data"])
         job = build(config["task"], source)
@@ -61,7 +61,7 @@ def test(
         dataset = source.dataset(split, inputs)
         seen = dataset if real is None else Accepted(dataset, real, len(job.class_names))
         out.mkdir(parents=True, exist_ok=True)
-    order = EvaluationOrder(len(dataset), max(1, config["batch_size"] // world()))
+    order = EvaluationOrder(len(dataset), max(1, config["batch_size"] // world_size()))
     bad = BadImages(out / f"bad_images_{split}.txt", source)
     loader = batches(seen, order, 0, config.get("workers", 0), place, bad)
     precision = config.get("precision", "fp32")
@@ -71,7 +71,7 @@ def test(
     metrics |= dict(seconds=round(time.perf_counter() - began, 3), **speed.result())
     tested_on = source.root if isinstance(source, TestFolder) else split
     said: list[str] = []
-    with together():
+    with sync_errors():
         if rank() == 0:
             beside, said = job.report(out, detail)
             kept = ("input_size", "crop_pct", "interpolation")
@@ -80,7 +80,7 @@ def test(
             write_text(out / "metrics.json", json.dumps(whole, indent=2) + "\n")
     if rank() == 0:
         job.pictures(out, net, dataset, detail)
-        print("\n".join([f"{tested_on}: {metrics['images']} images {spell(metrics)}", *said]))
+        print("\n".join([f"{tested_on}: {metrics['images']} images {format_metrics(metrics)}", *said]))
         print(
             where(
                 run_dir or out, [out / "metrics.json", *sorted(out.glob("*.csv")), *sorted(out.glob("pictures/*.png"))]

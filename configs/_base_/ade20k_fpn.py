@@ -1,7 +1,8 @@
 """ADE20K's scene parsing with Semantic FPN: crops of 512x512, as PVT trains on it.
 
-Lengths are in steps. Tests are of whole pictures, resized to fit 2048x512 and then to multiples of 32. bf16 needs no
-loss scaling and runs on CPUs too. checkpoint=…: the backbone's weights, a classifier's on ImageNet-1K.
+Lengths are in steps. Tests are of whole images, resized to fit 2048x512 and then, as BiFormer's, to multiples of 32.
+Differs from the published runs: autocast is bf16, where BiFormer uses fp16 and Agent Attention fp32; it needs no loss
+scaling and runs on CPUs too. checkpoint=…: the backbone's weights, a classifier's on ImageNet-1K.
 """
 
 from saccade.train.data.ade20k import Ade20k

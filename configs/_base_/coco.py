@@ -1,8 +1,8 @@
-"""COCO 2017 as Mask R-CNN's "1x" schedule trains on it: 12 epochs of 7,330 steps, 16 pictures a step.
+"""COCO 2017 as Mask R-CNN's "1x" schedule trains on it: 12 epochs of 7,330 steps, 16 images a step.
 
-Pictures are resized to 1333x800 at most and mirrored at random. Lengths are in steps, as warming up takes 500. The
-papers train in fp16 where they say so; bf16 needs no loss scaling and runs on CPUs too.
-checkpoint=…: the backbone's weights, a classifier's on ImageNet-1K.
+Images are resized to fit 1333x800 and flipped at random. Lengths are in steps, as the warm-up takes 500. Differs from
+the published runs: autocast is bf16, where BiFormer uses fp16 and the others fp32; it needs no loss scaling and runs on
+CPUs too. checkpoint=…: the backbone's weights, a classifier's on ImageNet-1K.
 """
 
 from saccade.train.data.coco import Coco

@@ -1,8 +1,9 @@
-"""COCO 2017 with the augmentation of DETR, 12 epochs of 7,330 steps ("1x"), 16 pictures a step.
+"""COCO 2017 with the augmentation of DETR, 12 epochs of 7,330 steps ("1x"), 16 images a step.
 
-A picture's shorter side becomes 480 to 800 pixels, its longer one 1333 at most; half the pictures are cut before that.
-3x is iterations = 263880 with milestones at 197910 and 241890. The papers train in fp16 where they say so; bf16 needs
-no loss scaling and runs on CPUs too. checkpoint=…: the backbone's weights, a classifier's on ImageNet-1K.
+The shorter side becomes 480 to 800 pixels, the longer one 1333 at most; half of the images are cropped before that. 3x
+is iterations = 263880 with milestones at 197910 and 241890. Differs from the published runs: autocast is bf16, where
+they use fp32; it needs no loss scaling and runs on CPUs too. checkpoint=…: the backbone's weights, a classifier's on
+ImageNet-1K.
 """
 
 from saccade.train.data.coco import Coco

@@ -1,6 +1,9 @@
 """ImageNet-1K as DeiT trains on it, which most attention backbones follow: 300 epochs of 1,024 images a step.
 
-The papers train in fp16 where they say so; bf16 needs no loss scaling and runs on CPUs too.
+Differs from the published runs: autocast is bf16 where they use fp16 or fp32, as it needs no loss scaling and runs on
+CPUs too; the learning rate is that of the step about to be taken, where some set it once an epoch or after the step;
+with `ema`, the better of the averaged and the raw weights is kept, where BiFormer tests the raw ones. Tests use the
+config's precision: precision=fp32 on the command line overrides it.
 data.root: class folders, the original tar files, or shards that tools/shard.py wrote.
 """
 

@@ -10,6 +10,7 @@ with read_base():
     from .._base_.ade20k_fpn import *
 
 model.update(name="agent_pvt_t", drop_path_rate=0.1)
+task.update(multiple=1)
 schedule = dict(sched="poly", decay_rate=0.9)
 iterations = 40000
 batch_size = 16

@@ -1,6 +1,6 @@
 """UPerNet on DaViT-B on ADE20K: mIoU 49.4 expected (arXiv:2204.03645).
 
-The drop path is DaViT-T's: of the published configs there is that one alone.
+The drop path is DaViT-T's: only the config of that size is published.
 
 torchrun --nproc_per_node=8 tools/train.py configs/ade20k/upernet_davit_b_160k.py \\
   data.root=/path/to/ADEChallengeData2016 checkpoint=/path/to/davit_b.pth

@@ -10,5 +10,6 @@ with read_base():
     from .._base_.coco_multiscale import *
 
 model.update(name="agent_swin_t", drop_path_rate=0.1)
-task.update(detector="cascade_mask_rcnn", no_decay=("*.attn.key_*", "*.attn.query_*"))
+task.update(detector="cascade_mask_rcnn", no_decay=("*norm*", "*.attn.key_*", "*.attn.query_*"))
+optimizer.update(filter_bias_and_bn=False)
 sync_bn = True

@@ -10,4 +10,5 @@ with read_base():
     from .._base_.coco_multiscale import *
 
 model.update(name="agent_swin_s", drop_path_rate=0.1)
-task.update(no_decay=("*.attn.key_*", "*.attn.query_*"))
+task.update(no_decay=("*norm*", "*.attn.key_*", "*.attn.query_*"))
+optimizer.update(filter_bias_and_bn=False)

@@ -10,4 +10,5 @@ with read_base():
     from .._base_.coco import *
 
 model.update(name="biformer_b", drop_path_rate=0.3, n_win=16, topks=(1, 4, 16, -2))
-task.update(norm_eval=True)
+task.update(norm_eval=True, no_decay=("*norm*",))
+optimizer.update(filter_bias_and_bn=False)

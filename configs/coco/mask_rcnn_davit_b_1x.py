@@ -1,6 +1,6 @@
 """Mask R-CNN on DaViT-B, 1x, on COCO: box AP 48.2, mask AP 43.3 expected (arXiv:2204.03645).
 
-The drop path is ours: of the published configs there is DaViT-T's alone.
+The drop path is ours: only the configs of DaViT-T are published.
 
 torchrun --nproc_per_node=8 tools/train.py configs/coco/mask_rcnn_davit_b_1x.py \\
   data.root=/path/to/coco checkpoint=/path/to/davit_b.pth

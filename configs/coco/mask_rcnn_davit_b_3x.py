@@ -1,6 +1,6 @@
 """Mask R-CNN on DaViT-B, 3x, on COCO: box AP 49.9, mask AP 44.6 expected (arXiv:2204.03645).
 
-The drop path is ours: of the published configs there is DaViT-T's alone.
+The drop path is ours: only the configs of DaViT-T are published.
 
 torchrun --nproc_per_node=8 tools/train.py configs/coco/mask_rcnn_davit_b_3x.py \\
   data.root=/path/to/coco checkpoint=/path/to/davit_b.pth

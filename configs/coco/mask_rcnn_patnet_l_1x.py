@@ -1,6 +1,6 @@
 """Mask R-CNN on PATNet-L, 1x, on COCO.
 
-No AP is at hand: the published configs train another network's widths (FasterNet's), these the classifier's.
+No AP is known. The published configs build a network of other widths (FasterNet's), this one has the classifier's.
 
 torchrun --nproc_per_node=8 tools/train.py configs/coco/mask_rcnn_patnet_l_1x.py \\
   data.root=/path/to/coco checkpoint=/path/to/patnet_l.pth

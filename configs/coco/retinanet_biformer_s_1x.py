@@ -13,4 +13,4 @@ with read_base():
 
 model.update(name="biformer_s", drop_path_rate=0.2, n_win=16, topks=(1, 4, 16, -2))
 task.update(detector="retinanet", norm_eval=True)
-optimizer.update(weight_decay=1e-4)
+optimizer.update(weight_decay=1e-4, filter_bias_and_bn=False)

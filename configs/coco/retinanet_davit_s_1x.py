@@ -1,6 +1,6 @@
 """RetinaNet on DaViT-S, 1x, on COCO: box AP 46.0 expected (arXiv:2204.03645).
 
-The drop path is ours: of the published configs there is DaViT-T's alone.
+The drop path is ours: only the configs of DaViT-T are published.
 
 torchrun --nproc_per_node=8 tools/train.py configs/coco/retinanet_davit_s_1x.py \\
   data.root=/path/to/coco checkpoint=/path/to/davit_s.pth

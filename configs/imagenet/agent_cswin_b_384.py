@@ -1,6 +1,6 @@
 """Agent-CSwin-B at 384 pixels on ImageNet-1K: 85.8 % top-1 expected (README of the published code).
 
-From the weights at 224 pixels: of configs/imagenet/agent_cswin_b.py, or checkpoint=FILE.
+It starts from the weights at 224 pixels: those of configs/imagenet/agent_cswin_b.py, or checkpoint=FILE.
 
 torchrun --nproc_per_node=8 tools/train.py configs/imagenet/agent_cswin_b_384.py data.root=/path/to/imagenet
 """
@@ -10,8 +10,7 @@ from mmengine.config import read_base
 with read_base():
     from .._base_.imagenet import *
 
-model.update(name="agent_cswin_b", drop_path_rate=0.7)
-data.update(img_size=384)
+model.update(name="agent_cswin_b.in1k_384", drop_path_rate=0.7)
 optimizer.update(lr=2.5e-6, weight_decay=1e-8)
 schedule.update(warmup_epochs=0, warmup_lr=2.5e-6, min_lr=2.5e-7, cooldown_epochs=10)
 epochs = 20

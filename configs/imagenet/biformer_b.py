@@ -1,5 +1,7 @@
 """BiFormer-B on ImageNet-1K: 84.3 % top-1 expected (arXiv:2303.08810).
 
+The drop path is the paper's as remembered: it could not be confirmed.
+
 torchrun --nproc_per_node=8 tools/train.py configs/imagenet/biformer_b.py data.root=/path/to/imagenet
 """
 

@@ -1,5 +1,7 @@
 """BiFormer-S on ImageNet-1K: 83.8 % top-1 expected (arXiv:2303.08810).
 
+Batch and rate are those of the published README, one node; its training script has two, 2,048 images and 2e-3.
+
 torchrun --nproc_per_node=8 tools/train.py configs/imagenet/biformer_s.py data.root=/path/to/imagenet
 """
 

@@ -1,6 +1,6 @@
 """DaViT-S on ImageNet-1K: 84.2 % top-1 expected (arXiv:2204.03645).
 
-Drop path as the paper is remembered to say; only the tiny model's training is in the published code.
+The drop path could not be confirmed: only the training of DaViT-T is in the published code.
 
 torchrun --nproc_per_node=8 tools/train.py configs/imagenet/davit_s.py data.root=/path/to/imagenet
 """

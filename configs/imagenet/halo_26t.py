@@ -1,6 +1,7 @@
 """HaloNet-26t on ImageNet-1K: 79.1 % top-1 expected (timm's results for its weights).
 
-ResNet Strikes Back's procedure A1 (arXiv:2110.00476), which timm's training of this model varied.
+Procedure A1 of ResNet Strikes Back (arXiv:2110.00476). timm's run has stronger dropout, stochastic depth and
+RandAugment, by amounts that are not published.
 
 torchrun --nproc_per_node=8 tools/train.py configs/imagenet/halo_26t.py data.root=/path/to/imagenet
 """

@@ -1,6 +1,7 @@
 """HaloNet-ECA-26ts on ImageNet-1K: 79.5 % top-1 expected (timm's results for its weights).
 
-ResNet Strikes Back's procedure A1 (arXiv:2110.00476), which timm's training of this model varied.
+Procedure A1 of ResNet Strikes Back (arXiv:2110.00476), which is not timm's: tag c1 is SGD with Nesterov's momentum,
+adaptive gradient clipping and a cosine, whose values for this model are not published.
 
 torchrun --nproc_per_node=8 tools/train.py configs/imagenet/halo_eca26ts.py data.root=/path/to/imagenet
 """

@@ -1,6 +1,7 @@
 """HaloNet-H0 on ImageNet-1K: 77.9 % top-1 expected (arXiv:2103.12731).
 
-Length, batch, smoothing and the kinds of augmentation are the paper's; rate, decay and strengths are ours.
+Length, batch, smoothing and the kinds of augmentation are the paper's; the optimizer, its rate and decay, and the
+strengths of RandAugment and stochastic depth are ours: the paper's are not known.
 
 torchrun --nproc_per_node=8 tools/train.py configs/imagenet/halo_h0.py data.root=/path/to/imagenet
 """

@@ -1,6 +1,7 @@
 """HaloNet-RegNetZ-B on ImageNet-1K: 81.1 % top-1 expected (timm's results for its weights).
 
-ResNet Strikes Back's procedure A1 (arXiv:2110.00476), which timm's training of this model varied.
+Procedure A1 of ResNet Strikes Back (arXiv:2110.00476), which is not timm's: tag ra3 is RMSProp, averaged weights and
+a rate that decays in steps, whose values for this model are not published.
 
 torchrun --nproc_per_node=8 tools/train.py configs/imagenet/halo_regnetz_b.py data.root=/path/to/imagenet
 """

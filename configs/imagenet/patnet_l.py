@@ -1,6 +1,6 @@
 """PATNet-L on ImageNet-1K: 83.9 % top-1 expected (read off a figure of the published code's README).
 
-The rates are those of the published file's comments, for this batch; as published it would meet a batch of 256.
+The figure swaps the labels M and L, which are read here by size.
 
 torchrun --nproc_per_node=8 tools/train.py configs/imagenet/patnet_l.py data.root=/path/to/imagenet
 """
@@ -8,12 +8,11 @@ torchrun --nproc_per_node=8 tools/train.py configs/imagenet/patnet_l.py data.roo
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.imagenet import *
+    from .._base_.imagenet_patnet import *
 
 model.update(name="patnet_l", drop_path_rate=0.3)
-data.update(sizes={0: 192, 280: 224}, augment=dict(auto_augment="rand-m7-mstd0.5-inc1", color_jitter=0.0))
+data.augment.update(auto_augment="rand-m7-mstd0.5-inc1")
 task.update(mixup=0.7)
 optimizer.update(lr=2e-3, weight_decay=0.05)
-schedule.update(warmup_epochs=20)
 batch_size = 2048
 clip_grad = 0.01

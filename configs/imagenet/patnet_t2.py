@@ -1,18 +1,14 @@
 """PATNet-T2 on ImageNet-1K: 80.2 % top-1 expected (read off a figure of the published code's README).
 
-The rates are those of the published file's comments, for this batch; as published it would meet a batch of 256.
-
 torchrun --nproc_per_node=8 tools/train.py configs/imagenet/patnet_t2.py data.root=/path/to/imagenet
 """
 
 from mmengine.config import read_base
 
 with read_base():
-    from .._base_.imagenet import *
+    from .._base_.imagenet_patnet import *
 
 model.update(name="patnet_t2", drop_path_rate=0.05)
-data.update(sizes={0: 192, 280: 224}, augment=dict(auto_augment="rand-m5-mstd0.5-inc1", color_jitter=0.0))
+data.augment.update(auto_augment="rand-m5-mstd0.5-inc1")
 task.update(mixup=0.1)
-optimizer.update(lr=4e-3, weight_decay=0.02)
-schedule.update(warmup_epochs=20)
-batch_size = 4096
+optimizer.update(weight_decay=0.02)

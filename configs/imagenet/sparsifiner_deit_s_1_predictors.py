@@ -11,7 +11,3 @@ with read_base():
     from .._base_.imagenet_sparsifiner import *
 
 model.update(name="sparsifiner_deit_s")
-task.update(phase="predictors")
-optimizer.update(lr=3e-4)
-schedule.update(min_lr=2e-4)
-epochs = 5

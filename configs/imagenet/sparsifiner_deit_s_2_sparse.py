@@ -14,5 +14,5 @@ model.update(name="sparsifiner_deit_s")
 task.update(phase="sparse", teacher="parent.pth")
 optimizer.update(lr=8e-5)
 schedule.update(min_lr=2e-6)
-epochs = 45
+epochs = 42
 checkpoint = "runs/imagenet/sparsifiner_deit_s_1_predictors"

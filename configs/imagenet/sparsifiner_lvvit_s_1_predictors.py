@@ -1,6 +1,7 @@
 """Sparsifiner-LV-ViT-S, first phase: the mask predictors learn the attention of the dense parent; ImageNet-1K.
 
 The parent is LV-ViT-S (83.3 % top-1), published or timm's.
+The recipe is DeiT-S's: none is published for LV-ViT.
 
 torchrun --nproc_per_node=8 tools/train.py configs/imagenet/sparsifiner_lvvit_s_1_predictors.py checkpoint=parent.pth
 """
@@ -11,7 +12,3 @@ with read_base():
     from .._base_.imagenet_sparsifiner import *
 
 model.update(name="sparsifiner_lvvit_s")
-task.update(phase="predictors")
-optimizer.update(lr=3e-4)
-schedule.update(min_lr=2e-4)
-epochs = 5

@@ -1,6 +1,6 @@
 """ULSAM-MobileNet-V1 0.75 on ImageNet-1K: 67.81 % top-1 expected (poster of the published code, 4 subspaces).
 
-The paper's recipe is plain; its learning rate and length are not known, these are MobileNet's usual ones.
+The paper's recipe is plain; its rate, schedule, decay and length are not known, these are MobileNet's usual ones.
 
 torchrun --nproc_per_node=8 tools/train.py configs/imagenet/ulsam_mobilenet_v1_075.py data.root=/path/to/imagenet
 """
@@ -11,5 +11,3 @@ with read_base():
     from .._base_.imagenet_plain import *
 
 model.update(name="ulsam_mobilenet_v1_075")
-optimizer.update(lr=0.05, weight_decay=4e-5)
-epochs = 150

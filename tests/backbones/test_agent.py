@@ -14,7 +14,7 @@ from saccade.backbones.agent import (
     WindowAttention,
     rename,
 )
-from saccade.train import measure
+from saccade.train.runtime import measure
 from support import parity
 from support.graphs import compiles_and_exports
 from support.parity import load_file

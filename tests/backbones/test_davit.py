@@ -9,7 +9,7 @@ import saccade.backbones  # noqa: F401  (registers the models)
 import timm
 import torch
 from saccade.backbones.davit import Block, ChannelAttention, ConvPosEnc, Downsample, Stem, WindowAttention, rename
-from saccade.train import measure
+from saccade.train.runtime import measure
 from support import parity
 from support.graphs import compiles_and_exports
 from support.parity import load_file

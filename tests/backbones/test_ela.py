@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 from saccade.backbones.ela import ELA, VERSIONS, checkpoint_filter_fn
-from saccade.train import measure
+from saccade.train.runtime import measure
 from support import parity
 from support.gradients import assert_gradients
 from support.graphs import compiles_and_exports

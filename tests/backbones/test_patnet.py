@@ -18,8 +18,8 @@ from saccade.backbones.patnet import (
     rename,
 )
 from saccade.ops import relative_bias_attention
-from saccade.train import measure
-from saccade.train.distributed import SyncBatchNorm
+from saccade.train.runtime import measure
+from saccade.train.runtime.distributed import SyncBatchNorm
 from support import parity
 from support.graphs import compiles_and_exports
 from support.parity import load_file

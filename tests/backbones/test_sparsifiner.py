@@ -8,7 +8,7 @@ import saccade.backbones  # noqa: F401  (registers the models)
 import timm
 import torch
 import torch.nn.functional as F
-from saccade.backbones.sparsifiner import MaskPredictor, SparseAttention, rename
+from saccade.backbones.sparsifiner import MaskPredictor, Record, SparseAttention, rename
 from saccade.ops import unpack_mask
 from support import parity
 from support.graphs import compiles_and_exports
@@ -77,11 +77,12 @@ def test_equals_published_layer(name):
     x = parity.image(want).requires_grad_()
     y, left = module(x, None)
     (y * parity.seeded(1, y.shape)).sum().backward()
-    again, _, seen = module.watched(x, None, recon=False)
+    record = module.record = module.predictor.record = Record(recon=False)
+    again, _ = module(x, None)
     assert left is None and torch.equal(again, y)
-    masked = seen.attention * seen.mask
-    outputs = dict(out=y, grad_x=x.grad, masked_attn=masked / masked.sum(-1, keepdim=True), attn_mask=seen.mask)
-    outputs |= dict(unmasked_attn=seen.attention, approx_attn=seen.connectivity)
+    masked = record.attention * record.mask
+    outputs = dict(out=y, grad_x=x.grad, masked_attn=masked / masked.sum(-1, keepdim=True), attn_mask=record.mask)
+    outputs |= dict(unmasked_attn=record.attention, approx_attn=record.connectivity)
     for key, expected in want["outputs"].items():
         parity.assert_equal(key, outputs[key], expected)
     parity.assert_gradients(module, {"." + k: v for k, v in want["grads"].items()}, lambda key: rename(key)[1:])

@@ -39,7 +39,7 @@ def forked(processes: int, tool: str, *arguments) -> list[int]:
     """The exit codes of a tool's command line in that many processes."""
 
     def run(rank: int) -> int:
-        from saccade.train.errors import run
+        from saccade.train.runtime.errors import run
 
         sys.argv = [tool, *map(str, arguments)]
         return run(runpy.run_path(str(TOOLS / f"{tool}.py"))["main"])

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from saccade.train.data import standin
-from saccade.train.data.standin import KIT, add, devkit, folder, tarred, tars  # noqa: F401  (for the tests)
+from saccade.train.data import made_imagenet as standin
+from saccade.train.data.made_imagenet import KIT, add, devkit, folder, tarred, tars  # noqa: F401  (for the tests)
 
 WNIDS = ("n01440764", "n01443537", "n02084071", "n03000134")
 

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from . import budget
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter computes bfloat16 wrongly: a GPU alone can test it.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -54,23 +56,16 @@ def evaluate(f, args, seed: int = 1234) -> list[Tensor]:
 
 
 def check(op, reference, *args) -> None:
-    """op must agree with reference in its outputs and in all gradients.
-
-    Measured against reference in float64, op may err by twice what reference errs in the dtype of args: in the root
-    mean square. The largest error of few numbers is a matter of luck: it may be four times the other's. Half a unit in
-    the last place is granted on top, for where reference happens to be exact.
-    """
+    """Check outputs and all gradients of op against reference in float64, within the budget of `support.budget`."""
     doubled = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
-    eps = torch.finfo(next(x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point())).eps / 2
-    measures = [("root mean square", 2, lambda x: x.square().mean().sqrt()), ("largest", 4, lambda x: x.abs().max())]
-    results = zip(evaluate(reference, doubled), evaluate(reference, args), evaluate(op, args), strict=True)
-    for i, (exact, plain, ours) in enumerate(results):
-        assert ours.shape == exact.shape, f"result {i}: shape {tuple(ours.shape)}, not {tuple(exact.shape)}"
-        for name, times, size in measures if exact.numel() else []:
-            error, allowed = size(ours - exact), times * size(plain - exact) + eps * size(exact)
-            assert error <= allowed, (
-                f"result {i} (outputs, then gradients): {name} error {error:.3g} over {allowed:.3g}"
-            )
+    dtype = next(x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point())
+    budget.assert_within(
+        evaluate(op, args),
+        exact=evaluate(reference, doubled),
+        samples=budget.simulate(lambda: evaluate(reference, args)),
+        plain=evaluate(reference, args),
+        u=torch.finfo(dtype).eps / 2,
+    )
 
 
 def forced(f, name: str):
@@ -165,6 +160,6 @@ def refuses(f, message: str, *args, error=ValueError, **kwargs) -> None:
 
 def peak_bytes(step) -> int:
     """The most bytes that PyTorch has allocated at once within step(): also inside custom operators."""
-    from saccade.train.measure import peak_allocated
+    from saccade.train.runtime.measure import peak_allocated
 
     return peak_allocated(step, torch.device(DEVICE))

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from saccade.train import checkpoint, engine
+from saccade.train import engine
+from saccade.train.runtime import checkpoint
 
 # Plain SGD follows its gradients without magnifying their rounding, as Adam does where they are near zero.
 SGD = ["optimizer.opt=sgd", "optimizer.lr=0.005", "schedule.warmup_epochs=0"]

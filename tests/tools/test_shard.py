@@ -15,7 +15,7 @@ from filelock import FileLock
 from PIL import Image
 from saccade.train.data import tar
 from saccade.train.data.imagenet import ImageNet
-from saccade.train.errors import run
+from saccade.train.runtime.errors import run
 from support import imagenet
 
 ROOT = Path(__file__).resolve().parents[2]

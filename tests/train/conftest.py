@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from saccade.train.errors import run
+from saccade.train.runtime.errors import run
 from support.runs import own_signals
 
 ROOT = Path(__file__).resolve().parents[2]

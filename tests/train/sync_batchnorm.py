@@ -2,23 +2,23 @@
 
 import timm
 import torch
-from saccade.train.distributed import SyncBatchNorm, processes, rank, synchronise_batchnorm, world
+from saccade.train.runtime.distributed import SyncBatchNorm, process_group, rank, sync_batchnorm, world_size
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 BATCH = 24
 
-with processes():
+with process_group():
     for name in ("test_resnet", "test_efficientnet"):  # torch's BatchNorm2d, and timm's with an activation
         torch.manual_seed(0)
         whole = timm.create_model(name, num_classes=10).double()
         torch.manual_seed(0)
-        shared = synchronise_batchnorm(timm.create_model(name, num_classes=10).double(), torch.device("cpu"))
+        shared = sync_batchnorm(timm.create_model(name, num_classes=10).double(), torch.device("cpu"))
         assert any(isinstance(module, SyncBatchNorm) for module in shared.modules())
         assert whole.state_dict().keys() == shared.state_dict().keys()
         parallel = DistributedDataParallel(shared)
         steps = [torch.optim.SGD(m.parameters(), 0.05, momentum=0.9) for m in (whole, shared)]
-        own = slice(rank() * BATCH // world(), (rank() + 1) * BATCH // world())
+        own = slice(rank() * BATCH // world_size(), (rank() + 1) * BATCH // world_size())
         for seed in range(4):
             g = torch.Generator().manual_seed(seed)
             x, y = torch.randn(BATCH, 3, 32, 32, generator=g).double(), torch.randint(10, (BATCH,), generator=g)

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 from saccade.train.data import ade20k
 from saccade.train.data.ade20k import IGNORED, Ade20k, Augment, CocoStuff, Folders
-from saccade.train.data.bad import BadImage
-from saccade.train.errors import UserError
+from saccade.train.data.bad_images import BadImage
+from saccade.train.runtime.errors import UserError
 
 INPUTS = dict(mean=(0.5, 0.25, 0.75), std=(1, 1, 1))
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from saccade.train.data.augment import Augment
-from saccade.train.data.bad import BadImage
+from saccade.train.data.bad_images import BadImage
 from saccade.train.data.images import Images, decode
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform

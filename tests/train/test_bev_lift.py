@@ -6,11 +6,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from saccade.train import config, engine
-from saccade.train.checkpoint import read
+from saccade.train import engine
 from saccade.train.data.bev_scenes import CAMERAS, LIDAR, MEAN, STD, BevScenes, augment, corners, moved
-from saccade.train.errors import UserError
-from saccade.train.heads.bev import CentreHead, DecoderHead
+from saccade.train.models.bev import CentreHead, DecoderHead
+from saccade.train.runtime import config
+from saccade.train.runtime.checkpoint import read
+from saccade.train.runtime.errors import UserError
 from saccade.train.tasks.lift import Lift, depth_loss
 from support.forked import forked
 from support.runs import assert_same_end, dies_and_goes_on, finish, records, train

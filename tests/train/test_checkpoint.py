@@ -8,8 +8,8 @@ import resource
 
 import pytest
 import torch
-from saccade.train import checkpoint
-from saccade.train.errors import UserError
+from saccade.train.runtime import checkpoint
+from saccade.train.runtime.errors import UserError
 from timm.optim import create_optimizer_v2
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coder
-from saccade.train.data.bad import BadImage
+from saccade.train.data.bad_images import BadImage
 from saccade.train.data.coco import Coco, RandomPart, augmentation, decode_mask
 from saccade.train.data.loader import EvaluationOrder, TrainingOrder, batches
-from saccade.train.errors import UserError
+from saccade.train.runtime.errors import UserError
 from torchvision import tv_tensors
 from torchvision.ops import masks_to_boxes
 

@@ -12,9 +12,9 @@ import torch
 from pycocotools import mask as coder
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from saccade.train.errors import UserError
 from saccade.train.metrics import coco
 from saccade.train.metrics.coco import CocoMetric
+from saccade.train.runtime.errors import UserError
 from support.forked import in_processes
 
 CLASSES = ["cat", "dog", "cow", "none"]

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 import pytest
-from saccade.train import config, engine, probe
-from saccade.train.errors import UserError
+from saccade.train import engine, probe
+from saccade.train.runtime import config
+from saccade.train.runtime.errors import UserError
 
 CONFIGS = sorted(p for p in (Path(__file__).parents[2] / "configs").glob("[!_]*/*.py") if p.name != "__init__.py")
 DIGITS = next(p for p in CONFIGS if p.name == "resnet18.py")

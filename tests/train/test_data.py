@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from saccade.train.data.digits import Digits
 from saccade.train.data.folder import ImageFolder
-from saccade.train.errors import UserError
+from saccade.train.runtime.errors import UserError
 
 INPUTS = dict(input_size=(3, 16, 16), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
 

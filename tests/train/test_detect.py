@@ -6,11 +6,11 @@ from functools import partial
 import pytest
 import timm
 import torch
-from saccade.train.errors import UserError
-from saccade.train.heads import detectors
-from saccade.train.heads.body import load_whole
-from saccade.train.heads.cascade import CascadeHeads
-from saccade.train.model import create, create_features
+from saccade.train.models import detectors
+from saccade.train.models.body import load_whole
+from saccade.train.models.build import create, create_features
+from saccade.train.models.cascade import CascadeHeads
+from saccade.train.runtime.errors import UserError
 from timm.optim import create_optimizer_v2
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 

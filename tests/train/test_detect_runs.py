@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coder
-from saccade.train import config, engine, predict
-from saccade.train.config import build
+from saccade.train import engine, predict
 from saccade.train.data import scenes
+from saccade.train.runtime import config
+from saccade.train.runtime.config import build
 from saccade.train.tasks.detect import Detect
 from support.runs import assert_same_end, dies_and_goes_on, finish, records, state, train
 

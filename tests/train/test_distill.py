@@ -8,7 +8,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from saccade.backbones.sparsifiner import checkpoint_filter_fn, rename
-from saccade.train import checkpoint
+from saccade.train.runtime import checkpoint
 from saccade.train.tasks.distill import distillation_loss, reconstruction_loss
 from safetensors.torch import load_file
 from support import parity

@@ -3,7 +3,7 @@
 import errno
 
 import pytest
-from saccade.train.errors import UserError, closest, run
+from saccade.train.runtime.errors import UserError, closest, run
 
 
 def raising(error):

@@ -12,10 +12,12 @@ import timm
 import torch
 from matplotlib import pyplot as plt
 from PIL import Image
-from saccade.train import config, engine, pictures, probe
+from saccade.train import engine, probe
 from saccade.train.data.digits import Digits
-from saccade.train.data.testset import TestFolder, class_names
-from saccade.train.errors import UserError
+from saccade.train.data.test_folder import TestFolder, class_names
+from saccade.train.runtime import config
+from saccade.train.runtime.errors import UserError
+from saccade.train.visual.confusion import plot_reliability
 from support.forked import forked
 from support.runs import train
 from timm.data import create_transform
@@ -286,7 +288,7 @@ def test_reliability_is_drawn(tmp_path):
     """Bars as high as the accuracy: of three bins, 30 % and twice 90 %."""
     rows = [dict(low=60.0, high=200 / 3, images=10, top1=30.0, confidence=62.0)]
     rows += [dict(low=100 * i / 15, high=100 * (i + 1) / 15, images=40, top1=90.0, confidence=94.0) for i in (13, 14)]
-    image = plt.imread(pictures.reliability(rows, tmp_path / "reliability.png"))[..., :3]
+    image = plt.imread(plot_reliability(rows, tmp_path / "reliability.png"))[..., :3]
     red, green, blue = image[..., 0], image[..., 1], image[..., 2]
     columns = ((blue > 0.75) & (red < 0.5) & (green > 0.4)).sum(0)  # the accuracy's blue
     heights = [int(height) for height in columns if height > 30]

@@ -6,10 +6,10 @@ import pytest
 import saccade.backbones  # noqa: F401  (registers the models)
 import timm
 import torch
-from saccade.train import checkpoint, distributed
-from saccade.train.errors import UserError
-from saccade.train.freeze import freeze
-from saccade.train.model import create
+from saccade.train.models.build import create
+from saccade.train.models.freeze import freeze
+from saccade.train.runtime import checkpoint, distributed
+from saccade.train.runtime.errors import UserError
 from torch import nn
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from saccade.train import checkpoint, engine
-from saccade.train.config import check_typed
+from saccade.train import engine
 from saccade.train.data import loader, tar
 from saccade.train.data.imagenet import ImageNet
 from saccade.train.data.loader import EvaluationOrder, TrainingOrder, batches
-from saccade.train.errors import DATA, UserError
+from saccade.train.runtime import checkpoint
+from saccade.train.runtime.config import check_typed
+from saccade.train.runtime.errors import DATA, UserError
 from support import imagenet
 
 INPUTS = dict(input_size=(3, 16, 16), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 from saccade.train.data import loader
-from saccade.train.data.bad import BadImage, BadImages
+from saccade.train.data.bad_images import BadImage, BadImages
 from saccade.train.data.loader import EvaluationOrder, Seeded, TrainingOrder, batches, to_device
-from saccade.train.errors import UserError
+from saccade.train.runtime.errors import UserError
 
 
 @pytest.fixture

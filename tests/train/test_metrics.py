@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from saccade.train.errors import UserError
 from saccade.train.metrics import confusion as tables
 from saccade.train.metrics.calibration import Calibration
 from saccade.train.metrics.real import Accepted, Real, read_labels
 from saccade.train.metrics.topk import TopK
+from saccade.train.runtime.errors import UserError
 
 CPU = torch.device("cpu")
 

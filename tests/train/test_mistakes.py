@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from saccade.train import checkpoint
+from saccade.train.runtime import checkpoint
 from saccade.train.tasks.classify import Classify
 from timm.models import load_state_dict  # noqa: F401  (timm is imported before stderr is captured)
 
@@ -84,7 +84,7 @@ def test_disk_full(tiny, tmp_path, monkeypatch, moment):
 
     monkeypatch.setattr(checkpoint, "save_file", write)
     if moment == "export":
-        monkeypatch.setattr("saccade.train.model.save_for_hf", export)
+        monkeypatch.setattr("saccade.train.models.build.save_for_hf", export)
     run = tmp_path / "run"
     says(tiny(run), 74, "saving ", "No space left on device", "--resume")
     assert not list(run.rglob(".*")) and not (run / "model.safetensors").exists()

@@ -5,9 +5,9 @@ import json
 import pytest
 import timm
 import torch
-from saccade.train import checkpoint
-from saccade.train.errors import UserError
-from saccade.train.model import create, export, probe
+from saccade.train.models.build import create, export, probe
+from saccade.train.runtime import checkpoint
+from saccade.train.runtime.errors import UserError
 from safetensors.torch import save_file
 
 

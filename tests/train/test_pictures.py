@@ -8,7 +8,7 @@ import saccade.backbones  # noqa: F401  (registers the models)
 import timm
 import torch
 from matplotlib import pyplot as plt
-from saccade.train import pictures
+from saccade.train.visual import attention, confusion, curves
 
 
 def test_curves(tmp_path):
@@ -16,16 +16,16 @@ def test_curves(tmp_path):
     records += [dict(kind="val", step=10 * i, epoch=i, loss=1.0, top1=50.0 + i, ema_top1=60.0) for i in range(2)]
     log = tmp_path / "log.jsonl"
     log.write_text("".join(json.dumps(r) + "\n" for r in records))
-    assert plt.imread(pictures.curves(log, tmp_path / "curves.png")).shape[1] > 1000
+    assert plt.imread(curves.plot_curves(log, tmp_path / "curves.png")).shape[1] > 1000
     log.write_text("")
-    assert pictures.curves(log, tmp_path / "none.png") is None
+    assert curves.plot_curves(log, tmp_path / "none.png") is None
 
 
 @pytest.mark.parametrize("classes", [2, 10, 40])
 def test_confusion(tmp_path, classes):
     counts = torch.eye(classes, dtype=torch.int64) * 9
     counts[0, 1] = 3
-    file = pictures.confusion(counts, [f"class {i}" for i in range(classes)], tmp_path / "confusion.png")
+    file = confusion.plot_confusion(counts, [f"class {i}" for i in range(classes)], tmp_path / "confusion.png")
     assert plt.imread(file).ndim == 3
 
 
@@ -33,13 +33,13 @@ def test_attended_regions_are_bright_and_others_dark():
     figure, axis = plt.subplots()
     picture = np.ones((8, 12, 3)) * 0.9
     picture[:4, :4] *= np.linspace(0, 1, 4)[:, None, None]  # most contrast: region 0 is the query
-    shares = pictures._shares(dict(idx=torch.tensor([[[5], [0], [0], [0], [0], [0]]])), 0)
+    shares = attention._shares(dict(idx=torch.tensor([[[5], [0], [0], [0], [0], [0]]])), 0)
     assert shares.shape == (6, 6) and shares[0].tolist() == [0, 0, 0, 0, 0, 1]
-    pictures._regions(axis, picture, shares, (2, 3), (4, 4))
+    attention._regions(axis, picture, shares, (2, 3), (4, 4))
     drawn = axis.images[0].get_array()
     assert drawn[4:, 8:].min() > 0.89 and drawn[:, :8].max() < 0.45
-    half = pictures._shares(dict(share=torch.full((1, 6, 6), 0.5)), 0)
-    pictures._regions(axis, picture, half, (2, 3), (4, 4))
+    half = attention._shares(dict(share=torch.full((1, 6, 6), 0.5)), 0)
+    attention._regions(axis, picture, half, (2, 3), (4, 4))
     assert 0.5 < axis.images[1].get_array()[4:, 8:].max() < 0.8
     plt.close(figure)
 
@@ -47,7 +47,7 @@ def test_attended_regions_are_bright_and_others_dark():
 def test_attended(tmp_path):
     images = [(torch.randn(3, 40, 36), i % 3) for i in range(5)]
     model = timm.create_model("biformer_t", num_classes=3, n_win=4, topks=(1, 2, 3, -2))
-    assert pictures.attended(model, images, ["a", "b", "c"], tmp_path / "attended.png").stat().st_size > 20_000
+    assert attention.draw_attention(model, images, ["a", "b", "c"], tmp_path / "attended.png").stat().st_size > 20_000
     model = timm.create_model("sparsifiner_deit_t", num_classes=3, img_size=64, depth=6, reduce_n=4, coef_topk=2)
     images = [(torch.randn(3, 64, 64), i % 3) for i in range(5)]
     shares = model.attended_regions(torch.stack([image for image, _ in images]))["blocks.5"]["share"]
@@ -55,6 +55,6 @@ def test_attended(tmp_path):
     kept = 3 * shares.sum(2)  # of five keys a head, one may be the class token
     torch.testing.assert_close(kept, kept.round())
     assert kept.min() > 11.9 and kept.max() < 15.1
-    assert pictures.attended(model, images, ["a", "b", "c"], tmp_path / "kept.png").stat().st_size > 20_000
+    assert attention.draw_attention(model, images, ["a", "b", "c"], tmp_path / "kept.png").stat().st_size > 20_000
     other = timm.create_model("resnet18", num_classes=3)
-    assert pictures.attended(other, images, ["a", "b", "c"], tmp_path / "none.png") is None
+    assert attention.draw_attention(other, images, ["a", "b", "c"], tmp_path / "none.png") is None

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from saccade.train import config, probe
+from saccade.train import probe
 from saccade.train.data.digits import Digits
-from saccade.train.errors import UserError
-from saccade.train.model import create
+from saccade.train.models.build import create
 from saccade.train.probe import KNN, LogisticProbe
+from saccade.train.runtime import config
+from saccade.train.runtime.errors import UserError
 from support.forked import forked
 from support.runs import train
 

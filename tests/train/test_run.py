@@ -6,9 +6,10 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from saccade.train import checkpoint, config, distributed, model
 from saccade.train.data.digits import Digits
 from saccade.train.data.folder import ImageFolder
+from saccade.train.models import build as model
+from saccade.train.runtime import checkpoint, config, distributed
 
 DIGITS = config.__file__.replace("train/config.py", "configs/digits/resnet18.py")
 SGD = ["optimizer.opt=sgd", "optimizer.lr=0.05"]

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 from saccade.train.data import scenes
-from saccade.train.errors import UserError
+from saccade.train.runtime.errors import UserError
 
 COUNTS = dict(train=4, val=2, test=3)
 

@@ -8,15 +8,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from saccade.train import label_maps
-from saccade.train.errors import UserError
-from saccade.train.heads import segmenter
-from saccade.train.heads.fcn import FCNHead
-from saccade.train.heads.segmenter import Inference, Segmenter
-from saccade.train.heads.semantic_fpn import SemanticFPN
-from saccade.train.heads.upernet import UPerNet
-from saccade.train.model import create, create_features, save_whole
+from saccade.train.models import segmenter
+from saccade.train.models.build import create, create_features, save_whole
+from saccade.train.models.fcn import FCNHead
+from saccade.train.models.segmenter import Inference, Segmenter
+from saccade.train.models.semantic_fpn import SemanticFPN
+from saccade.train.models.upernet import UPerNet
+from saccade.train.runtime.errors import UserError
 from saccade.train.tasks.segment import Segment
+from saccade.train.visual import label_maps
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, cross_entropy, interpolate
@@ -288,13 +288,13 @@ def test_colours_overlays_and_legends():
     drawn = label_maps.overlay(image, labels, 2, strength=0.5)
     for label, column in ((0, 0), (1, 1), (255, 2)):
         assert np.abs(drawn[0, column] - (50 + colours[label] / 2)).max() <= 0.5 or label == 1
-    assert label_maps.present(labels) == [0, 1]
+    assert label_maps.present_labels(labels) == [0, 1]
 
 
 SCRIPT = """
 import sys, torch
-from saccade.train.heads.segmenter import Inference, Segmenter
-from saccade.train.model import create_features
+from saccade.train.models.segmenter import Inference, Segmenter
+from saccade.train.models.build import create_features
 torch.set_num_threads(1)
 inference = Inference(crop=(512, 512), stride=(341, 341)) if sys.argv[1] == "windows" else Inference()
 body = create_features("biformer_t", depths=(1, 1, 1, 1), n_win=8, out_norms=True)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from saccade.train import config, engine
-from saccade.train.config import build
+from saccade.train import engine
 from saccade.train.data import scenes
-from saccade.train.errors import UserError
+from saccade.train.runtime import config
+from saccade.train.runtime.config import build
+from saccade.train.runtime.errors import UserError
 from saccade.train.tasks import segment
 from saccade.train.tasks.segment import Segment
 from support.forked import forked

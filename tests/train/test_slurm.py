@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from saccade.train import checkpoint
+from saccade.train.runtime import checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["configs/digits/resnet18.py", "model.name=test_resnet", "data.img_size=16", "device=cpu", "log_every=1"]

@@ -20,12 +20,11 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-from ..config import check as check_section
-from ..distributed import derive, rank
-from ..errors import DATA, UserError
-from ..heads.segmenter import fitted
-from .bad import BadImage
-from .images import Strings, _says
+from ..runtime.config import check as check_section
+from ..runtime.distributed import derive_seed, rank
+from ..runtime.errors import DATA, UserError
+from .bad_images import BadImage
+from .images import Strings, _says, fit_size
 
 IGNORED = 255
 SPLITS = ("train", "val", "test")
@@ -209,7 +208,7 @@ class Folders(LabelMaps):
             place = "val" if split == "test" and not (images / "test").is_dir() else split
             return _matched(images / place, labels / place, *self.suffixes)
         files = _matched(images, labels, *self.suffixes)
-        generator = torch.Generator().manual_seed(derive("division", len(files[0])))
+        generator = torch.Generator().manual_seed(derive_seed("division", len(files[0])))
         order = torch.randperm(len(files[0]), generator=generator).tolist()
         val, test = (round(share * len(order)) for share in self.shares)
         parts = dict(val=order[:val], test=order[val : val + test], train=order[val + test :])
@@ -305,7 +304,7 @@ class Augment:
         if self.scale is None:
             height, width = height * ratio, width * ratio
         else:
-            height, width = fitted(height, width, [int(side * ratio) for side in self.scale])
+            height, width = fit_size(height, width, [int(side * ratio) for side in self.scale])
         size = [max(1, int(height + 0.5)), max(1, int(width + 0.5))]
         image = F.resize(tv_tensors.Image(image), size, v2.InterpolationMode.BILINEAR, antialias=False)
         labels = F.resize(tv_tensors.Mask(labels[None]), size, v2.InterpolationMode.NEAREST)

@@ -29,10 +29,9 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..distributed import derive
-from ..errors import UserError, run
-from ..metrics.nuscenes import ATTRIBUTES, attribute
-from ..tasks.lift import collate
+from ..runtime.distributed import derive_seed
+from ..runtime.errors import UserError, run
+from .bev_frames import ATTRIBUTES, attribute, collate
 
 CLASSES = ("car", "truck", "pedestrian", "barrier")
 SIZES = dict(  # length, width, height, and their spread; metres a second at most
@@ -309,7 +308,7 @@ class BevScenes:
         return dict(input_size=size, interpolation="bilinear", mean=MEAN, std=STD, crop_pct=1.0, crop_mode="center")
 
     def world(self, split: str, index: int) -> World:
-        return World(derive("scene", self.seed, split, index), self.radius, self.most)
+        return World(derive_seed("scene", self.seed, split, index), self.radius, self.most)
 
     def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> "Scenes":
         return Scenes(self, split, inputs, self.augmentation if training else None)
@@ -412,7 +411,7 @@ def write_nuscenes(root: Path, source: BevScenes, frames: int = 4) -> None:
     tables: dict[str, list[dict]] = {name: [] for name in TABLES}
 
     def add(table: str, *key: object, **row: object) -> str:
-        token = f"{derive(table, *key):032x}"
+        token = f"{derive_seed(table, *key):032x}"
         tables[table].append(dict(token=token, **row))
         return token
 
@@ -446,7 +445,7 @@ def write_nuscenes(root: Path, source: BevScenes, frames: int = 4) -> None:
     names = [(split, i, name) for split, own in MINI.items() for i, name in enumerate(own)]
     for number, (split, index, name) in enumerate(names):
         world = source.world(split.removeprefix("mini_"), index)
-        tokens = [f"{derive('sample', name, t):032x}" for t in range(frames)]
+        tokens = [f"{derive_seed('sample', name, t):032x}" for t in range(frames)]
         scene = add(
             "scene", name, log_token=log, nbr_samples=frames, first_sample_token=tokens[0],
             last_sample_token=tokens[-1], name=f"scene-{name}", description="",
@@ -474,8 +473,8 @@ def write_nuscenes(root: Path, source: BevScenes, frames: int = 4) -> None:
                 matrix[:3, 3] = (frame.pose @ [*box[:3], 1])[:3]
                 trait = attribute(CLASSES[label], float(world.pace[i]))
                 row = dict(
-                    token=f"{derive('annotation', name, t, i):032x}", sample_token=token,
-                    instance_token=f"{derive('instance', name, i):032x}", visibility_token=visible,
+                    token=f"{derive_seed('annotation', name, t, i):032x}", sample_token=token,
+                    instance_token=f"{derive_seed('instance', name, i):032x}", visibility_token=visible,
                     attribute_tokens=[traits[trait]] if trait else [], **place(matrix),
                     size=[box[4], box[3], box[5]], prev="", next="", num_radar_pts=0,
                     num_lidar_pts=int(frame.pixels[i]) if frame.pixels[i] >= SEEN else 0,

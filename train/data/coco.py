@@ -21,9 +21,9 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..config import check
-from ..errors import UserError, closest
-from .bad import BadImage
+from ..runtime.config import check
+from ..runtime.errors import UserError, closest
+from .bad_images import BadImage
 from .images import Strings, read_image
 
 TRAIN = ("annotations/instances_train2017.json", "train2017")

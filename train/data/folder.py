@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..distributed import derive
-from ..errors import UserError
+from ..runtime.distributed import derive_seed
+from ..runtime.errors import UserError
 from .images import Files, Source
 
 
@@ -98,7 +98,7 @@ def _divide(classes: dict[str, list[str]], val: float, test: float) -> dict[str,
     """Divide each class's files by shares, one image or more for training."""
     parts: dict[str, dict[str, list[str]]] = dict(train={}, val={}, test={})
     for number, (name, files) in enumerate(classes.items()):
-        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(derive(number))).tolist()
+        order = torch.randperm(len(files), generator=torch.Generator().manual_seed(derive_seed(number))).tolist()
         first = min(round(val * len(files)), len(files) - 1)
         second = min(first + round(test * len(files)), len(files) - 1)
         for part, chosen in (("val", order[:first]), ("test", order[first:second]), ("train", order[second:])):

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DATA, UserError
+from ..runtime.errors import DATA, UserError
 from .folder import ImageFolder
 from .images import Files, Source
 from .tar import Members, Samples, cache_folder, expand, fetch, index, is_stream

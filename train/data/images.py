@@ -18,10 +18,10 @@ from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..config import check
-from ..errors import UserError
+from ..runtime.config import check
+from ..runtime.errors import UserError
 from .augment import Augment
-from .bad import BadImage
+from .bad_images import BadImage
 
 _TRANSFORM = ("input_size", "is_training", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # given by `inputs`
 _NO_CHOICE = ("use_prefetcher", "normalize", "separate", "naflex")  # they change what a sample is
@@ -176,3 +176,9 @@ class Source:
             first: Augment(decode, **inputs, **self.augment) for first, inputs in (by_epoch or {0: inputs}).items()
         }
         return Images(files, labels, transforms, **norm)
+
+
+def fit_size(height: int, width: int, scale: Sequence[int]) -> tuple[float, float]:
+    """A size of the same shape whose longer side is at most the longer of `scale`, and the shorter the shorter."""
+    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
+    return height * factor, width * factor

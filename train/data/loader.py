@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..distributed import derive, rank, world
-from ..errors import DATA, UserError
-from .bad import BadImage, BadImages
+from ..runtime.distributed import derive_seed, rank, world_size
+from ..runtime.errors import DATA, UserError
+from .bad_images import BadImage, BadImages
 
 STANDINS = 100  # that are tried in a bad image's place
 
@@ -57,7 +57,7 @@ class Seeded(Dataset):
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
         for attempt in range(STANDINS):
-            seed = derive("image", self.seed, *key)
+            seed = derive_seed("image", self.seed, *key)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             torch.default_generator.manual_seed(seed)
@@ -67,7 +67,7 @@ class Seeded(Dataset):
                 bad[error.name] = error.reason
                 if not self.replace:
                     return []
-            index = derive("instead", self.seed, epoch, key[1], attempt) % len(self.dataset)
+            index = derive_seed("instead", self.seed, epoch, key[1], attempt) % len(self.dataset)
         raise UserError(
             f"{STANDINS} images in a row can't be read, {next(iter(bad))} among them: see to the data", DATA
         )
@@ -75,10 +75,10 @@ class Seeded(Dataset):
 
 def steps_per_epoch(images: int, batch_size: int, accumulate: int = 1) -> int:
     """Full batches in an epoch. Raises UserError where there is none, or the processes can't share a batch equally."""
-    parts = world() * accumulate
+    parts = world_size() * accumulate
     if batch_size % parts:
         raise UserError(
-            f"batch_size={batch_size} must be a multiple of {parts} ({world()} processes, accumulate={accumulate})"
+            f"batch_size={batch_size} must be a multiple of {parts} ({world_size()} processes, accumulate={accumulate})"
         )
     if images < batch_size:
         raise UserError(f"batch_size={batch_size} is more than the {images} training images: make it smaller")
@@ -117,24 +117,24 @@ class TrainingOrder:
         return (self.stop - self.start) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        own = self.batch_size // world()
+        own = self.batch_size // world_size()
         part = own // self.accumulate
         shuffled = None
         for step in range(self.start, self.stop):
             epoch, position = divmod(step, self.per_epoch)
             if shuffled != epoch:
-                generator = torch.Generator().manual_seed(derive("order", self.seed, epoch))
+                generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
                 order, shuffled = torch.randperm(self.images, generator=generator).tolist(), epoch
             places = range(position * self.batch_size, (position + 1) * self.batch_size)
             if self.aspects is not None:
                 batch = sorted((order[i] for i in places), key=lambda i: self.aspects[i])
-                shift = step % (world() * self.accumulate) * part
+                shift = step % (world_size() * self.accumulate) * part
                 batch = batch[shift:] + batch[:shift]
                 mine = [(epoch, i) for i in batch[rank() * own : (rank() + 1) * own]]
             elif self.repeats == 1:
                 mine = [(epoch, order[i]) for i in places[rank() * own : (rank() + 1) * own]]
             else:
-                mine = [(epoch, order[i // self.repeats], i % self.repeats) for i in places[rank() :: world()]]
+                mine = [(epoch, order[i // self.repeats], i % self.repeats) for i in places[rank() :: world_size()]]
             for begin in range(0, own, part):
                 yield mine[begin : begin + part]
 
@@ -144,7 +144,7 @@ class EvaluationOrder:
 
     def __init__(self, images: int, batch_size: int):
         self.batches = [list(range(i, min(i + batch_size, images))) for i in range(0, images, batch_size)][
-            rank() :: world()
+            rank() :: world_size()
         ]
 
     def __len__(self) -> int:

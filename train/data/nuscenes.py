@@ -17,10 +17,9 @@ from torch.nn.functional import interpolate, pad
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import RandomPhotometricDistort
 
-from ..errors import UserError
-from ..metrics.nuscenes import ATTRIBUTES, RANGES, attribute
-from ..tasks.lift import collate
-from .bad import BadImage
+from ..runtime.errors import UserError
+from .bad_images import BadImage
+from .bev_frames import ATTRIBUTES, RANGES, attribute, collate
 from .bev_scenes import moved, quaternion
 from .images import read_image
 
@@ -34,7 +33,7 @@ class NuScenes:
     root: the folder that has samples/ and the tables' folder `version`. scale: of the images, which are then padded to
     multiples of 32 on the right and the bottom. frames: key frames a sample shows, oldest first; fewer where a scene
     begins. distort: photometric distortion; grid_mask: the probability of GridMask (arXiv 2001.04086), of all cameras'
-    images and depths alike; both in training only. max_bad: see saccade.train.data.bad.
+    images and depths alike; both in training only. max_bad: see saccade.train.data.bad_images.
     "val" and "test" are the validation scenes.
     """
 

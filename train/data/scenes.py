@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from ..checkpoint import write_text
-from ..errors import UserError, from_os
+from ..runtime.checkpoint import write_text
+from ..runtime.errors import UserError, from_os
 from .digits import Digits
 
 PHOTOGRAPHS = dict(

@@ -16,8 +16,8 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from ..checkpoint import replacing, write_text
-from ..errors import DATA, UserError, from_os
+from ..runtime.checkpoint import atomic_write, write_text
+from ..runtime.errors import DATA, UserError, from_os
 from .imagenet import INDEX, read_index
 from .images import Source, Strings, decode
 from .tar import IMAGE, checksum, index
@@ -133,7 +133,7 @@ class _Writer:
         entry = self.done.get(name)
         if entry and path.exists() and path.stat().st_size == entry["bytes"] and checksum(path) == entry["sha256"]:
             return entry
-        with replacing(path) as temporary, tarfile.open(temporary, "w") as tar:
+        with atomic_write(path) as temporary, tarfile.open(temporary, "w") as tar:
             for i in indices.tolist():
                 ending, data = self._image(i)
                 for member, content in ((ending, data), ("cls", str(int(self.labels[i])).encode())):

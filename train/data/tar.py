@@ -23,8 +23,8 @@ from typing import Literal
 import numpy as np
 from filelock import FileLock
 
-from ..checkpoint import replacing
-from ..errors import DATA, UserError, from_os
+from ..runtime.checkpoint import atomic_write
+from ..runtime.errors import DATA, UserError, from_os
 from .images import Strings
 
 VERSION = 1  # of what is kept
@@ -114,7 +114,7 @@ def _indexed(tar: Path, kind: Kind) -> Samples:
                 print(f"reading through the headers of {tar}, once", file=sys.stderr, flush=True)
             found = _scan(tar, kind)
             for place in places:
-                with suppress(UserError), replacing(place) as temporary:  # the first may be in a folder to read only
+                with suppress(UserError), atomic_write(place) as temporary:  # the first may be in a folder to read only
                     _store(temporary, found, stamp)
                     break
             return found
@@ -272,7 +272,7 @@ def fetch(url: str, folder: Path, size: int | None = None, sha256: str | None = 
     with at_once(target):
         if target.exists() and size in (None, target.stat().st_size):
             return target
-        with replacing(target) as temporary:
+        with atomic_write(target) as temporary:
             try:
                 stream = gopen(url, "rb")
                 try:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..distributed import total
+from ..runtime.distributed import all_reduce_sum
 
 
 class Calibration:
@@ -25,7 +25,7 @@ class Calibration:
 
     def result(self) -> tuple[float, list[dict[str, float]]]:
         """The error in percent; of each bin with images: `low` and `high`, `images`, `top1`, `confidence` (percent)."""
-        images, right, confidence = total(self.sums).cpu()
+        images, right, confidence = all_reduce_sum(self.sums).cpu()
         error = 100 * float((right - confidence).abs().sum() / images.sum().clamp_min(1))
         rows = [
             dict(

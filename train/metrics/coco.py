@@ -17,10 +17,10 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from ..checkpoint import write_text
 from ..data.coco import has_mask
-from ..distributed import rank, together, world
-from ..errors import UserError
+from ..runtime.checkpoint import write_text
+from ..runtime.distributed import rank, sync_errors, world_size
+from ..runtime.errors import UserError
 
 KINDS = dict(box="bbox", mask="segm")
 IOUS, RECALLS = np.linspace(0.5, 0.95, 10), np.linspace(0, 1, 101)
@@ -102,14 +102,14 @@ class CocoMetric:
         Of a json without annotations there are the results alone.
         """
         parts: list = [self.seen]
-        if world() > 1:
-            parts = [None] * world()
+        if world_size() > 1:
+            parts = [None] * world_size()
             dist.gather_object(self.seen, parts if rank() == 0 else None)
         metrics, detail = None, None
-        with together():
+        with sync_errors():
             if rank() == 0:
                 metrics, detail = self._evaluate({image: found for part in parts for image, found in part.items()})
-        if world() > 1:
+        if world_size() > 1:
             shared = [metrics]
             dist.broadcast_object_list(shared)
             (metrics,) = shared

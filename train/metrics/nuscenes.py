@@ -11,22 +11,9 @@ import torch.distributed as dist
 from numpy import ndarray
 from torch import Tensor
 
-from ..distributed import world
+from ..data.bev_frames import ATTRIBUTES, RANGES, attribute
+from ..runtime.distributed import world_size
 
-RANGES = dict(  # metres from the ego
-    car=50.0, truck=50.0, bus=50.0, trailer=50.0, construction_vehicle=50.0, pedestrian=40.0, motorcycle=40.0,
-    bicycle=40.0, traffic_cone=30.0, barrier=30.0,
-)  # fmt: skip
-ATTRIBUTES = (
-    "cycle.with_rider",
-    "cycle.without_rider",
-    "pedestrian.moving",
-    "pedestrian.sitting_lying_down",
-    "pedestrian.standing",
-    "vehicle.moving",
-    "vehicle.parked",
-    "vehicle.stopped",
-)
 ERRORS = dict(mATE="trans_err", mASE="scale_err", mAOE="orient_err", mAVE="vel_err", mAAE="attr_err")
 NONE = dict(
     traffic_cone=("attr_err", "vel_err", "orient_err"), barrier=("attr_err", "vel_err")
@@ -34,20 +21,6 @@ NONE = dict(
 DISTANCES, FOR_ERRORS, MIN_RECALL, MIN_PRECISION = (0.5, 1.0, 2.0, 4.0), 2.0, 0.1, 0.1
 STEPS = np.linspace(0, 1, 101)  # of recall
 FIRST = round(100 * MIN_RECALL) + 1
-
-
-def attribute(name: str, speed: float) -> str:
-    """A guess of a box's attribute from its class and its speed: moving from 0.2 m/s on."""
-    moving = speed > 0.2
-    if name == "pedestrian":
-        return "pedestrian.moving" if moving else "pedestrian.standing"
-    if name in ("bicycle", "motorcycle"):
-        return "cycle.with_rider" if moving else "cycle.without_rider"
-    if name in ("traffic_cone", "barrier"):
-        return ""
-    if moving:
-        return "vehicle.moving"
-    return "vehicle.stopped" if name == "bus" else "vehicle.parked"
 
 
 class NuScenesMetric:
@@ -74,8 +47,8 @@ class NuScenesMetric:
     def gathered(self) -> list[tuple[ndarray, ...]]:
         """The samples of all processes, in the split's order; one that several have counts once."""
         parts = [self.samples]
-        if world() > 1:
-            parts = [{}] * world()
+        if world_size() > 1:
+            parts = [{}] * world_size()
             dist.all_gather_object(parts, self.samples)
         whole = {index: sample for part in parts for index, sample in part.items()}
         return [whole[index] for index in sorted(whole)]

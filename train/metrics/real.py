@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..distributed import total
-from ..errors import UserError
+from ..runtime.distributed import all_reduce_sum
+from ..runtime.errors import UserError
 
 
 def read_labels(file: str, classes: int) -> list[list[int]]:
@@ -79,5 +79,5 @@ class Real:
 
     def result(self) -> tuple[dict[str, float], int]:
         """(real_top1 and real_top5 in percent, the images that counted); no percents where none did."""
-        top1, top5, images = total(self.counts).tolist()
+        top1, top5, images = all_reduce_sum(self.counts).tolist()
         return (dict(real_top1=100 * top1 / images, real_top5=100 * top5 / images) if images else {}), images

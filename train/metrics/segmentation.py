@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed import total, world
+from ..runtime.distributed import all_reduce_sum, world_size
 
 
 class Confusion:
@@ -32,7 +32,7 @@ class Confusion:
 
     def result(self) -> tuple[dict[str, float], dict[str, object]]:
         """({miou, macc, aacc (percent), images}, {confusion: counts, worst: indices of pictures, the worst first})."""
-        counts, images = total(self.counts).cpu(), int(total(self.images))
+        counts, images = all_reduce_sum(self.counts).cpu(), int(all_reduce_sum(self.images))
         found = per_class(counts)
         labelled = max(int(counts.sum()), 1)
         metrics = dict(
@@ -52,9 +52,9 @@ class Confusion:
 
 def gather(rows: Tensor) -> Tensor:
     """The rows of all processes, after each other."""
-    if world() == 1:
+    if world_size() == 1:
         return rows
-    found = [torch.empty_like(rows) for _ in range(world())]
+    found = [torch.empty_like(rows) for _ in range(world_size())]
     dist.all_gather(found, rows)
     return torch.cat(found)
 

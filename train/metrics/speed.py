@@ -5,8 +5,8 @@ import time
 import torch
 from torch import nn
 
-from ..distributed import total
-from ..measure import synchronize
+from ..runtime.distributed import all_reduce_sum
+from ..runtime.measure import synchronize
 
 
 class Speed:
@@ -39,5 +39,5 @@ class Speed:
             images = sum(call[0] for call in counted)
             whole, inside = counted[-1][2] - began, sum(end - start for _, start, end in counted)
             rates = [images / max(whole, 1e-9), images / max(inside, 1e-9)]
-        whole, inside = total(torch.tensor(rates, dtype=torch.float64)).tolist()
+        whole, inside = all_reduce_sum(torch.tensor(rates, dtype=torch.float64)).tolist()
         return dict(images_per_s=round(whole, 1), model_images_per_s=round(inside, 1))

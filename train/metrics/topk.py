@@ -4,8 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from ..distributed import total
-from ..errors import UserError
+from ..runtime.distributed import all_reduce_sum
+from ..runtime.errors import UserError
 
 
 class TopK:
@@ -30,7 +30,7 @@ class TopK:
 
         Raises UserError where the model's outputs are not finite.
         """
-        confusion, top5, loss = total(self.confusion), total(self.top5), total(self.loss)
+        confusion, top5, loss = all_reduce_sum(self.confusion), all_reduce_sum(self.top5), all_reduce_sum(self.loss)
         images = max(int(confusion.sum()), 1)  # none yet where the evaluation was cut short
         if not torch.isfinite(loss):
             raise UserError(

@@ -10,14 +10,14 @@ from timm.data import Mixup, create_transform, resolve_data_config
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from ..checkpoint import write_text
-from ..errors import UserError
 from ..metrics.calibration import Calibration
 from ..metrics.confusion import as_csv, confused, per_class, worst
 from ..metrics.real import Real
 from ..metrics.topk import TopK
-from ..model import create, export, label_names
-from ..sheet import contact_sheet
+from ..models.build import create, export
+from ..runtime.checkpoint import label_names, write_text
+from ..runtime.errors import UserError
+from ..visual.contact_sheet import contact_sheet
 from .task import Predictor, Task
 
 
@@ -54,7 +54,7 @@ class Classify(Task):
             self.criterion = SoftTargetCrossEntropy() if mixing else LabelSmoothingCrossEntropy(smoothing)
 
     def model(self, name: str, **kwargs: Any) -> nn.Module:
-        """The classifier, sized to the data; see saccade.train.model.create."""
+        """The classifier, sized to the data; see saccade.train.models.build.create."""
         return create(name, **{"num_classes": len(self.class_names), "img_size": self.img_size, **kwargs})
 
     def restore(self, folder: Path, model: dict[str, Any], **kwargs: Any) -> nn.Module:
@@ -137,13 +137,15 @@ class Classify(Task):
         """After testing: the confusion counts, the reliability, and what the model attends to on some images."""
         if model is None:
             return super().pictures(folder)
-        from .. import pictures  # matplotlib takes a second to import, and only this needs it
+        # matplotlib takes a second to import, and only this needs it.
+        from ..visual.attention import draw_attention
+        from ..visual.confusion import plot_confusion, plot_reliability
 
         place = folder / "pictures"
         drawn = [
-            pictures.confusion(detail["confusion"], self.class_names, place / "confusion.png"),
-            pictures.reliability(detail["calibration"], place / "reliability.png"),
-            pictures.attended(model, images, self.class_names, place / "attended.png"),
+            plot_confusion(detail["confusion"], self.class_names, place / "confusion.png"),
+            plot_reliability(detail["calibration"], place / "reliability.png"),
+            draw_attention(model, images, self.class_names, place / "attended.png"),
         ]
         return [file for file in drawn if file is not None]
 

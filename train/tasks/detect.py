@@ -12,21 +12,21 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from .. import overlays
-from ..checkpoint import write_text
-from ..distributed import world
-from ..heads import detectors
-from ..heads.body import OnBody, load_whole
 from ..metrics.coco import SURE, CocoMetric, encode, write_results
 from ..metrics.confusion import as_csv
-from ..model import create_features, label_names, probe, read_weights
+from ..models import detectors
+from ..models.body import OnBody, load_whole
+from ..models.build import create_features, probe, read_weights
+from ..runtime.checkpoint import label_names, write_text
+from ..runtime.distributed import world_size
+from ..visual import boxes
 from .task import Predictor, Task
 
 SHOWN = 12  # pictures on a sheet
 
 
 class Detect(Task):
-    """A batch is (images, targets), two lists. See saccade.train.heads.detectors for what a detector takes.
+    """A batch is (images, targets), two lists. See saccade.train.models.detectors for what a detector takes.
 
     An image is (3, H, W) float32, 0 … 1: in training at its final size, in evaluation as it is. A target has boxes
     (n, 4) float32 (left, top, right, bottom in pixels), labels (n,) int64 from 1, masks (n, H, W) uint8 and image_id.
@@ -90,8 +90,8 @@ class Detect(Task):
             if metric is None:
                 metric = self._metric(targets[0]["split"])
             metric.update([target["image_id"] for target in targets], model(images))
-        if world() > 1:  # a process may have no batch
-            splits: list = [None] * world()
+        if world_size() > 1:  # a process may have no batch
+            splits: list = [None] * world_size()
             dist.all_gather_object(splits, metric and metric.split)
             metric = metric or self._metric(next(split for split in splits if split))
         metrics, detail = metric.result()
@@ -108,10 +108,10 @@ class Detect(Task):
         for image, target in list(zip(*batch))[:16]:
             labels = [int(label) - 1 for label in target["labels"]]
             masks = list(target["masks"].cpu().numpy()) if "masks" in target and labels else None
-            names, colours = [self.class_names[k] for k in labels], [overlays.colour(k) for k in labels]
-            drawn = overlays.draw(to_pil_image(image.cpu()), target["boxes"].tolist(), names, colours, masks)
+            names, colours = [self.class_names[k] for k in labels], [boxes.class_color(k) for k in labels]
+            drawn = boxes.draw_boxes(to_pil_image(image.cpu()), target["boxes"].tolist(), names, colours, masks)
             tiles.append((drawn, f"{image.shape[2]}x{image.shape[1]}, {len(labels)} objects"))
-        return overlays.sheet(tiles, folder / "pictures" / "batch.png")
+        return boxes.save_tiles(tiles, folder / "pictures" / "batch.png")
 
     def report(self, folder: Path, detail: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Write classes.csv, every class's numbers, and detections.json, in COCO's submission format."""
@@ -143,14 +143,14 @@ class Detect(Task):
             picture = images.picture(image_id)
             tiles.append((draw(picture, record, self.class_names), f"image {image_id}: {len(record)} found"))
         if tiles:
-            drawn.append(overlays.sheet(tiles, place / "detections.png"))
+            drawn.append(boxes.save_tiles(tiles, place / "detections.png"))
         rows = [row for row in detail["pictures"] if row["missed"] or row["false"] or row["confused"]][:SHOWN]
         if rows:
-            tiles = [overlays.mistaken(images.picture(row["image_id"]), row, numbers) for row in rows]
-            drawn.append(overlays.sheet(tiles, place / "worst.png"))
+            tiles = [boxes.draw_mistake(images.picture(row["image_id"]), row, numbers) for row in rows]
+            drawn.append(boxes.save_tiles(tiles, place / "worst.png"))
         if detail["precision"]:
             file = place / "precision_recall.png"
-            drawn.append(overlays.precision_recall(detail["precision"], self.class_names, file))
+            drawn.append(boxes.plot_precision_recall(detail["precision"], self.class_names, file))
         return drawn
 
     @classmethod
@@ -220,6 +220,6 @@ def draw(image: Image.Image, objects: Sequence[dict[str, Any]], names: Sequence[
     from pycocotools import mask as coder
 
     masks = [coder.decode(o["mask"]) for o in objects if "mask" in o]
-    colours = [overlays.colour(names.index(o["name"])) for o in objects]
+    colours = [boxes.class_color(names.index(o["name"])) for o in objects]
     captions = [f"{o['name']} {o['score']:.2f}" for o in objects]
-    return overlays.draw(image, [o["box"] for o in objects], captions, colours, masks or None)
+    return boxes.draw_boxes(image, [o["box"] for o in objects], captions, colours, masks or None)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 from .classify import Classify
 
 IMAGES = 168  # a GPU's share of the published batch, over which the reconstruction's squares were added up

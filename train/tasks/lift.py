@@ -1,19 +1,19 @@
 """Detection in a bird's-eye view: several cameras' images to boxes around the ego."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import write_text
-from ..errors import UserError
-from ..heads.bev import BevDetector, make_head
-from ..heads.body import load_whole
 from ..metrics.nuscenes import NuScenesMetric
-from ..model import create, read_weights
+from ..models.bev import BevDetector, make_head
+from ..models.body import load_whole
+from ..models.build import create, read_weights
+from ..runtime.checkpoint import write_text
+from ..runtime.errors import UserError
 from .task import Predictor, Task
 
 
@@ -25,7 +25,7 @@ class Lift(Task):
     saccade.train.metrics.nuscenes has them.
 
     head: "centre" (CenterPoint's) or "decoder" (DETR's, as published); head_args: its arguments, see
-    saccade.train.heads.bev. depth_weight: of the depth network's loss, where samples have depth. known_depth: depth is
+    saccade.train.models.bev. depth_weight: of the depth network's loss, where samples have depth. known_depth: depth is
     given to the lifter, in testing too, and no network estimates it. min_score: of boxes that are drawn.
     """
 
@@ -100,9 +100,9 @@ class Lift(Task):
         return metrics, dict(classes=classes, found=own)
 
     def sample(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
-        from .. import bev_pictures
+        from ..visual import bev
 
-        return bev_pictures.batch(batch, self.class_names, inputs, folder / "pictures" / "batch.png")
+        return bev.draw_batch(batch, self.class_names, inputs, folder / "pictures" / "batch.png")
 
     def report(self, folder: Path, detail: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Write classes.csv, and where the data know nuScenes' tokens, its submission file results_nusc.json."""
@@ -126,10 +126,10 @@ class Lift(Task):
     ) -> list[Path]:
         if model is None:
             return super().pictures(folder)
-        from .. import bev_pictures
+        from ..visual import bev
 
         return [
-            bev_pictures.sample(
+            bev.draw_sample(
                 images[i],
                 detail["found"][i],
                 self.class_names,
@@ -153,15 +153,3 @@ def depth_loss(codes: Tensor, target: Tensor) -> Tensor:
     with torch.autocast(codes.device.type, enabled=False):
         loss = nn.functional.binary_cross_entropy(codes, target, reduction="none").sum(2)
     return (loss * has).sum() / has.sum().clamp(min=1)
-
-
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Frames stacked; boxes, labels and attributes a list each, of as many as there are."""
-    frames = [
-        {name: torch.stack([sample["frames"][t][name] for sample in samples]) for name in frame}
-        for t, frame in enumerate(samples[0]["frames"])
-    ]
-    lists = {
-        name: [sample[name] for sample in samples] for name in ("boxes", "labels", "attributes") if name in samples[0]
-    }
-    return dict(frames=frames, **lists, index=torch.stack([sample["index"] for sample in samples]))

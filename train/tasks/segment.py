@@ -12,17 +12,17 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from .. import label_maps
-from ..checkpoint import write_text
 from ..data.ade20k import IGNORED
-from ..distributed import is_sharded
-from ..errors import UserError
-from ..heads.body import load_whole
-from ..heads.fcn import resize
-from ..heads.segmenter import Inference, Segmenter
 from ..metrics.confusion import as_csv
 from ..metrics.segmentation import Confusion, table
-from ..model import create_features, label_names, read_weights
+from ..models.body import load_whole
+from ..models.build import create_features, read_weights
+from ..models.fcn import resize
+from ..models.segmenter import Inference, Segmenter
+from ..runtime.checkpoint import label_names, write_text
+from ..runtime.distributed import is_sharded
+from ..runtime.errors import UserError
+from ..visual import label_maps
 from .task import Predictor, Task
 
 
@@ -33,7 +33,7 @@ class Segment(Task):
     weight of the loss of an FCN head on the last map but one; 0: no such head. class_weights: of each class's pixels in
     the loss, in the order of the class list; None: all weigh the same. no_decay: patterns of parameter names without
     weight decay, beside the backbone's own ("*norm*").
-    multiple, scales, flip, crop, stride: of tests, whole pictures or windows: see train.heads.segmenter.Inference.
+    multiple, scales, flip, crop, stride: of tests, whole pictures or windows: see train.models.segmenter.Inference.
     """
 
     scores = ("miou", "macc", "aacc")
@@ -123,7 +123,7 @@ class Segment(Task):
         pictures = (255 * images.clamp(0, 1)).byte().permute(0, 2, 3, 1).numpy()
         rows = [[(picture, None), (picture, true)] for picture, true in zip(pictures, labels.numpy())]
         file = folder / "pictures" / "batch.png"
-        return label_maps.sheet(rows, ("picture", "labels"), self.class_names, file, columns=3)
+        return label_maps.save_contact_sheet(rows, ("picture", "labels"), self.class_names, file, columns=3)
 
     def report(self, folder: Path, detail: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Write folder/classes.csv, the IoU of every class; the worst classes for people."""
@@ -148,7 +148,7 @@ class Segment(Task):
             if rows:
                 heads = ("picture", "labels", "prediction")
                 file = folder / "pictures" / f"{name}.png"
-                drawn.append(label_maps.sheet(rows, heads, self.class_names, file, columns=2))
+                drawn.append(label_maps.save_contact_sheet(rows, heads, self.class_names, file, columns=2))
         return drawn
 
     @classmethod
@@ -192,9 +192,9 @@ class MapPredictor(Predictor):
     def draw(self, image: Image.Image, record: dict[str, Any]) -> Image.Image:
         values, lengths = np.array(record["map"]["runs"]).T
         labels = np.repeat(values, lengths).reshape(record["map"]["size"])
-        drawn = label_maps.outlined(np.array(image.convert("RGB")), labels, len(self.names))
+        drawn = label_maps.draw_outlined(np.array(image.convert("RGB")), labels, len(self.names))
         shown = [self.names.index(found["name"]) for found in record["classes"]]
-        return label_maps.with_legend(Image.fromarray(drawn), shown, self.names)
+        return label_maps.add_legend(Image.fromarray(drawn), shown, self.names)
 
     def _record(self, labels: np.ndarray) -> dict[str, Any]:
         shares = np.bincount(labels.ravel(), minlength=len(self.names)) / labels.size

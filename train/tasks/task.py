@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..errors import UserError
-from ..model import probe, save_whole
+from ..models.build import probe, save_whole
+from ..runtime.errors import UserError
 
 
 class Predictor:
@@ -95,11 +95,11 @@ class Task:
 
         After testing, with `model`, the split's dataset `images` and the evaluation's `detail`: what it shows.
         """
-        from .. import pictures  # matplotlib takes a second to import, and only this needs it
+        from ..visual.curves import plot_curves  # matplotlib takes a second to import, and only this needs it
 
         if model is not None:
             return []
-        file = pictures.curves(folder / "log.jsonl", folder / "pictures" / "curves.png", self.scores)
+        file = plot_curves(folder / "log.jsonl", folder / "pictures" / "curves.png", self.scores)
         return [file] if file is not None else []
 
     def export(self, model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: list[str]) -> None:

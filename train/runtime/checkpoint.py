@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .distributed import divided
+from .distributed import shard_tensor
 from .errors import UserError, from_os
 
 LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safetensors"
@@ -36,7 +36,7 @@ class Foreign(Unreadable):
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A temporary name beside `path` to write to; the block's end makes it `path`, durably, or leaves `path` untouched.
 
     Raises UserError (exit code 74 for a full disk, 2 for a missing permission), the temporary file removed.
@@ -82,7 +82,7 @@ def _sync_folder(folder: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a small file as a checkpoint is written: whole or not at all."""
-    with replacing(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -103,7 +103,7 @@ def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], best: b
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(meta, sort_keys=True)
-    with replacing(folder / LAST) as temporary:
+    with atomic_write(folder / LAST) as temporary:
         save_file(tensors, temporary, {"saccade": text, "sha256": digest(tensors, text)})
         if best:
             _link(temporary, folder / BEST)
@@ -131,7 +131,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 def _link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, or a copy where the file system has no hard links."""
-    with replacing(target) as temporary:
+    with atomic_write(target) as temporary:
         try:
             os.link(source, temporary)
         except OSError:
@@ -181,7 +181,7 @@ def load_optimizer_state(
             state["param_groups"][int(name)][key] = tuple(value) if isinstance(value, list) else value
         else:
             if isinstance(value, Tensor) and value.shape == parameters[name].shape:
-                value = divided(value, parameters[name])
+                value = shard_tensor(value, parameters[name])
             state["state"].setdefault(index[name], {})[key] = value
     optimizer.load_state_dict(state)
     for parameter, entries in optimizer.state.items():
@@ -193,3 +193,13 @@ def load_optimizer_state(
 def _parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[str]:
     names = {parameter: name for name, parameter in model.named_parameters()}
     return [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def label_names(folder: Path) -> list[str]:
+    """The classes of a finished run's model. Raises UserError where its config.json does not name them."""
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["label_names"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{folder / 'config.json'} does not name the model's classes ({error}): train the run again"
+        ) from error

@@ -10,7 +10,7 @@ from numpy import ndarray
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .checkpoint import replacing
+from ..runtime.checkpoint import atomic_write
 
 COLOURS = ("#e6194b", "#3cb44b", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45", "#fabed4", "#469990")
 EDGES = [(a, b) for a in range(8) for b in range(a + 1, 8) if (a ^ b) in (1, 2, 4)]
@@ -38,7 +38,7 @@ def project_line(matrix: ndarray, ends: ndarray) -> list[tuple[float, float]] | 
     return [tuple(p[:2] / p[2]) for p in points]
 
 
-def cameras(frame: dict[str, Tensor], boxes: Tensor, labels: Tensor, mean: Tensor, std: Tensor) -> Image.Image:
+def draw_cameras(frame: dict[str, Tensor], boxes: Tensor, labels: Tensor, mean: Tensor, std: Tensor) -> Image.Image:
     """All images of a frame, three a row, with the boxes' edges."""
     pictures = []
     for image, matrix in zip(frame["images"].cpu(), frame["lidar2img"].double().cpu().numpy()):
@@ -60,7 +60,7 @@ def cameras(frame: dict[str, Tensor], boxes: Tensor, labels: Tensor, mean: Tenso
     return sheet
 
 
-def above(boxes: Tensor, labels: Tensor, truth: Tensor, side: int, reach: float) -> Image.Image:
+def draw_top_view(boxes: Tensor, labels: Tensor, truth: Tensor, side: int, reach: float) -> Image.Image:
     """From above, y up: what there is in grey, filled, what was found as outlines, a line towards the front."""
     picture = Image.new("RGB", (side, side), "white")
     draw = ImageDraw.Draw(picture)
@@ -81,7 +81,7 @@ def above(boxes: Tensor, labels: Tensor, truth: Tensor, side: int, reach: float)
     return picture
 
 
-def joined(left: Image.Image, right: Image.Image, class_names: Sequence[str], file: Path) -> Path:
+def save_side_by_side(left: Image.Image, right: Image.Image, class_names: Sequence[str], file: Path) -> Path:
     sheet = Image.new("RGB", (left.width + right.width, max(left.height, right.height) + 18), "white")
     sheet.paste(left, (0, 0))
     sheet.paste(right, (left.width, 0))
@@ -89,12 +89,12 @@ def joined(left: Image.Image, right: Image.Image, class_names: Sequence[str], fi
     for i, name in enumerate(class_names):
         draw.text((x, sheet.height - 15), name, COLOURS[i % len(COLOURS)])
         x += 12 + round(draw.textlength(name))
-    with replacing(file) as temporary:
+    with atomic_write(file) as temporary:
         sheet.save(temporary, "PNG")
     return file
 
 
-def sample(
+def draw_sample(
     shown: dict[str, Any],
     found: tuple[Tensor, Tensor, Tensor],
     class_names: Sequence[str],
@@ -106,15 +106,15 @@ def sample(
     from above."""
     boxes, _, labels = (t[found[1] >= least] for t in found)
     mean, std = (torch.tensor(inputs[name]).view(3, 1, 1) for name in ("mean", "std"))
-    left = cameras(shown["frames"][-1], boxes, labels, mean, std)
+    left = draw_cameras(shown["frames"][-1], boxes, labels, mean, std)
     true = shown["boxes"]
     reach = float(max([10.0, *(boxes[:, :2].abs().amax(1).tolist()), *(true[:, :2].abs().amax(1).tolist())])) + 3
-    return joined(left, above(boxes, labels, true, max(left.height, WIDE), reach), class_names, file)
+    return save_side_by_side(left, draw_top_view(boxes, labels, true, max(left.height, WIDE), reach), class_names, file)
 
 
-def batch(shown: dict[str, Any], class_names: Sequence[str], inputs: dict[str, Any], file: Path) -> Path:
+def draw_batch(shown: dict[str, Any], class_names: Sequence[str], inputs: dict[str, Any], file: Path) -> Path:
     """The first sample of a training batch with its true boxes."""
     frame = {name: value[0] for name, value in shown["frames"][-1].items()}
     boxes, labels = shown["boxes"][0], shown["labels"][0]
     found = boxes, torch.ones(len(boxes), device=boxes.device), labels
-    return sample(dict(frames=[frame], boxes=boxes), found, class_names, 0.0, inputs, file)
+    return draw_sample(dict(frames=[frame], boxes=boxes), found, class_names, 0.0, inputs, file)

@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from .checkpoint import write_text
-from .distributed import rank, world
+from .distributed import rank, world_size
 
 
 class Log:
@@ -51,7 +51,7 @@ class Log:
     def start(self, step: int, evaluated: int, trackers: Sequence = ()) -> None:
         """Begin at a step: what an earlier process logged after its last checkpoint is taken out of log.jsonl.
 
-        trackers: of saccade.train.trackers; they get every line of log.jsonl too.
+        trackers: of saccade.train.runtime.trackers; they get every line of log.jsonl too.
         """
         self._trackers = trackers
         self._first_step = self._line_step = step
@@ -127,7 +127,7 @@ class Log:
         left = (now - self._began) / (step - self._first_step) * (self._steps - step)
         self._line_began, self._line_step, self._aside, self._waited = now, step, 0.0, 0.0
         text = (
-            f"step {step}/{self._steps} epoch {record['epoch']:.1f} {spell(means)} lr {lr:.1e} "
+            f"step {step}/{self._steps} epoch {record['epoch']:.1f} {format_metrics(means)} lr {lr:.1e} "
             f"{record['images_per_s']:.0f} images/s data {record['data_share']:.0%} "
             f"memory {record['memory_gib']:.1f} GiB left {int(left) // 60}:{int(left) % 60:02d}"
         )
@@ -140,7 +140,7 @@ class Log:
         """A line on an evaluation of the val split."""
         record = dict(kind="val", step=step, epoch=round(step / self._per_epoch, 3), **metrics)
         self._record(record)
-        self.say(f"step {step}/{self._steps} val {spell(metrics)}{' *best*' if best else ''}")
+        self.say(f"step {step}/{self._steps} val {format_metrics(metrics)}{' *best*' if best else ''}")
 
     def _record(self, record: dict[str, Any]) -> None:
         if self._writes:
@@ -159,7 +159,7 @@ def _belongs(line: str, step: int, evaluated: int) -> bool:
     return record["step"] <= (step if record["kind"] == "train" else evaluated)
 
 
-def spell(values: dict[str, float]) -> str:
+def format_metrics(values: dict[str, float]) -> str:
     """loss 0.1234 top1 98.76 …"""
     return " ".join(f"{k} {v:.4f}" if "loss" in k else f"{k} {v:.2f}" for k, v in values.items() if k != "images")
 
@@ -186,7 +186,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
-        processes=world(),
+        processes=world_size(),
         commit=_commit(),
     )
 

@@ -6,7 +6,7 @@ from fnmatch import fnmatchcase
 from timm.models import group_parameters
 from torch import nn
 
-from .errors import UserError, closest
+from ..runtime.errors import UserError, closest
 
 
 def freeze(model: nn.Module, what: int | str | Sequence[str]) -> list[nn.Module]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from .checkpoint import replacing
+from ..runtime.checkpoint import atomic_write
 
 IGNORED = 255
 SIDE = 240  # pixels, at most, of a picture on a sheet
@@ -33,7 +33,7 @@ def overlay(image: np.ndarray, labels: np.ndarray, classes: int, strength: float
     return np.round((1 - strength) * image + strength * colour).astype(np.uint8)
 
 
-def outlined(image: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
+def draw_outlined(image: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     """`overlay` with borders between labels drawn in white."""
     drawn = overlay(image, labels, classes)
     border = np.zeros(labels.shape, bool)
@@ -43,7 +43,7 @@ def outlined(image: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
     return drawn
 
 
-def with_legend(image: Image.Image, shown: Sequence[int], names: Sequence[str]) -> Image.Image:
+def add_legend(image: Image.Image, shown: Sequence[int], names: Sequence[str]) -> Image.Image:
     """The picture above the colours and names of the classes `shown`."""
     font = ImageFont.load_default(size=12)
     palette = colours(len(names))
@@ -65,12 +65,12 @@ def with_legend(image: Image.Image, shown: Sequence[int], names: Sequence[str]) 
     return page
 
 
-def present(*maps: np.ndarray) -> list[int]:
+def present_labels(*maps: np.ndarray) -> list[int]:
     """The classes in label maps, in order."""
     return sorted({int(c) for labels in maps for c in np.unique(labels)} - {IGNORED})
 
 
-def sheet(
+def save_contact_sheet(
     rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray | None]]],
     heads: Sequence[str],
     names: Sequence[str],
@@ -93,9 +93,9 @@ def sheet(
             page.paste(cell, (left + i * wide + 2, top + 2))
             if top == 18:
                 draw.text((left + i * wide + 4, 2), heads[i], fill="#222222", font=font)
-    shown = present(*(labels for row in rows for _, labels in row if labels is not None))
-    page = with_legend(page, shown, names)
-    with replacing(file) as temporary:
+    shown = present_labels(*(labels for row in rows for _, labels in row if labels is not None))
+    page = add_legend(page, shown, names)
+    with atomic_write(file) as temporary:
         page.save(temporary, "PNG")
     return file
 

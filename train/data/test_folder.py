@@ -6,8 +6,8 @@ from typing import Any
 
 from timm.data import ImageNetInfo, resolve_data_config
 
-from ..errors import UserError, closest
-from ..model import label_names
+from ..runtime.checkpoint import label_names
+from ..runtime.errors import UserError, closest
 from .folder import _scan
 from .images import Files, Source
 

@@ -10,7 +10,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from . import checkpoint
-from .distributed import broadcast_buffers, divided, rank, total, whole, world
+from .distributed import all_reduce_sum, broadcast_buffers, full_tensor, rank, shard_tensor, world_size
 from .errors import UserError
 
 REMEDIES = "try a smaller optimizer.lr, more schedule.warmup_epochs, clip_grad=1.0 or precision=fp32"
@@ -40,7 +40,7 @@ class State:
     def note(self, values: dict[str, Tensor]) -> None:
         """Remember a step's values (scalar tensors of this process), averaged over the processes."""
         self._names = list(values)
-        self._window.append(total(torch.stack(list(values.values())).float()) / world())
+        self._window.append(all_reduce_sum(torch.stack(list(values.values())).float()) / world_size())
 
     def take_means(self) -> dict[str, float]:
         """The mean of what was noted since the last call. Raises UserError where a loss was not finite."""
@@ -92,7 +92,7 @@ class State:
         tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
         kept = {}
         for name, tensor in tensors.items():  # one after the other: no GPU need hold all that is divided
-            tensor = whole(tensor)
+            tensor = full_tensor(tensor)
             if name.startswith("model.") and tensor.is_floating_point() and not tensor.isfinite().all():
                 name = name.removeprefix("model.")
                 raise UserError(f"{name} is not finite after step {self.step}, so it is not saved: {REMEDIES}")
@@ -148,7 +148,7 @@ def best_weights(folder: Path) -> dict[str, Tensor]:
 
 def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     own = model.state_dict()
-    model.load_state_dict({name: divided(tensor, own.get(name, tensor)) for name, tensor in tensors.items()})
+    model.load_state_dict({name: shard_tensor(tensor, own.get(name, tensor)) for name, tensor in tensors.items()})
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .errors import UserError
 
 
-def world() -> int:
+def world_size() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -37,7 +37,7 @@ def rank() -> int:
 
 
 @contextmanager
-def processes() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Join the processes that torchrun started, for the duration of the block.
 
     Raises UserError where one of them goes away.
@@ -80,32 +80,32 @@ def choose_device(name: str | None) -> torch.device:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def sync_errors() -> Iterator[None]:
     """A UserError that any process raises in the block ends all of them, with its exit code and said once."""
     mine = None
     try:
         yield
     except UserError as error:
         mine = error
-    if world() == 1:
+    if world_size() == 1:
         if mine:
             raise mine
         return
-    raised: list = [None] * world()
+    raised: list = [None] * world_size()
     dist.all_gather_object(raised, mine and (str(mine), mine.code))
     for number, found in enumerate(raised):
         if found:
             raise UserError(*found, quiet=number != rank()) from mine
 
 
-def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with gradients averaged over the processes; itself where there is only one, or `shard` does it."""
-    if world() == 1 or is_sharded(model):
+    if world_size() == 1 or is_sharded(model):
         return model
     # Said of depthwise convolutions, whose one input channel has a stride that means nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     shared = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
-    if device.type == "cpu" and world() > 2:
+    if device.type == "cpu" and world_size() > 2:
         shared.register_comm_hook(None, _average_each)
     return shared
 
@@ -117,18 +117,18 @@ def _average_each(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tens
     after a process's first step, so whole buckets would make a resumed run's first step round differently than it did
     before.
     """
-    waiting = [dist.all_reduce(g.div_(world()), async_op=True).get_future() for g in bucket.gradients()]
+    waiting = [dist.all_reduce(g.div_(world_size()), async_op=True).get_future() for g in bucket.gradients()]
     return torch.futures.collect_all(waiting).then(lambda _: bucket.buffer())
 
 
-def shard(model: nn.Module, device: torch.device, methods: Sequence[str] = ()) -> None:
+def apply_fsdp(model: nn.Module, device: torch.device, methods: Sequence[str] = ()) -> None:
     """Divide parameters, gradients and what an optimiser keeps of them over the processes (torch's FSDP2).
 
     Parameters come together for the time of a block's forward or backward pass: a block is what timm's models have in
     lists called blocks, layers or layer1 …; the rest of the model is one more unit. All processes must run the model
     equally often. methods: those of the model, besides forward, that training calls.
     """
-    mesh = dist.device_mesh.init_device_mesh(device.type, (world(),))
+    mesh = dist.device_mesh.init_device_mesh(device.type, (world_size(),))
     names = [name for name, _ in model.named_modules() if re.search(r"(^|\.)(blocks|layers|layer\d+)\.\d+$", name)]
     for name in names:
         if not any(other.startswith(f"{name}.") for other in names):  # the innermost of nested lists
@@ -143,29 +143,29 @@ def is_sharded(model: nn.Module) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A tensor that may be divided over the processes, all of it, in each; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def divided(tensor: Tensor, like: Tensor) -> Tensor:
+def shard_tensor(tensor: Tensor, like: Tensor) -> Tensor:
     """This process's part of a whole tensor, where `like` is divided; else the tensor itself."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def total(tensor: Tensor) -> Tensor:
+def all_reduce_sum(tensor: Tensor) -> Tensor:
     """The sum of a tensor over all processes."""
-    if world() > 1:
+    if world_size() > 1:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
 
 
-def most(number: int) -> int:
+def all_reduce_max(number: int) -> int:
     """The largest of the processes' numbers."""
-    if world() == 1:
+    if world_size() == 1:
         return number
     largest = torch.tensor(number)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
@@ -174,19 +174,19 @@ def most(number: int) -> int:
 
 def broadcast_buffers(model: nn.Module) -> None:
     """Give every process the buffers of process 0, which are the ones a checkpoint holds."""
-    if world() > 1:
+    if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
-def derive(*key: int | str) -> int:
+def derive_seed(*key: int | str) -> int:
     """A seed, 0 … 2**63 - 1, that is a function of the key alone."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def seed_generators(*key: int | str) -> None:
     """Start Python's, numpy's and torch's global generators anew from the key."""
-    seed = derive(*key)
+    seed = derive_seed(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
@@ -206,9 +206,9 @@ class StopRequest:
     def agreed(self, bad: Any) -> bool:
         """Whether any process has been asked. Every process calls it at the same places.
 
-        In the same message they say whether any has new bad images (saccade.train.data.bad.BadImages), to be counted.
+        In the same message they say whether any has new bad images (saccade.train.data.bad_images.BadImages), to be counted.
         """
-        asked, new = total(torch.tensor([float(self.asked), float(len(bad.new))])).tolist()
+        asked, new = all_reduce_sum(torch.tensor([float(self.asked), float(len(bad.new))])).tolist()
         if new:
             bad.share()
         return asked > 0
@@ -219,11 +219,11 @@ class _Total(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
-        return total(x)
+        return all_reduce_sum(x)
 
     @staticmethod
     def backward(ctx, dy: Tensor) -> Tensor:
-        return total(dy)
+        return all_reduce_sum(dy)
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
@@ -252,7 +252,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
-        n = total(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
+        n = all_reduce_sum(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
         mean = _Total.apply(x.sum(dims)) / n
         x = x - mean.view(shape)
         var = _Total.apply(x.square().sum(dims)) / n
@@ -267,9 +267,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return x.to(dtype)
 
 
-def synchronise_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
+def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with every BatchNorm computing over all processes; nothing changes where there is only one."""
-    if world() == 1:
+    if world_size() == 1:
         return model
     if device.type == "cuda":
         return convert_sync_batchnorm(model)

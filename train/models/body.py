@@ -8,11 +8,11 @@ from pathlib import Path
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
-from ..errors import UserError
+from ..runtime.errors import UserError
 
 
 class OnBody(nn.Module):
-    """A whole model with a `body`, which is of saccade.train.model.create_features and stands at `body_path` in it.
+    """A whole model with a `body`, which is of saccade.train.models.build.create_features and stands at `body_path` in it.
 
     It answers what timm's optimisers and the engine ask of a classifier. no_decay: patterns of parameters' names that
     get no weight decay, beside those that the body's own model names.

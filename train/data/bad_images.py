@@ -6,9 +6,9 @@ from typing import Any
 
 import torch.distributed as dist
 
-from ..checkpoint import write_text
-from ..distributed import rank, together, world
-from ..errors import DATA, UserError
+from ..runtime.checkpoint import write_text
+from ..runtime.distributed import rank, sync_errors, world_size
+from ..runtime.errors import DATA, UserError
 
 
 class BadImage(UserError):
@@ -52,15 +52,15 @@ class BadImages:
     def share(self) -> None:
         """Count what the processes have noted; all must call it. Raises UserError (code 65) past the budget."""
         noted = [self.new]
-        if world() > 1:
-            noted = [{}] * world()
+        if world_size() > 1:
+            noted = [{}] * world_size()
             dist.all_gather_object(noted, self.new)
         for found in noted:
             self.known |= {name: said for name, said in found.items() if name not in self.known}
         self.new = {}
         if not self.known:
             return
-        with together():
+        with sync_errors():
             if rank() == 0:
                 lines = [f"{count}\t{name}\t{reason}\n" for name, (reason, count) in self.known.items()]
                 write_text(self.file, "".join(lines))

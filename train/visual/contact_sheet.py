@@ -9,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
-from .checkpoint import replacing
+from ..runtime.checkpoint import atomic_write
 
 SIDE, TEXT = 160, 30  # pixels of a picture, and of the two lines below it
 
@@ -32,6 +32,6 @@ def contact_sheet(images: Tensor, captions: Sequence[str], mean: Sequence, std: 
             Image.fromarray(np.ascontiguousarray(picture)).resize(size, Image.Resampling.NEAREST), (x + 2, y + 2)
         )
         draw.multiline_text((x + 4, y + SIDE), caption, fill="#333333", spacing=2)
-    with replacing(file) as temporary:
+    with atomic_write(file) as temporary:
         sheet.save(temporary, "PNG")
     return file

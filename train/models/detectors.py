@@ -22,7 +22,7 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool, LastLevelP6P7
 
-from ..checkpoint import replacing
+from ..runtime.checkpoint import atomic_write
 from .body import OnBody, float32, freeze_batchnorm
 from .cascade import CascadeHeads
 
@@ -162,7 +162,7 @@ def to_onnx(model: OnBody, size: tuple[int, int], file: Path) -> Path:
     """
     heads = getattr(model, "roi_heads", None)
     names = ["boxes", "scores", "labels", *(["masks"] if getattr(heads, "mask_roi_pool", None) is not None else [])]
-    with replacing(file) as temporary, torch.no_grad(), warnings.catch_warnings():
+    with atomic_write(file) as temporary, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, on all that the size fixes
         options = dict(input_names=["image"], output_names=names, opset_version=17, dynamo=False)
         torch.onnx.export(_Found(model.cpu(), names).eval(), (torch.rand(3, *size),), str(temporary), **options)

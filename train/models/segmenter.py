@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ..errors import UserError
+from ..data.images import fit_size
+from ..runtime.errors import UserError
 from .body import OnBody
 from .fcn import FCNHead
 from .semantic_fpn import SemanticFPN
@@ -48,7 +49,7 @@ class Inference:
         if self.scale is None:
             height, width = height * factor, width * factor
         else:
-            height, width = fitted(height, width, [int(side * factor) for side in self.scale])
+            height, width = fit_size(height, width, [int(side * factor) for side in self.scale])
         return tuple(self.multiple * max(1, math.ceil(int(n + 0.5) / self.multiple)) for n in (height, width))
 
     def windows(self, height: int, width: int) -> list[Place]:
@@ -58,12 +59,6 @@ class Inference:
         stride = self.stride or self.crop
         (h, tops), (w, lefts) = (_places(*sides) for sides in zip((height, width), self.crop, stride))
         return [(top, left, h, w) for top in tops for left in lefts]
-
-
-def fitted(height: int, width: int, scale: Sequence[int]) -> tuple[float, float]:
-    """A size of the same shape whose longer side is at most the longer of `scale`, and the shorter the shorter."""
-    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
-    return height * factor, width * factor
 
 
 def _places(length: int, crop: int, stride: int) -> tuple[int, list[int]]:
@@ -79,7 +74,7 @@ class Segmenter(OnBody):
     in training (logits, the auxiliary head's logits or None).
     a list of pictures (3, H, W), uint8, or float in [0, 1], each of its own size: a list of label maps (H, W) int64.
 
-    backbone: of saccade.train.model.create_features; its last four maps are used. head, auxiliary: of HEADS, and
+    backbone: of saccade.train.models.build.create_features; its last four maps are used. head, auxiliary: of HEADS, and
     whether there is an FCN head beside it. drop_rate: of both. inference: of pictures.
     mean, std: of the backbone's inputs. no_decay: patterns of parameter names without weight decay, beside the
     backbone's own.

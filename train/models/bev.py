@@ -315,7 +315,7 @@ HEADS = dict(centre=CentreHead, decoder=DecoderHead)
 
 def make_head(kind: str, lifter: nn.Module, classes: int, **kwargs: Any) -> nn.Module:
     """The head of a task's section, sized to a lifter. Raises UserError for an argument that it does not have."""
-    from ..config import check
+    from ..runtime.config import check
 
     given = ("dim", "classes", "bev_size", "pc_range")
     check("task.head_args", kwargs, HEADS[kind], without=given)

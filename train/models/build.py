@@ -25,9 +25,9 @@ from timm.models import (
 )
 from torch import nn
 
-from .. import backbones  # noqa: F401  (registers ours)
-from .checkpoint import Foreign, as_os_error, read, replacing, write_text
-from .errors import UserError, closest, from_os
+from ... import backbones  # noqa: F401  (registers ours)
+from ..runtime.checkpoint import Foreign, as_os_error, atomic_write, read, write_text
+from ..runtime.errors import UserError, closest, from_os
 
 
 def create(
@@ -246,7 +246,7 @@ def export(model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: 
         except (OSError, SafetensorError) as error:
             raise from_os(as_os_error(error), f"saving {folder / 'model.safetensors'}") from error
         for name in ("model.safetensors", "config.json"):
-            with replacing(folder / name) as temporary:
+            with atomic_write(folder / name) as temporary:
                 os.replace(Path(scratch, name), temporary)
 
 
@@ -256,19 +256,9 @@ def save_whole(model: nn.Module, folder: Path, inputs: dict[str, Any], class_nam
     For models that timm does not build whole. Raises UserError where they can't be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(folder / "model.safetensors") as temporary:
+    with atomic_write(folder / "model.safetensors") as temporary:
         try:
             save_file(tensors, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             raise from_os(as_os_error(error), f"saving {folder / 'model.safetensors'}") from error
     write_text(folder / "config.json", json.dumps(dict(label_names=class_names, data_config=inputs), indent=2) + "\n")
-
-
-def label_names(folder: Path) -> list[str]:
-    """The classes of a finished run's model. Raises UserError where its config.json does not name them."""
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["label_names"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(
-            f"{folder / 'config.json'} does not name the model's classes ({error}): train the run again"
-        ) from error

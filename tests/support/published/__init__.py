@@ -1,0 +1,1 @@
+"""The recipes as they were published, one table for each folder of configs."""

@@ -1,0 +1,264 @@
+"""Compare configs with the recipes that were published: what a config resolves to, and tables of what it should be.
+
+A table (tests/support/published) is a list of blocks (pattern of config names, source, {key: published value}); a later
+block overrides an earlier one. Keys are those of the config, `section.key`, and the ones that `resolve` computes.
+"""
+
+import ast
+import inspect
+import math
+import re
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from saccade.train import engine
+from saccade.train.runtime import config
+from timm.data import create_transform, resolve_data_config
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+from torchvision.transforms import CenterCrop, InterpolationMode, Resize
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+IGNORED = {"workers", "log_every", "save_every", "eval_every", "data.root", "data.max_bad", "checkpoint", "task.teacher"}
+Table = Sequence[tuple[str, str, dict[str, Any]]]
+
+
+class Differs(NamedTuple):
+    """A value of ours that is not the published one (None: none is known), and the words of the header that say so."""
+
+    ours: Any
+    published: Any
+    said: str
+
+
+class NoDecay(NamedTuple):
+    """The parameters without weight decay: those of one dimension and biases, or not, and those whose names match."""
+
+    one_dimensional: bool = False
+    names: str | None = None
+
+    def of(self, model: nn.Module) -> set[str]:
+        return {
+            name
+            for name, parameter in model.named_parameters()
+            if (self.one_dimensional and (parameter.ndim <= 1 or name.endswith(".bias")))
+            or (self.names is not None and re.search(self.names, name))
+        }
+
+
+class Schedule(NamedTuple):
+    """The learning rate as a function of epochs or steps, how long the run is, and how near ours must be."""
+
+    rate: Callable[[float], float]
+    length: int
+    within: float = 1e-6
+
+
+def cosine(
+    peak: float, end: float, until: int, warmup: int = 0, start: float = 0.0, hold: int = 0, after_warmup: bool = False
+) -> Schedule:
+    """A linear warm-up, and a cosine that began at 0, or after the warm-up, and then `hold` more at the end's rate."""
+    begin = warmup if after_warmup else 0
+
+    def rate(t: float) -> float:
+        if t < warmup:
+            return start + (peak - start) * t / warmup
+        return end + (peak - end) * (1 + math.cos(math.pi * min(1, (t - begin) / (until - begin)))) / 2
+
+    return Schedule(rate, until + hold)
+
+
+def steps(peak: float, drops: Sequence[int], length: int, warmup: int = 0, ratio: float = 0.0) -> Schedule:
+    """Divided by 10 at each of `drops`; the warm-up is linear from `ratio` of the peak."""
+
+    def rate(t: float) -> float:
+        factor = 1 - (1 - ratio) * (1 - t / warmup) if t < warmup else 1
+        return peak * factor * 0.1 ** sum(t >= drop for drop in drops)
+
+    return Schedule(rate, length)
+
+
+def poly(peak: float, power: float, length: int, warmup: int = 0, ratio: float = 0.0) -> Schedule:
+    """mmsegmentation's: the warm-up multiplies a rate that falls already, at most 1 % from timm's."""
+
+    def rate(t: float) -> float:
+        factor = 1 - (1 - ratio) * (1 - t / warmup) if t < warmup else 1
+        return peak * factor * (1 - t / length) ** power
+
+    return Schedule(rate, length, within=0.01 if warmup else 1e-6)
+
+
+def exponential(peak: float, factor: float, length: int) -> Schedule:
+    """Multiplied by `factor` over the run, evenly."""
+    return Schedule(lambda t: peak * factor ** (t / length), length)
+
+
+def names(folder: str) -> list[str]:
+    """The configs of a folder: "imagenet/biformer_s", …"""
+    return sorted(f"{folder}/{path.stem}" for path in (CONFIGS / folder).glob("*.py") if path.stem != "__init__")
+
+
+@lru_cache
+def load(name: str) -> dict[str, Any]:
+    return config.load(CONFIGS / f"{name}.py")
+
+
+def header(name: str) -> str:
+    """The docstring of a config and that of its base, each on one line."""
+    source = (CONFIGS / f"{name}.py").read_text(encoding="utf-8")
+    bases = re.findall(r"from \.\._base_\.(\w+) import", source)
+    texts = [source, *((CONFIGS / f"_base_/{base}.py").read_text(encoding="utf-8") for base in bases)]
+    return "\n".join(" ".join((ast.get_docstring(ast.parse(text)) or "").split()) for text in texts)
+
+
+def promised(name: str) -> tuple[float, ...]:
+    """The numbers that a config's header says are expected."""
+    docstring = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text(encoding="utf-8")))
+    paragraph = next((text for text in docstring.split("\n\n") if "expected" in text), "expected")
+    return tuple(map(float, re.findall(r"\d+\.\d+", paragraph.partition("expected")[0].rpartition(": ")[2])))
+
+
+def expected(name: str, table: Table) -> dict[str, Any]:
+    """What a table has on a config: {key: published value}."""
+    rows: dict[str, Any] = {}
+    for pattern, source, values in table:
+        assert source
+        if fnmatchcase(name.partition("/")[2], pattern):
+            rows |= values
+    return rows
+
+
+@lru_cache
+def _model(description: str, name: str) -> nn.Module:
+    """The model of a config, without memory; configs with an equal `description` share it."""
+    settings = load(name)
+    classes = {"Classify": 1000, "Distill": 1000, "Detect": 80, "Segment": 150, "Lift": 10}
+    data = SimpleNamespace(
+        class_names=[str(i) for i in range(classes[settings["task"]["type"].__name__])],
+        img_size=settings["data"].get("img_size"),
+        scale=settings["data"].get("scale"),
+        inputs=lambda pretrained_cfg: resolve_data_config(pretrained_cfg=pretrained_cfg),
+    )
+    arguments = {key: value for key, value in settings["model"].items() if "pretrained" not in key}
+    with torch.device("meta"):
+        task = config.build(settings["task"], data)
+        model = task.model(**arguments, checkpoint=None, new_head=True)
+        if hasattr(task, "phase"):
+            for key, parameter in model.named_parameters():
+                parameter.requires_grad_((".predictor." in key) == (task.phase == "predictors"))
+    return model
+
+
+def model(name: str) -> nn.Module:
+    settings = load(name)
+    return _model(repr((settings["model"] | dict(drop_path_rate=0), settings["task"], settings["data"].get("img_size"))), name)
+
+
+def _defaults(function: Callable) -> dict[str, Any]:
+    return {name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+
+
+def resolve(name: str) -> dict[str, Any]:
+    """All that a config sets, by `section.key`, with what follows from it.
+
+    "augment": arguments of timm's training transform that are not None or 0; "test": (shorter side, size, interpolation)
+    of its test transform. "optimizer": the class, "optimizer.*" its arguments. "expected": the numbers in the header.
+    """
+    settings = load(name)
+    flat = {key: value for key, value in settings.items() if not isinstance(value, dict)}
+    flat = _defaults(engine.train) | flat
+    flat["ema"] = settings.get("ema")
+    for section in ("model", "data", "task"):
+        values = settings.get(section) or {}
+        built = values.get("type")
+        flat |= {f"{section}.{key}": v for key, v in (_defaults(built) if built else {}).items()}
+        flat |= {f"{section}.{key}": v.__name__ if isinstance(v, type) else v for key, v in values.items()}
+    given = {key: value for key, value in settings["optimizer"].items() if key not in ("filter_bias_and_bn", "layer_decay")}
+    optimizer = create_optimizer_v2([nn.Parameter(torch.zeros(1))], **given)
+    flat["optimizer"] = type(optimizer).__name__
+    flat |= {f"optimizer.{key}": value for key, value in optimizer.defaults.items()}
+    flat["optimizer.layer_decay"] = settings["optimizer"].get("layer_decay")
+    flat["expected"] = promised(name)
+    if settings["task"]["type"].__name__ in ("Classify", "Distill"):
+        inputs = resolve_data_config(pretrained_cfg=model(name).pretrained_cfg)
+        if settings["data"].get("img_size"):
+            inputs["input_size"] = (3, *[settings["data"]["img_size"]] * 2)
+        arguments = _defaults(create_transform) | inputs | settings["data"].get("augment", {})
+        kinds = ("scale", "ratio", "hflip", "vflip", "color_jitter", "color_jitter_prob", "grayscale_prob")
+        kinds += ("gaussian_blur_prob", "auto_augment", "interpolation", "train_crop_mode", "re_prob", "re_mode", "re_count")
+        erasing = arguments["re_prob"] > 0
+        flat["augment"] = {k: arguments[k] for k in kinds if arguments[k] and (erasing or not k.startswith("re_"))}
+        resize, crop = (next(t for t in create_transform(**inputs).transforms if isinstance(t, kind)) for kind in (Resize, CenterCrop))
+        side = resize.size if isinstance(resize.size, int) else resize.size[0]
+        flat["test"] = (side, crop.size[0], InterpolationMode(resize.interpolation).value)
+    return flat
+
+
+def given(name: str) -> set[str]:
+    """The keys that a config or its base sets."""
+    settings = load(name)
+    keys = {key for key, value in settings.items() if not isinstance(value, dict)}
+    for section, values in settings.items():
+        if section == "ema":
+            keys |= {"ema"}
+        elif isinstance(values, dict):
+            keys |= {f"{section}.{key}" for key in values}
+    return keys - IGNORED
+
+
+def learning_rates(name: str, schedule: Schedule) -> None:
+    """Check the rate that a config's schedule has against a published one, all along the run."""
+    settings = load(name)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], settings["optimizer"]["lr"])
+    unit = 1 if settings.get("iterations") else 100
+    arguments = dict(num_epochs=settings.get("iterations") or settings["epochs"], step_on_epochs=False, updates_per_epoch=unit)
+    scheduler, length = create_scheduler_v2(optimizer, **settings["schedule"], **arguments)
+    assert length == schedule.length
+    for t in sorted({round(schedule.length * i / 60) for i in range(60)} | {1, 2, 3, 5, 10, 250, 500, 1000, 1500}):
+        if t < schedule.length:
+            scheduler.step_update(t * unit)
+            rate = optimizer.param_groups[0]["lr"]
+            assert math.isclose(rate, schedule.rate(t), rel_tol=schedule.within, abs_tol=1e-12), (t, rate, schedule.rate(t))
+
+
+def compare(name: str, table: Table) -> None:
+    """Check a config against its rows: each key that is set has one, and each row's value is ours, or said to differ."""
+    engine.validate(load(name))
+    rows, ours, text = expected(name, table), resolve(name), header(name)
+    computed = {"optimizer.lr", "optimizer.opt", "optimizer.filter_bias_and_bn", "data.augment", "data.type"}
+    computed |= {key for key in given(name) if key.startswith("schedule.")} | {"epochs", "iterations"}
+    missing = given(name) - computed - rows.keys()
+    assert not missing, f"{name} sets {sorted(missing)}, on which the table of published recipes has no row"
+    for key in ("expected", "schedule", "no decay", "optimizer", "optimizer.weight_decay", "batch_size", "precision", "model.name"):
+        assert key in rows, f"the table of published recipes has no row on {key} of {name}"
+    for key, value in rows.items():
+        if isinstance(value, Differs):
+            assert value.said in text, f"{key} of {name} differs from {value.published}, and its header does not say {value.said!r}"
+            assert value.ours != value.published
+            value = value.ours
+        if key == "schedule":
+            learning_rates(name, value)
+        elif key == "no decay":
+            net = model(name)
+            groups = create_optimizer_v2(net, **settings_of_groups(name)).param_groups
+            exempt = {id(p) for group in groups if group["weight_decay"] == 0 for p in group["params"]}
+            learning = {id(p) for group in groups for p in group["params"]}
+            wanted = {key for key in value.of(net) if id(net.get_parameter(key)) in learning}
+            assert {key for key, p in net.named_parameters() if id(p) in exempt} == wanted, name
+        elif key == "parameters":
+            count = sum(parameter.numel() for parameter in model(name).parameters())
+            near = 0 if value > 1e6 else 0.65 if value == int(value) else 0.003 * value
+            assert abs((count if value > 1e6 else count / 1e6) - value) <= near, (name, count)
+        else:
+            assert key in ours, f"{name} has no {key}: the table of published recipes names an unknown key"
+            assert ours[key] == value, f"{key} of {name} is {ours[key]!r}, published is {value!r}"
+
+
+def settings_of_groups(name: str) -> dict[str, Any]:
+    return load(name)["optimizer"]
