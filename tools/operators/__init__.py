@@ -1,10 +1,10 @@
-"""What tools/benchmark_ops.py times: one file an operator, named as its folder in ops/ is.
+"""Cases that tools/benchmark_ops.py times: one file per operator, with the name of its folder in ops/.
 
 Each has a function
 
     def cases(batch: int, height: int, width: int) -> list[Case]
 
-that lists the shapes which the operator meets in its models on images of height x width, one a stage.
+that lists the shapes of the operator's calls in its models on images of height x width, one per stage.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ class Case:
     where: str  # "DaViT-T stage 1"
     args: Callable[[torch.device, torch.dtype], tuple]  # random; tensors that get a gradient require one
     ours: Callable[..., Any]
-    published: Callable[..., Any]  # the published code's form in plain PyTorch, written from the mathematics
+    published: Callable[..., Any]  # the published arithmetic in plain PyTorch, written from the equations
     elements: tuple[int, int]  # of the dtype, read or written at least: forward, backward
     flops: tuple[int, int]  # of its matrix products and the like: forward, backward
     library: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # the best calls that others offer

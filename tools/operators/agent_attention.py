@@ -99,14 +99,14 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
     ):
         for i, (C, g, p, big) in enumerate(zip(dims, heads, (3, 4, 7, 7), grids)):
             stages.append((f"{name} stage {i + 1}", 4 << i, C, g, p, big if dense else p, 56 >> i, 0))
-    found = []
+    result = []
     for where, stride, C, heads, p, grid, side, token in stages:
         size = height // stride, width // stride
         side = size if token else (side, side)  # DeiT is built for its size
         B, N, a = batch, token + size[0] * size[1], grid * grid
         flops = 8 * B * a * N * C + 18 * B * N * C
         elements = B * N * C, B * a * C
-        found.append(
+        result.append(
             Case(
                 where=where,
                 args=functools.partial(
@@ -119,4 +119,4 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
                 library={"two SDPA calls": library},
             )
         )
-    return found
+    return result

@@ -42,7 +42,7 @@ def masked(qkv, idx, heads, regions):
 
 
 def cases(batch: int, height: int, width: int) -> list[Case]:
-    found = []
+    result = []
     for stage, topk in enumerate((1, 4, 16)):
         # Padded to a multiple of 7, as the model does.
         H, W = (-(-side // (4 << stage) // 7) * 7 for side in (height, width))
@@ -55,7 +55,7 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
 
         size, flops = batch * H * W * C, 4 * batch * H * W * C * topk * (H * W // 49)
         library = {"SDPA, masked": masked} if H * W <= 3136 else {}  # beyond that the mask alone is gigabytes
-        found.append(
+        result.append(
             Case(
                 where=f"BiFormer-S stage {stage + 1}",
                 args=args,
@@ -66,4 +66,4 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
                 library=library,
             )
         )
-    return found
+    return result

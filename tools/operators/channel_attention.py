@@ -9,13 +9,12 @@ from . import Case
 DIMS, HEADS = (96, 192, 384, 768), (3, 6, 12, 24)
 
 
-def published(qkv, heads):  # timm's module computes alike
-    B, N, C3 = qkv.shape
-    q, k, v = qkv.reshape(B, N, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-    k = k * q.shape[3] ** -0.5
-    a = (k.transpose(-1, -2) @ v).softmax(-1)
-    out = (a @ q.transpose(-1, -2)).transpose(-1, -2)
-    return out.transpose(1, 2).reshape(B, N, C3 // 3)
+def published(qkv, heads):
+    """A = softmax((K / √D)ᵀ V), out = (A Qᵀ)ᵀ per head, with a scaled copy of K and a copy of the output."""
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in qkv.chunk(3, 2))  # (B, heads, N, D)
+    scaled = k * k.shape[3] ** -0.5
+    weights = torch.softmax(scaled.mT @ v, 3)  # (B, heads, D, D)
+    return (weights @ q.mT).permute(0, 3, 1, 2).flatten(2)
 
 
 def sdpa(qkv, heads):
@@ -26,7 +25,7 @@ def sdpa(qkv, heads):
 
 
 def cases(batch: int, height: int, width: int) -> list[Case]:
-    found = []
+    result = []
     for stage, (C, heads) in enumerate(zip(DIMS, HEADS)):
         N = -(-height // (4 << stage)) * -(-width // (4 << stage))
 
@@ -34,7 +33,7 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
             return torch.randn(shape, device=device, dtype=dtype).requires_grad_(), heads
 
         size, products = batch * N * C, 2 * 2 * batch * N * C * (C // heads)
-        found.append(
+        result.append(
             Case(
                 where=f"DaViT-T stage {stage + 1}",
                 args=args,
@@ -45,4 +44,4 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
                 library={"scaled_dot_product_attention": sdpa},
             )
         )
-    return found
+    return result

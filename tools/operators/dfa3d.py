@@ -16,16 +16,14 @@ DETECT = [(100, 167), (50, 84), (25, 42), (13, 21)]  # of 800 x 1333
 
 
 def published_2d(value, shapes, locations, weights):
-    """A grid_sample a level, whose samples (B · heads, C, Q, L · P) are then weighted and summed."""
-    B, Q, heads, L, P, _ = locations.shape
-    C, sampled = value.shape[3], []
-    for level, (maps, (H, W)) in enumerate(zip(value.split([H * W for H, W in shapes], 1), shapes)):
-        maps = maps.flatten(2).mT.reshape(B * heads, C, H, W)
-        grid = (2 * locations[:, :, :, level] - 1).transpose(1, 2).flatten(0, 1)
-        sampled.append(F.grid_sample(maps, grid, padding_mode="zeros", align_corners=False))
-    a = weights.transpose(1, 2).reshape(B * heads, 1, Q, L * P)
-    out = (torch.stack(sampled, -2).flatten(-2) * a).sum(-1)
-    return out.view(B, heads * C, Q).mT.contiguous()
+    """One grid_sample per level; all samples (B · heads, C, Q, L · P) in memory, then weighted and summed."""
+    B, heads = value.shape[0], value.shape[2]
+    maps = value.permute(0, 2, 3, 1).flatten(0, 1)  # (B · heads, C, S)
+    grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B · heads, Q, P, 2)
+    levels = [part.unflatten(2, size) for part, size in zip(maps.split([H * W for H, W in shapes], 2), shapes)]
+    samples = torch.cat([F.grid_sample(x, g, align_corners=False) for x, g in zip(levels, grids)], 3)
+    weighted = samples * weights.transpose(1, 2).flatten(0, 1).flatten(2).unsqueeze(1)
+    return weighted.sum(3).unflatten(0, (B, heads)).flatten(1, 2).mT.contiguous()
 
 
 def published_3d(value, depth, shapes, locations, weights):
@@ -63,7 +61,7 @@ def published_3d(value, depth, shapes, locations, weights):
 
 
 def outer_product(value, depth, shapes, locations, weights):
-    """A 5-D grid_sample a level of value ⊗ depth (B · heads, C, D, H, W)."""
+    """Sample, per level with a 5-D grid_sample, value ⊗ depth (B · heads, C, D, H, W)."""
     B, Q, heads, _, P, _ = locations.shape
     C, out = value.shape[3], 0
     sizes = [H * W for H, W in shapes]
@@ -79,7 +77,7 @@ def _args(device, dtype, B, Q, heads, C, shapes, P, D):
     S, L, dims = sum(H * W for H, W in shapes), len(shapes), 3 if D else 2
     value = torch.randn(B, S, heads, C, device=device, dtype=dtype)
     depth = [torch.randn(B, S, 1, D, device=device).softmax(-1).to(dtype).requires_grad_()] if D else []
-    # Around one reference point a query, a few cells apart, as layers learn them; neighbours in the list are close.
+    # Around one reference point per query, a few cells apart, as in trained layers; queries next to each other are close.
     centre = torch.linspace(0, 1, Q, device=device)[:, None, None, None, None]
     centre = torch.cat([centre * 7 % 1, centre] + [centre * 49 % 1] * (dims - 2), -1)
     step = torch.tensor([(4 / W, 4 / H, 4 / max(D, 1))[:dims] for H, W in shapes], device=device)[:, None]

@@ -19,12 +19,12 @@ def published(x, weight, norm_weight, norm_bias, out_norm_weight, out_norm_bias,
 
 
 def cases(batch: int, height: int, width: int) -> list[Case]:
-    found = []
+    result = []
     for stage in range(3):  # the fourth has self-attention
-        whole, H, W = DIM << stage, height // (4 << stage), width // (4 << stage)
-        C = whole - whole // 4
+        dim, H, W = DIM << stage, height // (4 << stage), width // (4 << stage)
+        C = dim - dim // 4
 
-        def args(device, dtype, shape=(batch, whole, H, W), C=C):
+        def args(device, dtype, shape=(batch, dim, H, W), C=C):
             options = dict(device=device, dtype=dtype)
             x = torch.randn(shape, **options).contiguous(memory_format=torch.channels_last)[:, -C:]
             parameters = torch.randn(C, C, 2, **options) / (2 * C) ** 0.5, *(torch.rand(C, **options) for _ in range(4))
@@ -36,7 +36,7 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
             )  # a channel's mean is one number an image
 
         size, product = batch * C * H * W, 4 * batch * C * C
-        found.append(
+        result.append(
             Case(
                 where=f"PATNet-T2 stage {stage + 1}",
                 args=args,
@@ -46,4 +46,4 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
                 flops=(product + 6 * size, 2 * product + 8 * size),
             )
         )
-    return found
+    return result

@@ -73,7 +73,7 @@ def timm_module(q, kv, height_rel, width_rel, heads, block, halo, stride):
 
 
 def cases(batch: int, height: int, width: int) -> list[Case]:
-    found = []
+    result = []
     for model, stage, C, heads, block, halo, stride in ROWS:
         B, H, W = batch, *(-(-size // ((2 << stage) // stride)) for size in (height, width))
         HQ, WQ, a = -(-H // stride), -(-W // stride), block + 2 * halo
@@ -94,7 +94,7 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
             return *(z.requires_grad_() for z in (*maps, *tables)), *rest
 
         queries, keys, products = B * C * HQ * WQ, B * C * H * W, 2 * 2 * B * HQ * WQ * C * a * a
-        found.append(
+        result.append(
             Case(
                 where=f"{model} stage {stage}" + (", strided" if stride > 1 else ""),
                 args=args,
@@ -105,4 +105,4 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
                 library={} if H % block or W % block else {"timm.layers.HaloAttn": timm_module},
             )
         )
-    return found
+    return result

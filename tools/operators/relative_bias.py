@@ -18,7 +18,7 @@ def published(qkv, heads, table):
 
 
 def cases(batch: int, height: int, width: int) -> list[Case]:
-    found = []
+    result = []
     for name, dim in (("T0", 256), ("S", 768), ("L", 1280)):
         B, H, W, C = batch, height // 32, width // 32, dim * 3 // 4
 
@@ -27,7 +27,7 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
             return torch.randn(shape, device=device, dtype=dtype).requires_grad_(), 4, table.requires_grad_()
 
         size, flops = B * H * W * C, 4 * B * (H * W) ** 2 * C
-        found.append(
+        result.append(
             Case(
                 where=f"PATNet-{name} stage 4",
                 args=args,
@@ -37,4 +37,4 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
                 flops=(flops, flops * 5 // 2),
             )
         )
-    return found
+    return result

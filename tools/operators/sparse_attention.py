@@ -54,7 +54,7 @@ def library(qkv, heads, *params):
 
 
 def cases(batch: int, height: int, width: int) -> list[Case]:
-    found = []
+    result = []
     for model, heads in MODELS:
         B, N, D = batch, height // 16 * (width // 16) + 1, 64
         c, K, C = D // 2, N // 6, heads * D
@@ -69,7 +69,7 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
 
         size, attention = B * N * C, 4 * B * N * N * C
         predictor = 2 * B * heads * (2 * N * D * K + 2 * c * D * K + N * N * TOPK)
-        found.append(
+        result.append(
             Case(
                 where=f"{model}, {N} tokens",
                 args=args,
@@ -80,4 +80,4 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
                 library={"top-k and SDPA with a boolean mask": library},
             )
         )
-    return found
+    return result

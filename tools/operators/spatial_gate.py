@@ -15,19 +15,19 @@ def published(x, weight, norm_weight, norm_bias, running_mean, running_var, trai
 
 
 def cases(batch: int, height: int, width: int) -> list[Case]:
-    found = []
+    result = []
     for stage in range(4):
-        whole, H, W = DIM << stage, height // (4 << stage), width // (4 << stage)
+        dim, H, W = DIM << stage, height // (4 << stage), width // (4 << stage)
 
-        def args(device, dtype, shape=(batch, whole, H, W), C=whole // 2):
+        def args(device, dtype, shape=(batch, dim, H, W), C=dim // 2):
             options = dict(device=device, dtype=dtype)
             x = torch.randn(shape, **options).contiguous(memory_format=torch.channels_last)[:, :C]
             parameters = torch.randn(C, **options) / C**0.5, *(torch.rand(C, **options) for _ in range(2))
             statistics = (torch.ones(C, device=device) for _ in range(2))
             return *(t.detach().requires_grad_() for t in (x, *parameters)), *statistics, True
 
-        size = batch * whole // 2 * H * W
-        found.append(
+        size = batch * dim // 2 * H * W
+        result.append(
             Case(
                 where=f"PATNet-T2 stage {stage + 1}",
                 args=args,
@@ -37,4 +37,4 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
                 flops=(8 * size, 16 * size),
             )
         )
-    return found
+    return result

@@ -21,7 +21,7 @@ def published(x, weight, norm_weight, norm_bias, groups):
 
 
 def cases(batch: int, height: int, width: int) -> list[Case]:
-    found = []
+    result = []
     for stage in range(4):
         B, C, H, W = batch, 256 << stage, height // (4 << stage), width // (4 << stage)
 
@@ -32,7 +32,7 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
             return *(t.requires_grad_() for t in (x, weight, *norm)), GROUPS
 
         size, convolutions = B * C * H * W, 2 * B * C * M * K * (H + W)
-        found.append(
+        result.append(
             Case(
                 where=f"ResNet-50 stage {stage + 1}",
                 args=args,
@@ -42,4 +42,4 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
                 flops=(convolutions + 4 * size, 2 * convolutions + 8 * size),
             )
         )
-    return found
+    return result

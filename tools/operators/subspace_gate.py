@@ -26,7 +26,7 @@ def published(x, w, b, nw, nb, pw, pb, pnw, pnb, rm, rv, prm, prv, training, mom
 
 
 def cases(batch: int, height: int, width: int) -> list[Case]:
-    found = []
+    result = []
     for layer, C, reduction in ((2, 128, 4), (8, 512, 16), (12, 512, 32)):
         B, H, W, g = batch, -(-height // reduction), -(-width // reduction), 4
 
@@ -41,7 +41,7 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
             return *(t.requires_grad_() for t in leaves), *running, True, MOMENTUM
 
         size = B * C * H * W
-        found.append(
+        result.append(
             Case(
                 where=f"MobileNetV1 layer {layer}, training",
                 args=args,
@@ -51,4 +51,4 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
                 flops=(4 * size, 8 * size),
             )
         )
-    return found
+    return result

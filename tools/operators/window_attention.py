@@ -67,11 +67,11 @@ def sdpa(qkv, heads, window, shift, bias, pad):
 
 
 def cases(batch: int, height: int, width: int) -> list[Case]:
-    found = []
+    result = []
 
     def add(where, stage, C, heads, window, shift=(0, 0), bias=False, pad=False, parts=1):
         H, W = height // (4 << stage), width // (4 << stage)
-        h, w = (size or whole for size, whole in zip(window, (H, W)))
+        h, w = (size or side for size, side in zip(window, (H, W)))
 
         def args(device, dtype):
             qkv = torch.randn(batch, H, W, 3, parts * C, device=device, dtype=dtype)[..., :C].requires_grad_()
@@ -80,7 +80,7 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
             return qkv, heads, (h, w), shift, *(None if t is None else t.requires_grad_() for t in (table, value))
 
         size, flops = batch * H * W * C, 4 * batch * H * W * h * w * C
-        found.append(
+        result.append(
             Case(
                 where=where,
                 args=args,
@@ -103,4 +103,4 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
         C, heads = 32 << stage, 1 << stage
         add(f"CSwin-T stage {stage + 1}, columns", stage, C, heads, (0, split), parts=2)
         add(f"CSwin-T stage {stage + 1}, rows", stage, C, heads, (split, 0), parts=2)
-    return found
+    return result

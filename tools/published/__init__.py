@@ -1,6 +1,6 @@
-"""Plain transcriptions of published models, kept as the peers that tools/benchmark.py measures against.
+"""Peers of our models for tools/benchmark.py: the published arithmetic, in code of our own.
 
-Each is written from the paper and from the facts of the published implementation, in the form that users run today:
-windows by permuted copies, routed keys and values gathered, logits in memory. They hold the same parameters as our
-models, so that a benchmark can fill both alike and show that both compute the same thing.
+Each is written from the paper's equations and does what the published implementation does with memory: windows by
+permuted copies, routed keys and values gathered, logits stored. They have the same parameters as our models, so that
+a benchmark loads the same weights into both and checks that both compute the same outputs.
 """

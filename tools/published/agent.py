@@ -1,5 +1,5 @@
 """Agent-DeiT, -PVT, -Swin and -CSwin in their published form: biases repeated over the batch, logits and probabilities
-in memory, windows and stripes copied, maps turned for every convolution (arXiv 2312.08874).
+in memory, windows and stripes copied, maps permuted for every convolution (arXiv 2312.08874).
 
 The peer of saccade's `agent_*` in tools/benchmark.py, at 224 x 224; takes the same state dict.
 """
@@ -21,54 +21,74 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
-class AgentAttention(nn.Module):
-    def __init__(self, dim: int, heads: int, side: int, agents: int, token: bool, split: bool):
+def tile(x: Tensor, h: int, w: int) -> Tensor:  # (B, H, W, C) -> (B · windows, h · w, C), a copy
+    x = x.unflatten(2, (-1, w)).unflatten(1, (-1, h)).transpose(2, 3)
+    return x.reshape(-1, h * w, x.shape[-1])
+
+
+def untile(x: Tensor, B: int, side: int, h: int, w: int) -> Tensor:  # its inverse, a copy
+    x = x.unflatten(1, (h, w)).unflatten(0, (B, side // h, side // w)).transpose(2, 3)
+    return x.reshape(B, side, side, -1)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:  # (..., N, C) -> (..., heads, N, D)
+    return x.unflatten(-1, (heads, -1)).transpose(-3, -2)
+
+
+def merge_heads(x: Tensor) -> Tensor:
+    return x.transpose(-3, -2).flatten(-2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor) -> Tensor:
+    """Return softmax(q kᵀ / √D + biases) v with the logits, their sums and the probabilities in memory."""
+    logits = q * q.shape[-1] ** -0.5 @ k.mT
+    for bias in biases:
+        logits = logits + bias
+    return logits.softmax(-1) @ v
+
+
+class BiasTables(nn.Module):
+    """The bias of one of the two softmaxes: a resized block per agent, plus rows, plus columns; a class token's own."""
+
+    def __init__(self, heads: int, agents: int, side: int, token: bool):
         super().__init__()
-        self.heads, self.scale, self.side, self.token = heads, (dim // heads) ** -0.5, side, token
-        if split:
-            self.q, self.kv = nn.Linear(dim, dim), nn.Linear(dim, 2 * dim)
-        else:
-            self.qkv = nn.Linear(dim, 3 * dim)
-        self.split = split
-        self.proj = nn.Linear(dim, dim)
+        self.block = nn.Parameter(torch.zeros(heads, agents, 7, 7))
+        self.rows, self.columns = (nn.Parameter(torch.zeros(heads, agents, side)) for _ in range(2))
+        self.token = nn.Parameter(torch.zeros(heads, agents)) if token else None
+
+    def forward(self, B: int, agents_last: bool) -> Tensor:  # (B, heads, agents, N), or (B, heads, N, agents)
+        cross = self.rows.unsqueeze(3) + self.columns.unsqueeze(2)
+        parts = [F.interpolate(self.block, size=cross.shape[2:], mode="bilinear").flatten(2), cross.flatten(2)]
+        if self.token is not None:
+            parts.append(self.token.unsqueeze(2))
+        if agents_last:
+            parts = [part.mT for part in parts]
+        block, cross, *token = (part.repeat(B, 1, 1, 1) for part in parts)  # a copy of each per image
+        return torch.cat((*token, block + cross), 2 if agents_last else 3) if token else block + cross
+
+
+class AgentAttention(nn.Module):
+    """O = softmax(Q Aᵀ / √D + B2) (softmax(A Kᵀ / √D + B1) V) + DWConv(V), where the agents A are pooled queries."""
+
+    def __init__(self, dim: int, heads: int, side: int, agents: int, token: bool, separate: bool):
+        super().__init__()
+        self.heads, self.side, self.tokens, self.grid = heads, side, int(token), int(agents**0.5)
+        self.inputs = nn.ModuleList(nn.Linear(dim, n * dim) for n in ((1, 2) if separate else (3,)))
         self.dwc = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-        self.pool = nn.AdaptiveAvgPool2d(int(agents**0.5))
-        self.an, self.na = (nn.Parameter(torch.zeros(heads, agents, 7, 7)) for _ in range(2))
-        self.ah = nn.Parameter(torch.zeros(1, heads, agents, side, 1))
-        self.aw = nn.Parameter(torch.zeros(1, heads, agents, 1, side))
-        self.ha = nn.Parameter(torch.zeros(1, heads, side, 1, agents))
-        self.wa = nn.Parameter(torch.zeros(1, heads, 1, side, agents))
-        if token:
-            self.ac = nn.Parameter(torch.zeros(1, heads, agents, 1))
-            self.ca = nn.Parameter(torch.zeros(1, heads, 1, agents))
+        self.key, self.query = (BiasTables(heads, agents, side, token) for _ in range(2))
+        self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        (B, N, C), M, T, S = x.shape, self.heads, int(self.token), self.side
-        if self.split:
-            q, (k, v) = self.q(x), self.kv(x).reshape(B, N, 2, C).permute(2, 0, 1, 3)
-        else:
-            q, k, v = self.qkv(x).reshape(B, N, 3, C).permute(2, 0, 1, 3)
-        agents = self.pool(q[:, T:].reshape(B, S, S, C).permute(0, 3, 1, 2)).reshape(B, C, -1).permute(0, 2, 1)
-        a = agents.shape[1]
-        q, k, v, agents = (t.reshape(B, -1, M, C // M).permute(0, 2, 1, 3) for t in (q, k, v, agents))
-
-        block = F.interpolate(self.an, size=(S, S), mode="bilinear").reshape(1, M, a, -1).repeat(B, 1, 1, 1)
-        bias = block + (self.ah + self.aw).reshape(1, M, a, -1).repeat(B, 1, 1, 1)
-        if T:
-            bias = torch.cat([self.ac.repeat(B, 1, 1, 1), bias], -1)
-        gathered = ((agents * self.scale) @ k.transpose(-2, -1) + bias).softmax(-1) @ v
-
-        block = F.interpolate(self.na, size=(S, S), mode="bilinear")
-        block = block.reshape(1, M, a, -1).permute(0, 1, 3, 2).repeat(B, 1, 1, 1)
-        bias = block + (self.ha + self.wa).reshape(1, M, -1, a).repeat(B, 1, 1, 1)
-        if T:
-            bias = torch.cat([self.ca.repeat(B, 1, 1, 1), bias], -2)
-        out = ((q * self.scale) @ agents.transpose(-2, -1) + bias).softmax(-1) @ gathered
-        out = out.transpose(1, 2).reshape(B, N, C)
-        v = v[:, :, T:].transpose(1, 2).reshape(B, S, S, C).permute(0, 3, 1, 2)
-        conv = self.dwc(v).permute(0, 2, 3, 1).reshape(B, N - T, C)
-        out = torch.cat([out[:, :1], out[:, 1:] + conv], 1) if T else out + conv
-        return self.proj(out)
+    def forward(self, x: Tensor) -> Tensor:  # (B, [1 +] N, C)
+        q, k, v = (part for layer in self.inputs for part in layer(x).split(x.shape[2], 2))
+        q_map, v_map = (t[:, self.tokens :].unflatten(1, (self.side, -1)).permute(0, 3, 1, 2) for t in (q, v))
+        agents = F.adaptive_avg_pool2d(q_map, self.grid).flatten(2).mT
+        q, k, v, agents = (split_heads(t, self.heads) for t in (q, k, v, agents))
+        gathered = attend(agents, k, v, self.key(len(x), agents_last=False))
+        out = merge_heads(attend(q, agents, gathered, self.query(len(x), agents_last=True)))
+        local = self.dwc(v_map).flatten(2).mT.contiguous()
+        if self.tokens:
+            return self.proj(torch.cat((out[:, :1], out[:, 1:] + local), 1))
+        return self.proj(out + local)
 
 
 class WindowAttention(nn.Module):
@@ -76,82 +96,70 @@ class WindowAttention(nn.Module):
 
     def __init__(self, dim: int, heads: int, side: int, odd: bool):
         super().__init__()
-        self.heads, self.scale, self.side, self.shift = (
-            heads,
-            (dim // heads) ** -0.5,
-            side,
-            3 if odd and side > 7 else 0,
-        )
+        self.heads, self.side, self.shift = heads, side, 3 if odd and side > 7 else 0
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.table = nn.Parameter(torch.zeros(169, heads))
-        at = torch.stack(torch.meshgrid(torch.arange(7), torch.arange(7), indexing="ij")).flatten(1)
-        dy, dx = at[:, :, None] - at[:, None] + 6
-        self.register_buffer("index", dy * 13 + dx, persistent=False)
-        part = (torch.arange(side) >= side - 7).int() + (torch.arange(side) >= side - self.shift).int()
-        part = self.windows((3 * part[:, None] + part)[None, :, :, None].float()).squeeze(-1)
-        mask = torch.where(part[:, None] == part[:, :, None], 0.0, -100.0)
-        self.register_buffer("mask", mask if self.shift else None, persistent=False)
-
-    def windows(self, x: Tensor) -> Tensor:  # (B, H, W, C) -> (B·windows, 49, C)
-        B, H, W, C = x.shape
-        return x.view(B, H // 7, 7, W // 7, 7, C).permute(0, 1, 3, 2, 4, 5).contiguous().view(-1, 49, C)
+        self.relative_bias = nn.Parameter(torch.zeros(heads, 13, 13))
+        y, x = torch.arange(49) // 7, torch.arange(49) % 7
+        offsets = 13 * (y[:, None] - y + 6) + x[:, None] - x + 6
+        self.register_buffer("offsets", offsets, persistent=False)
+        if self.shift:  # the shift brings tokens from across the map's edge into the last windows
+            across = (torch.arange(side) >= side - self.shift).int()
+            labels = tile((2 * across[:, None] + across)[None, :, :, None], 7, 7)  # (windows, 49, 1)
+            self.register_buffer("mask", -100.0 * (labels != labels.mT).unsqueeze(1), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        (B, N, C), S, M = x.shape, self.side, self.heads
-        x = x.view(B, S, S, C)
-        if self.shift:
-            x = torch.roll(x, (-self.shift, -self.shift), (1, 2))
-        x = self.windows(x)
-        q, k, v = self.qkv(x).reshape(-1, 49, 3, M, C // M).permute(2, 0, 3, 1, 4)
-        logits = (q * self.scale) @ k.transpose(-2, -1)
-        logits = logits + self.table[self.index.view(-1)].view(49, 49, M).permute(2, 0, 1).contiguous()
-        if self.shift:
-            logits = logits.view(B, -1, M, 49, 49) + self.mask[:, None]
-            logits = logits.view(-1, M, 49, 49)
-        x = self.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(-1, 49, C))
-        x = x.view(B, S // 7, S // 7, 7, 7, C).permute(0, 1, 3, 2, 4, 5).contiguous().view(B, S, S, C)
-        if self.shift:
-            x = torch.roll(x, (self.shift, self.shift), (1, 2))
-        return x.view(B, N, C)
+        B, shift = len(x), self.shift
+        x = x.unflatten(1, (self.side, -1))
+        if shift:
+            x = x.roll((-shift, -shift), (1, 2))
+        qkv = self.qkv(tile(x, 7, 7)).unflatten(0, (B, -1))  # (B, windows, 49, 3C)
+        biases = [self.relative_bias.flatten(1)[:, self.offsets]] + ([self.mask] if shift else [])
+        out = attend(*(split_heads(t, self.heads) for t in qkv.chunk(3, -1)), *biases)
+        out = untile(self.proj(merge_heads(out)).flatten(0, 1), B, self.side, 7, 7)
+        if shift:
+            out = out.roll((shift, shift), (1, 2))
+        return out.flatten(1, 2)
+
+
+class SoftmaxAttention(nn.Module):
+    """DeiT's attention of all tokens."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads, self.scale = heads, (dim // heads) ** -0.5
+        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (split_heads(t, self.heads) for t in self.qkv(x).chunk(3, -1))
+        return self.proj(merge_heads((q @ k.mT * self.scale).softmax(-1) @ v))
 
 
 class StripeAttention(nn.Module):
-    """CSwin's: two branches of stripes, or one of the whole map; also DeiT's softmax attention, without convolution."""
+    """CSwin's: two branches of stripes, of half the channels each, or one of the full map; the convolution of the
+    values does not see beyond its stripe."""
 
-    def __init__(self, dim: int, heads: int, side: int, stripes: list[tuple[int, int]], conv: bool = True):
+    def __init__(self, dim: int, heads: int, side: int, stripes: list[tuple[int, int]]):
         super().__init__()
-        self.heads, self.scale, self.side, self.stripes = heads // len(stripes), (dim // heads) ** -0.5, side, stripes
+        self.heads, self.side, self.stripes = heads // len(stripes), side, stripes
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         c = dim // len(stripes)
-        self.dwc = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1, groups=c) for _ in stripes) if conv else None
+        self.dwc = nn.ModuleList(nn.Conv2d(c, c, 3, padding=1, groups=c) for _ in stripes)
 
-    def branch(self, q: Tensor, k: Tensor, v: Tensor, stripe: tuple[int, int], dwc: nn.Module | None) -> Tensor:
-        (B, N, C), S, (h, w), M = q.shape, self.side, stripe, self.heads
-        if dwc is None:
-            q, k, v = (t.reshape(B, N, M, C // M).transpose(1, 2) for t in (q, k, v))
-            return ((q @ k.transpose(-2, -1)) * self.scale).softmax(-1).matmul(v).transpose(1, 2).reshape(B, N, C)
-
-        def windows(t: Tensor) -> Tensor:  # (B·windows, C, h, w)
-            t = t.transpose(-2, -1).contiguous().view(B, C, S // h, h, S // w, w)
-            return t.permute(0, 2, 4, 1, 3, 5).contiguous().reshape(-1, C, h, w)
-
-        def heads(t: Tensor) -> Tensor:  # (B·windows, M, h·w, D)
-            return t.reshape(-1, M, C // M, h * w).permute(0, 1, 3, 2).contiguous()
-
-        q, k, v = windows(q), windows(k), windows(v)
-        lepe = heads(dwc(v))
-        out = ((heads(q) * self.scale) @ heads(k).transpose(-2, -1)).softmax(-1) @ heads(v) + lepe
-        out = out.transpose(1, 2).reshape(B, S // h, S // w, h, w, C)
-        return out.permute(0, 1, 3, 2, 4, 5).contiguous().view(B, N, C)
+    def branch(self, qkv: list[Tensor], h: int, w: int, dwc: nn.Module) -> Tensor:  # 3 of (B, N, c) -> (B, N, c)
+        B, S, stripes = len(qkv[0]), self.side, []
+        for t in qkv:
+            t = t.mT.contiguous().unflatten(2, (S // h, h, S // w, w))  # (B, c, S/h, h, S/w, w)
+            stripes.append(t.movedim((2, 4), (1, 2)).flatten(0, 2))  # (B · stripes, c, h, w), a second copy
+        local = dwc(stripes[2])
+        q, k, v, local = (
+            t.flatten(2).unflatten(1, (self.heads, -1)).mT.contiguous() for t in (*stripes, local)
+        )  # (B · stripes, heads, h · w, D), a third copy
+        return untile(merge_heads(attend(q, k, v) + local), B, S, h, w).flatten(1, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, N, C = x.shape
-        qkv, n = self.qkv(x).reshape(B, N, 3, C).permute(2, 0, 1, 3), len(self.stripes)
-        convs, c = self.dwc or [None], C // n
-        parts = [
-            self.branch(*qkv[..., i * c : (i + 1) * c], s, dwc) for i, (s, dwc) in enumerate(zip(self.stripes, convs))
-        ]
-        return self.proj(torch.cat(parts, 2) if n > 1 else parts[0])
+        halves = zip(*(t.chunk(len(self.stripes), 2) for t in self.qkv(x).chunk(3, 2)))
+        parts = [self.branch(qkv, *stripe, dwc) for qkv, stripe, dwc in zip(halves, self.stripes, self.dwc)]
+        return self.proj(torch.cat(parts, 2) if len(parts) > 1 else parts[0])
 
 
 class Block(nn.Module):
@@ -196,7 +204,7 @@ def attention(ours: nn.Module, dim: int, side: int, odd: bool, family: str) -> n
         return WindowAttention(dim, heads, side, odd)
     if kind == "StripeAttention":
         return StripeAttention(dim, heads, side, [(side, ours.stripe[0]), (ours.stripe[1], side)])
-    return StripeAttention(dim, heads, side, [(side, side)], family == "cswin")
+    return StripeAttention(dim, heads, side, [(side, side)]) if family == "cswin" else SoftmaxAttention(dim, heads)
 
 
 class Agent(nn.Module):
@@ -246,24 +254,17 @@ class Agent(nn.Module):
         state, own = {}, self.state_dict()
         for key, value in ours.state_dict().items():
             key = re.sub(r"^stages\.(\d)\.downsample", lambda m: f"downsamples.{int(m[1]) - 1}", key)
-            key = re.sub(r"^stages\.(\d)\.pos_embed", r"positions.\1", key).replace(".relative_bias", ".table")
+            key = re.sub(r"^stages\.(\d)\.pos_embed", r"positions.\1", key)
             key = re.sub(r"^stages\.(\d)\.blocks", r"stages.\1", key)
             key = re.sub(r"^blocks", "stages.0", key).replace("head.fc", "head")
-            key = "positions.0" if key == "pos_embed" else key
-            if "attn.key" in key or "attn.query" in key:
-                letters = dict(key_block="an", key_rows="ah", key_columns="aw", key_token="ac")
-                letters |= dict(query_block="na", query_rows="ha", query_columns="wa", query_token="ca")
-                at, _, table = key.rpartition(".")
-                key = f"{at}.{letters[table]}"
-                value = value.mT if table in ("query_rows", "query_columns") else value
-            if key.endswith("table"):
-                value = value.flatten(1).mT
-            if f"{key.replace('.dwc.', '.dwc.0.')}" in own:
+            key = re.sub(r"\.attn\.(key|query)_", r".attn.\1.", key)
+            key = "positions.0" if key == "pos_embed" else key.replace(".dwc_rows.", ".dwc.1.")
+            if key.replace(".dwc.", ".dwc.0.") in own:
                 key = key.replace(".dwc.", ".dwc.0.")
-            key = key.replace(".dwc_rows.", ".dwc.1.")
-            if ".attn.qkv." in key and key not in own:
-                q = key.replace(".qkv.", ".q.")
-                state[q], state[key.replace(".qkv.", ".kv.")] = value.split([len(value) // 3, 2 * len(value) // 3])
+            if key not in own and ".attn.qkv." in key:
+                inputs = [key.replace(".qkv.", f".inputs.{i}.") for i in range(2)]
+                inputs = [name for name in inputs if name in own]
+                state |= zip(inputs, value.split([len(own[name]) for name in inputs]))
             else:
                 state[key] = value.reshape(own[key].shape)
         self.load_state_dict(state)

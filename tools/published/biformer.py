@@ -14,33 +14,37 @@ DIMS = {"biformer_t": (64, 128, 256, 512), "biformer_s": (64, 128, 256, 512), "b
 
 
 class RoutedAttention(nn.Module):
+    """Tokens of a window attend to those of the `topk` windows whose mean keys match its mean query best."""
+
     def __init__(self, dim: int, heads: int, n_win: int, topk: int):
         super().__init__()
-        self.dim, self.heads, self.n_win, self.topk, self.scale = dim, heads, n_win, topk, dim**-0.5
+        self.heads, self.n_win, self.topk, self.scale = heads, n_win, topk, dim**-0.5
         self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:  # (B, H, W, C)
-        (B, H, W, C), n, k, M = x.shape, self.n_win, self.topk, self.heads
-        P, t, D = n * n, (H // n) * (W // n), C // M
-        windows = x.view(B, n, H // n, n, W // n, C).permute(0, 1, 3, 2, 4, 5).reshape(B, P, t, C)
-        q, kv = self.qkv(windows).split([C, 2 * C], -1)
-        v_map = kv[..., C:].view(B, n, n, H // n, W // n, C).permute(0, 5, 1, 3, 2, 4).reshape(B, C, H, W).contiguous()
-        lepe = self.lepe(v_map).permute(0, 2, 3, 1)
-        routing = (self.scale * q.mean(2).detach()) @ kv[..., :C].mean(2).detach().transpose(-2, -1)  # (B, P, P)
-        idx = routing.topk(k, -1).indices
-        gathered = torch.gather(
-            kv.view(B, 1, P, t, 2 * C).expand(-1, P, -1, -1, -1),
-            2,
-            idx.view(B, P, k, 1, 1).expand(-1, -1, -1, t, 2 * C),
-        )  # (B, P, k, t, 2C)
-        keys, values = gathered.split([C, C], -1)
-        keys = keys.reshape(B * P, k * t, M, D).permute(0, 2, 3, 1)
-        values = values.reshape(B * P, k * t, M, D).transpose(1, 2)
-        q = q.reshape(B * P, t, M, D).transpose(1, 2)
-        out = ((q * self.scale) @ keys).softmax(-1) @ values  # (B*P, M, t, D)
-        out = out.view(B, n, n, M, H // n, W // n, D).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, H, W, C)
-        return self.proj(out + lepe)
+        n = self.n_win
+        B, h, w, C = len(x), x.shape[1] // n, x.shape[2] // n, x.shape[3]
+        windows = x.unflatten(2, (n, w)).unflatten(1, (n, h)).transpose(2, 3)  # (B, n, n, h, w, C)
+        q, kv = self.qkv(windows.reshape(B, n * n, h * w, C)).split((C, 2 * C), 3)
+        k, v = kv.chunk(2, 3)
+        with torch.no_grad():
+            match = self.scale * q.mean(2) @ k.mean(2).mT  # (B, n², n²)
+            routes = match.topk(self.topk).indices
+        index = routes[..., None, None].expand(-1, -1, -1, h * w, 2 * C)
+        routed = kv.unsqueeze(1).expand(-1, n * n, -1, -1, -1).gather(2, index)  # (B, n², topk, h · w, 2C)
+        keys, values = (self.split(t) for t in routed.flatten(2, 3).chunk(2, 3))
+        out = (self.split(q * self.scale) @ keys.mT).softmax(-1) @ values  # (B, n², heads, h · w, D)
+        out = self.map(out.transpose(2, 3).flatten(3), h, w)
+        local = self.lepe(self.map(v, h, w).permute(0, 3, 1, 2).contiguous())  # over a copy in NCHW
+        return self.proj(out + local.permute(0, 2, 3, 1))
+
+    def split(self, x: Tensor) -> Tensor:  # (B, n², N, C) -> (B, n², heads, N, D)
+        return x.unflatten(3, (self.heads, -1)).transpose(2, 3)
+
+    def map(self, x: Tensor, h: int, w: int) -> Tensor:  # (B, n², h · w, C) -> (B, H, W, C)
+        x = x.unflatten(2, (h, w)).unflatten(1, (self.n_win, -1)).transpose(2, 3)
+        return x.flatten(3, 4).flatten(1, 2)
 
 
 class FullAttention(nn.Module):

@@ -3,7 +3,6 @@
 """
 
 import timm
-import torch
 from saccade.backbones.ela import ELA
 from torch import Tensor, nn
 
@@ -13,13 +12,11 @@ class PublishedELA(nn.Module):
         super().__init__()
         self.conv, self.gn, self.residual = like.conv, like.gn, like.residual
 
-    def forward(self, x: Tensor) -> Tensor:
-        b, c, h, w = x.shape
-        x_h = x.mean(3, keepdim=True).view(b, c, h)
-        x_w = x.mean(2, keepdim=True).view(b, c, w)
-        a_h = torch.sigmoid(self.gn(self.conv(x_h))).view(b, c, h, 1)
-        a_w = torch.sigmoid(self.gn(self.conv(x_w))).view(b, c, 1, w)
-        y = x * a_h * a_w
+    def forward(self, x: Tensor) -> Tensor:  # (B, C, H, W)
+        def gate(axis: int) -> Tensor:
+            return self.gn(self.conv(x.mean(axis))).sigmoid().unsqueeze(axis)
+
+        y = x * gate(3) * gate(2)
         return x + y if self.residual else y
 
 
