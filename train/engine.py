@@ -160,7 +160,7 @@ def train(
     bad.share()
 
     # Resume
-    state = State(net, averaged, stepper, scaler, dump(config))
+    state = State(net, averaged, stepper, scaler, dump(config), source.class_names)
     folder = run_dir / "checkpoints"
     with sync_errors():
         said = state.load(folder, place) if resume else []

@@ -1,7 +1,7 @@
 """What changes while a model trains, and its way into a checkpoint and back."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ class State:
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
         config: str,
+        class_names: Sequence[str] = (),
     ):
         self.model, self.ema, self.optimizer, self.scaler, self.config = model, ema, optimizer, scaler, config
+        self.class_names = list(class_names)  # of the model's outputs, in order
         self.step, self.evaluated = 0, 0
         self.best: dict[str, Any] | None = None
         self._names: list[str] = []
@@ -108,6 +110,7 @@ class State:
             optimizer=optimizer,
             scaler=self.scaler.state_dict(),
             config=self.config,
+            class_names=self.class_names,
         )
         return kept, meta
 
@@ -117,6 +120,12 @@ class State:
         if found is None:
             return ["nothing saved yet: starting from the beginning"]
         tensors, meta, said = found
+        if meta.get("class_names", self.class_names) != self.class_names:
+            raise UserError(
+                f"the data's classes have changed since the checkpoint in {folder}: they were "
+                f"{_few(meta['class_names'])} and are {_few(self.class_names)}; give the data as they were, or train "
+                "a new run from its weights with checkpoint=…"
+            )
         try:
             _load(self.model, _part(tensors, "model."))
             if self.ema is not None:
@@ -144,6 +153,10 @@ def best_weights(folder: Path) -> dict[str, Tensor]:
     except checkpoint.Unreadable as error:
         raise UserError(f"{error}: train again with --overwrite") from error
     return _part(tensors, f"{meta['best']['weights']}.")
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join([*names[:5], *(["…"] if len(names) > 5 else [])])
 
 
 def _load(model: nn.Module, tensors: dict[str, Tensor]) -> None:
