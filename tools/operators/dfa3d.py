@@ -77,7 +77,7 @@ def _args(device, dtype, B, Q, heads, C, shapes, P, D):
     S, L, dims = sum(H * W for H, W in shapes), len(shapes), 3 if D else 2
     value = torch.randn(B, S, heads, C, device=device, dtype=dtype)
     depth = [torch.randn(B, S, 1, D, device=device).softmax(-1).to(dtype).requires_grad_()] if D else []
-    # Around one reference point per query, a few cells apart, as in trained layers; queries next to each other are close.
+    # Around one reference point per query, a few cells apart, as in trained layers; neighbouring queries are close.
     centre = torch.linspace(0, 1, Q, device=device)[:, None, None, None, None]
     centre = torch.cat([centre * 7 % 1, centre] + [centre * 49 % 1] * (dims - 2), -1)
     step = torch.tensor([(4 / W, 4 / H, 4 / max(D, 1))[:dims] for H, W in shapes], device=device)[:, None]

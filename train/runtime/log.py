@@ -180,7 +180,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         python=platform.python_version(),
         versions={name: version(name) for name in ("saccade", "torch", "torchvision", "timm", "mmengine", "numpy")},
-        machine=platform.platform(),
+        machine=f"{platform.system()} {platform.machine()}",
         host=platform.node(),
         cpu=cpu_name(),
         cores=os.cpu_count(),
@@ -202,7 +202,7 @@ def cpu_name() -> str:
 
 def _commit() -> str | None:
     """The commit of the repository that this file belongs to, "+" after it where files were changed since."""
-    home = Path(__file__).resolve().parents[1]
+    home = Path(__file__).resolve().parents[2]
 
     def git(*command: str) -> str:
         return subprocess.run(["git", "-C", home, *command], capture_output=True, text=True, check=True).stdout.strip()
