@@ -5,7 +5,7 @@ runs with every aten operation computed in float64 and then spoilt by as much as
 from fixed seeds. With u the unit roundoff of the operation's dtype (half its eps) and xi uniform in [-1, 1]:
 
 - Every result y is rounded to its dtype after an error of u |y| xi.
-- A sum y of n terms t, as in products of matrices and convolutions, loses sqrt(n) v (|y| + sqrt(sum t²)) xi on top, where
+- A sum y of n terms t, as in products of matrices and convolutions, loses sqrt(n) v (|y| + sqrt(sum t²)) xi more, where
   v is the unit roundoff of the accumulator, float32 or wider. For each addition rounds a partial sum, terms of random
   signs keep partial sums below |y| + sqrt(sum t²), and n independent roundings add up as sqrt(n) (N. J. Higham and
   T. Mary, A new approach to probabilistic rounding error analysis, 2019). This holds for any order of summation.
@@ -137,12 +137,8 @@ class Rounding(TorchDispatchMode):
 
 
 def simulate(run) -> list[list[Tensor]]:
-    """Return the results of run() on SAMPLES machines that round at random."""
-    samples = []
-    for seed in range(SAMPLES):
-        with Rounding(seed):
-            samples.append(run())
-    return samples
+    """Return the results of run(mode) on SAMPLES machines that round at random wherever the mode is entered."""
+    return [run(Rounding(seed)) for seed in range(SAMPLES)]
 
 
 MEASURES = {"root mean square": lambda x: x.square().mean().sqrt(), "largest": lambda x: x.abs().max()}

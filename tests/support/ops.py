@@ -1,6 +1,7 @@
 """What the operators' tests share: a kernel against its reference, the contract that every operator keeps, and Triton
 on a machine without a GPU."""
 
+import contextlib
 import functools
 import os
 import re
@@ -43,16 +44,23 @@ def rand(shape, dtype=torch.float32, seed: int = 0) -> Tensor:
     return x.to(DEVICE, dtype)
 
 
-def evaluate(f, args, seed: int = 1234) -> list[Tensor]:
-    """The outputs of f(*args), then the gradient of each floating-point tensor in args, all in float64."""
+def evaluate(f, args, seed: int = 1234, mode=None) -> list[Tensor]:
+    """Return the outputs of f(*args), then the gradient of each floating-point tensor in args, all in float64.
+
+    mode: a context manager entered for the computation itself.
+    """
+    mode = mode or contextlib.nullcontext()
     args = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
-    outs = f(*args)
+    with mode:
+        outs = f(*args)
     outs = [outs] if isinstance(outs, Tensor) else list(outs)
     dtype = next(x.dtype for x in args if isinstance(x, Tensor) and x.requires_grad)
     # Drawn in float16, so that every dtype is given the same.
     seeds = [rand(y.shape, torch.float16, seed + i).to(dtype) for i, y in enumerate(outs)]
     leaves = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
-    return [y.detach().double() for y in (*outs, *torch.autograd.grad(outs, leaves, seeds))]
+    with mode:
+        grads = torch.autograd.grad(outs, leaves, seeds)
+    return [y.detach().double() for y in (*outs, *grads)]
 
 
 def check(op, reference, *args) -> None:
@@ -62,7 +70,7 @@ def check(op, reference, *args) -> None:
     budget.assert_within(
         evaluate(op, args),
         exact=evaluate(reference, doubled),
-        samples=budget.simulate(lambda: evaluate(reference, args)),
+        samples=budget.simulate(lambda mode: evaluate(reference, args, mode=mode)),
         plain=evaluate(reference, args),
         u=torch.finfo(dtype).eps / 2,
     )
