@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..ops import agent_attention, pool_agents, resize_agent_bias, window_attention
 from .base import Isotropic, Pyramid, TokenHead, checked_size, init_linear, map_norms
-from .layers import CachedMlp, DepthwiseConv, position_table, resize_positions
+from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last, position_table, resize_positions
 from .published import fitted, opened, renamed
 
 TABLE = 7  # side of the tables of block biases, whatever the map
@@ -97,8 +97,13 @@ class AgentAttention(nn.Module):
         token_bias: tuple[Tensor, Tensor] | None = None
         if self.key_token is not None:
             token_bias = (self.key_token, self.query_token)
-        w, b = self.dwc.weight, self.dwc.bias
-        return self.proj(agent_attention(q, k, v, agents, key_bias, query_bias, self.heads, token_bias, w, b))
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+            if can_fuse(self.dwc):
+                dwc = self.dwc.weight, self.dwc.bias
+                return self.proj(agent_attention(q, k, v, agents, key_bias, query_bias, self.heads, token_bias, *dwc))
+        out = agent_attention(q, k, v, agents, key_bias, query_bias, self.heads, token_bias)
+        conv = self.dwc(v[:, self.tokens :].transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
+        return self.proj(out + F.pad(conv, (0, 0, self.tokens, 0)))
 
 
 @register_notrace_module
@@ -142,11 +147,17 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         s_h = self.shift[0] if self.always_shift or size[0] > self.window[0] else 0
         s_w = self.shift[1] if self.always_shift or size[1] > self.window[1] else 0
-        C = x.shape[2]
-        qkv = self.qkv(x).view(x.shape[0], size[0], size[1], 3, C)
-        pad = self.qkv.bias.view(3, C)
-        out = window_attention(qkv, self.heads, self.window, (s_h, s_w), self.relative_bias, pad)
-        return self.proj(out.flatten(1, 2))
+        x = x.unflatten(1, size)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+            if can_fuse(self.qkv) and self.qkv.bias is not None:
+                split = (3, x.shape[3])
+                qkv, pad = self.qkv(x).unflatten(3, split), self.qkv.bias.unflatten(0, split)
+                out = window_attention(qkv, self.heads, self.window, (s_h, s_w), self.relative_bias, pad)
+                return self.proj(out.flatten(1, 2))
+        x = F.pad(x, (0, 0, 0, -size[1] % self.window[1], 0, -size[0] % self.window[0]))
+        qkv = self.qkv(x).unflatten(3, (3, -1))
+        out = window_attention(qkv, self.heads, self.window, (s_h, s_w), self.relative_bias)
+        return self.proj(out[:, : size[0], : size[1]].flatten(1, 2))
 
 
 @register_notrace_module
@@ -267,8 +278,8 @@ class Patches(nn.Module):
             down, right = max(0, self.least - x.shape[2]), max(0, self.least - x.shape[3])
         if down > 0 or right > 0:
             x = F.pad(x, (0, right, 0, down))
-        x = self.proj(x.contiguous(memory_format=torch.channels_last))
-        return self.norm(x.contiguous(memory_format=torch.channels_last))
+        x = self.proj(channels_last(x))
+        return self.norm(channels_last(x))
 
 
 @register_notrace_module

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..ops import bilevel_routing_attention, region_routing
 from .base import Pyramid, Stage, map_norms
-from .layers import CachedMlp, DepthwiseConv
+from .layers import CachedMlp, DepthwiseConv, channels_last
 from .published import fitted, opened, renamed
 
 FULL, FULL_LEPE = -1, -2  # the published codes in `topks` for attention over the whole map, without and with LePE
@@ -161,7 +161,7 @@ class Stem(nn.Sequential):
     """Convolutions on the image, from here on channels-last in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         for layer in self:
             x = layer(x)
         return x

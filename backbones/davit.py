@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ..ops import channel_attention, window_attention
 from .base import Pyramid, Stage, init_linear, map_norms
-from .layers import CachedMlp, DepthwiseConv
+from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last
 from .published import fitted, opened, renamed
 
 EPS = 1e-5  # of every LayerNorm
@@ -46,9 +46,14 @@ class WindowAttention(nn.Module):
         return f"heads={self.heads}, window={self.window}"
 
     def forward(self, x: Tensor) -> Tensor:
-        split = [3, x.shape[3]]
-        qkv, pad = self.qkv(x).unflatten(3, split), self.qkv.bias.unflatten(0, split)
-        return self.proj(window_attention(qkv, self.heads, (self.window, self.window), pad=pad))
+        H, W, split, window = x.shape[1], x.shape[2], [3, x.shape[3]], (self.window, self.window)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+            if can_fuse(self.qkv) and self.qkv.bias is not None:
+                qkv, pad = self.qkv(x).unflatten(3, split), self.qkv.bias.unflatten(0, split)
+                return self.proj(window_attention(qkv, self.heads, window, pad=pad))
+        x = F.pad(x, (0, 0, 0, -W % self.window, 0, -H % self.window))
+        out = window_attention(self.qkv(x).unflatten(3, split), self.heads, window)
+        return self.proj(out[:, :H, :W])
 
 
 @register_notrace_module
@@ -116,7 +121,7 @@ class Stem(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=EPS, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x.contiguous(memory_format=torch.channels_last))
+        x = self.conv(channels_last(x))
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

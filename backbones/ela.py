@@ -7,12 +7,14 @@ the layer where the published code has it. Outputs are equal, and parameters map
 timm's own `create_attn("ela")` is another module.
 """
 
+import torch
 from timm.models import ResNet, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from ..ops import strip_gate
+from .layers import can_fuse
 from .mobilenet import MobileNet, cfg, loaded
 from .published import fitted, opened, renamed
 
@@ -46,8 +48,15 @@ class ELA(nn.Module):
         return f"residual={self.residual}"
 
     def forward(self, x: Tensor) -> Tensor:
-        gn = self.gn
-        return strip_gate(x, self.conv.weight, gn.weight, gn.bias, gn.num_groups, gn.eps, self.residual)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+            if can_fuse(self.conv, self.gn) and self.conv.bias is None:
+                gn = self.gn
+                return strip_gate(x, self.conv.weight, gn.weight, gn.bias, gn.num_groups, gn.eps, self.residual)
+        y = x * self.gate(x.mean(3)).unsqueeze(3) * self.gate(x.mean(2)).unsqueeze(2)
+        return x + y if self.residual else y
+
+    def gate(self, mean: Tensor) -> Tensor:  # (B, C, L) -> same
+        return self.gn(self.conv(mean)).sigmoid().to(mean.dtype)
 
 
 class ELAResNet(ResNet):
@@ -150,6 +159,7 @@ def checkpoint_filter_fn(state_dict: dict, model: ELAResNet | ELAMobileNetV2) ->
 
 def _cfg(**kwargs) -> dict:
     return cfg(
+        interpolation="bilinear",  # torchvision's default, which the published script leaves as it is
         origin_url="https://github.com/Xuwei86/ELA_Code",
         paper_name="ELA: Efficient Local Attention for Deep Convolutional Neural Networks",
         paper_ids="arXiv:2403.01123",

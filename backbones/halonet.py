@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from ..ops import halo_attention
 from .base import Backbone
+from .layers import channels_last
 from .published import opened, renamed
 
 
@@ -349,7 +350,7 @@ class HaloNet(Backbone):
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
         take, last_taken = feature_take_indices(len(self.stages) + 1, indices)
         last = len(self.stages)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         intermediates = []
         for i, layer in enumerate(self.stem):
             x = layer(x)
@@ -387,7 +388,7 @@ class HaloNet(Backbone):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, H, W) -> the last map, (B, num_features, H/32, W/32)."""
-        x = self.stem(x.contiguous(memory_format=torch.channels_last))
+        x = self.stem(channels_last(x))
         for stage in self.stages:
             x = checkpoint_seq(stage, x) if self.grad_checkpointing and not torch.jit.is_scripting() else stage(x)
         return self.final_conv(x)

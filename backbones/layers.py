@@ -1,16 +1,25 @@
 """Layers that several families share."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import GELU, trunc_normal_
 from timm.models._features_fx import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as global_hooks
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils.module_tracker import ModuleTracker
+
+from ..ops.dispatch import is_transformed, use_definition
 
 
 def _tokens_at_once(x: Tensor, hidden: int) -> int:
     """How many of the tokens x (..., C) an MLP takes at once, 0 for all: halves the time of PVT's first at batch 8."""
     token = hidden * x.element_size()
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or x.device.type != "cpu":
+    if torch.is_grad_enabled() or use_definition(x) or x.device.type != "cpu":
         return 0
     return 2**22 // token if x.numel() // x.shape[-1] * token >= 2**24 else 0
 
@@ -23,13 +32,14 @@ class CachedMlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int, **dd):
         super().__init__()
+        self.hidden = hidden
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            at_once = _tokens_at_once(x, self.fc1.out_features)
+            at_once = _tokens_at_once(x, self.hidden) if can_fuse(self.fc1, self.act, self.fc2) else 0
             if at_once:
                 pieces = x.flatten(0, -2).split(at_once)
                 return torch.cat([self.fc2(self.act(self.fc1(piece))) for piece in pieces]).view(x.shape)
@@ -84,7 +94,15 @@ class DepthwiseConv(nn.Conv2d):
 def _few_cells(x: Tensor) -> bool:
     if not torch.is_grad_enabled() or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return False
-    return not (torch.compiler.is_compiling() or torch.jit.is_tracing()) and x.shape[2] * x.shape[3] <= 16
+    return not use_definition(x) and x.shape[2] * x.shape[3] <= 16
+
+
+def channels_last(x: Tensor) -> Tensor:
+    """Return x (B, C, H, W) in channels-last memory format; as it is under torch.func's transforms, which have none."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if is_transformed():
+            return x
+    return x.contiguous(memory_format=torch.channels_last)
 
 
 def position_table(tokens: int, dim: int, **dd) -> nn.Parameter:
@@ -100,3 +118,88 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], 
     x = table[:, tokens:].transpose(1, 2).unflatten(2, old)
     x = F.interpolate(x, new, mode=mode, align_corners=False).flatten(2).transpose(1, 2)
     return torch.cat((table[:, :tokens], x.to(table.dtype)), 1)
+
+
+# Layers that operators know how to compute from their parameters. Subclasses may compute anything else.
+FUSIBLE = (nn.Linear, nn.Conv1d, nn.Conv2d, DepthwiseConv, nn.BatchNorm2d, nn.GroupNorm, nn.GELU, nn.ReLU, GELU)
+
+
+@torch.jit.unused
+def can_fuse(*layers: nn.Module) -> bool:
+    """Return whether an operator may compute `layers` from their parameters, without calling them.
+
+    It may not where that would differ from calling them: the class is not the plain one (a parametrization, a
+    quantized, low-rank or sharded replacement), something hooks into the call (pruning, weight norm, observers,
+    feature extraction, backward hooks), `forward` is overridden on the instance, a parameter is a tensor subclass, or
+    BatchNorms have no running statistics, a cumulative momentum, or differ in mode, momentum or eps.
+    """
+    if _has_global_hooks():
+        return False
+    norms = [layer for layer in layers if type(layer) is nn.BatchNorm2d]
+    for norm in norms:
+        if norm.running_mean is None or norm.weight is None or norm.momentum is None:
+            return False
+        first = norms[0]
+        if (norm.training, norm.momentum, norm.eps) != (first.training, first.momentum, first.eps):
+            return False
+    return all(_is_plain(layer) for layer in layers)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    if type(layer) not in FUSIBLE or "forward" in layer.__dict__:
+        return False
+    if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks:
+        return False
+    weight = getattr(layer, "weight", None)
+    return not is_traceable_wrapper_subclass(weight) or isinstance(weight, FunctionalTensor)
+
+
+def _has_global_hooks() -> bool:
+    """Return whether there are hooks for all modules, other than those by which a FLOP counter names modules."""
+    for registered in (
+        global_hooks._global_forward_pre_hooks,
+        global_hooks._global_forward_hooks,
+        global_hooks._global_backward_pre_hooks,
+        global_hooks._global_backward_hooks,
+    ):
+        for hook in registered.values():
+            if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
+                return True
+    return False
+
+
+class _Unused(torch.autograd.Function):
+    """Return x, and in the backward pass visit parameters without giving them a gradient."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.parameters = parameters
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, dx: Tensor) -> tuple[Tensor | None, ...]:
+        without = [p for p in ctx.parameters if p.grad is None]
+
+        def clear() -> None:
+            for p in without:
+                p.grad = None
+
+        # DDP writes zeros to .grad in a callback at the end of the pass, which would let an optimizer decay the
+        # parameters. One queued during the callbacks runs after it.
+        queue = torch.autograd.Variable._execution_engine.queue_callback
+        queue(lambda: queue(clear))
+        return dx, *[None] * len(ctx.parameters)
+
+
+@torch.jit.unused
+def mark_unused(x: Tensor, parameters: Iterable[nn.Parameter]) -> Tensor:
+    """Return x, so that under DistributedDataParallel the forward pass may leave `parameters` without a gradient.
+
+    DDP otherwise waits for them and refuses the next step, unless made with `static_graph=True` or
+    `find_unused_parameters=True`. Their `.grad` stays what it was, as in a single process.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return x
+    if DistributedDataParallel._get_active_ddp_module() is None:
+        return x
+    return _Unused.apply(x, *(p for p in parameters if p.requires_grad))

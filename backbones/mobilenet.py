@@ -3,12 +3,12 @@
 import re
 from functools import partial
 
-import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import EfficientNet
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from torch import Tensor, nn
 
+from .layers import channels_last
 from .published import fitted, renamed
 
 STAGES = {  # by generation; in timm's notation, a stage for each line of the papers' tables
@@ -29,7 +29,7 @@ class Stem(nn.Conv2d):
     """The first convolution, which takes the image channels-last: the maps that follow are, and pass faster."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x.contiguous(memory_format=torch.channels_last), self.weight, self.bias)
+        return self._conv_forward(channels_last(x), self.weight, self.bias)
 
 
 class MobileNet(EfficientNet):
@@ -83,14 +83,16 @@ def loaded(state_dict: dict[str, Tensor], model: MobileNet, first: dict, others:
     return fitted(own | {renamed(key, rules): value for key, value in state_dict.items()}, model, "blocks.")
 
 
-def cfg(first_conv: str = "conv_stem", classifier: str = "classifier", **kwargs) -> dict:
+def cfg(
+    first_conv: str = "conv_stem", classifier: str = "classifier", interpolation: str = "bicubic", **kwargs
+) -> dict:
     """A default configuration for ImageNet at 224 pixels."""
     return dict(
         num_classes=1000,
         input_size=(3, 224, 224),
         pool_size=(7, 7),
         crop_pct=0.875,
-        interpolation="bicubic",
+        interpolation=interpolation,
         mean=IMAGENET_DEFAULT_MEAN,
         std=IMAGENET_DEFAULT_STD,
         first_conv=first_conv,

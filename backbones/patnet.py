@@ -24,8 +24,10 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import gaussian_gate, relative_bias_attention, spatial_gate
+from ..ops.dispatch import use_definition
 from ..ops.relative_bias import buckets
 from .base import Pyramid, Stage
+from .layers import can_fuse, channels_last
 from .published import fitted, opened, renamed
 
 PARTS = 4  # one of which is convolved
@@ -81,13 +83,13 @@ class GatedMixer(nn.Module):
             return self.defined(x)
         else:
             gate_norm, norm = self.gate_norm, self.norm
-            # A norm that was converted, to run over several processes for example, has to run by itself.
-            if x.shape[2] * x.shape[3] == 1 or type(gate_norm) is not nn.BatchNorm2d:
+            norms = [gate_norm] if norm is None else [gate_norm, norm]
+            if x.shape[2] * x.shape[3] == 1 or not can_fuse(*norms):
                 return self.defined(x)
             affine, running = (None, None), (None, None)
             if norm is not None:
                 affine, running = (norm.weight, norm.bias), (norm.running_mean, norm.running_var)
-                _count(gate_norm, norm)
+            _count(*norms)
             n = gate_norm
             return gaussian_gate(
                 x, self.gate, n.weight, n.bias, *affine, n.running_mean, n.running_var, *running,
@@ -182,7 +184,7 @@ class SpatialAttention(nn.Module):
             return self.defined(x)
         else:
             n = self.norm
-            if type(n) is not nn.BatchNorm2d:
+            if not can_fuse(self.gate, n) or self.gate.bias is not None:
                 return self.defined(x)
             _count(n)
             norm = n.weight, n.bias, n.running_mean, n.running_var, n.training, n.momentum, n.eps
@@ -231,7 +233,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 def _tokens_at_once(x: Tensor, hidden: int) -> int:
     """How many of the tokens x (..., C) an MLP takes at once, 0 for all. A CPU is faster where they stay in its cache,
     but not where they are so few that most of what it reads are weights."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing() or x.device.type != "cpu":
+    if torch.is_grad_enabled() or use_definition(x) or x.device.type != "cpu":
         return 0
     at_once = 2**20 // (hidden * x.element_size())
     return at_once if at_once >= 1024 and x.numel() >= 2 * at_once * x.shape[-1] else 0
@@ -260,7 +262,7 @@ class FusedBlock(nn.Module):
             part = self.mixer.part
             bias = bias + w[:, part:] @ shift
             w = torch.cat((w[:, :part], w[:, part:] * scale), 1)
-        self.fc1 = _linear(w, bias)
+        self.fc1, self.hidden = _linear(w, bias), len(bias)
         w, spatial = block.mlp.fc2.weight, block.spatial
         self.dim, self.gated = len(w), 0
         if isinstance(spatial, SpatialAttention):
@@ -279,7 +281,7 @@ class FusedBlock(nn.Module):
         y = self.mixer(x)
         if self.residual:
             x = y = x + y
-        at_once = _tokens_at_once(y, self.fc1.out_features)
+        at_once = _tokens_at_once(y, self.hidden) if can_fuse(self.fc1, self.act, self.fc2) else 0
         if at_once == 0:
             return x + self.mlp(y)
         chunks = zip(x.flatten(0, 2).split(at_once), y.flatten(0, 2).split(at_once))
@@ -311,7 +313,7 @@ class Patches(nn.Module):
         down, right = max(0, self.stride - x.shape[2]), max(0, self.stride - x.shape[3])
         if down > 0 or right > 0:
             x = F.pad(x, (0, right, 0, down))
-        return self.norm(self.conv(x.contiguous(memory_format=torch.channels_last)))
+        return self.norm(self.conv(channels_last(x)))
 
     @torch.no_grad()
     def fuse(self) -> "Patches":

@@ -9,9 +9,9 @@ depends on no other image, where the published budget of keys depends on the fir
 and a query to which a score threshold leaves no key gets 0 in LV-ViT too, not NaN.
 """
 
-import contextlib
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -23,11 +23,22 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import connectivity, predict_mask, sparse_attention, sparse_mask, unpack_mask
+from ..ops.precision import no_autocast
 from .base import Isotropic, TokenHead, checked_size, init_linear
-from .layers import CachedMlp, position_table, resize_positions
+from .layers import CachedMlp, can_fuse, channels_last, mark_unused, position_table, resize_positions
 from .published import fitted, opened, renamed
 
 STRIDE = 16  # of the tokens' map
+
+
+@dataclass
+class Record:
+    """What `Sparsifiner.distill` reads of an attention layer with n tokens, which the layer fills in as it runs."""
+
+    recon: bool
+    connectivity: Tensor | None = None  # (B, heads, n-1, n), the predicted scores
+    attention: Tensor | None = None  # (B, heads, n, n), the dense softmax
+    mask: Tensor | None = None  # (B, heads, n, n) bool, the keys that were kept
 
 
 class MaskPredictor(nn.Module):
@@ -69,6 +80,7 @@ class MaskPredictor(nn.Module):
         self.proj_k = nn.Linear(head_dim, width, **dd)
         self.down = nn.Parameter(trunc_normal_(torch.empty(tokens, basis, **dd), std=0.02))
         self.up = None if share_proj else nn.Parameter(trunc_normal_(torch.empty(tokens, basis, **dd), std=0.02))
+        self.record: Record | None = None  # while `Sparsifiner.distill` runs
 
     def extra_repr(self) -> str:
         return f"budget={self.budget}, score_threshold={self.score_threshold}, coef_topk={self.coef_topk}"
@@ -76,14 +88,19 @@ class MaskPredictor(nn.Module):
     def forward(self, q: Tensor, k: Tensor, kept: Tensor | None) -> Tensor:
         """Queries and keys (B, heads, n, D) -> bits (B, heads, n, ceil(n / 32)), of the n tokens `kept` (B, n) or of
         all."""
-        if kept is not None:
-            with torch.no_grad():
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+            if self.record is not None:
+                self.record.connectivity = self.scores(q, k, kept, self.record.recon)
+                return self.select(self.record.connectivity)
+        with torch.no_grad():
+            if kept is not None:
                 return self.select(self.scores(q, k, kept))
-        up = self.down if self.up is None else self.up
-        return predict_mask(
-            q, k, self.proj_q.weight, self.proj_q.bias, self.proj_k.weight, self.proj_k.bias, self.down, up,
-            self.budget, self.score_threshold, self.coef_topk, self.coef_threshold, self.basis_threshold,
-        )  # fmt: skip
+            up = self.down if self.up is None else self.up
+            q, k, W_q, b_q, W_k, b_k = self.project(q, k)
+            return predict_mask(
+                q, k, W_q, b_q, W_k, b_k, self.down, up,
+                self.budget, self.score_threshold, self.coef_topk, self.coef_threshold, self.basis_threshold,
+            )  # fmt: skip
 
     def select(self, scores: Tensor) -> Tensor:
         """Scores (B, heads, n-1, n) -> bits. Of fewer tokens than all no more are kept than there are patches."""
@@ -94,28 +111,40 @@ class MaskPredictor(nn.Module):
 
     def scores(self, q: Tensor, k: Tensor, kept: Tensor | None, recon: bool = False) -> Tensor:
         """(B, heads, n, D) twice -> (B, heads, n-1, n), in float32 at least; see `Sparsifiner.distill` for `recon`."""
+        q, k, W_q, b_q, W_k, b_k = self.project(q, k)
         if kept is not None:
             if torch.jit.is_scripting():
-                return self.scores_of_kept(q, k, kept)
+                return self.scores_of_kept(q, k, W_q, b_q, W_k, b_k, kept)
             else:
-                with _no_autocast(q):
-                    return self.scores_of_kept(q, k, kept)
+                with no_autocast(q):
+                    return self.scores_of_kept(q, k, W_q, b_q, W_k, b_k, kept)
         up = self.down if self.up is None else self.up
         return connectivity(
-            q, k, self.proj_q.weight, self.proj_q.bias, self.proj_k.weight, self.proj_k.bias, self.down, up,
+            q, k, W_q, b_q, W_k, b_k, self.down, up,
             None if recon else self.coef_topk,
             0.0 if recon else self.coef_threshold,
             None if recon else self.basis_threshold,
         )  # fmt: skip
 
-    def scores_of_kept(self, q: Tensor, k: Tensor, kept: Tensor) -> Tensor:
-        """`connectivity`, but with rows of the tables that differ from image to image."""
+    def project(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Return q, k and the weights and biases of their projections; identities after layers that must be called."""
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+            if can_fuse(self.proj_q, self.proj_k) and self.proj_q.bias is not None and self.proj_k.bias is not None:
+                return q, k, self.proj_q.weight, self.proj_q.bias, self.proj_k.weight, self.proj_k.bias
+        q, k = self.proj_q(q), self.proj_k(k)
+        width = q.shape[3]
+        eye, zero = torch.eye(width, dtype=q.dtype, device=q.device), q.new_zeros(width)
+        return q, k, eye, zero, eye, zero
+
+    def scores_of_kept(
+        self, q: Tensor, k: Tensor, W_q: Tensor, b_q: Tensor, W_k: Tensor, b_k: Tensor, kept: Tensor
+    ) -> Tensor:
+        """Compute `connectivity` with rows of the tables that differ from image to image."""
         full = torch.promote_types(q.dtype, torch.float32)
         down = self.down.to(full)[kept]  # (B, n, K)
         up = down if self.up is None else self.up.to(full)[kept]
         q, k = q[:, :, 1:].to(full), k.to(full)
-        W_q, b_q = self.proj_q.weight.to(full), self.proj_q.bias.to(full)
-        W_k, b_k = self.proj_k.weight.to(full), self.proj_k.bias.to(full)
+        W_q, b_q, W_k, b_k = W_q.to(full), b_q.to(full), W_k.to(full), b_k.to(full)
         # (k W_kᵀ + b_k)ᵀ P, by way of kᵀ P: one product for all heads, and of K columns
         heads, D = q.shape[1], q.shape[3]
         k_down = (down.mT @ k.transpose(1, 2).flatten(2)).unflatten(2, (heads, D)).permute(0, 2, 3, 1)
@@ -128,19 +157,6 @@ class MaskPredictor(nn.Module):
             coef = coef.masked_fill(coef <= self.coef_threshold, 0.0)
         basis = up.mT.abs()
         return coef @ basis.masked_fill(basis <= self.basis_threshold, 0.0)[:, None]
-
-
-def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    device = "cpu" if x.is_meta else x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
-
-
-class Seen(NamedTuple):
-    """What an attention layer of `Sparsifiner.distill` saw, of its n tokens."""
-
-    connectivity: Tensor  # (B, heads, n-1, n), the predicted scores
-    attention: Tensor  # (B, heads, n, n), the dense softmax
-    mask: Tensor  # (B, heads, n, n) bool, the keys that were kept
 
 
 # The operators check shapes, so an fx trace keeps the layer whole.
@@ -174,6 +190,7 @@ class SparseAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.predictor = MaskPredictor(tokens, dim // heads, **predictor, **dd)
+        self.record: Record | None = None  # while `Sparsifiner.distill` runs
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, keep={self.keep}"
@@ -182,8 +199,16 @@ class SparseAttention(nn.Module):
         """Tokens (B, n, C), and which of all they are, (B, n), None if none was removed -> the output of those that go
         on (B, m, C), and where they stand among the n, (B, m), None if all do."""
         qkv = self.qkv(x)
-        q, k, _ = self.split(qkv)
-        return self.finish(sparse_attention(qkv, self.predictor(q, k, kept), self.heads), q, k)
+        q, k, v = self.split(qkv)
+        mask = self.predictor(q, k, kept)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+            if self.record is not None:
+                full = torch.promote_types(q.dtype, torch.float32)
+                attention = ((q @ k.mT).to(full) * self.scale).softmax(-1)
+                self.record.attention, self.record.mask = attention, unpack_mask(mask, q.shape[2])
+                if self.record.recon:  # attention itself is dense, and no token is removed
+                    return self.proj((attention.to(v.dtype) @ v).transpose(1, 2).flatten(2)), None
+        return self.finish(sparse_attention(qkv, mask, self.heads), q, k)
 
     def split(self, qkv: Tensor) -> list[Tensor]:
         return qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -207,20 +232,6 @@ class SparseAttention(nn.Module):
         order = weights.sort(stable=True, dim=-1, descending=True)[1][:, : self.keep]
         left = torch.cat((torch.zeros_like(order[:, :1]), order.sort(-1)[0] + 1), 1)
         return self.proj(_take(out, left)), left
-
-    def watched(self, x: Tensor, kept: Tensor | None, recon: bool) -> tuple[Tensor, Tensor | None, Seen]:
-        """`forward` and what it saw. With `recon` the attention itself is dense, and no token is removed."""
-        qkv = self.qkv(x)
-        q, k, v = self.split(qkv)
-        full = torch.promote_types(q.dtype, torch.float32)
-        attention = ((q @ k.mT).to(full) * self.scale).softmax(-1)
-        scores = self.predictor.scores(q, k, kept, recon)
-        mask = self.predictor.select(scores)
-        if recon:
-            out, left = self.proj((attention.to(v.dtype) @ v).transpose(1, 2).flatten(2)), None
-        else:
-            out, left = self.finish(sparse_attention(qkv, mask, self.heads), q, k)
-        return out, left, Seen(scores, attention, unpack_mask(mask, q.shape[2]))
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:  # (B, n, C), (B, m) -> (B, m, C)
@@ -251,16 +262,14 @@ class Block(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(self.residuals, x, kept)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+            if self.grad_checkpointing and self.attn.record is None:
+                return checkpoint(self.residuals, x, kept)
         return self.residuals(x, kept)
 
     def residuals(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
         y, left = self.attn(self.norm1(x), kept)
-        return self.rest(x, y, kept, left if self.attn.keep is not None else None)
-
-    def rest(self, x: Tensor, y: Tensor, kept: Tensor | None, left: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if left is not None:
+        if self.attn.keep is not None and left is not None:
             x, kept = _take(x, left), left if kept is None else kept.gather(1, left)
         x = torch.add(x, self.drop_path(y), alpha=self.skip)
         return torch.add(x, self.drop_path(self.mlp(self.norm2(x))), alpha=self.skip), kept
@@ -287,7 +296,7 @@ class Stem(nn.Module):
                 f"images must be {self.img_size[0]} x {self.img_size[1]}, the img_size that the mask predictors are "
                 f"made for, got {x.shape[2]} x {x.shape[3]}"
             )
-        x = self.proj(self.convs(x.contiguous(memory_format=torch.channels_last)))
+        x = self.proj(self.convs(channels_last(x)))
         return x.flatten(2).transpose(1, 2)
 
 
@@ -410,7 +419,15 @@ class Sparsifiner(Isotropic):
 
     def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
         x = self.stem(x)
-        return torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1) + self.pos_embed, self.size
+        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), 1) + self.pos_embed
+        if not torch.jit.is_scripting():
+            x = self._mark_unused(x)
+        return x, self.size
+
+    @torch.jit.unused
+    def _mark_unused(self, x: Tensor) -> Tensor:
+        """Mark what learns by `distill` alone: the predictors, whose masks are discrete, and LV-ViT's second head."""
+        return mark_unused(x, (p for n, p in self.named_parameters() if ".predictor." in n or n.startswith("aux.")))
 
     def whole(self, x: Tensor, kept: Tensor | None) -> Tensor:
         """Tokens (B, n, C) among zeros where others were removed, (B, N, C)."""
@@ -465,22 +482,25 @@ class Sparsifiner(Isotropic):
         stays. A model with a dense parent's weights is that parent then, the teacher.
         """
         x, _ = self.embed(x)
-        kept, seen, N = None, [], x.shape[1]
+        kept, layers, N = None, [], x.shape[1]
         for block in self.blocks:
-            y, left, layer = block.attn.watched(block.norm1(x), kept, recon)
-            if kept is not None:
-                (S, A, M), rows = layer, kept[:, 1:] - 1
-                S = _put(_put(S, rows, N - 1, 2), kept, N, 3)
-                A, M = (_put(_put(t, kept, N, 2), kept, N, 3) for t in (A, M))
-                layer = Seen(S, A, M)
-            seen.append(layer)
-            x, kept = block.rest(x, y, kept, left)
+            before = kept
+            record = block.attn.record = block.attn.predictor.record = Record(recon)
+            try:
+                x, kept = block(x, kept)
+            finally:
+                block.attn.record = block.attn.predictor.record = None
+            S, A, M = record.connectivity, record.attention, record.mask
+            if before is not None:
+                S = _put(_put(S, before[:, 1:] - 1, N - 1, 2), before, N, 3)
+                A, M = (_put(_put(t, before, N, 2), before, N, 3) for t in (A, M))
+            layers.append((S, A, M))
         alive = x.new_ones(x.shape[:2], dtype=torch.bool)
         if kept is not None:
             alive = _put(alive, kept, N, 1)
         x = self.norm(self.whole(x, kept))
         features = x[:, 1:] if self.aux is None else self.aux(x[:, 1:])
-        return Distillation(self.head(x), features, alive[:, 1:], *map(list, zip(*seen)))
+        return Distillation(self.head(x), features, alive[:, 1:], *map(list, zip(*layers)))
 
     @torch.jit.ignore
     @torch.no_grad()

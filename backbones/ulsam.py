@@ -16,6 +16,7 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import subspace_gate
+from .layers import can_fuse
 from .mobilenet import MobileNet, cfg, loaded
 from .published import opened
 
@@ -43,7 +44,7 @@ class ULSAM(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
-            if self._plain_norms():
+            if can_fuse(self.conv, self.norm, self.point, self.point_norm):
                 return self._gated(x)
         s = self.point_norm(self.point(F.max_pool2d(F.relu(self.norm(self.conv(x))), 3, 1, 1)))
         a = F.relu(s).flatten(2).softmax(2).view_as(s).to(x.dtype)
@@ -52,15 +53,6 @@ class ULSAM(nn.Module):
     def feature_info(self, location: str) -> dict:
         """What timm's EfficientNet asks of its blocks."""
         return dict(module="", num_chs=self.conv.out_channels)
-
-    @torch.jit.unused
-    def _plain_norms(self) -> bool:
-        """Whether the operator, which has the norms inside, can stand for them: not where something has replaced them
-        (by SyncBatchNorm, or frozen ones) or set one unlike the other."""
-        a, b = self.norm, self.point_norm
-        if type(a) is not nn.BatchNorm2d or type(b) is not nn.BatchNorm2d:
-            return False
-        return (a.training, a.momentum, a.eps) == (b.training, b.momentum, b.eps)
 
     @torch.jit.unused
     def _gated(self, x: Tensor) -> Tensor:
