@@ -1,34 +1,86 @@
 """Configurations: Python files read by mmengine, changed from the command line, checked against what they build.
 
 A config is a .py file of plain assignments; `with read_base():` inherits one base, and classes are imported. There is
-no
-schema beside the code: the keys a section may have are the arguments of what it builds.
+no schema beside the code: a section's keys are the arguments of what it builds, and their annotations say which values
+do. `Annotated[float, Range(0, 1)]` gives a number's range.
 """
 
 import ast
+import importlib.util
 import inspect
+import math
+import os
+import re
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
+from unittest.mock import patch
 
 from mmengine.config import Config, ConfigDict
 
 from .errors import UserError, closest
 
 
+@dataclass(frozen=True)
+class Range:
+    """The numbers from `low` to `high`; `open_low` and `open_high` leave out the ends themselves."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __contains__(self, number: float) -> bool:
+        above = number > self.low if self.open_low else number >= self.low
+        below = number < self.high if self.open_high else number <= self.high
+        return math.isfinite(number) and above and below
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.high):
+            return f"more than {self.low}" if self.open_low else f"{self.low} or more"
+        low = f"more than {self.low} and" if self.open_low else f"from {self.low}"
+        high = f"less than {self.high}" if self.open_high else f"{self.high}"
+        return f"{low} {high}" if self.open_low and self.open_high else f"{low} {'up ' * self.open_low}to {high}"
+
+
+Count = Annotated[int, Range(1)]
+NonNegativeInt = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, open_low=True)]
+NonNegative = Annotated[float, Range(0)]
+Fraction = Annotated[float, Range(0, 1)]
+DropRate = Annotated[float, Range(0, 1, open_high=True)]
+
+# Each of these takes the place of the other: an override of one sets the other to None.
+ALTERNATIVES = {"epochs": "iterations", "iterations": "epochs"}
+
+
+class Section(dict):
+    """A section of a config that remembers how the command line spelled its values."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.spelled: dict[str, str] = {}
+
+
 def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a config and apply overrides such as "optimizer.lr=1e-3"; values are Python literals, else strings.
 
-    Returns plain dicts with classes in place. Raises UserError where the file or an override can't be read.
+    path: a config file, or the folder of a run. An override without a value ("model.drop_path_rate=") removes the key.
+    `~` and variables such as $HOME in paths are expanded. Returns plain dicts with classes in place. Raises UserError
+    where the file or an override can't be read.
     """
-    if not Path(path).is_file():
-        raise UserError(f"there is no config {path}{closest(str(path), map(str, Path(path).parent.glob('*.py')))}")
+    file = _find(Path(path))
     try:
-        config = Config.fromfile(str(path), format_python_code=False)
+        with (
+            patch.object(ConfigDict, "update", _update),
+            patch("mmengine.config.config.get_installed_path", _package_folder),
+        ):
+            config = Config.fromfile(str(file), format_python_code=False)
         imported = getattr(config, "_imported_names", set())
-        settings = {key: _plain(value) for key, value in config.items() if key not in imported}
+        settings = Section({key: _plain(value) for key, value in config.items() if key not in imported})
     except Exception as error:  # whatever the file's own code raises
         raise UserError(f"{path} can't be read as a config: {type(error).__name__}: {error}") from error
     for override in overrides:
@@ -36,69 +88,195 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return settings
 
 
+def _find(path: Path) -> Path:
+    """Return the config file that a path means: itself, or the config.py of a run's folder."""
+    if path.is_dir():
+        if not (path / "config.py").is_file():
+            raise UserError(
+                f"there is no config in {path}: give a config file, or the folder of a run, with a config.py"
+            )
+        return path / "config.py"
+    if not path.is_file():
+        if path.suffix != ".py":
+            raise UserError(f"there is no config file and no run {path}{closest(path.name, _names(path.parent))}")
+        raise UserError(f"there is no config {path}{closest(path.name, _names(path.parent))}")
+    return path
+
+
+def _names(folder: Path) -> list[str]:
+    """List the configs and runs in a folder."""
+    configs = [file.name for file in folder.glob("*.py") if file.name != "__init__.py"]
+    return configs + [file.parent.name for file in folder.glob("*/config.py")]
+
+
+def _package_folder(package: str) -> str:
+    """Return where a package's modules are, this one's too when installed in editable mode."""
+    if package == __name__.partition(".")[0]:
+        spec = importlib.util.find_spec(f"{package}.configs")
+        return str(Path(spec.submodule_search_locations[0]).parent)
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(f"there is no package {package}")
+    return spec.submodule_search_locations[0]
+
+
+_merge = ConfigDict.update
+
+
+def _update(section: ConfigDict, *args: Any, **kwargs: Any) -> None:
+    """Do what ConfigDict.update does, but refuse to merge a dict where replacing it could be meant."""
+    for key, value in dict(*args, **kwargs).items():
+        base = dict.get(section, key)
+        kept = sorted(base.keys() - value.keys(), key=str) if isinstance(base, dict) and isinstance(value, dict) else []
+        if kept:
+            raise ValueError(
+                f"update({key}=…) would keep {', '.join(map(str, kept))} of the base's {key}: assign SECTION.{key} = "
+                f"dict(…) to replace it, or call SECTION.{key}.update(…) to change a part of it"
+            )
+    _merge(section, *args, **kwargs)
+
+
 def _plain(value: Any) -> Any:
-    if isinstance(value, ConfigDict):
-        return {k: _plain(v) for k, v in value.items()}
+    """Turn mmengine's types into plain ones and expand paths."""
+    if isinstance(value, dict):
+        return Section({k: _plain(v) for k, v in value.items()})
+    if isinstance(value, str):
+        return expand_path(value)
     return type(value)(map(_plain, value)) if isinstance(value, (list, tuple)) else value
 
 
-def _override(settings: dict, override: str) -> None:
+def expand_path(text: str) -> str:
+    """Expand `~` and environment variables in a text that is a path (begins with ~ or $, or has a slash)."""
+    if re.match(r"~\w*(/|$)|\$\{?\w+\}?/", text) or ("/" in text and "$" in text):
+        return os.path.expandvars(os.path.expanduser(text))
+    return text
+
+
+def _override(settings: Section, override: str) -> None:
+    """Apply one key=value of the command line."""
     path, equals, text = override.partition("=")
     if not equals or not path:
         raise UserError(f"{override!r} is no override: write key=value or section.key=value")
+    *names, key = path.split(".")
+    section = settings
+    for depth, name in enumerate(names):
+        if section.get(name) is None:
+            section[name] = Section()
+        section = section[name]
+        if not isinstance(section, dict):
+            raise UserError(f"{path} can't be set: {'.'.join(names[: depth + 1])} is a value, not a section")
+    if not text:
+        if key not in section:
+            raise UserError(f"{override} removes a key that the config does not set; an empty text is {path}=''")
+        del section[key]
+        return
     try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        value = text
-    *sections, key = path.split(".")
-    for depth, name in enumerate(sections):
-        if settings.get(name) is None:
-            settings[name] = {}
-        settings = settings[name]
-        if not isinstance(settings, dict):
-            raise UserError(f"{path} can't be set: {'.'.join(sections[: depth + 1])} is a value, not a section")
-    settings[key] = value
+        section[key] = _plain(ast.literal_eval(text))
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        section[key] = expand_path(text)
+    section.spelled[key] = expand_path(text)
+    other = ALTERNATIVES.get(path)
+    if other in settings and section[key] is not None and other not in settings.spelled:
+        settings[other] = None
 
 
-def check(section: str, settings: dict, *built: Callable, without: Sequence[str] = ()) -> None:
-    """Hold a section to the arguments of the callables that will receive it.
+def option_hint(option: str, value: str, keys: Sequence[str]) -> str:
+    """Explain an unknown option ("--lr", "1e-3") as the override of a config's key that it probably means."""
+    name = option.lstrip("-").replace("-", "_")
+    name = dict(learning_rate="lr", batch="batch_size", wd="weight_decay", resolution="img_size").get(name, name)
+    meant = [key for key in keys if key == name or key.endswith(f".{name}")]
+    if meant:
+        return f"unknown option {option}: write {' or '.join(f'{key}={value}' for key in meant)}"
+    near = closest(name, [key.rpartition(".")[2] for key in keys]).partition(", there is")[0]
+    return f"unknown option {option}{near}; a key of the config is changed by key=value, without dashes"
 
-    Arguments that are positional-only, or listed in `without`, are the engine's to give. Raises UserError, with the
-    closest names, for an unknown or missing key and for a value of another type than the argument is annotated with.
-    """
-    where = f"{section}." if section else ""
-    known: dict[str, inspect.Parameter] = {}
-    hints: dict[str, Any] = {}
+
+def signature(*built: Callable, without: Sequence[str] = ()) -> dict[str, tuple[Any, bool]]:
+    """Return the arguments of callables that a section can set: name -> (type hint, whether it must be given)."""
+    known: dict[str, tuple[Any, bool]] = {}
     for function in built:
+        hints = _hints(function)
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in without:
-                known.setdefault(name, parameter)
-        hints = _hints(function) | hints
+                known.setdefault(name, (hints.get(name, Any), parameter.default is parameter.empty))
+    return known
+
+
+def check(
+    section: str,
+    settings: dict,
+    *built: Callable,
+    without: Sequence[str] = (),
+    ranges: Mapping[str, Range] | None = None,
+) -> None:
+    """Check a config section against the signatures of the callables it is passed to.
+
+    Arguments that are positional-only, or listed in `without`, are not the section's to set. ranges: of arguments whose
+    annotations give none. Raises UserError, with the closest names, for an unknown or missing key, and for a value of
+    another type or out of range. Where text is wanted and the command line's text was read as a number, the text is
+    taken.
+    """
+    prefix = f"{section}." if section else ""
+    known = signature(*built, without=without)
     for key, value in settings.items():
         if key not in known:
-            raise UserError(f"unknown key {where}{key}{closest(key, known)}")
-        if not _fits(value, hints.get(key, Any)):
-            wanted = getattr(hints[key], "__name__", None) or str(hints[key]).replace("typing.", "")
-            wanted = str(hints[key]) if isinstance(hints[key], types.UnionType) else wanted
-            raise UserError(f"{where}{key} must be {wanted}, got {value!r} (values are Python literals)")
-    for key, parameter in known.items():
-        if parameter.default is parameter.empty and key not in settings:
-            raise UserError(f"{where}{key} is missing: set it in the config or with {where}{key}=… on the command line")
+            raise UserError(f"unknown key {prefix}{key}{closest(str(key), known)}")
+        hint = known[key][0]
+        spelled = getattr(settings, "spelled", {}).get(key)
+        if spelled is not None and not isinstance(value, str) and not _fits(value, hint) and _fits(spelled, hint):
+            settings[key] = value = spelled
+        if not _fits(value, hint):
+            raise UserError(f"{prefix}{key} must be {_describe(hint)}; got {value!r}")
+        allowed = (ranges or {}).get(key)
+        for number in value if isinstance(value, (list, tuple)) else (value,):
+            if allowed and _is_number(number) and number not in allowed:
+                each = "numbers, each " if isinstance(value, (list, tuple)) else ""
+                raise UserError(f"{prefix}{key} must be {each}{allowed}; got {value!r}")
+    for key, (_, required) in known.items():
+        if required and key not in settings:
+            raise UserError(
+                f"{prefix}{key} is missing: set it in the config or with {prefix}{key}=… on the command line"
+            )
+
+
+def check_finite(section: str, value: Any) -> None:
+    """Raise UserError for a number in a section that is infinite or NaN."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{section} must be a finite number; got {value}")
+    if isinstance(value, dict):
+        for key, item in value.items():
+            check_finite(f"{section}.{key}" if section else str(key), item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            check_finite(section, item)
 
 
 def _hints(function: Callable) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
+        return typing.get_type_hints(function.__init__ if isinstance(function, type) else function, include_extras=True)
     except (NameError, TypeError):  # annotations that only its own module can resolve
         return {}
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
+    """Tell whether a value is of the type and in the range that a hint gives."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if origin is typing.Literal:
-        return value in typing.get_args(hint)
+        return any(_fits(value, option) for option in args)
+    if origin is Literal:
+        return any(value == option and type(value) is type(option) for option in args)
+    if origin is Annotated:
+        ranges = [extra for extra in args[1:] if isinstance(extra, Range)]
+        return _fits(value, args[0]) and all(
+            number in allowed
+            for allowed in ranges
+            for number in (value if isinstance(value, (list, tuple)) else (value,))
+            if _is_number(number)
+        )
     hint = origin or hint
     if not isinstance(hint, type):
         return True
@@ -107,24 +285,59 @@ def _fits(value: Any, hint: Any) -> bool:
     if hint is float:
         return isinstance(value, (int, float))
     if issubclass(hint, (tuple, list)) or hint is Sequence:
-        return isinstance(value, (tuple, list))
+        if not isinstance(value, (tuple, list)):
+            return False
+        if issubclass(hint, tuple) and args and args[-1] is not Ellipsis:
+            return len(value) == len(args) and all(map(_fits, value, args))
+        return not args or all(_fits(item, args[0]) for item in value)
     return isinstance(value, hint)
 
 
+def _describe(hint: Any) -> str:
+    """Describe a type hint for people: "a number, 0 or more"."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        named = [_describe(option) for option in args if getattr(option, "__name__", "") != "Tensor"]
+        return " or ".join(dict.fromkeys(named))
+    if origin is Literal:
+        return f"{'one of ' if len(args) > 1 else ''}{', '.join(map(repr, args))}"
+    if origin is Annotated:
+        return ", ".join([_describe(args[0]), *(str(extra) for extra in args[1:] if isinstance(extra, Range))])
+    base = origin or hint
+    if base is type(None):
+        return "None"
+    words = {int: "a whole number", float: "a number", str: "text", bool: "True or False"}
+    words |= {dict: "a section, dict(key=value, …)", type: "a class"}
+    if base in words:
+        return words[base]
+    if isinstance(base, type) and (issubclass(base, (tuple, list)) or base is Sequence):
+        if not args:
+            return "a list"
+        if issubclass(base, tuple) and args[-1] is not Ellipsis:
+            return f"{len(args)} values ({', '.join(_describe(item) for item in args)})"
+        return f"a list, each item {_describe(args[0])}"
+    return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
+
+
 def check_typed(section: str, settings: Any) -> None:
-    """`check` for a section whose `type` is the class that it builds."""
+    """Check a section whose `type` is the class that it builds."""
     if not isinstance(settings, dict) or not isinstance(settings.get("type"), type):
-        raise UserError(f"{section} needs type=… , a class that the config imports")
-    check(section, {k: v for k, v in settings.items() if k != "type"}, settings["type"])
+        given = settings.get("type") if isinstance(settings, dict) else settings
+        raise UserError(f"{section} needs type=… , a class that the config file imports; got {given!r}")
+    arguments = settings["type"]
+    own = Section({k: v for k, v in settings.items() if k != "type"})
+    own.spelled = getattr(settings, "spelled", {})
+    check(section, own, arguments)
+    settings.update(own)
 
 
 def build(settings: dict, *given: Any) -> Any:
-    """`settings["type"](*given, **the rest)`."""
+    """Return `settings["type"](*given, **the rest)`."""
     return settings["type"](*given, **{k: v for k, v in settings.items() if k != "type"})
 
 
 def dump(settings: dict) -> str:
-    """The config as the text of a config file, which `load` reads back as it was."""
+    """Return the config as the text of a config file, which `load` reads back as it was."""
     classes: set[type] = set()
 
     def text(value: Any) -> str:
@@ -142,3 +355,17 @@ def dump(settings: dict) -> str:
 
     body = "".join(f"{key} = {text(value)}\n" for key, value in settings.items())
     return "".join(f"from {c.__module__} import {c.__name__}\n" for c in sorted(classes, key=str)) + "\n" + body
+
+
+def flatten(text: str) -> dict[str, str]:
+    """Return the keys of a dumped config and the source text of their values: {"optimizer.lr": "0.001", …}."""
+
+    def walk(key: str, node: ast.expr) -> Iterator[tuple[str, str]]:
+        if isinstance(node, ast.Call) and node.keywords:  # dict(key=value, …)
+            for keyword in node.keywords:
+                yield from walk(f"{key}.{keyword.arg}", keyword.value)
+        else:
+            yield key, ast.unparse(node)
+
+    statements = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
+    return {key: value for node in statements for key, value in walk(node.targets[0].id, node.value)}
