@@ -38,6 +38,7 @@ def test_wheel_holds_the_folders_as_saccade(tmp_path):
     assert {n for n in names if n.endswith(".py")} == modules()
     assert {n.split("/")[0] for n in names if ".dist-info/" not in n} == {"saccade"}
     assert "saccade/__init__.py" not in names  # a namespace: the root of the repository is no package
+    assert {n for n in names if n.endswith("py.typed")} == {"saccade/backbones/py.typed", "saccade/ops/py.typed"}
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
 
