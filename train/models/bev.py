@@ -56,11 +56,6 @@ class BevDetector(nn.Module):
         return self.head(view), codes
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        own = {f"lifter.{name}" for name in self.lifter.no_weight_decay()}
-        return own | {f"head.{name}" for name in getattr(self.head, "no_weight_decay", set)()}
-
-    @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Two layers: the image backbone, and all else. A layer_decay of 0.1 is the backbone's share of the rate."""
         return dict(stem=r"^lifter\.backbone\.", blocks=r"^(?:lifter\.(?!backbone\.)|head\.)")
@@ -239,10 +234,6 @@ class DecoderHead(nn.Module):
         for kind in self.kinds:
             nn.init.constant_(kind[-1].bias, -math.log(99))
 
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return {"query.weight"}
-
     def forward(self, view: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Of each layer, class logits (B, Q, classes) and codes (B, Q, 10): (cx, cy, log w, log l, cz, log h, sin, cos,
         vx, vy) of the yaw and in metres."""
@@ -283,6 +274,10 @@ class DecoderHead(nn.Module):
     def loss(
         self, outputs: list[tuple[Tensor, Tensor]], boxes: Sequence[Tensor], labels: Sequence[Tensor]
     ) -> dict[str, Tensor]:
+        """Boxes whose centre lies beyond pc_range in x or y, which no reference point reaches, do not count."""
+        low, high = self.low[:2], self.high[:2]
+        inside = [((b[:, :2] > b.new_tensor(low)) & (b[:, :2] < b.new_tensor(high))).all(1) for b in boxes]
+        boxes, labels = ([part[kept] for part, kept in zip(parts, inside)] for parts in (boxes, labels))
         wanted, count = [self.encode(own) for own in boxes], max(1, sum(map(len, boxes)))
         losses: dict[str, Tensor] = {}
         for i, (logits, codes) in enumerate(outputs):

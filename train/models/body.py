@@ -4,7 +4,9 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import torch
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
@@ -12,27 +14,27 @@ from ..runtime.errors import UserError
 
 
 class OnBody(nn.Module):
-    """A whole model with a `body`, which is of saccade.train.models.build.create_features and stands at `body_path` in it.
+    """A whole model with a `body`, made by saccade.train.models.build.create_features, as its `backbone`.
 
     It answers what timm's optimisers and the engine ask of a classifier. no_decay: patterns of parameters' names that
     get no weight decay, beside those that the body's own model names.
     """
 
-    body_path = "backbone.body"
     no_decay: tuple[str, ...] = ()
 
     @property
     def body(self) -> nn.Module:
-        return self.get_submodule(self.body_path)
+        return self.backbone
 
     def _own_names(self) -> dict[str, str]:
         """The body's parameters: name in this model -> name in the classifier that the body was made of."""
-        return {f"{self.body_path}.{name}": _unflattened(name) for name, _ in self.body.named_parameters()}
+        return {f"backbone.{name}": _unflattened(name) for name, _ in self.body.named_parameters()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        """Name of a parameter -> its layer, as timm's layer decay counts them: the body's, then all heads as one."""
+        """Name of a parameter -> its layer (coarse: its stage) as timm counts them: the body's, then all heads as one."""
         names = self._own_names()
-        layers = group_with_matcher(((name, None) for name in names.values()), self.body.layers, reverse=True)
+        matcher = self.body.stages if coarse else self.body.layers
+        layers = group_with_matcher(((name, None) for name in names.values()), matcher, reverse=True)
         return lambda name: float(layers[names[name]]) if name in names else math.inf
 
     def no_weight_decay(self) -> set[str]:
@@ -55,18 +57,26 @@ def freeze_batchnorm(module: nn.Module) -> None:
             child.eval()
 
 
-def float32(module: nn.Module) -> nn.Module:
-    """The module, its outputs made float32 under autocast: boxes, and the operators on them, need that precision."""
-    module.register_forward_hook(_as_float32)
+def keep_full_precision(module: nn.Module) -> nn.Module:
+    """Convert a module's half-precision outputs, as autocast makes them, to float32; returns the module.
+
+    Boxes, and the operators on them, need that precision.
+    """
+    module.register_forward_hook(_convert_output)
     return module
 
 
-def _as_float32(module: nn.Module, inputs: tuple, out: object) -> object:
-    if isinstance(out, Tensor):
-        return out.float()
-    if isinstance(out, dict):
-        return type(out)((key, _as_float32(module, (), value)) for key, value in out.items())
-    return type(out)(_as_float32(module, (), value) for value in out)
+def _convert_output(module: nn.Module, inputs: tuple, output: Any) -> Any:
+    return to_full_precision(output)
+
+
+def to_full_precision(value: Any) -> Any:
+    """Convert half-precision tensors, alone or in lists, tuples and dicts, to float32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
+    if isinstance(value, dict):
+        return {key: to_full_precision(part) for key, part in value.items()}
+    return type(value)(map(to_full_precision, value))
 
 
 def load_whole(model: nn.Module, tensors: dict[str, Tensor], file: Path, new_head: bool) -> None:

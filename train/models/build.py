@@ -75,7 +75,7 @@ def _known(name: str) -> None:
 def create_features(
     name: str,
     out_indices: Sequence[int] | Callable[[list[int]], Sequence[int]] | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | dict[str, torch.Tensor] | None = None,
     pretrained: bool = False,
     norms: bool = False,
     **kwargs: Any,
@@ -85,7 +85,8 @@ def create_features(
     out_indices: the maps wanted, or what picks them, given the strides of all (None: what the model gives); its
     `feature_info` has their channels C and strides s.
     checkpoint: a classifier's weights, or those of a published detector's or segmenter's backbone, as in `create`. The
-    classifier in them is left out; norms of the maps that a file lacks start anew. pretrained: those timm publishes.
+    classifier in them is left out; norms of the maps that a file lacks start anew. Or the tensors of such a backbone.
+    pretrained: the weights that timm publishes.
     norms: a model of ours that can have `out_norms` has them unless told otherwise, but Agent-PVT, published without.
     For optimisers it has `layers`, what the whole model's group_matcher() says, and `exempt`, its no_weight_decay().
     Raises UserError as `create` does, and where the model has no such maps.
@@ -104,35 +105,48 @@ def create_features(
             wanted = dict(out_indices=tuple(out_indices))
         given = kwargs | dict(features_only=True)
         build = partial(timm.create_model, name, **given, **wanted)
-        model = build(pretrained=pretrained) if checkpoint is None else _features_from(Path(checkpoint), build, kwargs)
+        if checkpoint is None:
+            model = build(pretrained=pretrained)
+        else:
+            model = _features_from(checkpoint if isinstance(checkpoint, dict) else Path(checkpoint), build, kwargs)
     except TypeError as error:
         raise _unknown_argument(name, error) from error
     except (ValueError, AssertionError, RuntimeError, OSError, IndexError) as error:
         said = _call(None, kwargs | wanted)
         raise UserError(f"{name} can't be built for its maps with {said}: {_first_line(error)}") from error
     model.pretrained_cfg.pop("state_dict", None)  # it would be copied with the model
-    model.layers = whole.group_matcher(coarse=False) if hasattr(whole, "group_matcher") else {}
+    matcher = getattr(whole, "group_matcher", lambda coarse: {})
+    model.layers, model.stages = matcher(coarse=False), matcher(coarse=True)
     model.exempt = set(whole.no_weight_decay()) if hasattr(whole, "no_weight_decay") else set()
     return model
 
 
-def _features_from(file: Path, build: Callable[..., nn.Module], kwargs: dict[str, Any]) -> nn.Module:
-    """`build`'s model with the weights of a file, loaded through timm's own pretrained path.
+def _features_from(
+    file: Path | dict[str, torch.Tensor], build: Callable[..., nn.Module], kwargs: dict[str, Any]
+) -> nn.Module:
+    """`build`'s model with the weights of a file, or with these tensors, loaded through timm's own pretrained path.
 
-    timm loads features without saying what did not fit, so that the file is first held to the whole model.
+    timm loads features without saying what did not fit, so the whole model is loaded first. Tensors are those of a
+    published dense model's backbone: all of them must have their place.
     """
-    name, overlay = build.args[0], _weights(file)
+    strict = isinstance(file, dict)
+    name, overlay = build.args[0], dict(state_dict=file) if strict else _weights(file)
     model = build()
     kept = {re.match(r"[a-zA-Z]+", key.removeprefix("model."))[0] for key in model.state_dict()}  # stages_0. or stages.
     try:
         timm.create_model(name, **kwargs, pretrained=True, pretrained_cfg_overlay=dict(overlay))
     except Exception as error:  # a foreign file fails wherever a model's own key mapping meets the unexpected
         problems = _disagreements(error)
-        ours = [text for key, text in problems if re.match(r"[a-zA-Z]+", key)[0] in kept]
+        ours = [
+            text
+            for key, text in problems
+            if re.match(r"[a-zA-Z]+", key)[0] in kept or (strict and not text.startswith("it lacks"))
+        ]
         if ours or not problems:
-            said = "; ".join(ours[:3]) or _first_line(error)
+            message = "; ".join(ours[:3]) or _first_line(error)
+            what = "its backbone" if strict else f"checkpoint {file}"
             raise UserError(
-                f"checkpoint {file} does not fit {name} ({said}): "
+                f"{what} does not fit {name} ({message}): "
                 "give the model.name and model arguments that it was trained with"
             ) from error
     return build(pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=-1))
@@ -250,10 +264,10 @@ def export(model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: 
                 os.replace(Path(scratch, name), temporary)
 
 
-def save_whole(model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: list[str]) -> None:
+def save_whole(model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: list[str], **entries: Any) -> None:
     """Write model.safetensors, all weights under the model's own names, and config.json: preprocessing and classes.
 
-    For models that timm does not build whole. Raises UserError where they can't be written.
+    For models that timm does not build whole. entries: further ones of config.json. Raises UserError where they can't be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(folder / "model.safetensors") as temporary:
@@ -261,4 +275,5 @@ def save_whole(model: nn.Module, folder: Path, inputs: dict[str, Any], class_nam
             save_file(tensors, temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             raise from_os(as_os_error(error), f"saving {folder / 'model.safetensors'}") from error
-    write_text(folder / "config.json", json.dumps(dict(label_names=class_names, data_config=inputs), indent=2) + "\n")
+    content = dict(label_names=class_names, data_config=inputs, **entries)
+    write_text(folder / "config.json", json.dumps(content, indent=2) + "\n")

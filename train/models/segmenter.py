@@ -80,8 +80,6 @@ class Segmenter(OnBody):
     backbone's own.
     """
 
-    body_path = "backbone"
-
     def __init__(
         self,
         backbone: nn.Module,

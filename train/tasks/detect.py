@@ -1,5 +1,7 @@
 """Object detection and instance segmentation: boxes, and masks where the detector has them."""
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -14,15 +16,17 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from ..metrics.coco import SURE, CocoMetric, encode, write_results
 from ..metrics.confusion import as_csv
-from ..models import detectors
-from ..models.body import OnBody, load_whole
-from ..models.build import create_features, probe, read_weights
+from ..models import detectors, legacy, published
+from ..models.body import OnBody
+from ..models.build import create_features, probe, save_whole
+from ..models.class_names import find_labels
 from ..runtime.checkpoint import label_names, write_text
 from ..runtime.distributed import world_size
+from ..runtime.errors import UserError
 from ..visual import boxes
-from .task import Predictor, Task
+from .task import Predictor, Task, format_counts
 
-SHOWN = 12  # pictures on a sheet
+MAX_TILES = 12  # images on a contact sheet
 
 
 class Detect(Task):
@@ -42,49 +46,55 @@ class Detect(Task):
         channels: int = 256,
         hidden: int = 1024,
         rois: int = 512,
+        rpn_samples: int = 256,
         proposals: int = 1000,
         anchor_scale: float | None = None,
         test_size: Sequence[int] = (800, 1333),
         score_thresh: float = 0.05,
         detections: int = 100,
+        pad_to: Sequence[int] | None = None,
         norm_eval: bool = False,
         no_decay: Sequence[str] = (),
     ):
         self.data, self.class_names, self.detector = data, list(data.class_names), detector
         self.masks = "mask" in detector
         self.scores = (*(("mask_ap", "mask_ap50") if self.masks else ()), "box_ap", "box_ap50")
-        self.settings = dict(channels=channels, hidden=hidden, rois=rois, proposals=proposals)
+        self.settings = dict(channels=channels, hidden=hidden, rois=rois, rpn_samples=rpn_samples, proposals=proposals)
         self.settings |= dict(anchor_scale=anchor_scale, test_size=tuple(test_size), score_thresh=score_thresh)
-        self.settings |= dict(detections=detections, norm_eval=norm_eval, no_decay=tuple(no_decay))
+        self.settings |= dict(detections=detections, pad_to=pad_to, norm_eval=norm_eval, no_decay=tuple(no_decay))
 
     def model(
         self, name: str, checkpoint: Any = None, new_head: bool = False, pretrained: bool = False, **kwargs: Any
     ) -> OnBody:
-        """The detector on the timm model `name`, which gets kwargs.
+        """Build the detector on the timm model `name`, which gets kwargs.
 
-        checkpoint: of a whole detector, or a classifier's for the backbone.
+        checkpoint: a detector's, or a classifier's for the backbone.
         """
-        tensors = read_weights(checkpoint) if checkpoint is not None else {}
-        whole = any(key.startswith(f"{OnBody.body_path}.") for key in tensors)
         levels = kwargs.pop("out_indices", None) or partial(detectors.levels, self.detector)
-        weights = None if whole else checkpoint
-        body = create_features(name, levels, weights, pretrained and not whole, norms=True, **kwargs)
-        model = detectors.create(self.detector, body, len(self.class_names), **self.settings)
-        if whole:
-            load_whole(model, tensors, Path(checkpoint), new_head)
+        tensors, settings = published.read_tensors(checkpoint) if checkpoint is not None else {}, self.settings
+        if legacy.is_legacy(tensors):
+            tensors, needed = legacy.convert(tensors)
+            settings = settings | needed
+        if not published.is_dense(tensors):
+            body = create_features(name, levels, checkpoint, pretrained, norms=True, **kwargs)
+            return detectors.create(self.detector, body, len(self.class_names), **self.settings)
+        first_norm = self.detector != "retinanet"
+        body = published.load_backbone(name, levels, tensors, checkpoint, first_norm, **kwargs)
+        model = detectors.create(self.detector, body, len(self.class_names), **settings)
+        published.load_heads(model, tensors, checkpoint, new_head)
         return model
 
     def probe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Show the detector a black picture; raises UserError in its own words if it can't take it."""
+        """Show the detector a black image; raises UserError in its own words if it can't take it."""
         probe(_Listed(model), inputs["input_size"])
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """(the sum of the detector's losses, each of them)."""
+        """Return (the sum of the detector's losses, each of them)."""
         losses = model(*batch)
         return sum(losses.values()), {name.removeprefix("loss_"): loss.detach() for name, loss in losses.items()}
 
     def evaluate(self, model: nn.Module, batches: Iterable) -> tuple[dict[str, float], dict[str, Any] | None]:
-        """COCO's numbers in percent; see saccade.train.metrics.coco, which says what the detail has."""
+        """Return COCO's metrics in percent; see saccade.train.metrics.coco, which says what the detail has."""
         metric = None
         for images, targets in batches:
             if metric is None:
@@ -102,16 +112,35 @@ class Detect(Task):
         metric.split = split
         return metric
 
-    def sample(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
+    def select_classes(self, model: nn.Module, indices: Sequence[int]) -> None:
+        """Have the model predict its classes `indices` only, numbered in that order; other detections are dropped."""
+
+        def renumber(module: nn.Module, images: Any, outputs: Any) -> Any:
+            if module.training:
+                return outputs
+            selected = []
+            for output in outputs:
+                positions = find_labels(output["labels"] - 1, indices)  # labels count from 1
+                kept = positions >= 0
+                selected.append({k: v[kept] for k, v in output.items()} | dict(labels=positions[kept] + 1))
+            return selected
+
+        model.register_forward_hook(renumber)
+
+    def draw_batch(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
         """Draw a training batch, as the detector gets it, into folder/pictures/batch.png."""
         tiles = []
         for image, target in list(zip(*batch))[:16]:
             labels = [int(label) - 1 for label in target["labels"]]
             masks = list(target["masks"].cpu().numpy()) if "masks" in target and labels else None
-            names, colours = [self.class_names[k] for k in labels], [boxes.class_color(k) for k in labels]
-            drawn = boxes.draw_boxes(to_pil_image(image.cpu()), target["boxes"].tolist(), names, colours, masks)
+            names, colors = [self.class_names[k] for k in labels], [boxes.class_color(k) for k in labels]
+            drawn = boxes.draw_boxes(to_pil_image(image.cpu()), target["boxes"].tolist(), names, colors, masks)
             tiles.append((drawn, f"{image.shape[2]}x{image.shape[1]}, {len(labels)} objects"))
         return boxes.save_tiles(tiles, folder / "pictures" / "batch.png")
+
+    def export(self, model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: list[str]) -> None:
+        """Write model.safetensors and config.json, which names the classes and their ids in the data's json."""
+        save_whole(model, folder, inputs, class_names, category_ids=list(self.data.categories))
 
     def report(self, folder: Path, detail: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
         """Write classes.csv, every class's numbers, and detections.json, in COCO's submission format."""
@@ -120,45 +149,41 @@ class Detect(Task):
         kind = "mask_ap" if self.masks else "box_ap"
         known = [row for row in detail["classes"] if row.get(kind) is not None]
         worst = sorted(known, key=lambda row: row[kind])[:5]
-        said = [f"  {row['class']}: {kind} {row[kind]:.1f} ({row['objects']} objects)" for row in worst]
-        wrong = {name: sum(len(row[name]) for row in detail["pictures"]) for name in ("missed", "false", "confused")}
-        return dict(mistakes=wrong), ["the hardest classes:", *said] if len(known) > 5 else said
+        lines = [f"  {row['class']}: {kind} {row[kind]:.1f} ({row['objects']} objects)" for row in worst]
+        mistakes = {name: sum(len(row[name]) for row in detail["pictures"]) for name in ("missed", "false", "confused")}
+        return dict(mistakes=mistakes), ["the worst classes:", *lines] if len(known) > 5 else lines
 
-    def pictures(
-        self, folder: Path, model: nn.Module | None = None, images: Any = None, detail: Any = None
-    ) -> list[Path]:
-        """After training: curves. After testing: detections on pictures, the worst ones, precision against recall."""
-        if model is None:
-            return super().pictures(folder)
-        place, drawn = folder / "pictures", []
-        numbers = {category["id"]: category["name"] for category in self.data.truth(detail["split"])["categories"]}
-        found: dict[int, list] = {}
+    def draw_results(self, folder: Path, model: nn.Module, dataset: Any, detail: Any) -> list[Path]:
+        """Draw detections on some images, the images with most mistakes, and precision against recall."""
+        figures, files = folder / "pictures", []
+        names = {category["id"]: category["name"] for category in self.data.truth(detail["split"])["categories"]}
+        detections: dict[int, list] = {}
         for result in detail["results"]:
             if result["score"] >= SURE:
-                found.setdefault(result["image_id"], []).append(result)
+                detections.setdefault(result["image_id"], []).append(result)
         ids = sorted(row["image_id"] for row in detail["pictures"])
         tiles = []
-        for image_id in ids[:: max(1, len(ids) // SHOWN)][:SHOWN]:
-            record = [_object(numbers[r["category_id"]], r) for r in found.get(image_id, ())]
-            picture = images.picture(image_id)
-            tiles.append((draw(picture, record, self.class_names), f"image {image_id}: {len(record)} found"))
+        for image_id in ids[:: max(1, len(ids) // MAX_TILES)][:MAX_TILES]:
+            objects = [_to_object(names[r["category_id"]], r) for r in detections.get(image_id, ())]
+            drawn = boxes.draw_detections(dataset.picture(image_id), objects, self.class_names, legend=False)
+            tiles.append((drawn, f"image {image_id}: {len(objects)} detections"))
         if tiles:
-            drawn.append(boxes.save_tiles(tiles, place / "detections.png"))
-        rows = [row for row in detail["pictures"] if row["missed"] or row["false"] or row["confused"]][:SHOWN]
+            files.append(boxes.save_tiles(tiles, figures / "detections.png"))
+        rows = [row for row in detail["pictures"] if row["missed"] or row["false"] or row["confused"]][:MAX_TILES]
         if rows:
-            tiles = [boxes.draw_mistake(images.picture(row["image_id"]), row, numbers) for row in rows]
-            drawn.append(boxes.save_tiles(tiles, place / "worst.png"))
+            tiles = [boxes.draw_mistakes(dataset.picture(row["image_id"]), row, names) for row in rows]
+            files.append(boxes.save_tiles(tiles, figures / "worst.png"))
         if detail["precision"]:
-            file = place / "precision_recall.png"
-            drawn.append(boxes.plot_precision_recall(detail["precision"], self.class_names, file))
-        return drawn
+            file = figures / "precision_recall.png"
+            files.append(boxes.plot_precision_recall(detail["precision"], self.class_names, file))
+        return files
 
     @classmethod
     def predictor(
-        cls, folder: Path, settings: dict[str, Any], place: torch.device, threshold: float = 0.5
+        cls, folder: Path, settings: dict[str, Any], device: torch.device, threshold: float = 0.5
     ) -> "DetectionPredictor":
-        """threshold: the least score of what is shown."""
-        return DetectionPredictor(cls, folder, settings, place, threshold)
+        """threshold: the lowest score, from 0 to 1, of the objects that are predicted."""
+        return DetectionPredictor(cls, folder, settings, device, threshold)
 
 
 class _Listed(nn.Module):
@@ -173,53 +198,83 @@ class _Listed(nn.Module):
 
 
 class DetectionPredictor(Predictor):
-    """The objects on a picture: {"objects": [{"name", "score", "box": [left, top, right, bottom], "mask"}, …]}.
+    """Predicts the objects on an image: {"objects": [{"name", "score", "box": [left, top, right, bottom], "mask"}, …]}.
 
     A mask is COCO's run-length encoding: {"size": [H, W], "counts": text}.
     """
 
-    def __init__(self, task: type[Detect], folder: Path, settings: dict, place: torch.device, threshold: float):
-        self.names = label_names(folder)
+    def __init__(self, task: type[Detect], folder: Path, settings: dict, device: torch.device, threshold: float):
+        if not 0 <= threshold <= 1:
+            percent = f" (did you mean {threshold / 100:g}?)" if 1 < threshold <= 100 else ""
+            raise UserError(f"--threshold must be a score from 0 to 1, got {threshold:g}{percent}")
+        self.class_names = label_names(folder)
+        content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self.category_ids = content.get("category_ids", range(1, len(self.class_names) + 1))
         arguments = {key: value for key, value in settings["task"].items() if key != "type"}
-        job = task(SimpleNamespace(class_names=self.names), **arguments)
-        self.model = job.restore(folder, settings["model"]).to(place).eval()
-        self.place, self.threshold = place, threshold
+        restored = task(SimpleNamespace(class_names=self.class_names), **arguments)
+        self.model = restored.restore(folder, settings["model"]).to(device).eval()
+        self.device, self.threshold = device, threshold
 
-    def batch(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        pixels = [pil_to_tensor(image.convert("RGB")).to(self.place).float() / 255 for image in images]
+    def predict(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        tensors = [pil_to_tensor(image.convert("RGB")).to(self.device).float() / 255 for image in images]
         records = []
-        for output in self.model(pixels):
+        for output in self.model(tensors):
             kept = output["scores"] >= self.threshold
             columns = {key: values[kept].cpu() for key, values in output.items()}
             objects = []
             for i, label in enumerate(columns["labels"].tolist()):
-                found = dict(name=self.names[label - 1], score=columns["scores"][i].item())
-                found["box"] = columns["boxes"][i].tolist()
+                one = dict(name=self.class_names[label - 1], score=columns["scores"][i].item())
+                one["box"] = columns["boxes"][i].tolist()
                 if "masks" in columns:
-                    found["mask"] = encode(columns["masks"][i, 0])
-                objects.append(found)
+                    one["mask"] = encode(columns["masks"][i, 0])
+                objects.append(one)
             records.append(dict(objects=objects))
         return records
 
-    def say(self, record: dict[str, Any]) -> str:
+    def describe(self, record: dict[str, Any]) -> str:
         return ", ".join(f"{o['name']} {100 * o['score']:.0f} %" for o in record["objects"]) or "nothing"
 
-    def draw(self, image: Image.Image, record: dict[str, Any]) -> Image.Image:
-        return draw(image, record["objects"], self.names)
+    def summarize(self, records: Sequence[dict[str, Any]]) -> str:
+        counts = Counter(o["name"] for record in records for o in record["objects"])
+        empty = sum(not record["objects"] for record in records)
+        return f"{counts.total()} objects: {format_counts(counts)}" + (f"; {empty} images without any" * (empty > 0))
+
+    def draw(self, image: Image.Image, record: dict[str, Any], limit: int = 50) -> Image.Image:
+        return boxes.draw_detections(image, record["objects"], self.class_names, limit)
+
+    def to_coco(self, records: Sequence[tuple[Path, tuple[int, int], dict[str, Any]]]) -> dict[str, Any]:
+        """Return a dict of COCO's images, categories and annotations, these with a score.
+
+        An image's id is its file's number where all names are different numbers (000000000139.jpg), else its position.
+        """
+        numbers = [int(path.stem) if path.stem.isascii() and path.stem.isdecimal() else None for path, *_ in records]
+        if None in numbers or len(set(numbers)) < len(numbers):
+            numbers = range(1, len(records) + 1)
+        ids = dict(zip(self.class_names, self.category_ids))
+        images, annotations = [], []
+        for number, (path, (width, height), record) in zip(numbers, records):
+            images.append(dict(id=number, file_name=str(path), width=width, height=height))
+            for one in record["objects"]:
+                left, top, right, bottom = one["box"]
+                annotation = dict(id=len(annotations) + 1, image_id=number, category_id=ids[one["name"]], iscrowd=0)
+                annotation |= dict(bbox=[left, top, right - left, bottom - top], score=one["score"])
+                annotation["area"] = (right - left) * (bottom - top)
+                if "mask" in one:
+                    annotation |= dict(segmentation=one["mask"], area=mask_area(one["mask"]))
+                annotations.append(annotation)
+        categories = [dict(id=number, name=name) for name, number in ids.items()]
+        return dict(images=images, categories=categories, annotations=annotations)
 
 
-def _object(name: str, result: dict[str, Any]) -> dict[str, Any]:
-    """A detection in COCO's submission format as the predictor has it."""
+def _to_object(name: str, result: dict[str, Any]) -> dict[str, Any]:
+    """Return a detection of COCO's results format as the predictor has it."""
     x, y, width, height = result["bbox"]
-    found = dict(name=name, score=result["score"], box=[x, y, x + width, y + height])
-    return found | (dict(mask=result["segmentation"]) if "segmentation" in result else {})
+    one = dict(name=name, score=result["score"], box=[x, y, x + width, y + height])
+    return one | (dict(mask=result["segmentation"]) if "segmentation" in result else {})
 
 
-def draw(image: Image.Image, objects: Sequence[dict[str, Any]], names: Sequence[str]) -> Image.Image:
-    """A picture with the objects that the predictor found on it."""
+def mask_area(mask: dict[str, Any]) -> int:
+    """Return the number of pixels of a run-length encoded mask."""
     from pycocotools import mask as coder
 
-    masks = [coder.decode(o["mask"]) for o in objects if "mask" in o]
-    colours = [boxes.class_color(names.index(o["name"])) for o in objects]
-    captions = [f"{o['name']} {o['score']:.2f}" for o in objects]
-    return boxes.draw_boxes(image, [o["box"] for o in objects], captions, colours, masks or None)
+    return int(coder.area(mask))

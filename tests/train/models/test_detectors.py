@@ -1,18 +1,18 @@
 """Detectors around timm's models, and the task that trains, tests and predicts with them."""
 
 import math
+import re
 from functools import partial
 
 import pytest
 import timm
 import torch
-from saccade.train.models import detectors
-from saccade.train.models.body import load_whole
+from saccade.train.models import detectors, legacy, roi_heads
 from saccade.train.models.build import create, create_features
-from saccade.train.models.cascade import CascadeHeads
+from saccade.train.models.published import load_heads
 from saccade.train.runtime.errors import UserError
 from timm.optim import create_optimizer_v2
-from torchvision.ops import MultiScaleRoIAlign, box_iou
+from torchvision.ops import box_iou
 
 SMALL = dict(
     biformer_t=dict(dims=(32, 64, 64, 64), depths=(1,) * 4, n_win=2, topks=(1, 2, 4, -2)),
@@ -93,27 +93,13 @@ def test_pyramid(name):
     """Of any model, maps of strides 4 to 32 and one more; pictures of any size are padded to what they need."""
     torch.manual_seed(0)
     model = small(name=name).eval()
-    assert model.backbone.strides == [4, 8, 16, 32]
-    maps = model.backbone(torch.randn(1, 3, 96, 160))
-    assert [tuple(y.shape) for y in maps.values()] == [(1, 16, 96 // s, 160 // s) for s in (4, 8, 16, 32)] + [
-        (1, 16, 2, 3)
-    ]
+    assert model.roi_head.strides == [4, 8, 16, 32]
+    maps = model.maps(torch.randn(1, 3, 96, 160))
+    assert [tuple(y.shape) for y in maps] == [(1, 16, 96 // s, 160 // s) for s in (4, 8, 16, 32)] + [(1, 16, 2, 3)]
     with torch.no_grad():
         (found,) = model([torch.rand(3, 61, 87)])
     assert found["masks"].shape[1:] == (1, 61, 87) and len(found["boxes"]) <= 100
     assert (found["boxes"][:, 2] <= 87).all() and (found["boxes"] >= 0).all()
-
-
-def test_anchors():
-    """Eight strides wide at ratios 1/2, 1, 2; RetinaNet's four strides and two sizes between, from stride 8 to 128."""
-    cells = small("mask_rcnn").rpn.anchor_generator.cell_anchors
-    assert [cell[1].tolist() for cell in cells] == [[-4 * s, -4 * s, 4 * s, 4 * s] for s in (4, 8, 16, 32, 64)]
-    width, height = (cells[0][2, 2:] - cells[0][2, :2]).tolist()
-    assert height / width == pytest.approx(2, rel=0.05) and height * width == pytest.approx(32**2, rel=0.05)
-    cells = small("retinanet").anchor_generator.cell_anchors
-    assert len(cells) == 5 and [len(cell) for cell in cells] == [9] * 5
-    sides = sorted({round((w * h).sqrt().item()) for _, _, w, h in 2 * cells[0]})
-    assert all(any(abs(side - 32 * 2 ** (i / 3)) < 1.5 for i in range(3)) for side in sides)
 
 
 LEARNING = dict(
@@ -160,8 +146,8 @@ def test_batchnorm_in_evaluation():
         before = {name: tensor.clone() for name, tensor in model.state_dict().items() if "running_mean" in name}
         sum(model([image], [target]).values()).backward()
         moved = {name for name, tensor in before.items() if not torch.equal(model.state_dict()[name], tensor)}
-        assert any(name.startswith("roi_heads.") for name in moved)
-        assert any(name.startswith("backbone.body.") for name in moved) == (not norm_eval)
+        assert any(name.startswith("roi_head.") for name in moved)
+        assert any(name.startswith("backbone.") for name in moved) == (not norm_eval)
         assert all(p.grad is not None for p in model.parameters())
 
 
@@ -177,9 +163,9 @@ def test_layer_decay(name, layers):
     theirs = {id(p): group["lr_scale"] for group in expected.param_groups for p in group["params"]}
     least = min(theirs.values())
     assert len(set(scales.values())) == len(set(theirs.values())) == layers
-    assert {scales[n] for n in scales if not n.startswith("backbone.body")} == {1.0}
+    assert {scales[n] for n in scales if not n.startswith("backbone.")} == {1.0}
     shapes = sorted((tuple(p.shape), theirs[id(p)] / least) for n, p in whole.named_parameters() if "head" not in n)
-    ours = {n: p for n, p in model.named_parameters() if n.startswith("backbone.body.")}
+    ours = {n: p for n, p in model.named_parameters() if n.startswith("backbone.")}
     mine = sorted((tuple(p.shape), scales[n] / min(scales.values())) for n, p in ours.items())
     assert set(mine) <= set(shapes)
 
@@ -205,7 +191,7 @@ def test_checkpointed_gradients():
         model.set_grad_checkpointing(enable)
         sum(model([image], [target]).values()).backward()
         gradients.append([p.grad for p in model.parameters()])
-    assert any(getattr(m, "grad_checkpointing", False) for m in model.backbone.body.modules())
+    assert any(getattr(m, "grad_checkpointing", False) for m in model.body.modules())
     for one, other in zip(*gradients, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -223,53 +209,158 @@ def test_autocast(detector):
             losses.append(model.train()([image], [target]))
     for name, loss in losses[0].items():
         assert losses[1][name].dtype == torch.float32 and losses[1][name].isfinite()
-        if detector == "retinanet" or "objectness" in name or "rpn" in name:  # others' samples depend on proposals
+        if detector == "retinanet" or "rpn" in name:  # others' samples depend on proposals
             assert losses[1][name].item() == pytest.approx(loss.item(), rel=0.05), name
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         (found,) = model.eval()([image])
     assert all(found[name].dtype == torch.float32 for name in ("boxes", "scores"))
 
 
-def cascade(rois: int = 8) -> CascadeHeads:
-    return CascadeHeads(MultiScaleRoIAlign(["0"], 7, 2), 4, 8, 2, rois=rois, score_thresh=0.3, detections=2)
+def cascade(**kwargs) -> roi_heads.CascadeRoIHead:
+    arguments = dict(strides=[4], channels=4, hidden=8, num_classes=2, rois=100, score_thresh=0.3, detections=2)
+    return roi_heads.CascadeRoIHead(**arguments | dict(masks=False) | kwargs)
 
 
 def test_cascade_samples():
-    """The overlap that makes a positive rises by stage; true boxes are among the sampled and marked."""
+    """The overlap that makes a positive rises by stage; true boxes come first and are marked."""
     target = dict(boxes=torch.tensor([[0.0, 0.0, 10.0, 10.0]]), labels=torch.tensor([2]))
     # Overlaps of 0.55, 0.65, 0.75 and 0.
     proposals = torch.tensor([[0, 0, 10, 5.5], [0, 0, 10, 6.5], [0, 0, 10, 7.5], [20, 20, 30, 30]])
-    for stage, expected in enumerate([[2, 2, 2, 0, 2], [0, 2, 2, 0, 2], [0, 0, 2, 0, 2]]):
-        (boxes,), (matched,), (labels,), (added,) = cascade(100)._sample(stage, [proposals], [target])
-        assert labels.tolist() == expected and added.tolist() == [False] * 4 + [True]
-        assert torch.equal(boxes[4], target["boxes"][0]) and matched.tolist() == [0] * 5
+    for overlap, positives in ((0.5, [0, 1, 2, 3]), (0.6, [0, 2, 3]), (0.7, [0, 3])):
+        sampled = cascade().sample(proposals, target, overlap, low_quality=False)
+        assert sampled.labels.tolist() == [1] * len(positives) + [2] * (5 - len(positives))
+        assert torch.equal(sampled.boxes[: len(positives)], torch.cat((target["boxes"], proposals))[positives])
+        assert sampled.target.tolist() == [0] * len(positives)
+        assert sampled.is_truth.tolist() == [True] + [False] * 4
     nothing = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.int64))
-    (boxes,), _, (labels,), _ = cascade(100)._sample(0, [proposals], [nothing])
-    assert torch.equal(boxes, proposals) and not labels.any()
+    sampled = cascade().sample(proposals, nothing, 0.5, low_quality=False)
+    assert torch.equal(sampled.boxes, proposals) and sampled.labels.tolist() == [2] * 4
 
 
-def test_cascade_detections():
-    """By hand: the lower of two that overlap goes, the low score goes, the best two of the rest stay."""
-    boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9.0], [20, 0, 30, 10], [40, 0, 50, 10], [60, 0, 60, 10]])
-    scores = torch.tensor([[0, 0.9, 0.1], [0.1, 0.8, 0.1], [0.2, 0.1, 0.7], [0.5, 0.4, 0.1], [0, 0.99, 0.01]])
-    found = cascade()._detect(boxes, scores)
-    assert found["boxes"].tolist() == [[0, 0, 10, 10], [20, 0, 30, 10]]
-    assert found["labels"].tolist() == [1, 2] and found["scores"].tolist() == pytest.approx([0.9, 0.7])
+def test_cascade_trains_each_stage_on_the_boxes_before_it():
+    """The second stage samples the first one's refined boxes, without the true boxes, which are added again."""
+    torch.manual_seed(0)
+    head = cascade(rois=8).double()
+    seen = []
+    sample = head.sample
+    head.sample = lambda proposals, target, *args, **kwargs: (
+        seen.append(proposals) or sample(proposals, target, *args, **kwargs)
+    )
+    target = dict(boxes=torch.tensor([[4.0, 4.0, 20.0, 20.0]]).double(), labels=torch.tensor([1]))
+    proposals = torch.tensor([[5.0, 4.0, 21.0, 20.0], [30.0, 30.0, 40.0, 38.0]]).double()
+    with torch.no_grad():
+        head.bbox_head[0].fc_reg.bias.view(2, 4)[0] = torch.tensor([-0.5, 0.0, 0.0, 0.0])  # class 0 moves left
+        for layer in (head.bbox_head[0].fc_reg, head.bbox_head[0].fc_cls):
+            layer.weight.zero_()
+        head.bbox_head[0].fc_cls.bias[:] = torch.tensor([0.0, 1.0, 9.0])  # of the classes, the second wins
+    losses = head.loss([torch.randn(1, 4, 12, 12).double()], [proposals], [target], [(48, 48)])
+    assert [len(boxes) for boxes in seen] == [2, 2, 2]
+    positive = proposals[0] - torch.tensor([0.5 * 0.1 * 16, 0, 0.5 * 0.1 * 16, 0]).double()  # its own class, 0
+    torch.testing.assert_close(seen[1][0], positive)
+    torch.testing.assert_close(seen[1][1], proposals[1])  # background: the best class, which does not move
+    assert sorted(losses) == [f"s{i}.loss_{name}" for i in range(3) for name in ("bbox", "cls")]
 
 
-def test_whole_detectors_weights(tmp_path):
-    """Go into one of other classes but for what has the classes' size; another detector's are refused."""
+def test_weights_of_whole_detectors(tmp_path):
+    """Go into one of other classes but for what has the classes' size; another detector's are refused by name."""
     torch.manual_seed(0)
     source, other = small(classes=3), small(classes=5)
     tensors = source.state_dict()
-    load_whole(other, tensors, tmp_path, new_head=True)
-    unlike = {n for n, t in other.state_dict().items() if n not in tensors or not torch.equal(t, tensors[n])}
-    predictors = ("roi_heads.box_predictor.", "roi_heads.mask_predictor.mask_fcn_logits.")
-    assert unlike and all(name.startswith(predictors) for name in unlike)
-    with pytest.raises(UserError, match=r"is of another model: roi_heads.box_predictor.cls_score.weight is \(4, 32\)"):
-        load_whole(other, tensors, tmp_path, new_head=False)
-    with pytest.raises(UserError, match="is of another model"):
-        load_whole(small("retinanet"), tensors, tmp_path, new_head=True)
+    left_out = load_heads(other, tensors, tmp_path, new_head=True)
+    predictors = ("roi_head.bbox_head.fc_", "roi_head.mask_head.conv_logits.")
+    assert left_out and all(name.startswith(predictors) for name in left_out)
+    for name, value in other.state_dict().items():
+        if not name.startswith("backbone."):
+            assert torch.equal(value, tensors[name]) == (name not in left_out), name
+    with pytest.raises(
+        UserError, match=r"is of a Mask R-CNN and .*fc_cls.weight is \(4, 32\) there and \(6, 32\) here"
+    ):
+        load_heads(other, tensors, tmp_path)
+    with pytest.raises(UserError, match="is of a Mask R-CNN and does not fit: it lacks neck"):
+        load_heads(small("retinanet"), tensors, tmp_path, new_head=True)
+    truncated = {k: v for k, v in tensors.items() if "shared_fcs.1" not in k}
+    with pytest.raises(UserError, match=r"it lacks roi_head\.bbox_head\.shared_fcs\.1\.weight"):
+        load_heads(other, truncated, tmp_path, new_head=True)
+
+
+@pytest.mark.parametrize("detector", ["retinanet", "mask_rcnn", "cascade_mask_rcnn"])
+def test_detectors_of_version_0_1_open(detector):
+    """Torchvision's names, background first: converted, they give the same boxes for the same weights."""
+    torch.manual_seed(0)
+    model = small(detector, class_agnostic=True, score_thresh=0.0, detections=5, relu_before_extra=True).eval()
+    tensors = model.state_dict()
+    old = {}
+    for key, value in tensors.items():
+        if ".fc_cls." in key:
+            value = torch.cat((value[-1:], value[:-1]))
+        elif ".fc_reg." in key and len(value) > 4:
+            value = torch.cat((torch.randn_like(value[:4]), value))
+        elif ".conv_logits." in key:
+            value = torch.cat((torch.randn_like(value[:1]), value))
+        elif ".retina_cls." in key:
+            value = value.unflatten(0, (9, -1))
+            value = torch.cat((torch.randn_like(value[:, :1]), value), 1).flatten(0, 1)
+        old[old_name(key)] = value
+    assert legacy.is_legacy(old) and not legacy.is_legacy(tensors)
+    with pytest.warns(UserWarning, match="trained by saccade 0.1"):
+        converted, arguments = legacy.convert(old)
+    assert (
+        arguments
+        == dict(retinanet=dict(relu_before_extra=True), mask_rcnn={}, cascade_mask_rcnn=dict(class_agnostic=True))[
+            detector
+        ]
+    )
+    assert converted.keys() == tensors.keys()
+    for key, value in tensors.items():
+        assert torch.equal(converted[key], value), key
+
+
+def old_name(key: str) -> str:
+    """The name that saccade 0.1 gave a detector's parameter."""
+    for pattern, replacement in (
+        (r"^backbone\.", "backbone.body."),
+        (r"^neck\.lateral_convs\.(\d)\.conv", r"backbone.fpn.inner_blocks.\1.0"),
+        (r"^neck\.fpn_convs\.([34])\.conv", lambda m: f"backbone.fpn.extra_blocks.p{int(m[1]) + 3}"),
+        (r"^neck\.fpn_convs\.(\d)\.conv", r"backbone.fpn.layer_blocks.\1.0"),
+        (r"^rpn_head\.rpn_conv", "rpn.head.conv.0.0"),
+        (r"^rpn_head\.rpn_cls", "rpn.head.cls_logits"),
+        (r"^rpn_head\.rpn_reg", "rpn.head.bbox_pred"),
+        (r"^bbox_head\.cls_convs\.(\d)\.conv", r"head.classification_head.conv.\1.0"),
+        (r"^bbox_head\.reg_convs\.(\d)\.conv", r"head.regression_head.conv.\1.0"),
+        (r"^bbox_head\.retina_cls", "head.classification_head.cls_logits"),
+        (r"^bbox_head\.retina_reg", "head.regression_head.bbox_reg"),
+        (r"^roi_head\.bbox_head\.(\d)\.shared_convs\.(\d)\.conv", r"roi_heads.box_heads.\1.\2.0"),
+        (r"^roi_head\.bbox_head\.(\d)\.shared_convs\.(\d)\.bn", r"roi_heads.box_heads.\1.\2.1"),
+        (r"^roi_head\.bbox_head\.(\d)\.shared_fcs\.0", r"roi_heads.box_heads.\1.5"),
+        (r"^roi_head\.bbox_head\.(\d)\.fc_cls", r"roi_heads.box_predictors.\1.cls_score"),
+        (r"^roi_head\.bbox_head\.(\d)\.fc_reg", r"roi_heads.box_predictors.\1.bbox_pred"),
+        (r"^roi_head\.bbox_head\.shared_fcs\.(\d)", lambda m: f"roi_heads.box_head.fc{int(m[1]) + 6}"),
+        (r"^roi_head\.bbox_head\.fc_cls", "roi_heads.box_predictor.cls_score"),
+        (r"^roi_head\.bbox_head\.fc_reg", "roi_heads.box_predictor.bbox_pred"),
+        (r"^roi_head\.mask_head\.(\d)\.convs\.(\d)\.conv", r"roi_heads.mask_heads.\1.0.\2.0"),
+        (r"^roi_head\.mask_head\.(\d)\.upsample", r"roi_heads.mask_heads.\1.1.conv5_mask"),
+        (r"^roi_head\.mask_head\.(\d)\.conv_logits", r"roi_heads.mask_heads.\1.1.mask_fcn_logits"),
+        (r"^roi_head\.mask_head\.convs\.(\d)\.conv", r"roi_heads.mask_head.\1.0"),
+        (r"^roi_head\.mask_head\.upsample", "roi_heads.mask_predictor.conv5_mask"),
+        (r"^roi_head\.mask_head\.conv_logits", "roi_heads.mask_predictor.mask_fcn_logits"),
+    ):
+        renamed = re.sub(pattern, replacement, key)
+        if renamed != key:
+            return renamed
+    raise AssertionError(f"no old name of {key}")
+
+
+def test_padding_of_neighbours():
+    """An image's result depends on the padding its batch gives it, unless pad_to makes that the same for all."""
+    torch.manual_seed(0)
+    wide, small_one = torch.rand(3, 64, 128), torch.rand(3, 64, 64)
+    for pad_to in (None, (96, 160)):
+        model = small("retinanet", score_thresh=0.0, detections=5, pad_to=pad_to).eval()
+        batch = model.batch([255 * small_one], pad_to)
+        assert batch.images.shape[2:] == (pad_to or (64, 64)) and batch.padded == [(64, 64)]
+        with torch.no_grad():
+            (alone,), (beside, _) = model([small_one]), model([small_one, wide])
+        assert torch.allclose(alone["boxes"], beside["boxes"], atol=1e-3) == (pad_to is not None)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,205 @@
+"""Whole detectors, segmenters and lifters from their authors' files, which OpenMMLab's tools wrote.
+
+Such a file is a torch pickle with `state_dict` and `meta`. It is read by torch's weights-only reader, so that no code
+of it runs. The heads here have the parameter names of those files, and the backbones' names are mapped by their
+`checkpoint_filter_fn`, so that loading is a comparison of names and shapes.
+"""
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..runtime import config as configs
+from ..runtime.errors import UserError
+from .build import create_features, read_weights
+
+# What NumPy scalars in `meta` are made of, under the module names of NumPy 1 and 2.
+NUMPY_SCALARS = [np.dtype, *(kind for name, kind in vars(np.dtypes).items() if name.endswith("DType"))]
+NUMPY_SCALARS += [
+    (type(np.float64(0)).__reduce__(np.float64(0))[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
+]
+HEADS = ("neck.", "bbox_head.", "rpn_head.", "roi_head.", "decode_head.", "auxiliary_head.")
+
+
+class Published(NamedTuple):
+    """What a file holds."""
+
+    tensors: dict[str, Tensor]
+    classes: tuple[str, ...] | None  # in label order, where the file names them
+    version: str  # "mmdet 2.25.3", or "" where the file does not say
+
+
+def read_published(file: str | Path) -> Published:
+    """Read a file that OpenMMLab wrote, or a bare state dict. Raises UserError where it can't be read."""
+    file = Path(file)
+    if not file.is_file():
+        raise UserError(f"there is no checkpoint {file}")
+    try:
+        with torch.serialization.safe_globals(NUMPY_SCALARS):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle and tensor readers each have their own
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"checkpoint {file} can't be read as weights ({first}): it is damaged, no checkpoint at all, or holds "
+            "objects that are not weights, as files of mmdet 3 and mmseg 1 do; save its state_dict alone"
+        ) from error
+    meta = content.get("meta", {}) if isinstance(content, dict) else {}
+    tensors = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise UserError(f"checkpoint {file} has no weights: a file must hold a state_dict")
+    # EMAHook keeps a second copy under flattened names; the averaged weights are those under the plain names.
+    tensors = {k.removeprefix("module."): t for k, t in tensors.items() if not k.startswith("ema_")}
+    names = meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
+    version = next(
+        (f"{kind} {meta[f'{kind}_version']}" for kind in ("mmdet", "mmseg") if f"{kind}_version" in meta), ""
+    )
+    return Published(tensors, tuple(map(str, names)) if names else None, version)
+
+
+def is_dense(tensors: dict[str, Tensor]) -> bool:
+    """Return whether the tensors are a whole detector's or segmenter's in OpenMMLab's names, as ours are too."""
+    return any(key.startswith("backbone.") for key in tensors) and any(key.startswith(HEADS) for key in tensors)
+
+
+def read_tensors(file: str | Path) -> dict[str, Tensor]:
+    """Read the tensors of any file of weights or run folder; of a checkpoint of a run, its best weights."""
+    file = Path(file)
+    if file.suffix == ".safetensors" or not file.is_file():
+        return read_weights(file)
+    return read_published(file).tensors
+
+
+def load_backbone(
+    name: str, levels: Any, tensors: dict[str, Tensor], file: str | Path, first_norm: bool = True, **kwargs: Any
+) -> nn.Module:
+    """Build the backbone of `create_features` with the `backbone.` part of a whole model's tensors, all of it.
+
+    first_norm: whether the norm of the finest map must be there.
+    """
+    own = {key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")}
+    body = create_features(name, levels, norms=True, **kwargs)
+    state = body.state_dict()
+    counts = {key: value for key, value in state.items() if key.endswith("num_batches_tracked")}
+    if state.keys() == (counts | own).keys() and all(state[key].shape == value.shape for key, value in own.items()):
+        body.load_state_dict(counts | own)
+        return body
+    if any("out_norms." in key for key in state):
+        check_map_norms(tensors, 4, not first_norm, file)
+    try:
+        return create_features(name, levels, own, norms=True, **kwargs)
+    except UserError as error:
+        raise UserError(f"checkpoint {file} is of {describe(tensors)}, and {error}") from error
+
+
+def describe(tensors: dict[str, Tensor]) -> str:
+    """Name the kind of model that tensors are of, by their keys."""
+    has = lambda pattern: any(re.match(pattern, key) for key in tensors)  # noqa: E731
+    kind = "a backbone or a classifier"
+    if has(r"decode_head\."):
+        kind = "a segmenter with UPerNet" if has(r"decode_head\.psp_modules") else "a segmenter"
+        kind = "a segmenter with Semantic FPN" if has(r"decode_head\.scale_heads") else kind
+    elif has(r"bbox_head\.retina_cls"):
+        kind = "a RetinaNet"
+    elif has(r"roi_head\.bbox_head\.0\."):
+        kind = f"a Cascade {'Mask ' if has(r'roi_head.mask_head') else ''}R-CNN"
+    elif has(r"roi_head\.bbox_head\."):
+        kind = f"a {'Mask' if has(r'roi_head.mask_head') else 'Faster'} R-CNN"
+    elif has(r"bbox_head\.(fc_cls|0\.fc_cls)"):
+        kind = "an R-CNN of mmdet 1, whose heads have other names and label order"
+    elif has(r"(bbox_head|neck|rpn_head)\."):
+        kind = "a detector of another kind"
+    return kind
+
+
+def load_heads(model: nn.Module, tensors: dict[str, Tensor], file: str | Path, new_head: bool = False) -> list[str]:
+    """Load all of a model but its backbone from tensors of whole models; returns the keys that were left out.
+
+    new_head: weights whose shape depends on the number of classes may differ, and then stay as they are. Raises
+    UserError, with what the file is and what differs, where anything else does not fit.
+    """
+    ours = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
+    theirs = {key: value for key, value in tensors.items() if not key.startswith("backbone.")}
+    optional = lambda key: key.endswith("num_batches_tracked")  # noqa: E731
+    missing = [key for key in ours if key not in theirs and not optional(key)]
+    unexpected = [key for key in theirs if key not in ours and not optional(key)]
+    resized = [key for key in ours if key in theirs and ours[key].shape != theirs[key].shape]
+    by_class = [key for key in resized if re.search(r"\.(fc_cls|fc_reg|conv_logits|retina_cls|conv_seg)\.", key)]
+    if missing or unexpected or len(resized) > len(by_class) or (resized and not new_head):
+        faults = [f"it lacks {key}" for key in missing[:2]] + [f"it has {key}" for key in unexpected[:2]]
+        for key in resized[:2]:
+            faults.append(f"{key} is {tuple(theirs[key].shape)} there and {tuple(ours[key].shape)} here")
+        count = len(missing) + len(unexpected) + len(resized)
+        more = f" and {count - len(faults)} more" if count > len(faults) else ""
+        hint = "give the model and task sections that it was trained with"
+        if not missing and not unexpected and len(resized) == len(by_class):
+            hint = "the number of classes differs"
+        raise UserError(
+            f"checkpoint {file} is of {describe(tensors)} and does not fit: {'; '.join(faults)}{more}; {hint}"
+        )
+    kept = {key: value for key, value in theirs.items() if key in ours and key not in resized}
+    model.load_state_dict(kept, strict=False)
+    return resized
+
+
+def check_map_norms(tensors: dict[str, Tensor], count: int, optional_first: bool, file: str | Path) -> None:
+    """Raise UserError where a published backbone lacks some norms of its `count` maps, which would start untrained."""
+    norms = {m[1] for key in tensors if (m := re.match(r"backbone\.(extra_norms\.\d+|norm\d)\.weight", key))}
+    if len(norms) < count - optional_first:
+        raise UserError(
+            f"checkpoint {file} lacks norms of its backbone's maps (it has {', '.join(sorted(norms)) or 'none'}): "
+            "give model.out_norms=False if it was trained without, or a complete file"
+        )
+
+
+def load_published(
+    config: str,
+    file: str | Path,
+    *,
+    num_classes: int | None = None,
+    task: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Build a published detector, segmenter or lifter with its authors' weights, in evaluation mode.
+
+    config: a recipe's name below configs/, such as "coco/mask_rcnn_biformer_s_1x", or a config file's path.
+    file: the authors' .pth, `meta` with `state_dict` as OpenMMLab writes it, or a bare state dict; of files with
+    averaged weights those. num_classes: of the head (None: as many as the file names, or its head has).
+    task, model: settings that replace those of the config's sections of these names.
+
+    Parameters are made in torch's default dtype. The model has `class_names`, from the file or "class 0", …. Raises
+    UserError, in one sentence, where the file is another model's or can't be read.
+    """
+    path = Path(config)
+    if path.suffix != ".py":
+        path = Path(__file__).parents[2] / "configs" / f"{config}.py"
+    settings = configs.load(path)
+    published = read_published(file)
+    names = published.classes
+    if num_classes is not None and (names is None or len(names) != num_classes):
+        names = None
+    elif names is not None:
+        num_classes = len(names)
+    else:
+        num_classes = count_classes(published.tensors)
+    if names is None:
+        names = tuple(f"class {i}" for i in range(num_classes))
+    section = settings["task"] | (task or {})
+    job = configs.build(section, SimpleNamespace(class_names=list(names)))
+    built = job.model(**settings["model"] | (model or {}), checkpoint=file)
+    built.class_names = list(names)
+    return built.eval()
+
+
+def count_classes(tensors: dict[str, Tensor]) -> int:
+    """Return the number of classes of a file's head."""
+    for key, background in (("fc_cls.weight", 1), ("conv_seg.weight", 0)):
+        for weight in (tensor for name, tensor in tensors.items() if name.endswith(key)):
+            return len(weight) - background
+    if "bbox_head.retina_cls.weight" in tensors:
+        return len(tensors["bbox_head.retina_cls.weight"]) // (len(tensors["bbox_head.retina_reg.weight"]) // 4)
+    raise UserError("num_classes must be given: the file has no head that tells it")
