@@ -2,12 +2,14 @@
 
   python tools/train.py configs/digits/resnet18.py
   python tools/train.py configs/digits/resnet18.py optimizer.lr=5e-4 epochs=10 --run-dir runs/short
+  python tools/train.py configs/digits/resnet18.py model.drop_path_rate=      without this key of the config
+  python tools/train.py runs/short --resume
   torchrun --nproc_per_node=2 tools/train.py configs/digits/resnet18.py
   python tools/train.py configs/finetune/folder.py data.root=/path/to/images checkpoint=weights.safetensors
 
-Exit codes: 0 done, 2 something to mend (one sentence says what), 65 data that are damaged (more than data.max_bad
-samples), 74 a file could not be written,
-75 stopped by SIGTERM or SIGUSR1 with everything saved (the same command with --resume goes on).
+Exit codes: 0 done, 2 an error to fix (one sentence says what), 65 damaged data (more than data.max_bad samples), 74 a
+file could not be written, 75 stopped by SIGTERM or SIGUSR1 and 130 by Ctrl-C, with everything saved (the same command
+with --resume continues).
 """
 
 import argparse
@@ -15,33 +17,57 @@ import os
 import sys
 from pathlib import Path
 
-from saccade.train import engine
-from saccade.train.runtime import config
-from saccade.train.runtime.distributed import process_group, sync_errors
-from saccade.train.runtime.errors import run
-
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="a config file, or the config.py of an earlier run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("config", type=Path, help="a config file, or the folder of an earlier run (or its config.py)")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the config; values are Python literals"
     )
     parser.add_argument("--run-dir", type=Path, help="where to write (default: runs/ and the config's folder and name)")
-    parser.add_argument(
-        "--resume", action="store_true", help="go on from the run folder's last checkpoint, if it has one"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")
     parser.add_argument("--overwrite", action="store_true", help="start again, removing the earlier run's files")
-    args = parser.parse_intermixed_args()
-    run_dir = args.run_dir or Path("runs", args.config.resolve().parent.name, args.config.stem)
+    args, unknown = parser.parse_known_intermixed_args()
+
+    # Imported here, so that --help answers at once.
+    from saccade.train import engine
+    from saccade.train.runtime import config
+    from saccade.train.runtime.distributed import process_group, sync_errors
+    from saccade.train.runtime.errors import UserError
+    from saccade.train.runtime.run_folder import is_run, removed_if_empty
+
+    path = args.config.expanduser()
     resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
     with process_group():
         with sync_errors():
-            settings = config.load(args.config, args.overrides)
+            if unknown:
+                keys = engine.known_keys(config.load(path))
+                raise UserError(config.option_hint(*option_and_value(unknown[0]), keys))
+            settings = config.load(path, args.overrides)
             engine.validate(settings)
-        engine.prepare_folder(run_dir, resume, args.overwrite)
-        engine.train(run_dir, resume, **settings)
+            folder = path if path.is_dir() else path.parent
+            run_dir = args.run_dir and args.run_dir.expanduser()
+            if run_dir is None and is_run(folder):  # of an earlier run, to resume or overwrite in place
+                run_dir = folder
+            elif run_dir is None:
+                run_dir = Path("runs", path.resolve().parent.name, path.stem)
+        with removed_if_empty(run_dir):
+            engine.prepare_folder(run_dir, resume, args.overwrite)
+            engine.train(run_dir, resume, **settings)
+
+
+def option_and_value(option: str) -> tuple[str, str]:
+    """Return an unknown option ("--lr=1e-3", or "--lr" followed by "1e-3") and its value."""
+    name, equals, value = option.partition("=")
+    if not equals:
+        after = sys.argv[sys.argv.index(option) + 1 :]
+        value = after[0] if after and not after[0].startswith("--") else "…"
+    return name, value
 
 
 if __name__ == "__main__":
+    from saccade.train.runtime.errors import run
+
     sys.exit(run(main))

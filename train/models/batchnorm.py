@@ -18,6 +18,8 @@ def check_batch_statistics(
     frozen: modules that stay in eval mode. images: those of one forward pass of a process. probe: runs the model on one
     image.
     """
+    if images > 1:
+        return
     model.train()
     for module in frozen:
         module.eval()
@@ -38,6 +40,6 @@ def check_batch_statistics(
         synchronized = isinstance(norms[name], (SyncBatchNorm, nn.SyncBatchNorm))
         if count * images * (world_size() if synchronized else 1) == 1:
             raise UserError(
-                f"{name or 'the model'} is a BatchNorm that would get one value per channel to train on ({images} image "
-                "in a forward pass of a process, a map of 1x1): raise batch_size, lower accumulate, or take larger images"
+                f"{name or 'the model'} is a BatchNorm that would train on one value per channel (a map of 1x1, one "
+                "image in a forward pass of a process): raise batch_size, lower accumulate, or take larger images"
             )

@@ -2,12 +2,14 @@
 
 The tensors are named ("model.…", "ema.…", "optimizer.state.PARAMETER.KEY"); step, best metric, config and the like are
 JSON in the file's metadata, beside a SHA-256 over all of it that is verified on reading. Nothing is pickled. A file is
-written under a temporary name in its own folder, flushed to the disk and renamed, so that what has its final name is
-whole. A run keeps `last`, the `previous` one, and the `best`.
+written under a temporary name in its own folder, flushed to the disk and renamed, so that a file with its final name is
+complete. A run keeps `last`, the `previous` one, and the `best`.
 """
 
 import hashlib
+import inspect
 import json
+import math
 import os
 import re
 import shutil
@@ -28,18 +30,19 @@ LAST, PREVIOUS, BEST = "last.safetensors", "previous.safetensors", "best.safeten
 
 
 class Unreadable(Exception):
-    """A file that can't be read as a checkpoint; the message says which and why."""
+    """A file that can't be read as a checkpoint; the message names it and the reason."""
 
 
 class Foreign(Unreadable):
-    """A whole safetensors file that is no checkpoint of a training run."""
+    """A valid safetensors file that is not a checkpoint of a training run."""
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` to write to; the block's end makes it `path`, durably, or leaves `path` untouched.
+    """Write to a temporary file and atomically rename it to `path` on success.
 
-    Raises UserError (exit code 74 for a full disk, 2 for a missing permission), the temporary file removed.
+    Yields the temporary file's path. Where the block raises, `path` is left as it was. Raises UserError (exit code 74
+    for a full disk, 2 for a missing permission).
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -58,7 +61,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def as_os_error(error: OSError | SafetensorError) -> OSError:
-    """safetensors wraps the system's error into its own text: "… Os { code: 28, kind: StorageFull, message: … }"."""
+    """Return the system's error that safetensors wraps in its text: "… Os { code: 28, kind: StorageFull, … }"."""
     if isinstance(error, OSError):
         return error
     code = re.search(r"code: (\d+)|os error (\d+)", str(error))
@@ -81,13 +84,31 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a small file as a checkpoint is written: whole or not at all."""
+    """Write a text file atomically. Bytes of file names that are no text (lone surrogates) are escaped."""
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """Return a value as strict JSON, in which numbers that are not finite (undefined metrics) are null."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, float) and not math.isfinite(value):
+            return None
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return list(map(plain, value)) if isinstance(value, (list, tuple)) else value
+
+    return json.dumps(plain(value), indent=indent, allow_nan=False)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as an indented file of strict JSON, atomically."""
+    write_text(path, to_json(value, 2) + "\n")
 
 
 def digest(tensors: dict[str, Tensor], meta: str) -> str:
-    """SHA-256 over names, dtypes, shapes, bytes and metadata of contiguous CPU tensors."""
+    """Return the SHA-256 over names, dtypes, shapes, bytes and metadata of contiguous CPU tensors."""
     sha = hashlib.sha256(meta.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
@@ -96,10 +117,11 @@ def digest(tensors: dict[str, Tensor], meta: str) -> str:
     return sha.hexdigest()
 
 
-def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], best: bool) -> None:
-    """Write `last`, keep the one before as `previous`, and where `best`, keep the new one under that name too.
+def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], best: bool, rotate: bool = True) -> None:
+    """Write `last`; keep the one before it as `previous`, and where `best`, keep the new one under that name too.
 
-    tensors: of any device and layout. meta: what JSON can say. Raises UserError, earlier files untouched.
+    tensors: of any device and layout. meta: values that JSON has. rotate: False where `last` is of the same step, so
+    that `previous` stays. Raises UserError, earlier files untouched.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(meta, sort_keys=True)
@@ -107,14 +129,14 @@ def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], best: b
         save_file(tensors, temporary, {"saccade": text, "sha256": digest(tensors, text)})
         if best:
             _link(temporary, folder / BEST)
-        if (folder / LAST).exists():
+        if rotate and (folder / LAST).exists():
             _link(folder / LAST, folder / PREVIOUS)
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a checkpoint file and verify it.
 
-    Raises Unreadable for a file that is not whole, Foreign for a whole safetensors file that `save` did not write.
+    Raises Unreadable for a damaged file, Foreign for a valid safetensors file that `save` did not write.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -123,7 +145,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     except (SafetensorError, OSError, UnicodeDecodeError) as error:
         raise Unreadable(f"{path} can't be read ({error})") from error
     if "saccade" not in metadata:
-        raise Foreign(f"{path} is no checkpoint of a training run")
+        raise Foreign(f"{path} is not a checkpoint of a training run")
     if digest(tensors, metadata["saccade"]) != metadata.get("sha256"):
         raise Unreadable(f"{path} is damaged (contents and checksum disagree)")
     return tensors, json.loads(metadata["saccade"])
@@ -139,47 +161,54 @@ def _link(source: Path, target: Path) -> None:
 
 
 def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]] | None:
-    """The newest whole checkpoint of a run: tensors, metadata, and what was wrong with newer files.
+    """Read a run's newest intact checkpoint: tensors, metadata, and a message for each newer file that is damaged.
 
-    None where nothing was saved yet. Raises UserError where files are there but none is whole.
+    Returns None where nothing was saved yet. Raises UserError where there are files and all are damaged.
     """
-    complaints = []
+    messages = []
     for name in (LAST, PREVIOUS):
         if (folder / name).exists():
             try:
-                return *read(folder / name), complaints
+                return *read(folder / name), messages
             except Unreadable as error:
-                complaints.append(str(error))
-    if complaints:
-        raise UserError(f"no checkpoint is whole ({'; '.join(complaints)}): start again with --overwrite")
+                messages.append(str(error))
+    if messages:
+        raise UserError(f"every checkpoint is damaged ({'; '.join(messages)}): start again with --overwrite")
     return None
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimiser's state by name: the tensors, and what JSON can say (its groups' settings, plain numbers)."""
+    """Return an optimizer's state by parameter name: tensors, and plain values (its groups' settings among them)."""
     names = _parameter_names(optimizer, model)
     state = optimizer.state_dict()
-    kept = {f"state.{names[i]}.{key}": v for i, entries in state["state"].items() for key, v in entries.items()}
+    entries = {f"state.{names[i]}.{key}": v for i, values in state["state"].items() for key, v in values.items()}
     for i, group in enumerate(state["param_groups"]):
-        kept |= {f"group.{i}.{key}": v for key, v in group.items() if key not in ("params", "param_names")}
-    tensors = {name: value for name, value in kept.items() if isinstance(value, Tensor)}
-    return tensors, {name: value for name, value in kept.items() if name not in tensors}
+        entries |= {f"group.{i}.{key}": v for key, v in group.items() if key not in ("params", "param_names")}
+    tensors = {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+    return tensors, {name: value for name, value in entries.items() if name not in tensors}
 
 
 def load_optimizer_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor], plain: dict[str, Any]
 ) -> None:
-    """Put back what `optimizer_state` returned. Raises KeyError where the model has not the same parameters."""
+    """Load what `optimizer_state` returned; the groups' settings (lr, weight_decay, …) stay as the optimizer has them.
+
+    Of the groups only counters are loaded, such as LAMB's `step`: what is no argument of the optimizer. Parameters that
+    are no longer trained are skipped, and those newly trained begin without a state. Raises KeyError for an entry of a
+    parameter that the model does not have.
+    """
     names = _parameter_names(optimizer, model)
     index, parameters = {name: i for i, name in enumerate(names)}, dict(model.named_parameters())
+    settings = {*inspect.signature(type(optimizer)).parameters, *optimizer.defaults, "initial_lr", "lr_scale"}
     state = optimizer.state_dict()
     state["state"] = {}
     for full, value in {**tensors, **plain}.items():
         kind, _, rest = full.partition(".")
         name, _, key = rest.rpartition(".")
         if kind == "group":
-            state["param_groups"][int(name)][key] = tuple(value) if isinstance(value, list) else value
-        else:
+            if key not in settings and int(name) < len(state["param_groups"]):
+                state["param_groups"][int(name)][key] = tuple(value) if isinstance(value, list) else value
+        elif name in index or name not in parameters:
             if isinstance(value, Tensor) and value.shape == parameters[name].shape:
                 value = shard_tensor(value, parameters[name])
             state["state"].setdefault(index[name], {})[key] = value
@@ -196,7 +225,7 @@ def _parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list
 
 
 def label_names(folder: Path) -> list[str]:
-    """The classes of a finished run's model. Raises UserError where its config.json does not name them."""
+    """Return the class names of a finished run's model. Raises UserError where its config.json does not have them."""
     try:
         return json.loads((folder / "config.json").read_text(encoding="utf-8"))["label_names"]
     except (OSError, ValueError, KeyError) as error:

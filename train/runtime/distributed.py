@@ -1,6 +1,6 @@
-"""Processes that train together: started by torchrun (any number of machines), or just one without it.
+"""Distributed training: processes started by torchrun on any number of machines, or a single one without it.
 
-CPU tensors travel by gloo, CUDA tensors by nccl. All the functions work in a single process too, where they do nothing.
+CPU tensors are sent by gloo, CUDA tensors by nccl. All functions work in a single process too, where they do nothing.
 """
 
 import hashlib
@@ -8,6 +8,7 @@ import os
 import random
 import re
 import signal
+import time
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
@@ -23,57 +24,109 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import UserError
+from .errors import INTERRUPTED, PREEMPTED, UserError
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """This process's number, 0 … world() - 1; number 0 writes files and the log."""
+    """Return this process's number, 0 … world_size() - 1; number 0 writes files and the log."""
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what torchrun tells each process
+# Launchers that start several processes without telling them what torchrun does: variable with their number -> name.
+LAUNCHERS = {"SLURM_STEP_NUM_TASKS": "srun", "OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "mpiexec"}
+
+
+def is_distributed() -> bool:
+    """Tell whether this process is one of several that torchrun (or another launcher, as torchrun does) has started.
+
+    Left-over variables of one process (WORLD_SIZE=1, RANK=0) are a single process. Raises UserError for variables that
+    are incomplete or contradict each other, and for several processes that know nothing of one another.
+    """
+    given = {name: os.environ[name] for name in TORCHRUN if os.environ.get(name)}
+    numbers = {}
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"):
+        text = os.environ.get(name) or "0"
+        if not text.isdecimal():
+            raise UserError(f"the environment variable {name}={text} must be a whole number: unset it, or use torchrun")
+        numbers[name] = int(text)
+    missing = [name for name in TORCHRUN if name not in given]
+    if not missing:
+        if numbers["RANK"] >= numbers["WORLD_SIZE"]:
+            raise UserError(
+                f"RANK={numbers['RANK']} must be less than WORLD_SIZE={numbers['WORLD_SIZE']}: unset both environment "
+                "variables, or start with torchrun"
+            )
+        return numbers["WORLD_SIZE"] > 1 or "TORCHELASTIC_RUN_ID" in os.environ
+    if numbers["WORLD_SIZE"] > 1 or numbers["RANK"] > 0:
+        stated = ", ".join(f"{name}={value}" for name, value in given.items())
+        raise UserError(
+            f"the environment has {stated} but not {', '.join(missing)}: start several processes with torchrun, or "
+            f"unset {', '.join(given)} to train in one"
+        )
+    for name, launcher in LAUNCHERS.items():
+        count = os.environ.get(name, "")
+        if count.isdecimal() and int(count) > 1:
+            raise UserError(
+                f"{launcher} has started {count} processes that would each train alone ({name}={count}): have it start "
+                "one torchrun on each machine, as tools/slurm.sh does"
+            )
+    return False
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
     """Join the processes that torchrun started, for the duration of the block.
 
-    Raises UserError where one of them goes away.
+    Raises UserError where they can't be reached, and where one of them ends early.
     """
-    if "WORLD_SIZE" not in os.environ:
+    if not is_distributed():
         yield
         return
     cuda = torch.cuda.is_available()
     if cuda:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    store, number, count = next(dist.rendezvous("env://"))
-    if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
-        # Processes that torchrun starts again find the addresses of those before them in the store that it keeps. On
-        # several machines it has to make a new one each time (docs/train.md), for they count restarts differently.
-        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, store=store, rank=number, world_size=count)
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK") or 0))
+    address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(f"waiting for WORLD_SIZE={os.environ['WORLD_SIZE']} processes to meet at {address}", flush=True)
+    try:
+        store, number, count = next(dist.rendezvous("env://"))
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
+            # Processes that torchrun restarts find the addresses of those before them in the store that it keeps. On
+            # several machines it has to make a new one each time (docs/train.md): they count restarts differently.
+            store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=number, world_size=count)
+    except dist.DistError as error:
+        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+        raise UserError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} processes could not meet at {address} ({reason}): start them with "
+            "torchrun, or unset WORLD_SIZE to train in one"
+        ) from error
     try:
         yield
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # what they hold of the group, freed after it, can hang for ever
         if isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error)):
-            raise UserError(f"process {rank()} stops because another has; that one's message says why") from error
+            raise UserError(f"process {rank()} ends because another has; see that one's message") from error
         raise
     finally:
         dist.destroy_process_group()
 
 
 def choose_device(name: str | None) -> torch.device:
-    """`name`, or this process's GPU, or the CPU where there is none. Raises UserError for a GPU that is not there."""
+    """Return the named device; by default this process's GPU, or the CPU. Raises UserError for one that is missing."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device={name!r} is no device: use cpu or cuda") from error
+        raise UserError(f"device={name!r} is not a device: use cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device=cuda, but torch sees no GPU here: use device=cpu")
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
@@ -81,52 +134,51 @@ def choose_device(name: str | None) -> torch.device:
 
 @contextmanager
 def sync_errors() -> Iterator[None]:
-    """A UserError that any process raises in the block ends all of them, with its exit code and said once."""
-    mine = None
+    """Raise a UserError that any process raises in the block in all of them; only the first prints it."""
+    own = None
     try:
         yield
     except UserError as error:
-        mine = error
+        own = error
     if world_size() == 1:
-        if mine:
-            raise mine
+        if own:
+            raise own
         return
-    raised: list = [None] * world_size()
-    dist.all_gather_object(raised, mine and (str(mine), mine.code))
-    for number, found in enumerate(raised):
-        if found:
-            raise UserError(*found, quiet=number != rank()) from mine
+    errors: list = [None] * world_size()
+    dist.all_gather_object(errors, own and (str(own), own.code))
+    for number, error in enumerate(errors):
+        if error:
+            raise UserError(*error, quiet=number != rank()) from own
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with gradients averaged over the processes; itself where there is only one, or `shard` does it."""
+    """Wrap the model in DistributedDataParallel; return it as it is in a single process, or sharded by FSDP."""
     if world_size() == 1 or is_sharded(model):
         return model
-    # Said of depthwise convolutions, whose one input channel has a stride that means nothing.
+    # A warning about depthwise convolutions, whose one input channel has a stride that means nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    shared = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
     if device.type == "cpu" and world_size() > 2:
-        shared.register_comm_hook(None, _average_each)
-    return shared
+        ddp_model.register_comm_hook(None, _average_each)
+    return ddp_model
 
 
 def _average_each(_: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
     """Average a bucket's gradients one by one.
 
-    Three or more terms are added in an order that depends on a value's place in the message. Buckets are filled anew
-    after a process's first step, so whole buckets would make a resumed run's first step round differently than it did
-    before.
+    Three or more terms are added in an order that depends on a value's position in the message. Buckets are rebuilt
+    after a process's first step, so averaging a bucket at once would make a resumed run's first step round differently.
     """
     waiting = [dist.all_reduce(g.div_(world_size()), async_op=True).get_future() for g in bucket.gradients()]
     return torch.futures.collect_all(waiting).then(lambda _: bucket.buffer())
 
 
 def apply_fsdp(model: nn.Module, device: torch.device, methods: Sequence[str] = ()) -> None:
-    """Divide parameters, gradients and what an optimiser keeps of them over the processes (torch's FSDP2).
+    """Shard parameters, gradients and optimizer state over the processes (torch's FSDP2).
 
-    Parameters come together for the time of a block's forward or backward pass: a block is what timm's models have in
-    lists called blocks, layers or layer1 …; the rest of the model is one more unit. All processes must run the model
-    equally often. methods: those of the model, besides forward, that training calls.
+    Parameters are gathered for a block's forward and backward pass: a block is what timm's models have in lists called
+    blocks, layers or layer1 …; the rest of the model is one more unit. All processes must run the model equally often.
+    methods: those of the model, besides forward, that training calls.
     """
     mesh = dist.device_mesh.init_device_mesh(device.type, (world_size(),))
     names = [name for name, _ in model.named_modules() if re.search(r"(^|\.)(blocks|layers|layer\d+)\.\d+$", name)]
@@ -139,24 +191,24 @@ def apply_fsdp(model: nn.Module, device: torch.device, methods: Sequence[str] = 
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether `shard` has divided the model, or a part of it."""
+    """Tell whether the model, or a part of it, is sharded by FSDP."""
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor that may be divided over the processes, all of it, in each; all processes must call it."""
+    """Return the full tensor of one that may be sharded; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_tensor(tensor: Tensor, like: Tensor) -> Tensor:
-    """This process's part of a whole tensor, where `like` is divided; else the tensor itself."""
+    """Return this process's shard of a full tensor, where `like` is sharded; else the tensor itself."""
     if not isinstance(like, DTensor):
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def all_reduce_sum(tensor: Tensor) -> Tensor:
-    """The sum of a tensor over all processes."""
+    """Return the sum of a tensor over all processes."""
     if world_size() > 1:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
@@ -164,7 +216,7 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_max(number: int) -> int:
-    """The largest of the processes' numbers."""
+    """Return the largest of the processes' numbers."""
     if world_size() == 1:
         return number
     largest = torch.tensor(number)
@@ -173,19 +225,19 @@ def all_reduce_max(number: int) -> int:
 
 
 def broadcast_buffers(model: nn.Module) -> None:
-    """Give every process the buffers of process 0, which are the ones a checkpoint holds."""
+    """Copy the buffers of process 0, which are the ones a checkpoint holds, to all processes."""
     if world_size() > 1:
         for buffer in model.buffers():
             dist.broadcast(buffer, 0)
 
 
 def derive_seed(*key: int | str) -> int:
-    """A seed, 0 … 2**63 - 1, that is a function of the key alone."""
+    """Return a seed, 0 … 2**63 - 1, that is a function of the key alone."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
 
 def seed_generators(*key: int | str) -> None:
-    """Start Python's, numpy's and torch's global generators anew from the key."""
+    """Seed Python's, numpy's and torch's global generators from the key."""
     seed = derive_seed(*key)
     random.seed(seed)
     np.random.seed(seed % 2**32)
@@ -193,29 +245,52 @@ def seed_generators(*key: int | str) -> None:
 
 
 class StopRequest:
-    """SIGTERM or SIGUSR1 asks for a checkpoint and an end; the processes agree on the step at which they stop."""
+    """Handles SIGTERM, SIGUSR1 and Ctrl-C: training stops after a step that the processes agree on, with a checkpoint.
+
+    A second Ctrl-C stops at once. code: the exit code of the signal. saved: what the message says of the last
+    checkpoint then.
+    """
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self.code, self.saved = False, PREEMPTED, "nothing was saved"
+        self._interrupted_at: float | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
+
+    def catch_interrupts(self, catch: bool = True) -> None:
+        """Handle Ctrl-C from now on; with False, leave it to Python's KeyboardInterrupt again."""
+        signal.signal(signal.SIGINT, self._interrupt if catch else signal.default_int_handler)
 
     def _ask(self, number: int, frame: object) -> None:
         self.asked = True
 
-    def agreed(self, bad: Any) -> bool:
-        """Whether any process has been asked. Every process calls it at the same places.
+    def _interrupt(self, number: int, frame: object) -> None:
+        now = time.monotonic()
+        if self._interrupted_at is None:
+            self._interrupted_at, self.asked, self.code = now, True, INTERRUPTED
+            if rank() == 0:  # print() can't be called again from a handler that interrupts it
+                os.write(2, b"\nCtrl-C: stopping after this step with a checkpoint; again to stop at once\n")
+        elif now - self._interrupted_at > 0.5:  # torchrun may pass on what the terminal has sent already
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise KeyboardInterrupt(f"interrupted twice by Ctrl-C, so not saved again: {self.saved}")
 
-        In the same message they say whether any has new bad images (saccade.train.data.bad_images.BadImages), to be counted.
+    def agreed(self, bad: Any) -> bool:
+        """Tell whether any process has been asked to stop. Every process must call it at the same points.
+
+        The same message shares whether any has new bad images (saccade.train.data.bad_images.BadImages) to count.
         """
-        asked, new = all_reduce_sum(torch.tensor([float(self.asked), float(len(bad.new))])).tolist()
+        interrupted = float(self.code == INTERRUPTED)
+        flags = torch.tensor([float(self.asked), interrupted, float(len(bad.new))])
+        asked, interrupted, new = all_reduce_sum(flags).tolist()
+        if interrupted:
+            self.code = INTERRUPTED
         if new:
             bad.share()
         return asked > 0
 
 
-class _Total(torch.autograd.Function):
-    """Sum over processes; the gradient of a sum over processes is the sum of their gradients."""
+class _AllReduceSum(torch.autograd.Function):
+    """Sums over processes; the gradient of a sum over processes is the sum of their gradients."""
 
     @staticmethod
     def forward(ctx, x: Tensor) -> Tensor:
@@ -227,9 +302,9 @@ class _Total(torch.autograd.Function):
 
 
 class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """Batch normalisation over the batches of all processes, on any device (torch's own refuses the CPU).
+    """Batch normalization over the batches of all processes, on any device (torch's own refuses the CPU).
 
-    It takes over the tensors of a torch or timm BatchNorm, and the activation of timm's.
+    It takes the tensors of a torch or timm BatchNorm, and the activation of timm's.
     """
 
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm):
@@ -243,19 +318,19 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         pass
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, ...)
-        y = self._normalise(x) if self.training else super().forward(x)
+        y = self._normalize(x) if self.training else super().forward(x)
         for module in self._modules.values():
             y = module(y)
         return y
 
-    def _normalise(self, x: Tensor) -> Tensor:
+    def _normalize(self, x: Tensor) -> Tensor:
         dtype, x = x.dtype, x.to(torch.promote_types(x.dtype, torch.float32))
         dims = [0, *range(2, x.dim())]
         shape = [1, -1] + [1] * (x.dim() - 2)
         n = all_reduce_sum(torch.tensor(float(x.numel() // x.shape[1]), device=x.device))
-        mean = _Total.apply(x.sum(dims)) / n
+        mean = _AllReduceSum.apply(x.sum(dims)) / n
         x = x - mean.view(shape)
-        var = _Total.apply(x.square().sum(dims)) / n
+        var = _AllReduceSum.apply(x.square().sum(dims)) / n
         if self.track_running_stats:
             with torch.no_grad():
                 self.num_batches_tracked += 1
@@ -268,7 +343,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with every BatchNorm computing over all processes; nothing changes where there is only one."""
+    """Make every BatchNorm of a model compute over all processes; in a single process, return the model as it is."""
     if world_size() == 1:
         return model
     if device.type == "cuda":

@@ -1,12 +1,12 @@
-"""What a user is told when a run can't go on: one sentence that says what to do, and an exit code.
+"""Errors that a user can fix: one sentence that says what to do, and an exit code.
 
 0    done
-2    the user's to mend: configuration, data, files, permissions, a loss that is not finite
-65   bad data: more images that can't be read, or samples missing from torn shards, than data.max_bad allows
+2    an error in the configuration, data, files or permissions, or a loss that is not finite
+65   bad data: more images that can't be read, or samples missing from truncated shards, than data.max_bad allows
 74   a file could not be written or read (disk full, quota, I/O error); earlier checkpoints are intact
 75   stopped by SIGTERM or SIGUSR1 after saving: the same command with --resume continues
-130  stopped from the keyboard
-141  whoever read the output has gone (`| head`)
+130  interrupted by Ctrl-C; training has saved a checkpoint, unless Ctrl-C was pressed twice
+141  the reader of the output has closed it (`| head`)
 """
 
 import difflib
@@ -22,7 +22,7 @@ _PERMISSION_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errn
 
 
 class UserError(Exception):
-    """One sentence for the user and the exit code to end with; `quiet` where another process has said it already."""
+    """One sentence for the user and the exit code to end with; `quiet` where another process prints it."""
 
     def __init__(self, sentence: str, code: int = USER, quiet: bool = False):
         super().__init__(sentence)
@@ -30,15 +30,15 @@ class UserError(Exception):
 
 
 def from_os(error: OSError, doing: str) -> UserError:
-    """The sentence for an OSError met while `doing` ("saving runs/x/last.safetensors")."""
+    """Return the UserError for an OSError raised while `doing` ("saving runs/x/last.safetensors")."""
     reason = error.strerror or str(error)
     if error.errno in _DEVICE_ERRNO:
-        return UserError(f"{doing} failed ({reason}): free some space, then go on with --resume", IO)
-    return UserError(f"{doing} failed ({reason}): choose a place you can write to with --run-dir")
+        return UserError(f"{doing} failed ({reason}): free some space, then continue with --resume", IO)
+    return UserError(f"{doing} failed ({reason}): choose a folder you can write to with --run-dir")
 
 
 def closest(name: str, names: Iterable[str]) -> str:
-    """', did you mean a or b?' for the names most like `name`, or what there is where none is alike."""
+    """Return ', did you mean a or b?' with the names closest to `name`, else ', there is …' with all names."""
     names = sorted(set(names))
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.6)
     if near:
@@ -47,14 +47,18 @@ def closest(name: str, names: Iterable[str]) -> str:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Call `main`; return the process's exit code. A UserError ends as one sentence on stderr, without a traceback."""
+    """Call `main` and return the process's exit code. A UserError is printed on stderr, without a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # names of files that are no text, and terminals without UTF-8
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except UserError as error:
         if not error.quiet:
-            print(f"{'stopped' if error.code == PREEMPTED else 'error'}: {error}", file=sys.stderr, flush=True)
+            prefix = "stopped" if error.code in (PREEMPTED, INTERRUPTED) else "error"
+            print(f"{prefix}: {error}", file=sys.stderr, flush=True)
         return error.code
-    except BrokenPipeError:  # whoever read the output has gone
+    except BrokenPipeError:  # the reader of the output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return PIPE
     except OSError as error:
@@ -63,7 +67,7 @@ def run(main: Callable[[], None]) -> int:
         problem = from_os(error, f"writing {error.filename or 'a file'}")
         print(f"error: {problem}", file=sys.stderr, flush=True)
         return problem.code
-    except KeyboardInterrupt:
-        print("stopped from the keyboard: --resume continues from the last checkpoint", file=sys.stderr, flush=True)
+    except KeyboardInterrupt as error:
+        print(f"stopped: {error or 'interrupted by Ctrl-C'}", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0

@@ -1,14 +1,16 @@
-"""What a run says while it goes: a progress bar or plain lines, log.txt, and log.jsonl for machines.
+"""The log of a run: a progress bar or plain lines on the terminal, log.txt, and log.jsonl for programs.
 
-log.jsonl has one object a line: {"kind": "train", "step", "epoch", "loss", "top1", "lr", "images_per_s", "data_share",
-"memory_gib", "seconds"} each log_every steps (means since the line before; images/s over all processes; data_share of
-the time was spent waiting for data; seconds since the process started), and {"kind": "val", "step", "epoch", "top1",
-"top5", "loss", "images", …}, with "ema_" before the same of the averaged weights, at each evaluation.
+log.jsonl has one object per line: {"kind": "train", "step", "epoch", "loss", "top1", "lr", "images_per_s",
+"data_share", "memory_gib", "seconds"} every log_every steps (means since the line before; images/s over all processes;
+data_share: the share of the time spent waiting for data; seconds since the process started), and {"kind": "val",
+"step", "epoch", "top1", "top5", "loss", "images", …} at each evaluation, with "ema_" before the metrics of the averaged
+weights. A metric that is undefined is null.
 """
 
 import atexit
 import contextlib
 import json
+import math
 import os
 import platform
 import resource
@@ -25,7 +27,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from .checkpoint import write_text
+from .checkpoint import to_json, write_text
 from .distributed import rank, world_size
 
 
@@ -40,16 +42,16 @@ class Log:
         self._device, self._writes = device, rank() == 0
         self._bar = None
         if self._writes and sys.stdout.isatty():
-            columns = TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn()
-            self._bar = Progress(*columns, console=Console(), expand=True)
-            self._task = self._bar.add_task("", total=steps)
-        self._began = self._line_began = time.perf_counter()
-        self._aside = self._waited = 0.0
+            columns = BarColumn(None), MofNCompleteColumn(), TextColumn("{task.fields[left]} left")
+            self._bar = Progress(*columns, TextColumn("{task.fields[loss]}"), console=Console(), expand=True)
+            self._task = self._bar.add_task("", total=steps, left="-", loss="")
+        self._start_time = self._line_time = time.perf_counter()
+        self._paused = self._waited = 0.0
         self._first_step = self._line_step = 0
         self._trackers: Sequence = ()
 
     def start(self, step: int, evaluated: int, trackers: Sequence = ()) -> None:
-        """Begin at a step: what an earlier process logged after its last checkpoint is taken out of log.jsonl.
+        """Begin at a step; remove from log.jsonl what an earlier process logged after its last checkpoint.
 
         trackers: of saccade.train.runtime.trackers; they get every line of log.jsonl too.
         """
@@ -64,25 +66,25 @@ class Log:
             self._bar.update(self._task, completed=step)
             self._bar.start()
             atexit.register(self._bar.stop)  # however the run ends, the terminal gets its cursor back
-        self._line_began = time.perf_counter()
+        self._line_time = time.perf_counter()
 
     def stop(self) -> None:
-        """Take the progress bar away, and close the trackers."""
+        """Remove the progress bar, and close the trackers."""
         if self._bar:
             self._bar.stop()
         for tracker in self._trackers:
             tracker.close()
 
-    def picture(self, file: Path, step: int) -> None:
-        """Give the trackers a picture."""
+    def image(self, file: Path, step: int) -> None:
+        """Give the trackers an image file."""
         for tracker in self._trackers:
-            tracker.picture(file.stem, file, step)
+            tracker.image(file.stem, file, step)
 
-    def say(self, text: str, show: bool = True) -> None:
-        """A line for people, in log.txt and (unless not to `show`) on the terminal."""
+    def message(self, text: str, show: bool = True) -> None:
+        """Write a line for people to log.txt and, with `show`, to the terminal."""
         if not self._writes:
             return
-        with open(self._folder / "log.txt", "a", encoding="utf-8") as file:
+        with open(self._folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if show:
             if self._bar:
@@ -92,27 +94,30 @@ class Log:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """The block waits for data."""
-        began = time.perf_counter()
+        """Count the time of the block as waiting for data."""
+        start_time = time.perf_counter()
         yield
-        self._waited += time.perf_counter() - began
+        self._waited += time.perf_counter() - start_time
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """The block is no training (evaluation, a checkpoint): it does not count in images/s."""
-        began = time.perf_counter()
+    def paused(self) -> Iterator[None]:
+        """Leave the time of the block (an evaluation, a checkpoint) out of images/s."""
+        start_time = time.perf_counter()
         yield
-        self._aside += time.perf_counter() - began
+        self._paused += time.perf_counter() - start_time
 
     def stepped(self, step: int) -> None:
-        """`step` steps are done."""
+        """Move the progress bar to `step` steps done."""
         if self._bar:
-            self._bar.update(self._task, completed=step)
+            self._bar.update(self._task, completed=step, left=format_seconds(self._seconds_left(step)))
+
+    def _seconds_left(self, step: int) -> float:
+        return (time.perf_counter() - self._start_time) / (step - self._first_step) * (self._steps - step)
 
     def training(self, step: int, means: dict[str, float], lr: float) -> None:
-        """A line on training, `means` being those since the line before."""
+        """Log a line on training; `means` are those since the line before."""
         now = time.perf_counter()
-        seconds = max(now - self._line_began - self._aside, 1e-9)
+        seconds = max(now - self._line_time - self._paused, 1e-9)
         record = dict(
             kind="train",
             step=step,
@@ -122,30 +127,29 @@ class Log:
             images_per_s=round((step - self._line_step) * self._batch_size / seconds, 1),
             data_share=round(self._waited / seconds, 3),
             memory_gib=round(_memory_gib(self._device), 2),
-            seconds=round(now - self._began, 1),
+            seconds=round(now - self._start_time, 1),
         )
-        left = (now - self._began) / (step - self._first_step) * (self._steps - step)
-        self._line_began, self._line_step, self._aside, self._waited = now, step, 0.0, 0.0
+        self._line_time, self._line_step, self._paused, self._waited = now, step, 0.0, 0.0
         text = (
             f"step {step}/{self._steps} epoch {record['epoch']:.1f} {format_metrics(means)} lr {lr:.1e} "
             f"{record['images_per_s']:.0f} images/s data {record['data_share']:.0%} "
-            f"memory {record['memory_gib']:.1f} GiB left {int(left) // 60}:{int(left) % 60:02d}"
+            f"memory {record['memory_gib']:.1f} GiB left {format_seconds(self._seconds_left(step))}"
         )
         self._record(record)
-        self.say(text, show=not self._bar)
+        self.message(text, show=not self._bar)
         if self._bar:
-            self._bar.update(self._task, description=text.partition(" ")[2].partition(" ")[2])
+            self._bar.update(self._task, loss=f"loss {means['loss']:.4f}")
 
     def evaluation(self, step: int, metrics: dict[str, float], best: bool) -> None:
-        """A line on an evaluation of the val split."""
+        """Log a line on an evaluation of the val split."""
         record = dict(kind="val", step=step, epoch=round(step / self._per_epoch, 3), **metrics)
         self._record(record)
-        self.say(f"step {step}/{self._steps} val {format_metrics(metrics)}{' *best*' if best else ''}")
+        self.message(f"step {step}/{self._steps} val {format_metrics(metrics)}{' *best*' if best else ''}")
 
     def _record(self, record: dict[str, Any]) -> None:
         if self._writes:
             with open(self._folder / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(to_json(record) + "\n")
             values = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step")}
             for tracker in self._trackers:
                 tracker.scalars(values, record["step"])
@@ -154,14 +158,29 @@ class Log:
 def _belongs(line: str, step: int, evaluated: int) -> bool:
     try:
         record = json.loads(line)
-    except json.JSONDecodeError:  # torn by what ended the process
+    except json.JSONDecodeError:  # cut off by what ended the process
         return False
     return record["step"] <= (step if record["kind"] == "train" else evaluated)
 
 
-def format_metrics(values: dict[str, float]) -> str:
-    """loss 0.1234 top1 98.76 …"""
-    return " ".join(f"{k} {v:.4f}" if "loss" in k else f"{k} {v:.2f}" for k, v in values.items() if k != "images")
+def format_metrics(values: dict[str, float | None]) -> str:
+    """Return "loss 0.1234 top1 98.76 …", with a dash for a metric that is undefined."""
+
+    def text(name: str, value: float | None) -> str:
+        if value is None or not math.isfinite(value):
+            return "-"
+        return f"{value:.4f}" if "loss" in name else f"{value:.2f}"
+
+    return " ".join(f"{name} {text(name, value)}" for name, value in values.items() if name != "images")
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a duration as "2 d 03:04:05", "3:04:05" or "4:05"."""
+    minutes, second = divmod(int(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    if hours >= 24:
+        return f"{hours // 24} d {hours % 24:02d}:{minute:02d}:{second:02d}"
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
 
 
 def _memory_gib(device: torch.device) -> float:
@@ -174,7 +193,7 @@ def _memory_gib(device: torch.device) -> float:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """Where and with what a run was made: versions, machine, threads, commit, command line."""
+    """Return what a run was made with: versions, machine, threads, commit, command line."""
     return dict(
         command=sys.argv,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -192,7 +211,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """Return the processor's name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -201,7 +220,7 @@ def cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of the repository that this file belongs to, "+" after it where files were changed since."""
+    """Return the commit of the repository that this file belongs to, with "+" where files have changed since."""
     home = Path(__file__).resolve().parents[2]
 
     def git(*command: str) -> str:

@@ -1,4 +1,4 @@
-"""What changes while a model trains, and its way into a checkpoint and back."""
+"""The state of training that changes from step to step, and how it is saved and loaded."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,17 +10,28 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from . import checkpoint
+from .config import flatten
 from .distributed import all_reduce_sum, broadcast_buffers, full_tensor, rank, shard_tensor, world_size
 from .errors import UserError
 
 REMEDIES = "try a smaller optimizer.lr, more schedule.warmup_epochs, clip_grad=1.0 or precision=fp32"
 
+# Keys of a config that a resumed run can't change, and why; docs/train.md lists the others.
+FIXED = {
+    "model.name": "the checkpoint holds another model",
+    "model.pretrained": "the weights come from the run's checkpoint",
+    "checkpoint": "the weights come from the run's checkpoint",
+    "task.type": "the checkpoint is of another task",
+    "optimizer.opt": "the checkpoint holds another optimizer's state",
+    "batch_size": "steps and epochs are counted in batches of the size that the run began with",
+}
+
 
 class State:
-    """Weights, averaged weights, optimiser and scaler; step, steps not yet logged, and the best evaluation.
+    """Weights, averaged weights, optimizer and scaler; step, steps not yet logged, and the best evaluation.
 
     step: steps done. evaluated: the step of the last evaluation. best: None, or step, weights ("model" or "ema"),
-    score and metrics of the best evaluation.
+    rank, score and metrics of the best evaluation.
     """
 
     def __init__(
@@ -31,28 +42,30 @@ class State:
         scaler: torch.amp.GradScaler,
         config: str,
         class_names: Sequence[str] = (),
+        images: int = 0,
     ):
         self.model, self.ema, self.optimizer, self.scaler, self.config = model, ema, optimizer, scaler, config
         self.class_names = list(class_names)  # of the model's outputs, in order
+        self.images = images  # of the training split
         self.step, self.evaluated = 0, 0
         self.best: dict[str, Any] | None = None
         self._names: list[str] = []
         self._window: list[Tensor] = []  # a vector of values for each step since the last log line
 
     def note(self, values: dict[str, Tensor]) -> None:
-        """Remember a step's values (scalar tensors of this process), averaged over the processes."""
+        """Record a step's values (scalar tensors of this process), averaged over the processes."""
         self._names = list(values)
         self._window.append(all_reduce_sum(torch.stack(list(values.values())).float()) / world_size())
 
     def take_means(self) -> dict[str, float]:
-        """The mean of what was noted since the last call. Raises UserError where a loss was not finite."""
+        """Return the means of the values recorded since the last call. Raises UserError for a loss not finite."""
         self.check_finite()
         means = torch.stack(self._window).double().mean(0).tolist()
         self._window = []
         return dict(zip(self._names, means))
 
     def check_finite(self) -> None:
-        """Raise UserError where a loss noted since the last log line is not a finite number."""
+        """Raise UserError for a loss recorded since the last log line that is not a finite number."""
         if not self._window:
             return
         losses = torch.stack(self._window)[:, self._names.index("loss")].tolist()
@@ -61,7 +74,7 @@ class State:
                 raise UserError(f"the loss became {loss} at step {self.step - len(losses) + i + 1}: {REMEDIES}")
 
     def evaluate(self, function: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
-        """`function`'s metrics of the weights and, with "ema_" before their names, of the averaged weights."""
+        """Return `function`'s metrics of the weights and, prefixed with "ema_", of the averaged weights."""
         broadcast_buffers(self.model)
         metrics = function(self.model)
         if self.ema is not None:
@@ -70,20 +83,26 @@ class State:
         return metrics
 
     def judge(self, metrics: dict[str, float], score: Callable[[dict[str, float]], float]) -> bool:
-        """Note an evaluation at this step; whether it is the best so far, the later of equals."""
+        """Record an evaluation at this step; return whether it is the best so far, the later of equals.
+
+        An evaluation whose score is undefined (NaN: val without objects, say) ranks below those with a score, by the
+        lowest val loss; without one, the latest is the best.
+        """
         self.evaluated = self.step
         candidates = {"model": {k: v for k, v in metrics.items() if not k.startswith("ema_")}}
         if self.ema is not None:
             candidates["ema"] = {k.removeprefix("ema_"): v for k, v in metrics.items() if k.startswith("ema_")}
-        weights = max(candidates, key=lambda kind: score(candidates[kind]))
-        found = dict(step=self.step, weights=weights, score=score(candidates[weights]), metrics=candidates[weights])
-        if self.best is not None and found["score"] < self.best["score"]:
+        ranks = {kind: _rank(values, score(values)) for kind, values in candidates.items()}
+        weights = max(ranks, key=lambda kind: ranks[kind])
+        if self.best is not None and ranks[weights] < self.best["rank"]:
             return False
-        self.best = found
+        values = candidates[weights]
+        self.best = dict(step=self.step, weights=weights, rank=ranks[weights])
+        self.best |= dict(score=_finite(score(values)), metrics={k: _finite(v) for k, v in values.items()})
         return True
 
     def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a checkpoint holds: tensors and what JSON can say. All processes must call it; process 0 gets it all.
+        """Return a checkpoint's tensors and metadata. All processes must call it; process 0 gets all tensors.
 
         Raises UserError where the weights are not finite.
         """
@@ -93,7 +112,7 @@ class State:
         moments, optimizer = checkpoint.optimizer_state(self.optimizer, self.model)
         tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
         kept = {}
-        for name, tensor in tensors.items():  # one after the other: no GPU need hold all that is divided
+        for name, tensor in tensors.items():  # one after the other: no GPU need hold all full tensors
             tensor = full_tensor(tensor)
             if name.startswith("model.") and tensor.is_floating_point() and not tensor.isfinite().all():
                 name = name.removeprefix("model.")
@@ -111,43 +130,92 @@ class State:
             scaler=self.scaler.state_dict(),
             config=self.config,
             class_names=self.class_names,
+            images=self.images,
         )
         return kept, meta
 
-    def load(self, folder: Path, device: torch.device) -> list[str]:
-        """Go on from the newest whole checkpoint in a folder, if there is one; returns what to say of it."""
-        found = checkpoint.load(folder)
-        if found is None:
+    def load(self, folder: Path, device: torch.device, steps: int) -> list[str]:
+        """Resume from the newest intact checkpoint in a folder, if there is one; return messages about it.
+
+        steps: of the whole run. Raises UserError for a checkpoint of another model, optimizer or data, for a change of
+        the config that can't take effect, and where the run is past its end.
+        """
+        loaded = checkpoint.load(folder)
+        if loaded is None:
             return ["nothing saved yet: starting from the beginning"]
-        tensors, meta, said = found
+        tensors, meta, messages = loaded
         if meta.get("class_names", self.class_names) != self.class_names:
             raise UserError(
                 f"the data's classes have changed since the checkpoint in {folder}: they were "
                 f"{_few(meta['class_names'])} and are {_few(self.class_names)}; give the data as they were, or train "
                 "a new run from its weights with checkpoint=…"
             )
+        messages += changes(meta["config"], self.config)
+        if (images := meta.get("images", self.images)) != self.images:
+            messages.append(
+                f"changed since the checkpoint: {self.images} training images, {images} before: the images of an epoch "
+                "are in another order, and steps and epochs are counted by today's number"
+            )
+        if meta["step"] > steps:
+            raise UserError(
+                f"the run has done {meta['step']} steps, and this configuration ends after {steps}: give more epochs "
+                "(or iterations), or start again with --overwrite"
+            )
         try:
             _load(self.model, _part(tensors, "model."))
-            if self.ema is not None:
-                _load(self.ema.module, _part(tensors, "ema."))
+            if self.ema is not None and (averaged := _part(tensors, "ema.")):
+                _load(self.ema.module, averaged)
+            elif self.ema is not None:
+                self.ema.set(self.model)
+                messages.append("the checkpoint has no averaged weights: averaging begins with its weights")
             checkpoint.load_optimizer_state(self.optimizer, self.model, _part(tensors, "optimizer."), meta["optimizer"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise UserError(
-                f"the checkpoint in {folder} is of another model or optimiser than this configuration's: "
+                f"the checkpoint in {folder} is of another model or optimizer than this configuration's: "
                 "resume with the configuration it was trained with, or start again with --overwrite"
             ) from error
-        self.scaler.load_state_dict(meta["scaler"])
+        if self.scaler.is_enabled() and meta["scaler"]:
+            self.scaler.load_state_dict(meta["scaler"])
         self.step, self.evaluated, self.best, self._names = (
             meta[key] for key in ("step", "evaluated", "best", "names")
         )
+        if self.best is not None:
+            self.best.setdefault("rank", [1, self.best["score"]])
         self._window = [values.to(device) for values in tensors.get("window", ())]
-        changed = [line for line in self.config.splitlines() if line not in meta["config"].splitlines()]
-        said += [f"configuration changed since the checkpoint: {line}" for line in changed]
-        return [*said, f"going on after step {self.step}"]
+        return [*messages, f"resuming after step {self.step}"]
+
+
+def changes(old: str, new: str) -> list[str]:
+    """Return a message for each key in which two dumped configs differ; raise UserError for one that can't change."""
+    before, after = flatten(old), flatten(new)
+    messages = []
+    for key in sorted(before.keys() | after.keys()):
+        if before.get(key) == after.get(key):
+            continue
+        was, now = before.get(key, "not set"), after.get(key, "not set")
+        if key in FIXED and not {was, now} <= {"not set", "None", "False"}:
+            raise UserError(
+                f"{key} can't change on --resume (it was {was} and is {now}): {FIXED[key]}; give it as it was, or "
+                "train a new run from this one's weights with checkpoint=…"
+            )
+        messages.append(f"changed since the checkpoint: {key}: {was} -> {now}")
+    return messages
+
+
+def _rank(metrics: dict[str, float], score: float) -> list[float]:
+    """Return what evaluations are compared by: those with a score first, then those with a loss."""
+    if math.isfinite(score):
+        return [1, score]
+    loss = metrics.get("loss", math.nan)
+    return [0, -loss] if math.isfinite(loss) else [-1, 0]
+
+
+def _finite(value: float) -> float | None:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def best_weights(folder: Path) -> dict[str, Tensor]:
-    """The best weights that were saved in a folder; raises UserError where the file can't be read."""
+    """Return the best weights saved in a folder. Raises UserError where the file can't be read."""
     try:
         tensors, meta = checkpoint.read(folder / checkpoint.BEST)
     except checkpoint.Unreadable as error:

@@ -1,11 +1,17 @@
-"""Where a run's numbers and pictures go besides its own folder: TensorBoard and Weights & Biases.
+"""Trackers that get what a run logs: TensorBoard and Weights & Biases.
 
-mmengine's visualisation backends do the same, but begin a new record when a run resumes; these go on with the old one.
+mmengine's visualisation backends do the same, but begin a new record when a run resumes; these continue the old one.
+
+A wrong setting (an unknown tracker, a package that is missing, a WANDB_MODE that is none) is an error before training
+begins. A tracker that can't start (no key, no network) or that fails later is reported once, and the run continues
+without it.
 """
 
+import math
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +19,8 @@ from PIL import Image
 
 from .checkpoint import write_text
 from .errors import UserError, closest
+
+WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
 
 class TensorBoard:
@@ -24,14 +32,14 @@ class TensorBoard:
         # What an earlier process logged behind the step that the run goes on from is not shown.
         self._writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
         if not step:
-            self._writer.add_text("config", f"```\n{config}\n```")
+            self._writer.add_text("config", f"```\n{_utf8(config)}\n```")
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
         self._writer.flush()
 
-    def picture(self, name: str, file: Path, step: int) -> None:
+    def image(self, name: str, file: Path, step: int) -> None:
         import numpy as np
 
         with Image.open(file) as image:
@@ -50,6 +58,9 @@ class Wandb:
     def __init__(self, folder: Path, config: str, step: int):
         import wandb
 
+        mode = os.environ.get("WANDB_MODE", "offline")
+        if mode not in WANDB_MODES:
+            raise UserError(f"WANDB_MODE={mode} must be one of {', '.join(WANDB_MODES)}")
         note = folder / "wandb" / "run_id"
         note.parent.mkdir(exist_ok=True)
         if not (step and note.exists()):
@@ -58,18 +69,18 @@ class Wandb:
             dir=folder,
             id=note.read_text(),
             resume="allow" if step else None,
-            mode=os.environ.get("WANDB_MODE", "offline"),
+            mode=mode,
             project=os.environ.get("WANDB_PROJECT", "saccade"),
             name=os.environ.get("WANDB_NAME", folder.name),
-            config=dict(line.split(" = ", 1) for line in config.splitlines() if " = " in line),
-            settings=wandb.Settings(silent=True, console="off"),
+            config=dict(line.split(" = ", 1) for line in _utf8(config).splitlines() if " = " in line),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30.0),
         )
         self._wandb = wandb
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         self._run.log(values, step=step)
 
-    def picture(self, name: str, file: Path, step: int) -> None:
+    def image(self, name: str, file: Path, step: int) -> None:
         self._run.log({name: self._wandb.Image(str(file))}, step=step)
 
     def close(self) -> None:
@@ -79,15 +90,61 @@ class Wandb:
 TRACKERS: dict[str, Any] = dict(tensorboard=TensorBoard, wandb=Wandb)
 
 
-def start(names: Sequence[str], folder: Path, config: str, step: int) -> list:
-    """The trackers of these names for a run that begins, or goes on, at a step.
+def _utf8(text: str) -> str:
+    """Escape what UTF-8 can't encode: bytes of file names that are no text."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
-    config: as config.dump writes it. Raises UserError for a name that is none, or whose package is not installed.
+
+class Guarded:
+    """A tracker that reports its first failure with `message` and is then left alone."""
+
+    def __init__(self, name: str, start: Callable[[], Any], message: Callable[[str], None]):
+        self._name, self._message, self._tracker = name, message, None
+        try:
+            self._tracker = start()
+        except (UserError, ImportError):
+            raise
+        except Exception as error:  # each service has its own
+            self._report("can't start", error)
+
+    def _report(self, problem: str, error: Exception) -> None:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        self._message(f"{self._name} {problem} ({reason}): the run continues without it")
+        self._tracker = None
+
+    def _call(self, method: str, *arguments: Any) -> None:
+        if self._tracker is None:
+            return
+        try:
+            getattr(self._tracker, method)(*arguments)
+        except Exception as error:
+            self._report("failed", error)
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        """Record a step's numbers; those that are undefined are left out."""
+        self._call("scalars", {k: v for k, v in values.items() if v is not None and math.isfinite(v)}, step)
+
+    def image(self, name: str, file: Path, step: int) -> None:
+        """Record an image file."""
+        self._call("image", name, file, step)
+
+    def close(self) -> None:
+        """Finish the record."""
+        self._call("close")
+
+
+def start(
+    names: Sequence[str], folder: Path, config: str, step: int, message: Callable[[str], None] = print
+) -> list[Guarded]:
+    """Start the trackers of these names for a run that begins, or resumes, at a step.
+
+    config: as config.dump writes it. message: called with a sentence when a tracker fails. Raises UserError for an
+    unknown name, a package that is not installed and a WANDB_MODE that is none.
     """
     for name in names:
         if name not in TRACKERS:
             raise UserError(f"unknown tracker {name!r} in trackers={tuple(names)}{closest(str(name), TRACKERS)}")
     try:
-        return [TRACKERS[name](folder, config, step) for name in names]
+        return [Guarded(name, partial(TRACKERS[name], folder, config, step), message) for name in names]
     except ImportError as error:
         raise UserError(f"trackers={tuple(names)} needs a package that is missing ({error}): install it") from error
