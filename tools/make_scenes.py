@@ -1,9 +1,9 @@
 """Write scenes to detect and segment, from pictures that ship with scikit-learn and scikit-image.
 
-  python tools/make_scenes.py runs/scenes                   digits on photographs: 600 to train on, 60 val, 150 test
-  python tools/make_scenes.py runs/coins --coins            24 coins: the left half trains, the right half tests
-  python tools/make_scenes.py runs/coloured --ink any       digits in any colour, over one another: a harder task
-  python tools/make_scenes.py runs/large --size 320 --train 5000 --seed 1
+  python tools/make_scenes.py runs/data/scenes                   digits on photographs: 600 to train on, 60 val, 150 test
+  python tools/make_scenes.py runs/data/coins --coins            24 coins: the left half trains, the right half tests
+  python tools/make_scenes.py runs/data/coloured --ink any       digits in any colour, over one another: a harder task
+  python tools/make_scenes.py runs/data/large --size 320 --train 5000 --seed 1
 
 OUT gets coco/ and ade20k/, in those layouts, or one of them by --format; what the same command wrote before is left as
 it is. Exit codes: 0 done, 2 something to mend (one sentence says what), 74 a file could not be written.

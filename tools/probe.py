@@ -1,4 +1,4 @@
-"""Judge a frozen backbone by its features: a linear probe, or k-NN. Writes metrics.json (top1, top5 in percent, …).
+"""Probe a frozen backbone's features: by a linear classifier or k-NN. Writes metrics.json (top1, top5 in percent, …).
 
   python tools/probe.py configs/finetune/knn.py data.root=/path/to/images checkpoint=weights.safetensors
   python tools/probe.py configs/finetune/linear_probe.py data.root=/path checkpoint=runs/demo --out runs/probe
@@ -11,11 +11,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from saccade.train import probe
-from saccade.train.runtime import config
-from saccade.train.runtime.distributed import process_group, sync_errors
-from saccade.train.runtime.errors import run
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -25,6 +20,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="where to write (default: runs/ and the config's folder and name)")
     args = parser.parse_intermixed_args()
+
+    from saccade.train import probe
+    from saccade.train.runtime import config
+    from saccade.train.runtime.distributed import process_group, sync_errors
+
     out = args.out or Path("runs", args.config.resolve().parent.name, args.config.stem)
     with process_group():
         with sync_errors():
@@ -34,4 +34,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from saccade.train.runtime.errors import run
+
     sys.exit(run(main))

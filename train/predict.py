@@ -1,46 +1,67 @@
-"""What a trained model finds on pictures."""
+"""Predict on images, with the model of a finished run."""
 
 import inspect
 import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
+from .data.bad_images import BadImage, printable
+from .data.files import Skipped, image_files
 from .data.images import read_image
 from .runtime import config
 from .runtime.checkpoint import atomic_write, write_text
 from .runtime.distributed import choose_device
-from .runtime.errors import UserError
+from .runtime.errors import DATA, UserError
 from .tasks.classify import Classify
 from .tasks.task import Predictor
 
+AUTHOR = "saccade predict"  # the Software entry of the PNG files written here, which may be replaced
+LACKING = dict(  # what is said where a task's predictor does not have a method
+    draw="--out needs a task that draws on images, such as detection or segmentation",
+    label_map="--format png is for segmenters, which label each pixel",
+    to_coco="--format coco is for detectors, which predict boxes",
+)
+
+
+class Prediction(NamedTuple):
+    """What the model predicts of one image. size: (width, height). written: the image file with it, if there is one."""
+
+    path: Path
+    size: tuple[int, int]
+    record: dict[str, Any]
+    written: Path | None = None
+
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
-    """The files among `paths` and, sorted, the image files below its folders. Raises UserError where one has none."""
-    extensions = set(Image.registered_extensions())
-    found = []
+    """Return the files among `paths` and, sorted, the image files below its folders, each once.
+
+    Files that are not there are kept: whoever reads them reports them. Raises UserError where nothing is left.
+    """
+    files: dict[Path, None] = {}
     for path in paths:
         if path.is_dir():
-            below = [Path(folder, name) for folder, _, names in os.walk(path) for name in names]
-            images = sorted(p for p in below if p.suffix.lower() in extensions and not p.name.startswith("."))
-            if not images:
-                raise UserError(f"{path} holds no images")
-            found += images
-        elif path.is_file():
-            found.append(path)
+            skipped = Skipped()
+            files |= dict.fromkeys(map(Path, image_files(path, skipped)))
+            skipped.report(path)
         else:
-            raise UserError(f"there is no picture {path}")
-    return found
+            files[path] = None
+    if not files:
+        raise UserError(f"{', '.join(map(str, paths))} holds no images: give image files or folders of them")
+    if not any(map(os.path.exists, files)):
+        raise UserError(f"there is no image {next(iter(files))}")
+    return list(files)
 
 
 def predictor(run_dir: Path, device: str | None = None, **options: Any) -> Predictor:
-    """The model of a finished run's folder, or a classifier's that timm's `local-dir:` reads; options are the task's.
+    """Load the model of a finished run's folder, or a classifier that timm's `local-dir:` reads.
 
-    Raises UserError for a folder without a model and for an option that its task does not have.
+    options: of the task's predictor. Raises UserError for a folder without a model, and for an option that its task
+    does not have.
     """
     if not (run_dir / "model.safetensors").is_file():
         raise UserError(f"{run_dir} has no model.safetensors: give the folder of a finished run")
@@ -54,36 +75,161 @@ def predictor(run_dir: Path, device: str | None = None, **options: Any) -> Predi
 
 @torch.inference_mode()
 def predict(
-    run_dir: Path,
+    model: Predictor,
     images: Sequence[Path],
-    batch: int = 8,
-    device: str | None = None,
-    drawings: Path | None = None,
-    **options: Any,
-) -> Iterator[tuple[Path, dict[str, Any], str]]:
-    """Yield (path, what was found as JSON can hold it, the same in a line) for each image.
+    batch_size: int = 8,
+    out: Path | None = None,
+    maps: bool = False,
+    max_drawn: int = 50,
+) -> Iterator[Prediction | BadImage]:
+    """Yield the prediction of each image, or the error of one that can't be read or predicted on.
 
-    drawings: a folder where each image is written as a PNG with what was found on it. options: of the task, such as
-    `top` of a classifier. Raises UserError for a folder without a model and for a file that can't be read as an image.
+    out: a folder where each image is written as a PNG with its prediction drawn on it or, with `maps`, as its label
+    map; no file is replaced that was not written so. max_drawn: objects drawn on an image.
     """
+    names = OutputNames(out, images) if out is not None else None
+    for first in range(0, len(images), batch_size):
+        opened: list[tuple[Path, Image.Image]] = []
+        for path in images[first : first + batch_size]:
+            try:
+                opened.append((path, read_image(path)))
+            except BadImage as error:
+                yield error
+        for (path, image), record in zip(opened, _predict_each(model, opened)):
+            if isinstance(record, BadImage):
+                yield record
+                continue
+            written = None
+            if names is not None:
+                drawn = model.label_map(record) if maps else model.draw(image, record, max_drawn)
+                written = names.choose(path)
+                information = PngImagePlugin.PngInfo()
+                information.add_text("Software", AUTHOR)
+                with atomic_write(written) as temporary:
+                    drawn.save(temporary, "PNG", pnginfo=information)
+            yield Prediction(path, image.size, record, written)
+
+
+def _predict_each(model: Predictor, opened: Sequence[tuple[Path, Image.Image]]) -> list[dict[str, Any] | BadImage]:
+    """Return the record of each image, or its error where the model can't take it."""
+    if not opened:
+        return []
+    try:
+        return model.predict([image for _, image in opened])
+    except (RuntimeError, ValueError, IndexError, ZeroDivisionError, MemoryError) as error:
+        if len(opened) > 1:  # one of them, or all at once are too large
+            return [result for one in opened for result in _predict_each(model, [one])]
+        (path, image), reason = opened[0], (str(error).strip().splitlines() or [type(error).__name__])[0]
+        return [BadImage(str(path), f"of {image.width}x{image.height} pixels can't be predicted on ({reason})")]
+
+
+class OutputNames:
+    """Chooses a file's name in `folder` for the output of each image: never that of an input or of anyone's own file.
+
+    Names that differ in case only count as equal, as some file systems have it.
+    """
+
+    def __init__(self, folder: Path, images: Sequence[Path]):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"--out {folder} is a file: give a folder")
+        self.folder = folder
+        inputs = {os.path.realpath(path) for path in images}
+        own = (path for path in (folder.iterdir() if folder.is_dir() else ()) if not _may_replace(path, inputs))
+        self.taken = {path.name.casefold() for path in own}
+
+    def choose(self, image: Path) -> Path:
+        """Return IMAGE'S NAME.png or, where that is taken, IMAGE'S NAME_1.png and so on."""
+        number, name = 0, f"{image.stem}.png"
+        while name.casefold() in self.taken:
+            number += 1
+            name = f"{image.stem}_{number}.png"
+        self.taken.add(name.casefold())
+        return self.folder / name
+
+
+def _may_replace(path: Path, inputs: set[str]) -> bool:
+    """Whether a file is an output of an earlier prediction and no input of this one."""
+    if path.is_symlink() or os.path.realpath(path) in inputs or path.suffix.lower() != ".png":
+        return False
+    try:
+        with Image.open(path) as image:
+            return image.info.get("Software") == AUTHOR
+    except (OSError, ValueError, SyntaxError):
+        return False
+
+
+def run(
+    run_dir: Path,
+    paths: Sequence[Path],
+    json_file: Path | None = None,
+    out: Path | None = None,
+    form: str = "json",
+    device: str | None = None,
+    max_drawn: int = 50,
+    **options: Any,
+) -> None:
+    """Print the predictions on images, and a summary; write them as JSON or images.
+
+    json_file, out: see tools/predict.py, whose --format is `form`. options: of the task's predictor. Raises UserError
+    (code 65) at the end where images could not be read or predicted on, which are listed.
+    """
+    if form == "coco" and json_file is None:
+        raise UserError("--format coco needs --json FILE, the file to write")
+    if form == "png" and out is None:
+        raise UserError("--format png needs --out FOLDER, where the label maps are written")
+    if max_drawn < 1:
+        raise UserError(f"--max-drawn must be 1 or more objects, got {max_drawn}")
+    images = find_images(paths)
+    if json_file is not None:
+        check_json(json_file, images)
     model = predictor(run_dir, device, **options)
-    names: set[str] = set()
-    for first in range(0, len(images), batch):
-        part = images[first : first + batch]
-        pictures = [read_image(path) for path in part]
-        for path, picture, record in zip(part, pictures, model.batch(pictures)):
-            if drawings is not None:
-                drawn = model.draw(picture, record)
-                drawings.mkdir(parents=True, exist_ok=True)
-                name = next(
-                    n for i in range(len(names) + 1) if (n := f"{path.stem}{f'_{i}' if i else ''}") not in names
-                )
-                names.add(name)
-                with atomic_write(drawings / f"{name}.png") as temporary:
-                    drawn.save(temporary, "PNG")
-            yield path, record, model.say(record)
+    asked = dict(to_coco=form == "coco", label_map=form == "png", draw=out is not None and form != "png")
+    for method, sentence in LACKING.items():
+        if asked[method] and getattr(type(model), method) is getattr(Predictor, method):
+            raise UserError(sentence)
+    done: list[Prediction] = []
+    bad: list[BadImage] = []
+    for result in predict(model, images, out=out, maps=form == "png", max_drawn=max_drawn):
+        if isinstance(result, BadImage):
+            bad.append(result)
+            continue
+        done.append(result)
+        written = f" -> {printable(str(result.written))}" if result.written else ""
+        print(f"{printable(str(result.path))}: {model.describe(result.record)}{written}")
+    if len(images) > 1:
+        print(f"{len(done)} images: {model.summarize([one.record for one in done])}")
+    if json_file is not None:
+        write(done, json_file, model if form == "coco" else None)
+    if bad:
+        listed = "; ".join(f"{error.name} {error.reason}" for error in bad)
+        raise UserError(f"{len(bad)} of {len(images)} images are left out: {listed}", DATA)
 
 
-def write(predictions: Sequence[tuple[Path, dict[str, Any]]], file: Path) -> None:
-    """As JSON: [{"image": path, … what was found}, …]."""
-    write_text(file, json.dumps([dict(image=str(path), **record) for path, record in predictions], indent=1) + "\n")
+def check_json(file: Path, images: Sequence[Path]) -> None:
+    """Raise UserError where --json would replace something else than earlier predictions."""
+    if file.is_dir():
+        raise UserError(f"--json {file} is a folder: give a file")
+    if file.exists() and (os.path.realpath(file) in map(os.path.realpath, images) or not _holds_predictions(file)):
+        raise UserError(f"--json {file} exists and holds no predictions: choose another name")
+
+
+def _holds_predictions(file: Path) -> bool:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    if isinstance(content, dict):
+        return isinstance(content.get("info"), dict) and content["info"].get("description") == AUTHOR
+    return isinstance(content, list) and all(isinstance(one, dict) and "image" in one for one in content)
+
+
+def write(predictions: Sequence[Prediction], file: Path, coco: Predictor | None = None) -> None:
+    """Write predictions as JSON: [{"image": path, … the record}, …], or in COCO's format as the predictor has it."""
+    if coco is not None:
+        content: Any = coco.to_coco([one[:3] for one in predictions]) | dict(info=dict(description=AUTHOR))
+    else:
+        content = [
+            dict(image=str(one.path), **(dict(written=str(one.written)) if one.written else {}), **one.record)
+            for one in predictions
+        ]
+    write_text(file, json.dumps(content, indent=1) + "\n")

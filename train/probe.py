@@ -1,16 +1,20 @@
-"""How good a frozen backbone's features are: a linear classifier on them, or their nearest neighbours.
+"""Probe a frozen backbone's features: by a linear classifier, or by their nearest neighbours.
 
 The features are what the model's own head gives its classifier (`forward_head(…, pre_logits=True)`), of images as in
 tests. All processes compute them, each image once.
 """
 
+import inspect
 import json
+import sys
 import time
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -18,9 +22,9 @@ from .data.bad_images import BadImages
 from .data.loader import EvaluationOrder, batches
 from .engine import autocasting
 from .models.build import create
-from .models.build import probe as show
+from .models.build import probe as check_input_size
 from .runtime.checkpoint import write_text
-from .runtime.config import build, check, check_typed
+from .runtime.config import build, check, check_typed, load
 from .runtime.distributed import all_reduce_sum, choose_device, rank, sync_errors, world_size
 from .runtime.errors import UserError
 from .runtime.log import format_metrics
@@ -40,22 +44,24 @@ class KNN:
             raise UserError(f"probe.k={k} must be 1 or more, and probe.temperature={temperature} more than 0")
         self.k, self.temperature = k, temperature
 
-    def __call__(self, train: Features, val: Features, test: Features, classes: int, place: torch.device) -> dict:
-        """top1 and top5 on `test`, in percent; `val` plays no part. Every process takes its share of the test."""
+    def __call__(
+        self, train: Features, val: Features, test: Features, num_classes: int, device: torch.device
+    ) -> dict[str, Any]:
+        """Return top1 and top5 on `test`, in percent; `val` is not used. Each process takes its share of the test."""
         if self.k > len(train[1]):
-            said = f"probe.k={self.k} is more than the {len(train[1])} training images: make it smaller"
-            raise UserError(said, quiet=rank() > 0)
-        known, labels = nn.functional.normalize(train[0].to(place)), train[1].to(place)
-        asked, answers = nn.functional.normalize(test[0][rank() :: world_size()]), test[1][rank() :: world_size()]
-        right = torch.zeros(2, dtype=torch.int64)
-        for x, y in zip(asked.split(256), answers.split(256)):
-            cosine, nearest = (x.to(place) @ known.T).topk(self.k)
-            votes = torch.zeros(len(x), classes, device=place)
+            message = f"probe.k={self.k} is more than the {len(train[1])} training images: make it smaller"
+            raise UserError(message, quiet=rank() > 0)
+        known, labels = nn.functional.normalize(train[0].to(device)), train[1].to(device)
+        queries, targets = nn.functional.normalize(test[0][rank() :: world_size()]), test[1][rank() :: world_size()]
+        correct = torch.zeros(2, dtype=torch.int64)
+        for x, y in progress(list(zip(queries.split(256), targets.split(256))), "neighbours"):
+            cosine, nearest = (x.to(device) @ known.T).topk(self.k)
+            votes = torch.zeros(len(x), num_classes, device=device)
             votes.scatter_add_(1, labels[nearest], (cosine / self.temperature).exp())
-            most, said = votes.topk(min(5, classes))
-            hits = ((said == y[:, None].to(place)) & (most > 0)).cpu()
-            right += torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
-        top1, top5 = (100 * all_reduce_sum(right).double() / len(test[1])).tolist()
+            most, predicted = votes.topk(min(5, num_classes))
+            hits = ((predicted == y[:, None].to(device)) & (most > 0)).cpu()
+            correct += torch.stack([hits[:, 0].sum(), hits.any(1).sum()])
+        top1, top5 = (100 * all_reduce_sum(correct).double() / len(test[1])).tolist()
         return dict(top1=top1, top5=top5, k=self.k, temperature=self.temperature)
 
 
@@ -72,8 +78,10 @@ class LogisticProbe:
             raise UserError(f"probe.C={C} must be numbers above 0, and probe.iterations={iterations} 1 or more")
         self.C, self.iterations = sorted(C), iterations
 
-    def __call__(self, train: Features, val: Features, test: Features, classes: int, place: torch.device) -> dict:
-        """top1 and top5 on `test` with the chosen C, and top1 on `val` with each, in percent; of process 0 alone."""
+    def __call__(
+        self, train: Features, val: Features, test: Features, num_classes: int, device: torch.device
+    ) -> dict[str, Any]:
+        """Return top1 and top5 on `test` with the chosen C, and top1 on `val` with each, in percent; on process 0."""
         if rank() > 0:
             return {}
         from sklearn.exceptions import ConvergenceWarning
@@ -85,16 +93,16 @@ class LogisticProbe:
 
         def top(model: LogisticRegression, features: Features, k: int) -> float:
             scores = torch.from_numpy(model.predict_proba(scaler.transform(features[0].double().numpy())))
-            said = torch.from_numpy(model.classes_)[scores.topk(min(k, scores.shape[1])).indices]
-            return 100 * (said == features[1][:, None]).any(1).double().mean().item()
+            predicted = torch.from_numpy(model.classes_)[scores.topk(min(k, scores.shape[1])).indices]
+            return 100 * (predicted == features[1][:, None]).any(1).double().mean().item()
 
         tried: list[tuple[float, float, LogisticRegression]] = []
-        for strength in self.C:
+        for strength in progress(self.C, "values of C"):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # `converged` says it
                 model = LogisticRegression(C=strength, max_iter=self.iterations).fit(x, y)
             tried.append((top(model, val, 1), strength, model))
-        best, strength, model = max(tried, key=lambda found: found[0])
+        best, strength, model = max(tried, key=lambda one: one[0])
         return dict(
             top1=top(model, test, 1),
             top5=top(model, test, 5),
@@ -121,26 +129,30 @@ def run(
     """Fit `probe` on the train split's features, test it on the test split's, write out/metrics.json.
 
     model, data, checkpoint, precision, workers, device: as of saccade.train.engine.train. probe: `type` (KNN,
-    LogisticProbe) and its arguments. batch_size: over all processes. Raises UserError for what the user can mend.
+    LogisticProbe) and its arguments. batch_size: over all processes. Raises UserError for what the user can fix.
     """
-    began = time.perf_counter()
+    start_time = time.perf_counter()
     with sync_errors():
-        place = choose_device(device)
+        target = choose_device(device)
         source, judge = build(data), build(probe)
         sizes = dict(num_classes=len(source.class_names), img_size=source.img_size)
-        net = create(**sizes | model, checkpoint=checkpoint, new_head=True).to(place).eval()
+        net = create(**sizes | model, checkpoint=checkpoint, new_head=True).to(target).eval()
         inputs = source.inputs(net.pretrained_cfg)
-        show(net, inputs["input_size"])
+        check_input_size(net, inputs["input_size"])
         sets = {split: source.dataset(split, inputs) for split in ("train", "val", "test")}
     bad = BadImages(out / "bad_images.txt", source)
-    with autocasting(place, precision)():
-        found = [features(net, each, inputs["input_size"], batch_size, workers, place, bad) for each in sets.values()]
+    with autocasting(target, precision)():
+        splits = [
+            features(net, images, inputs["input_size"], batch_size, workers, target, bad, name)
+            for name, images in sets.items()
+        ]
     bad.share()
-    metrics = judge(*found, len(source.class_names), place)
+    metrics = judge(*splits, len(source.class_names), target)
     if rank() == 0:
-        metrics = {"images": len(found[2][1]), **metrics, "seconds": round(time.perf_counter() - began, 3)}
-        said = dict(probe=type(judge).__name__, **metrics, train_images=len(found[0][1]), features=found[0][0].shape[1])
-        write_text(out / "metrics.json", json.dumps(said, indent=2) + "\n")
+        metrics = {"images": len(splits[2][1]), **metrics, "seconds": round(time.perf_counter() - start_time, 3)}
+        sizes = dict(train_images=len(splits[0][1]), features=splits[0][0].shape[1])
+        content = dict(probe=type(judge).__name__, **metrics, **sizes)
+        write_text(out / "metrics.json", json.dumps(content, indent=2) + "\n")
         numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         print(f"test: {metrics['images']} images {format_metrics(numbers)}\n  {out / 'metrics.json'}")
         if metrics.get("converged") is False:
@@ -154,34 +166,42 @@ def features(
     input_size: tuple[int, int, int],
     batch_size: int,
     workers: int,
-    place: torch.device,
+    device: torch.device,
     bad: BadImages | None = None,
+    name: str = "",
 ) -> Features:
-    """The model's features of a dataset's images, in its order, the same in every process.
+    """Return the model's features of a dataset's images, in its order, the same in every process.
 
-    bad: where images that can't be read are noted, which are left out; None: the first one raises. Raises UserError
-    where the features are not finite.
+    bad: where images that can't be read are noted, which are left out; None: the first one raises. name: of the split,
+    for the progress bar. Raises UserError where the features are not finite.
     """
 
     def pooled(x: Tensor) -> Tensor:
         return model.forward_head(model.forward_features(x), pre_logits=True).flatten(1).float().cpu()
 
-    width = pooled(torch.zeros(1, *input_size, device=place)).shape[1]
-    found, labels = torch.zeros(len(images), width), torch.zeros(len(images), dtype=torch.int64)
+    width = pooled(torch.zeros(1, *input_size, device=device)).shape[1]
+    table, labels = torch.zeros(len(images), width), torch.zeros(len(images), dtype=torch.int64)
     order = EvaluationOrder(len(images), max(1, batch_size // world_size()))
-    for x, y, number in batches(_Numbered(images), order, 0, workers, place, bad):
-        found[number.cpu()], labels[number.cpu()] = pooled(x), y.cpu() + 1  # 0: not read
-    for part in found.split(2**16):
+    loader = batches(_Numbered(images), order, 0, workers, device, bad)
+    for x, y, number in progress(loader, f"features of {name}"):
+        table[number.cpu()], labels[number.cpu()] = pooled(x), y.cpu() + 1  # 0: not read
+    for part in table.split(2**16):
         part.copy_(all_reduce_sum(part))  # a row is another process's, or zero, so that the sum is exact
     labels = all_reduce_sum(labels)
-    if not found.isfinite().all():
-        said = "the model's features are not finite numbers: use precision=fp32 or other weights"
-        raise UserError(said, quiet=rank() > 0)
-    return found[labels > 0], labels[labels > 0] - 1
+    if not table.isfinite().all():
+        message = "the model's features are not finite numbers: use precision=fp32 or other weights"
+        raise UserError(message, quiet=rank() > 0)
+    return table[labels > 0], labels[labels > 0] - 1
+
+
+def progress(items: Any, description: str) -> Iterable:
+    """Yield the items, with a progress bar on a terminal and nothing elsewhere."""
+    shown = rank() == 0 and sys.stdout.isatty()
+    return track(items, description, total=len(items), disable=not shown, transient=True)
 
 
 class _Numbered(Dataset):
-    """A dataset of (image, label) with the image's number as a third."""
+    """A dataset of (image, label) with the image's index as a third part."""
 
     def __init__(self, dataset: Any):
         self.dataset = dataset
@@ -194,17 +214,40 @@ class _Numbered(Dataset):
 
 
 def validate(config: dict) -> None:
-    """Hold a config to what `run` takes; raises UserError for a key, a value or a name that is not known."""
+    """Check a config against what `run` takes; raises UserError for an unknown key, value or name.
+
+    Where the checkpoint is of a run, what the config does not say of the model and of data.img_size is set as there.
+    """
+    _take_from_run(config)
     check("", config, run)
     check_typed("data", config["data"])
     check_typed("probe", config["probe"])
     for key in {"num_classes", "checkpoint", "new_head"} & config["model"].keys():
         raise UserError(f"model.{key} can't be set: classes come from the data, weights from checkpoint=…")
-    if not isinstance(config["model"].get("name"), str):
-        raise UserError("model.name is missing: set it in the config or with model.name=… on the command line")
     if not config.get("checkpoint") and not config["model"].get("pretrained"):
         raise UserError(
             "checkpoint is missing: give the weights to judge with checkpoint=FILE, or model.pretrained=True"
         )
+    if not isinstance(config["model"].get("name"), str):
+        raise UserError("model.name is missing: give it with model.name=…, or a run's folder as checkpoint")
     if config.get("batch_size", 1) < 1:
         raise UserError(f"batch_size={config['batch_size']} must be 1 or more")
+
+
+def _take_from_run(config: dict) -> None:
+    """Complete a config by the model section and the image size of the run that its checkpoint is of."""
+    weights = Path(str(config.get("checkpoint")))
+    folder = weights if weights.is_dir() else weights.parent
+    file = next((f for f in (folder / "config.py", folder.parent / "config.py") if f.is_file()), None)
+    inside = weights.is_dir() or weights.name == "model.safetensors" or weights.parent.name == "checkpoints"
+    if not inside or file is None or not isinstance(config.get("model"), dict):
+        return
+    settings = load(file)
+    theirs = {k: v for k, v in settings["model"].items() if k not in ("pretrained", "pretrained_cfg_overlay")}
+    if config["model"].get("name", theirs.get("name")) != theirs.get("name"):
+        return  # another model was asked for: the checkpoint will be held to that
+    config["model"] = theirs | config["model"]
+    accepted = inspect.signature(config["data"]["type"]).parameters if isinstance(config["data"], dict) else {}
+    size = settings["data"].get("img_size")
+    if "img_size" in accepted and config["data"].get("img_size") is None and size is not None:
+        config["data"]["img_size"] = size

@@ -1,11 +1,12 @@
-"""A test of a trained model: on a split of the data or, of a classifier, on a further folder of images."""
+"""Test a trained model: on a split of the data or, of a classifier, on another folder of images."""
 
+import copy
 import json
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import nn
 
 from .data.bad_images import BadImages
 from .data.loader import EvaluationOrder, batches
@@ -13,12 +14,14 @@ from .data.test_folder import TestFolder
 from .engine import autocasting, evaluate, where
 from .metrics.real import Accepted
 from .metrics.speed import Speed
+from .models.class_names import match_classes, read_class_names, rename_classes
 from .runtime.checkpoint import write_text
 from .runtime.config import build
 from .runtime.distributed import choose_device, rank, sync_errors, world_size
 from .runtime.errors import UserError
 from .runtime.log import format_metrics
 from .tasks.classify import Classify
+from .tasks.task import Task
 
 
 def test(
@@ -29,6 +32,7 @@ def test(
     out: Path,
     real: str | None = None,
     preprocessing: dict[str, Any] | None = None,
+    class_map: dict[str, str] | None = None,
 ) -> None:
     """Evaluate a model on a split, write out/metrics.json (top1, top5 in percent, images, seconds, …), and draw.
 
@@ -36,53 +40,95 @@ def test(
     or with model.pretrained for the weights that timm publishes.
     config: the run's, or any that `train` takes; its data may be a TestFolder.
     real: a file of further labels that are accepted; see saccade.train.metrics.real. preprocessing: what replaces the
-    data's or the model's own, as timm names it (crop_pct, interpolation).
-    Raises UserError for what the user can mend.
+    data's or the model's own, as timm names it (crop_pct, interpolation). class_map: {class of the data: class of the
+    model}, of those that have different names.
+    Raises UserError for what the user can fix.
     """
     with sync_errors():
-        place = choose_device(config.get("device"))
+        device = choose_device(config.get("device"))
         source = build(config["data"])
-        job = build(config["task"], source)
-        if (real or isinstance(source, TestFolder)) and not isinstance(job, Classify):
+        task = build(config["task"], source)
+        if (real or isinstance(source, TestFolder)) and not isinstance(task, Classify):
             raise UserError("--images and --real are for classifiers: test on a split of the data")
-        classes = dict(num_classes=source.of_model) if isinstance(source, TestFolder) else {}
-        if checkpoint is not None:
-            net = job.model(**config["model"], **classes, checkpoint=checkpoint)
-        elif run_dir is not None:
-            net = job.restore(run_dir, config["model"], **classes)
+        if isinstance(source, TestFolder):
+            names, subset = source.model_classes, True
         else:
-            net = job.published(config["model"], **classes)
-        net = net.to(place)
+            names, subset = model_class_names(task, run_dir, config, checkpoint, class_map), class_map is not None
+        net, indices = load_model(task, run_dir, config, checkpoint, source, names, subset)
+        net = net.to(device)
         inputs = source.inputs(net.pretrained_cfg) | (preprocessing or {})
-        job.probe(net, inputs)
-        if classes and len(job.class_names) < net.num_classes:
-            kept = torch.tensor(source.classes, device=place)
-            net.register_forward_hook(lambda module, images, logits: logits[:, kept])
+        task.probe(net, inputs)
+        if names is not None and indices != list(range(len(names))):
+            task.select_classes(net, indices)
         dataset = source.dataset(split, inputs)
-        seen = dataset if real is None else Accepted(dataset, real, len(job.class_names))
+        tested = dataset if real is None else Accepted(dataset, real, len(task.class_names))
         out.mkdir(parents=True, exist_ok=True)
     order = EvaluationOrder(len(dataset), max(1, config["batch_size"] // world_size()))
     bad = BadImages(out / f"bad_images_{split}.txt", source)
-    loader = batches(seen, order, 0, config.get("workers", 0), place, bad)
+    loader = batches(tested, order, 0, config.get("workers", 0), device, bad)
     precision = config.get("precision", "fp32")
-    speed, began = Speed(net, place), time.perf_counter()
-    metrics, detail = evaluate(net, job, loader, autocasting(place, precision))
+    speed, start_time = Speed(net, device), time.perf_counter()
+    metrics, detail = evaluate(net, task, loader, autocasting(device, precision))
     bad.share()
-    metrics |= dict(seconds=round(time.perf_counter() - began, 3), **speed.result())
+    metrics |= dict(seconds=round(time.perf_counter() - start_time, 3), **speed.result())
     tested_on = source.root if isinstance(source, TestFolder) else split
-    said: list[str] = []
+    lines: list[str] = []
     with sync_errors():
         if rank() == 0:
-            beside, said = job.report(out, detail)
-            kept = ("input_size", "crop_pct", "interpolation")
-            how = {key: inputs[key] for key in kept if key in inputs} | dict(precision=precision)
-            whole = dict(split=tested_on, **metrics, **how, **beside)
-            write_text(out / "metrics.json", json.dumps(whole, indent=2) + "\n")
+            entries, lines = task.report(out, detail)
+            keys = ("input_size", "crop_pct", "interpolation")
+            settings = {key: inputs[key] for key in keys if key in inputs} | dict(precision=precision)
+            content = dict(split=tested_on, **metrics, **settings, **entries)
+            write_text(out / "metrics.json", json.dumps(content, indent=2) + "\n")
     if rank() == 0:
-        job.pictures(out, net, dataset, detail)
-        print("\n".join([f"{tested_on}: {metrics['images']} images {format_metrics(metrics)}", *said]))
-        print(
-            where(
-                run_dir or out, [out / "metrics.json", *sorted(out.glob("*.csv")), *sorted(out.glob("pictures/*.png"))]
-            )
-        )
+        task.draw_results(out, net, dataset, detail)
+        if sorted(indices) == list(range(len(indices))) and indices != sorted(indices):
+            lines = ["the data have the model's classes in another order: they are matched by name", *lines]
+        print("\n".join([f"{tested_on}: {metrics['images']} images {format_metrics(metrics)}", *lines]))
+        files = [out / "metrics.json", *sorted(out.glob("*.csv")), *sorted(out.glob("pictures/*.png"))]
+        print(where(run_dir or out, files))
+
+
+def model_class_names(
+    task: Task | None, run_dir: Path | None, config: dict, checkpoint: Path | None, class_map: dict[str, str] | None
+) -> list[str] | None:
+    """Return the classes of the model that `test` will load, under the data's names; None where nothing names them.
+
+    task: which knows the classes of published weights; None: those are not asked for.
+    """
+    weights = checkpoint or run_dir
+    if weights is not None:
+        names = read_class_names(weights)
+    else:
+        names = task.published_class_names(config["model"]) if task is not None else None
+    if class_map is None:
+        return names
+    if names is None:
+        raise UserError("--class-map needs a model whose classes are named: a run's, or a checkpoint of a run")
+    return rename_classes(names, class_map)
+
+
+def load_model(
+    task: Task,
+    run_dir: Path | None,
+    config: dict,
+    checkpoint: Path | None,
+    source: Any,
+    names: list[str] | None,
+    subset: bool,
+) -> tuple[nn.Module, list[int]]:
+    """Return the model that `test` was asked for, and which of its classes those of the data are.
+
+    names: the model's classes, or None where they are not known: then they must be as many as the data's.
+    subset: whether the data may have some of them only.
+    """
+    indices = list(range(len(task.class_names)))
+    if names is not None and not getattr(source, "numbered", False):
+        indices = match_classes(task.class_names, names, subset)
+        task = copy.copy(task)
+        task.class_names = names  # the model is built with its own classes
+    if checkpoint is not None:
+        return task.model(**config["model"], checkpoint=checkpoint), indices
+    if run_dir is not None:
+        return task.restore(run_dir, config["model"]), indices
+    return task.published(config["model"]), indices

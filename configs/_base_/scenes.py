@@ -1,4 +1,4 @@
-"""Digits on photographs, which `python tools/make_scenes.py runs/scenes` writes in COCO's layout, at 128x128.
+"""Digits on photographs, which `python tools/make_scenes.py runs/data/scenes` writes in COCO's layout, at 128x128.
 
 A small Mask R-CNN learns them from a classifier of digits: the weights that `make demo` leaves in runs/demo.
 """
@@ -9,7 +9,7 @@ from saccade.train.tasks.detect import Detect
 model = dict(name="biformer_t")
 data = dict(
     type=Coco,
-    root="runs/scenes/coco",
+    root="runs/data/scenes/coco",
     train=("annotations/instances_train.json", "images/train"),
     val=("annotations/instances_val.json", "images/val"),
     test=("annotations/instances_test.json", "images/test"),

@@ -1,4 +1,4 @@
-"""Digits on photographs, which `python tools/make_scenes.py runs/scenes` writes in ADE20K's layout."""
+"""Digits on photographs, which `python tools/make_scenes.py runs/data/scenes` writes in ADE20K's layout."""
 
 from saccade.train.data.ade20k import Ade20k
 from saccade.train.tasks.segment import Segment
@@ -6,7 +6,7 @@ from saccade.train.tasks.segment import Segment
 model = dict(name="biformer_t")
 data = dict(
     type=Ade20k,
-    root="runs/scenes/ade20k",
+    root="runs/data/scenes/ade20k",
     scale=(128, 128),
     crop=96,
     augment=dict(ratios=(0.6, 1.1), hflip=0.0, distort=False),

@@ -1,6 +1,6 @@
 """How good a frozen backbone's features are for your own images: a linear classifier on them.
 
-python tools/probe.py configs/finetune/linear_probe.py data.root=/path/to/images checkpoint=weights.pth
+python tools/probe.py configs/finetune/linear_probe.py data.root=/path/to/images checkpoint=runs/demo
 """
 
 from mmengine.config import read_base

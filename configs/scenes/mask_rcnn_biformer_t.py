@@ -1,6 +1,6 @@
 """Mask R-CNN on BiFormer-T, on digits on photographs.
 
-python tools/make_scenes.py runs/scenes
+python tools/make_scenes.py runs/data/scenes
 torchrun --nproc_per_node=2 tools/train.py configs/scenes/mask_rcnn_biformer_t.py checkpoint=runs/demo
 """
 

@@ -2,7 +2,7 @@
 
 A step takes five sixths of the time that BiFormer-T's takes, so that there are a fifth more.
 
-python tools/make_scenes.py runs/scenes
+python tools/make_scenes.py runs/data/scenes
 torchrun --nproc_per_node=2 tools/train.py configs/scenes/mask_rcnn_resnet18.py checkpoint=runs/digits/resnet18
 """
 

@@ -1,6 +1,6 @@
 """BiFormer-T with UPerNet on digits on photographs, in ADE20K's layout.
 
-python tools/make_scenes.py runs/scenes
+python tools/make_scenes.py runs/data/scenes
 python tools/train.py configs/scenes/upernet_biformer_t.py checkpoint=runs/demo
 """
 

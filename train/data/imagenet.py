@@ -66,6 +66,7 @@ class ImageNet(Source):
         else:
             self._layout = ImageFolder(root)
         self.class_names = self._layout.class_names
+        self.numbered = getattr(self._layout, "numbered", False)
 
     def images(self, split: str) -> tuple[Files | Members, Sequence[int]]:
         files, labels = self._layout.images(split)
@@ -136,6 +137,7 @@ class _Shards:
         if classes is None and not known:
             raise UserError("data.classes is missing: the shards have no index.json that says how many there are")
         self.class_names = known["classes"] if known else [str(i) for i in range(classes)]
+        self.numbered = not known  # nothing names the classes
 
     def images(self, split: str) -> tuple[Members, np.ndarray]:
         names = self.names.get("val" if split == "test" and "test" not in self.names else split)

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from timm.data import ImageNetInfo, resolve_data_config
+from timm.data import resolve_data_config
 
-from ..runtime.checkpoint import label_names
 from ..runtime.errors import UserError, closest
-from .folder import _scan
+from .files import Skipped
+from .folder import scan_classes
 from .images import Files, Source
 
 
@@ -16,7 +16,7 @@ class TestFolder(Source):
     """A folder of class folders, each named as a class of the model is, or all of them by the classes' numbers.
 
     class_names: of the model, in its order. A folder that has some of them only is a test on those: `classes` are their
-    numbers among the model's `of_model`, to which its outputs are to be restricted; labels and this object's
+    numbers among the model's `model_classes`, to which its outputs are to be restricted; labels and this object's
     `class_names` are theirs. img_size, max_bad: as of ImageFolder.
     Raises UserError for a folder whose name is no class of the model.
     """
@@ -27,7 +27,9 @@ class TestFolder(Source):
         super().__init__(img_size, None, None, max_bad)
         if not Path(root).is_dir():
             raise UserError(f"--images {root} is no folder: give the folder that holds the class folders")
-        files = _scan(Path(root))
+        skipped = Skipped()
+        files = scan_classes(Path(root), skipped)
+        skipped.report(root)
         number = {name: i for i, name in enumerate(class_names)}
         if not files.keys() <= number.keys() and all(name.isdecimal() for name in files):
             number = {name: int(name) for name in files if int(name) < len(class_names)}
@@ -38,7 +40,7 @@ class TestFolder(Source):
                     f"{closest(name, class_names)}"
                 )
         found = sorted(files, key=number.__getitem__)  # as numbers: "10" comes after "9"
-        self.root, self.of_model = root, len(class_names)
+        self.root, self.model_classes = root, list(class_names)
         self.classes = [number[name] for name in found]
         self.class_names = [class_names[i] for i in self.classes]
         self._samples = [(path, label) for label, name in enumerate(found) for path in files[name]]
@@ -54,8 +56,3 @@ class TestFolder(Source):
         """All of them, whatever the split."""
         paths, labels = zip(*self._samples)
         return Files(paths), labels
-
-
-def class_names(run: Path | None) -> list[str]:
-    """The classes of a finished run's model; without a run, ImageNet's 1000 by their WordNet numbers."""
-    return ImageNetInfo().label_names() if run is None else label_names(run)

@@ -1,12 +1,13 @@
 """Image classification: what a batch, a loss, a prediction and a metric are."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import Mixup, create_transform, resolve_data_config
+from timm.data import ImageNetInfo, Mixup, create_transform, infer_imagenet_subset, resolve_data_config
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
@@ -15,17 +16,19 @@ from ..metrics.confusion import as_csv, confused, per_class, worst
 from ..metrics.real import Real
 from ..metrics.topk import TopK
 from ..models.build import create, export
+from ..models.class_names import fit_head
 from ..runtime.checkpoint import label_names, write_text
 from ..runtime.errors import UserError
-from ..visual.contact_sheet import contact_sheet
-from .task import Predictor, Task
+from ..visual.contact_sheet import save_contact_sheet
+from .task import Predictor, Task, format_counts
 
 
 class Classify(Task):
     """One label an image; a batch is (images (B, 3, H, W), labels (B,)).
 
     smoothing: of the labels. mixup, cutmix: their alpha (0: off), chosen between by switch_prob, applied to a batch
-    with probability mix_prob. bce: binary cross-entropy of each class instead of a softmax over them.
+    with probability mix_prob. bce: binary cross-entropy of each class instead of a softmax over them. bce_threshold:
+    the share of a class in a mixed image above which its target is 1, else 0 (None: the share is the target).
     """
 
     scores = ("top1",)
@@ -40,6 +43,7 @@ class Classify(Task):
         mix_prob: float = 1.0,
         switch_prob: float = 0.5,
         bce: bool = False,
+        bce_threshold: float | None = None,
     ):
         self.class_names: list[str] = data.class_names
         self.img_size: int | None = data.img_size
@@ -48,14 +52,33 @@ class Classify(Task):
         self._mix = (
             Mixup(mixup, cutmix, None, mix_prob, switch_prob, "batch", True, smoothing, classes) if mixing else None
         )
+        if bce_threshold is not None and not (bce and 0 <= bce_threshold < 1):
+            raise UserError(f"task.bce_threshold={bce_threshold} must be in [0, 1) and needs task.bce=True")
         if bce:
-            self.criterion: nn.Module = BinaryCrossEntropy(smoothing=0.0 if mixing else smoothing)
+            smoothing = 0.0 if mixing else smoothing
+            self.criterion: nn.Module = BinaryCrossEntropy(smoothing=smoothing, target_threshold=bce_threshold)
         else:
             self.criterion = SoftTargetCrossEntropy() if mixing else LabelSmoothingCrossEntropy(smoothing)
 
-    def model(self, name: str, **kwargs: Any) -> nn.Module:
-        """The classifier, sized to the data; see saccade.train.models.build.create."""
-        return create(name, **{"num_classes": len(self.class_names), "img_size": self.img_size, **kwargs})
+    def model(self, name: str, checkpoint: Any = None, new_head: bool = False, **kwargs: Any) -> nn.Module:
+        """Build the classifier, sized to the data; see saccade.train.models.build.create."""
+        arguments = {"num_classes": len(self.class_names), "img_size": self.img_size, **kwargs}
+        net = create(name, checkpoint=checkpoint, new_head=new_head, **arguments)
+        fits, order = self.match_head(checkpoint) if checkpoint is not None and new_head else (True, None)
+        if not fits:
+            self._fit_head(net, order)
+        return net
+
+    def _fit_head(self, model: nn.Module, order: list[int] | None) -> None:
+        """Reorder the rows of the classifier, or (None) start it anew."""
+        layers = model.pretrained_cfg.get("classifier") or ()
+        layers = (layers,) if isinstance(layers, str) else tuple(layers)
+        state = model.state_dict()
+        rows = [name for name in state if name.rpartition(".")[0] in layers]
+        if order is not None and rows and all(len(state[name]) == len(order) for name in rows):
+            model.load_state_dict(fit_head(state, rows, state, order))
+        else:
+            model.reset_classifier(len(self.class_names))
 
     def restore(self, folder: Path, model: dict[str, Any], **kwargs: Any) -> nn.Module:
         return self.model(f"local-dir:{folder}", **kwargs, pretrained=True)
@@ -69,8 +92,20 @@ class Classify(Task):
             )
         return net
 
+    def published_class_names(self, model: dict[str, Any]) -> list[str] | None:
+        with torch.device("meta"):
+            net = create(**{k: v for k, v in model.items() if k != "pretrained"}, num_classes=0)
+        if net.pretrained_cfg.get("label_names"):
+            return list(net.pretrained_cfg["label_names"])
+        subset = infer_imagenet_subset(net.pretrained_cfg)
+        return ImageNetInfo(subset).label_names() if subset else None
+
+    def select_classes(self, model: nn.Module, indices: Sequence[int]) -> None:
+        kept = torch.tensor(indices, device=next(model.parameters()).device)
+        model.register_forward_hook(lambda module, images, logits: logits[:, kept])
+
     def targets(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Images and what the criterion compares logits with: mixed images and their shares of classes, or labels."""
+        """Return images and what the criterion compares logits with: mixed images with class shares, or labels."""
         images, labels = batch
         if self._mix is None:
             return images, labels
@@ -81,7 +116,7 @@ class Classify(Task):
         return self._mix(images, labels)
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """(scalar loss, what to log beside it); with unmixed labels that is the batch's accuracy in percent."""
+        """Return (scalar loss, what to log beside it); for unmixed labels that is the batch's accuracy in percent."""
         images, targets = self.targets(batch)
         logits = model(images).float()
         loss = self.criterion(logits, targets)
@@ -89,8 +124,8 @@ class Classify(Task):
             return loss, {}
         return loss, {"top1": 100 * (logits.detach().argmax(1) == targets).float().mean()}
 
-    def sample(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
-        """Its images augmented and mixed, with labels or shares of them; it draws random numbers as `targets` does."""
+    def draw_batch(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
+        """Draw its images augmented and mixed, with their labels; random numbers are drawn as `targets` does."""
         images, targets = self.targets([part.clone() for part in batch])
         if targets.dim() == 1:
             captions = [self.class_names[label] for label in targets.tolist()]
@@ -100,16 +135,17 @@ class Classify(Task):
                 "\n".join(f"{self.class_names[label]}: {share:.0%}" for share, label in zip(*pair))
                 for pair in zip(shares.tolist(), labels.tolist())
             ]
-        return contact_sheet(images, captions, inputs["mean"], inputs["std"], folder / "pictures" / "batch.png")
+        file = folder / "pictures" / "batch.png"
+        return save_contact_sheet(images, captions, inputs["mean"], inputs["std"], file)
 
     def evaluate(self, model: nn.Module, batches: Iterable) -> tuple[dict[str, float], dict[str, Any]]:
-        """top1, top5, ece (percent), loss and images over all processes; confusion counts, and accuracy by confidence.
+        """Return top1, top5, ece (percent), loss and images over all processes; confusion counts and calibration.
 
         Batches with a third part, the classes that are accepted (saccade.train.metrics.real), give real_top1 and
         real_top5 too.
         """
-        place = next(model.parameters()).device
-        counts, calibration, real = TopK(len(self.class_names), place), Calibration(place), Real(place)
+        device = next(model.parameters()).device
+        counts, calibration, real = TopK(len(self.class_names), device), Calibration(device), Real(device)
         for images, labels, *accepted in batches:
             logits = model(images)
             counts.update(logits, labels)
@@ -118,64 +154,66 @@ class Classify(Task):
                 real.update(logits, *accepted)
         metrics, confusion = counts.result()
         metrics["ece"], bins = calibration.result()
-        beside, counted = real.result()
-        return metrics | beside, dict(confusion=confusion, calibration=bins, real_images=counted)
+        real_metrics, num_real = real.result()
+        return metrics | real_metrics, dict(confusion=confusion, calibration=bins, real_images=num_real)
 
     def report(self, folder: Path, detail: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Write folder/classes.csv, the accuracy of every class; returns what metrics.json is to say beside the
-        metrics, and lines for people: the worst classes."""
+        """Write folder/classes.csv, the accuracy of every class; returns further entries of metrics.json, and lines for
+        people: the worst classes."""
         rows = per_class(detail["confusion"], self.class_names)
         write_text(folder / "classes.csv", as_csv(rows))
-        beside = dict(confused=confused(detail["confusion"], self.class_names), calibration=detail["calibration"])
+        entries = dict(confused=confused(detail["confusion"], self.class_names), calibration=detail["calibration"])
         if detail["real_images"]:
-            beside["real_images"] = detail["real_images"]
-        return beside, worst(rows)
+            entries["real_images"] = detail["real_images"]
+        return entries, worst(rows)
 
-    def pictures(
-        self, folder: Path, model: nn.Module | None = None, images: Any = None, detail: Any = None
-    ) -> list[Path]:
-        """After testing: the confusion counts, the reliability, and what the model attends to on some images."""
-        if model is None:
-            return super().pictures(folder)
+    def draw_results(self, folder: Path, model: nn.Module, dataset: Any, detail: Any) -> list[Path]:
+        """Plot the confusion matrix, the calibration, and what the model attends to on some images."""
         # matplotlib takes a second to import, and only this needs it.
-        from ..visual.attention import draw_attention
+        from ..visual.attention import plot_attention
         from ..visual.confusion import plot_confusion, plot_reliability
 
-        place = folder / "pictures"
-        drawn = [
-            plot_confusion(detail["confusion"], self.class_names, place / "confusion.png"),
-            plot_reliability(detail["calibration"], place / "reliability.png"),
-            draw_attention(model, images, self.class_names, place / "attended.png"),
+        figures = folder / "pictures"
+        files = [
+            plot_confusion(detail["confusion"], self.class_names, figures / "confusion.png"),
+            plot_reliability(detail["calibration"], figures / "reliability.png"),
+            plot_attention(model, dataset, self.class_names, figures / "attended.png"),
         ]
-        return [file for file in drawn if file is not None]
+        return [file for file in files if file is not None]
 
     def export(self, model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: list[str]) -> None:
         """Write what timm.create_model("local-dir:FOLDER", pretrained=True) reads."""
         export(model, folder, inputs, class_names)
 
     @classmethod
-    def predictor(cls, folder: Path, settings: dict[str, Any], place: torch.device, top: int = 3) -> "ClassPredictor":
-        """top: classes to name for each picture."""
-        return ClassPredictor(folder, place, top)
+    def predictor(cls, folder: Path, settings: dict[str, Any], device: torch.device, top: int = 3) -> "ClassPredictor":
+        """top: classes to name for each image."""
+        return ClassPredictor(folder, device, top)
 
 
 class ClassPredictor(Predictor):
-    """The likeliest classes of a picture: {"classes": [{"name": …, "probability": …}, …]}, the likeliest first.
+    """Predicts the likeliest classes of an image: {"classes": [{"name": …, "probability": …}, …]}, in that order.
 
-    folder: a finished run's, or any that timm's `local-dir:` reads and that names its classes.
+    folder: a finished run's, or any that timm's `local-dir:` reads and that names its classes. top: how many classes, 1
+    or more; all of them where there are fewer.
     """
 
-    def __init__(self, folder: Path, place: torch.device, top: int = 3):
-        self.names = label_names(folder)
-        self.model = create(f"local-dir:{folder}", len(self.names), pretrained=True).to(place).eval()
+    def __init__(self, folder: Path, device: torch.device, top: int = 3):
+        if top < 1:
+            raise UserError(f"--top must be 1 or more classes, got {top}")
+        self.class_names = label_names(folder)
+        self.model = create(f"local-dir:{folder}", len(self.class_names), pretrained=True).to(device).eval()
         self.transform = create_transform(**resolve_data_config(model=self.model))
-        self.place, self.top = place, min(top, len(self.names))
+        self.device, self.top = device, min(top, len(self.class_names))
 
-    def batch(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        x = torch.stack([self.transform(image) for image in images]).to(self.place)
+    def predict(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        x = torch.stack([self.transform(image) for image in images]).to(self.device)
         likeliest = self.model(x).float().softmax(-1).cpu().topk(self.top)
         rows = zip(likeliest.indices.tolist(), likeliest.values.tolist())
-        return [dict(classes=[dict(name=self.names[i], probability=p) for i, p in zip(*row)]) for row in rows]
+        return [dict(classes=[dict(name=self.class_names[i], probability=p) for i, p in zip(*row)]) for row in rows]
 
-    def say(self, record: dict[str, Any]) -> str:
-        return ", ".join(f"{found['name']} {100 * found['probability']:.1f} %" for found in record["classes"])
+    def describe(self, record: dict[str, Any]) -> str:
+        return ", ".join(f"{row['name']} {100 * row['probability']:.1f} %" for row in record["classes"])
+
+    def summarize(self, records: Sequence[dict[str, Any]]) -> str:
+        return format_counts(Counter(record["classes"][0]["name"] for record in records))

@@ -1,9 +1,9 @@
-"""Sparsifiner's training (arXiv 2303.13755): a sparse student learns from its dense parent, in two runs.
+"""Sparsifiner's training (arXiv 2303.13755): a sparse student learns from its dense teacher, in two runs.
 
-    phase "predictors"  nothing but the mask predictors learns: their scores are to equal the parent's attention
-    phase "sparse"      all the rest learns, from the labels, the parent's logits and its patches' features
+    phase "predictors"  only the mask predictors learn: their scores approximate the teacher's attention
+    phase "sparse"      all other layers learn, from the labels, the teacher's logits and its patches' features
 
-Each is a run of its own, with an optimiser and a schedule of its own; the second begins with the first's weights.
+Each phase is a run of its own; the second begins with the weights of the first.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ IMAGES = 168  # a GPU's share of the published batch, over which the reconstruct
 
 
 def reconstruction_loss(connectivity: Sequence[Tensor], attention: Sequence[Tensor]) -> Tensor:
-    """How far predicted scores are from softmax attention: sums of squares, the mean over the layers.
+    """Return the squared distance of predicted scores from softmax attention, averaged over the layers.
 
     connectivity  per layer (B, heads, N-1, N): of a student's `distill(images, recon=True)`.
     attention     per layer (B, heads, N, N), the teacher's; of the class token, whose row is left out, nothing is
@@ -37,7 +37,7 @@ def reconstruction_loss(connectivity: Sequence[Tensor], attention: Sequence[Tens
 def distillation_loss(
     logits: Tensor, teacher_logits: Tensor, features: Tensor, teacher_features: Tensor, alive: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """(class term, token term): KL(teacher ‖ student) of an image, and the mean squared error of patches' features.
+    """Return (KL(teacher ‖ student) of an image's classes, mean squared error of the patches' features).
 
     logits    (B, classes), of the student and of the teacher.
     features  (B, N-1, C), of both.
@@ -57,7 +57,7 @@ def distillation_loss(
 class Distill(Classify):
     """A batch is that of Classify, whose arguments these are too; the model is a Sparsifiner.
 
-    phase: see above. teacher: weights of the dense parent, a file or a run's folder, for the second phase.
+    phase: see above. teacher: weights of the dense teacher, a file or a run's folder, for the second phase.
     reconstruction, logits, tokens: the weights of those terms, beside 1 for the labels', as published.
     """
 
@@ -80,7 +80,7 @@ class Distill(Classify):
     ):
         super().__init__(data, smoothing, mixup, cutmix, mix_prob, switch_prob)
         if phase == "sparse" and teacher is None:
-            raise UserError("task.teacher is missing: phase='sparse' needs the weights of the dense parent")
+            raise UserError("task.teacher is missing: phase='sparse' needs the weights of the dense teacher")
         self.phase, self._teacher_weights = phase, teacher
         self._reconstruction, self._logits, self._tokens = reconstruction, logits, tokens
 
@@ -92,12 +92,20 @@ class Distill(Classify):
         return net
 
     def trained(self, model: nn.Module) -> nn.Module:
-        """The student: what its phase does not teach gets no gradient, and called it returns what the losses read."""
+        """Return the student, whose forward pass gives what the losses need; other phases' parameters are frozen."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_((".predictor." in name) == (self.phase == "predictors"))
         if self.phase == "sparse":
             # Attending to all keys, a Sparsifiner is the dense model whose weights it has.
-            teacher = super().model(**self._student | dict(checkpoint=self._teacher_weights, token_keep_rate=1.0))
+            arguments = self._student | dict(checkpoint=self._teacher_weights, new_head=False, token_keep_rate=1.0)
+            teacher = super().model(**arguments)
+            fits, order = self.match_head(self._teacher_weights)
+            if not fits and order is None:
+                raise UserError(
+                    f"task.teacher={self._teacher_weights} is of other classes than the data's: give another"
+                )
+            if not fits:
+                self._fit_head(teacher, order)
             self._teacher = teacher.to(next(model.parameters()).device).eval().requires_grad_(False)
         return _Student(model, recon=self.phase == "predictors")
 
@@ -105,15 +113,15 @@ class Distill(Classify):
         images, targets = self.targets(batch)
         out = model(images)
         if self.phase == "predictors":
-            # As only the predictors learn, the student's own attention is the parent's.
+            # As only the predictors learn, the student's own attention is the teacher's.
             loss = reconstruction_loss(out.connectivity, [attention.detach() for attention in out.attention])
             return self._reconstruction * IMAGES / len(images) * loss, {}
         with torch.no_grad():
-            parent = self._teacher.distill(images, recon=True)
+            teacher = self._teacher.distill(images, recon=True)
         labels = self.criterion(out.logits.float(), targets)
-        logits, tokens = distillation_loss(out.logits, parent.logits, out.features, parent.features, out.alive)
-        said = {"labels": labels.detach(), "logits": logits.detach(), "tokens": tokens.detach()}
-        return labels + self._logits * logits + self._tokens * tokens, said
+        logits, tokens = distillation_loss(out.logits, teacher.logits, out.features, teacher.features, out.alive)
+        values = {"labels": labels.detach(), "logits": logits.detach(), "tokens": tokens.detach()}
+        return labels + self._logits * logits + self._tokens * tokens, values
 
 
 class _Student(nn.Module):

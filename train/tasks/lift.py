@@ -1,7 +1,7 @@
 """Detection in a bird's-eye view: several cameras' images to boxes around the ego."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,13 +12,14 @@ from ..metrics.nuscenes import NuScenesMetric
 from ..models.bev import BevDetector, make_head
 from ..models.body import load_whole
 from ..models.build import create, read_weights
+from ..models.class_names import class_sized, find_labels, fit_head
 from ..runtime.checkpoint import write_text
 from ..runtime.errors import UserError
 from .task import Predictor, Task
 
 
 class Lift(Task):
-    """Boxes from the view of a lifter, whose name and arguments are the model section.
+    """Boxes from the bird's-eye view of a lifter, whose name and arguments are the model section.
 
     A sample is dict(frames, boxes (n, 9), labels (n,), index): frames, oldest first, are dicts of what a lifter takes
     (images, lidar2img, and as there are depth, motion, can_bus, cameras), boxes those of the last one, as
@@ -48,7 +49,7 @@ class Lift(Task):
     def model(
         self, name: str, checkpoint: Any = None, new_head: bool = False, pretrained: bool = False, **kwargs: Any
     ) -> nn.Module:
-        """The detector. checkpoint: of a run of this task; with new_head, layers of the classes' size may differ."""
+        """Build the detector. checkpoint: of this task; with new_head, layers of the classes' size may differ."""
         lifter = create(name, 0, pretrained=pretrained, **kwargs)
         if not hasattr(lifter, "lift"):
             raise UserError(f"model.name={name} is no lifter: take dfa3d_bev_s or dfa3d_bev_b")
@@ -60,16 +61,22 @@ class Lift(Task):
         net = BevDetector(lifter, head, self.known_depth)
         if checkpoint is not None:
             file = Path(checkpoint)
-            load_whole(net, read_weights(file), file, new_head)
+            tensors = read_weights(file)
+            if new_head and not self.match_head(file, reorders=False)[0]:
+                other = BevDetector(lifter, make_head(self.head, lifter, len(self.class_names) + 1, **self.head_args))
+                tensors = fit_head(tensors, class_sized(net, other), net.state_dict(), None)
+            load_whole(net, tensors, file, new_head)
         net.pretrained_cfg, net.num_classes = lifter.pretrained_cfg, len(self.class_names)
         return net
 
     def probe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Show the model one camera's black image; raises UserError in its own words if it can't take it."""
-        place, training = next(model.parameters()).device, model.training
+        device, training = next(model.parameters()).device, model.training
         C, H, W = inputs["input_size"]
-        frame = dict(images=torch.zeros(1, 1, C, H, W, device=place), lidar2img=torch.eye(4, device=place)[None, None])
-        frame["depth"] = torch.zeros(1, 1, H, W, device=place)
+        frame = dict(
+            images=torch.zeros(1, 1, C, H, W, device=device), lidar2img=torch.eye(4, device=device)[None, None]
+        )
+        frame["depth"] = torch.zeros(1, 1, H, W, device=device)
         try:
             with torch.no_grad():
                 model.eval()([frame])
@@ -86,20 +93,34 @@ class Lift(Task):
             losses["depth"] = self.depth_weight * depth_loss(codes, inner.lifter.depth_codes(depth))
         return sum(losses.values()), {name: value.detach() for name, value in losses.items() if "_" not in name}
 
+    def select_classes(self, model: nn.Module, indices: Sequence[int]) -> None:
+        """Have the head predict boxes of its classes `indices` only, numbered in that order."""
+        decode = model.head.boxes
+
+        def renumber(outputs: Any) -> list[tuple[Tensor, ...]]:
+            selected = []
+            for boxes, scores, labels in decode(outputs):
+                positions = find_labels(labels, indices)
+                selected.append((boxes[positions >= 0], scores[positions >= 0], positions[positions >= 0]))
+            return selected
+
+        model.head.boxes = renumber
+
     def evaluate(self, model: nn.Module, batches: Iterable) -> tuple[dict[str, float], dict[str, Any]]:
+        """Return nuScenes' metrics in percent; its numbers for each class, and this process's detections."""
         metric = NuScenesMetric(self.class_names)
-        own: dict[int, tuple[Tensor, ...]] = {}
+        detections: dict[int, tuple[Tensor, ...]] = {}
         for batch in batches:
             outputs, _ = model(batch["frames"])
-            for i, found in enumerate(model.head.boxes(outputs)):
+            for i, predicted in enumerate(model.head.boxes(outputs)):
                 index = int(batch["index"][i])
                 attributes = batch["attributes"][i] if "attributes" in batch else None
-                metric.update(index, found, batch["boxes"][i], batch["labels"][i], attributes)
-                own[index] = tuple(t.cpu() for t in found)
+                metric.update(index, predicted, batch["boxes"][i], batch["labels"][i], attributes)
+                detections[index] = tuple(t.cpu() for t in predicted)
         metrics, classes = metric.result()
-        return metrics, dict(classes=classes, found=own)
+        return metrics, dict(classes=classes, detections=detections)
 
-    def sample(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
+    def draw_batch(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
         from ..visual import bev
 
         return bev.draw_batch(batch, self.class_names, inputs, folder / "pictures" / "batch.png")
@@ -116,39 +137,36 @@ class Lift(Task):
             lines.append(f"  {name}: " + ", ".join(f"{v:.1f} % at {d} m" for d, v in one["ap"].items()))
         write_text(folder / "classes.csv", "".join(",".join(row) + "\n" for row in rows))
         if hasattr(self.data, "submission"):
-            write_text(folder / "results_nusc.json", json.dumps(self.data.submission(detail["found"])))
+            write_text(folder / "results_nusc.json", json.dumps(self.data.submission(detail["detections"])))
         return dict(
             classes={name: dict(ap=one["ap"], errors=one["errors"]) for name, one in detail["classes"].items()}
         ), lines
 
-    def pictures(
-        self, folder: Path, model: nn.Module | None = None, images: Any = None, detail: Any = None
-    ) -> list[Path]:
-        if model is None:
-            return super().pictures(folder)
+    def draw_results(self, folder: Path, model: nn.Module, dataset: Any, detail: Any) -> list[Path]:
+        """Draw the detections of the first samples on the cameras' images and from above."""
         from ..visual import bev
 
         return [
             bev.draw_sample(
-                images[i],
-                detail["found"][i],
+                dataset[i],
+                detail["detections"][i],
                 self.class_names,
                 self.min_score,
-                images.inputs,
+                dataset.inputs,
                 folder / "pictures" / f"sample_{i}.png",
             )
-            for i in range(min(4, len(images)))
-            if i in detail["found"]
+            for i in range(min(4, len(dataset)))
+            if i in detail["detections"]
         ]
 
     @classmethod
-    def predictor(cls, folder: Path, settings: dict[str, Any], place: torch.device, **options: Any) -> Predictor:
+    def predictor(cls, folder: Path, settings: dict[str, Any], device: torch.device, **options: Any) -> Predictor:
         raise UserError("a lifter needs all cameras of a sample and their matrices: see docs/bev.md")
 
 
 def depth_loss(codes: Tensor, target: Tensor) -> Tensor:
-    """Binary cross-entropy of probabilities (B, N, codes, H, W), summed over the codes, a mean over the cells that have
-    a target."""
+    """Return the binary cross-entropy of probabilities (B, N, codes, H, W): summed over the codes, averaged over the
+    cells that have a target."""
     has = target.amax(2) > 0
     with torch.autocast(codes.device.type, enabled=False):
         loss = nn.functional.binary_cross_entropy(codes, target, reduction="none").sum(2)

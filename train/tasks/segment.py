@@ -1,7 +1,10 @@
-"""Semantic segmentation: a class for each pixel, by a backbone of the zoo with UPerNet or Semantic FPN on it."""
+"""Semantic segmentation: a class for each pixel, by a timm backbone with UPerNet or Semantic FPN on it."""
 
 import json
+import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -13,16 +16,18 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from ..data.ade20k import IGNORED
+from ..data.bad_images import BadImage
 from ..metrics.confusion import as_csv
 from ..metrics.segmentation import Confusion, table
 from ..models.body import load_whole
 from ..models.build import create_features, read_weights
+from ..models.class_names import fit_head
 from ..models.fcn import resize
 from ..models.segmenter import Inference, Segmenter
 from ..runtime.checkpoint import label_names, write_text
 from ..runtime.distributed import is_sharded
 from ..runtime.errors import UserError
-from ..visual import label_maps
+from ..visual import boxes, label_maps
 from .task import Predictor, Task
 
 
@@ -33,7 +38,7 @@ class Segment(Task):
     weight of the loss of an FCN head on the last map but one; 0: no such head. class_weights: of each class's pixels in
     the loss, in the order of the class list; None: all weigh the same. no_decay: patterns of parameter names without
     weight decay, beside the backbone's own ("*norm*").
-    multiple, scales, flip, crop, stride: of tests, whole pictures or windows: see train.models.segmenter.Inference.
+    multiple, scales, flip, crop, stride: of tests, whole images or windows: see train.models.segmenter.Inference.
     """
 
     scores = ("miou", "macc", "aacc")
@@ -68,11 +73,11 @@ class Segment(Task):
     def model(
         self, name: str, checkpoint: Any = None, new_head: bool = False, pretrained: bool = False, **kwargs: Any
     ) -> Segmenter:
-        """The backbone, a timm model and its arguments, with the heads, sized to the data.
+        """Build the backbone, a timm model and its arguments, with the heads, sized to the data.
 
-        checkpoint: of a whole segmenter; or, with new_head, of a classifier, for the backbone.
+        checkpoint: of a segmenter; or, with new_head, of a classifier, for the backbone.
         """
-        tensors = None if checkpoint is None else _whole(Path(checkpoint))
+        tensors = None if checkpoint is None else _read_segmenter(Path(checkpoint))
         file = None if tensors is not None else checkpoint
         if file is not None and not new_head:
             raise UserError(f"checkpoint {file} has no segmentation head: give that of a segmenter")
@@ -82,11 +87,20 @@ class Segment(Task):
             body, len(self.class_names), mean=inputs["mean"], std=inputs["std"], inference=self.inference, **self.head
         )
         if tensors is not None:
+            fits, order = self.match_head(checkpoint) if new_head else (True, None)
+            if not fits:
+                own = net.state_dict()
+                rows = [key for key in own if ".classifier." in key and len(own[key]) == len(self.class_names)]
+                tensors = fit_head(tensors, rows, own, order)
             load_whole(net, tensors, Path(checkpoint), new_head)
         return net
 
+    def select_classes(self, model: nn.Module, indices: Sequence[int]) -> None:
+        kept = torch.tensor(indices, device=next(model.parameters()).device)
+        model.head.register_forward_hook(lambda module, maps, logits: logits[:, kept])
+
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy of the logits enlarged to the labels' size, by class_weights, averaged over all pixels.
+        """Return the cross-entropy of logits enlarged to the labels' size, by class_weights, averaged over all pixels.
 
         Ignored pixels count as zeros, as in mmsegmentation: so processes with different numbers of them weigh alike.
         """
@@ -97,36 +111,36 @@ class Segment(Task):
         logits = resize(logits.float(), labels.shape[1:])
         loss = self._cross_entropy(logits, labels)
         kept = labels != IGNORED
-        right = (logits.detach().argmax(1) == labels)[kept].float().sum()
-        said = dict(acc=100 * right / kept.sum().clamp_min(1))
+        correct = (logits.detach().argmax(1) == labels)[kept].float().sum()
+        values = dict(acc=100 * correct / kept.sum().clamp_min(1))
         if auxiliary is not None:
-            beside = self._cross_entropy(resize(auxiliary.float(), labels.shape[1:]), labels)
-            said |= dict(head=loss.detach(), auxiliary=beside.detach())
-            loss = loss + self.weight * beside
-        return loss, said
+            auxiliary_loss = self._cross_entropy(resize(auxiliary.float(), labels.shape[1:]), labels)
+            values |= dict(head=loss.detach(), auxiliary=auxiliary_loss.detach())
+            loss = loss + self.weight * auxiliary_loss
+        return loss, values
 
     def _cross_entropy(self, logits: Tensor, labels: Tensor) -> Tensor:
         weights = None if self.class_weights is None else self.class_weights.to(logits.device)
         return cross_entropy(logits, labels, weights, ignore_index=IGNORED, reduction="sum") / labels.numel()
 
     def evaluate(self, model: nn.Module, batches: Iterable) -> tuple[dict[str, float], dict[str, Any]]:
-        """miou, macc and aacc (percent) at the pictures' own sizes; confusion counts, the worst pictures."""
+        """Return miou, macc and aacc (percent) at the images' own sizes; confusion counts, the worst images."""
         counts = Confusion(len(self.class_names), next(model.parameters()).device, IGNORED)
-        for pictures, labels, indices in batches:
-            for picture, true, index in zip(pictures, labels, indices):  # one by one: they have sizes of their own
-                counts.update(true, model([picture])[0], index)
+        for images, labels, indices in batches:
+            for image, true, index in zip(images, labels, indices):  # one by one: they have sizes of their own
+                counts.update(true, model([image])[0], index)
         return counts.result()
 
-    def sample(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
-        """The augmented pictures, and under their labels' colours."""
+    def draw_batch(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
+        """Draw the augmented images, and each with the colors of its labels beside it."""
         images, labels = (part[:12].cpu() for part in batch)
-        pictures = (255 * images.clamp(0, 1)).byte().permute(0, 2, 3, 1).numpy()
-        rows = [[(picture, None), (picture, true)] for picture, true in zip(pictures, labels.numpy())]
+        pixels = (255 * images.clamp(0, 1)).byte().permute(0, 2, 3, 1).numpy()
+        rows = [[(image, None), (image, true)] for image, true in zip(pixels, labels.numpy())]
         file = folder / "pictures" / "batch.png"
-        return label_maps.save_contact_sheet(rows, ("picture", "labels"), self.class_names, file, columns=3)
+        return label_maps.save_contact_sheet(rows, ("image", "labels"), self.class_names, file, columns=3)
 
     def report(self, folder: Path, detail: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Write folder/classes.csv, the IoU of every class; the worst classes for people."""
+        """Write folder/classes.csv, the IoU of every class; returns these, and the worst classes as lines."""
         rows = table(detail["confusion"], self.class_names)
         write_text(folder / "classes.csv", as_csv(rows))
         known = sorted((row for row in rows if row["iou"] is not None), key=lambda row: row["iou"])[:5]
@@ -135,73 +149,93 @@ class Segment(Task):
         lines += [f"  {row['class']:{width}}  {row['iou']:6.2f}  {row['taken_for'] or '-'}" for row in known]
         return dict(classes={row["class"]: row["iou"] for row in rows}), lines
 
-    def pictures(
-        self, folder: Path, model: nn.Module | None = None, images: Any = None, detail: Any = None
-    ) -> list[Path]:
-        """After testing: pictures of the split, and the worst of them, beside labels and predictions."""
-        if model is None:
-            return super().pictures(folder)
-        some = np.linspace(0, len(images) - 1, min(8, len(images))).round().astype(int).tolist()
-        drawn = []
+    def draw_results(self, folder: Path, model: nn.Module, dataset: Any, detail: Any) -> list[Path]:
+        """Draw images of the split, and the worst of them, beside labels and predictions."""
+        some = np.linspace(0, len(dataset) - 1, min(8, len(dataset))).round().astype(int).tolist()
+        files = []
         for name, chosen in (("overlays", dict.fromkeys(some)), ("worst", detail["worst"][:8])):
-            rows = [_row(model, *images[index][:2]) for index in chosen]
+            rows = []
+            for index in chosen:
+                with suppress(BadImage):
+                    rows.append(_draw_row(model, *dataset[index][:2]))
             if rows:
-                heads = ("picture", "labels", "prediction")
+                headings = ("image", "labels", "prediction")
                 file = folder / "pictures" / f"{name}.png"
-                drawn.append(label_maps.save_contact_sheet(rows, heads, self.class_names, file, columns=2))
-        return drawn
+                files.append(label_maps.save_contact_sheet(rows, headings, self.class_names, file, columns=2))
+        return files
 
     @classmethod
-    def predictor(cls, folder: Path, settings: dict[str, Any], place: torch.device) -> "MapPredictor":
-        return MapPredictor(cls, folder, settings, place)
+    def predictor(cls, folder: Path, settings: dict[str, Any], device: torch.device) -> "MapPredictor":
+        return MapPredictor(cls, folder, settings, device)
 
 
-def _whole(file: Path) -> dict[str, Tensor] | None:
-    """The tensors of a file of a whole segmenter; None where it is something else, such as a classifier."""
+def _read_segmenter(file: Path) -> dict[str, Tensor] | None:
+    """Read the tensors of a segmenter's file; return None where it is another model's, such as a classifier's."""
     tensors = read_weights(file)
     return tensors if any(name.startswith("head.classifier.") for name in tensors) else None
 
 
 @torch.no_grad()
-def _row(model: nn.Module, picture: Tensor, labels: Tensor) -> list[tuple[np.ndarray, np.ndarray | None]]:
-    found = model([picture])[0].cpu().numpy()
-    image = picture.permute(1, 2, 0).numpy()
-    return [(image, None), (image, labels.numpy()), (image, found)]
+def _draw_row(model: nn.Module, image: Tensor, labels: Tensor) -> list[tuple[np.ndarray, np.ndarray | None]]:
+    predicted = model([image])[0].cpu().numpy()
+    pixels = image.permute(1, 2, 0).numpy()
+    return [(pixels, None), (pixels, labels.numpy()), (pixels, predicted)]
 
 
 class MapPredictor(Predictor):
-    """The class of each pixel: {"classes": [{"name": …, "share": of the picture's pixels}, …], "map": RLE}.
+    """Predicts the class of each pixel: {"classes": [{"name": …, "share": of the pixels}, …], "map": RLE}.
 
     map: {"size": [H, W], "runs": [[class number, pixels], …]}, runs of equal pixels, row by row.
     """
 
-    def __init__(self, task: type[Segment], folder: Path, settings: dict[str, Any], place: torch.device):
-        self.names = label_names(folder)
+    def __init__(self, task: type[Segment], folder: Path, settings: dict[str, Any], device: torch.device):
+        self.class_names = label_names(folder)
         inputs = json.loads((folder / "config.json").read_text(encoding="utf-8"))["data_config"]
-        data = SimpleNamespace(class_names=self.names, scale=inputs["scale"], inputs=lambda pretrained_cfg: inputs)
-        job = task(data, **{k: v for k, v in settings["task"].items() if k != "type"})
-        self.model = job.restore(folder, settings["model"]).to(place).eval()
+        data = SimpleNamespace(
+            class_names=self.class_names, scale=inputs["scale"], inputs=lambda pretrained_cfg: inputs
+        )
+        arguments = {k: v for k, v in settings["task"].items() if k != "type"}
+        self.model = task(data, **arguments).restore(folder, settings["model"]).to(device).eval()
 
-    def batch(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        pictures = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
-        return [self._record(labels.cpu().numpy()) for labels in self.model(pictures)]
+    def predict(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        tensors = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
+        return [self._encode(labels.cpu().numpy()) for labels in self.model(tensors)]
 
-    def say(self, record: dict[str, Any]) -> str:
-        return ", ".join(f"{found['name']} {100 * found['share']:.1f} %" for found in record["classes"][:8])
+    def describe(self, record: dict[str, Any]) -> str:
+        return ", ".join(f"{row['name']} {100 * row['share']:.1f} %" for row in record["classes"][:8])
 
-    def draw(self, image: Image.Image, record: dict[str, Any]) -> Image.Image:
-        values, lengths = np.array(record["map"]["runs"]).T
-        labels = np.repeat(values, lengths).reshape(record["map"]["size"])
-        drawn = label_maps.draw_outlined(np.array(image.convert("RGB")), labels, len(self.names))
-        shown = [self.names.index(found["name"]) for found in record["classes"]]
-        return label_maps.add_legend(Image.fromarray(drawn), shown, self.names)
+    def summarize(self, records: Sequence[dict[str, Any]]) -> str:
+        """Return the share of each class among all pixels."""
+        pixels: Counter[str] = Counter()
+        for record in records:
+            height, width = record["map"]["size"]
+            pixels.update({row["name"]: row["share"] * height * width for row in record["classes"]})
+        total = pixels.total()
+        return ", ".join(f"{name} {100 * count / total:.1f} %" for name, count in pixels.most_common())
 
-    def _record(self, labels: np.ndarray) -> dict[str, Any]:
-        shares = np.bincount(labels.ravel(), minlength=len(self.names)) / labels.size
-        order = [c for c in np.argsort(-shares, kind="stable").tolist() if shares[c] > 0]
+    def draw(self, image: Image.Image, record: dict[str, Any], limit: int = 50) -> Image.Image:
+        labels = _decode(record)
+        drawn = Image.fromarray(label_maps.draw_outlined(np.array(image.convert("RGB")), labels, len(self.class_names)))
+        scale = max(1, math.ceil(boxes.MIN_SIDE / max(drawn.size)))
+        drawn = drawn.resize((scale * drawn.width, scale * drawn.height), Image.Resampling.NEAREST)
+        shown = [self.class_names.index(row["name"]) for row in record["classes"]]
+        return label_maps.add_class_legend(drawn, shown, self.class_names, boxes.font_size(drawn))
+
+    def label_map(self, record: dict[str, Any]) -> Image.Image:
+        return Image.fromarray(_decode(record).astype(np.uint8))
+
+    def _encode(self, labels: np.ndarray) -> dict[str, Any]:
         flat = labels.ravel()
+        shares = np.bincount(flat, minlength=len(self.class_names)) / flat.size
+        order = [c for c in np.argsort(-shares, kind="stable").tolist() if shares[c] > 0]
         starts = np.flatnonzero(np.diff(flat, prepend=-1))
         lengths = np.diff(starts, append=len(flat))
         runs = [[int(flat[start]), int(length)] for start, length in zip(starts, lengths)]
-        classes = [dict(name=self.names[c], share=float(shares[c])) for c in order]
+        classes = [dict(name=self.class_names[c], share=float(shares[c])) for c in order]
         return dict(classes=classes, map=dict(size=list(labels.shape), runs=runs))
+
+
+def _decode(record: dict[str, Any]) -> np.ndarray:
+    """Return the label map (H, W) of a record."""
+    values, lengths = np.array(record["map"]["runs"]).T
+    return np.repeat(values, lengths).reshape(record["map"]["size"])

@@ -1,9 +1,10 @@
 """What the engine, tests and predictions ask of any task; a task says what its batches, losses and metrics are.
 
-Of a task the engine knows no more than this, and nothing of labels, boxes or maps. A task is built from its section of
-the config and the data source: `Task(source, **arguments)`.
+The engine knows no more of a task than this: nothing of labels, boxes or maps. A task is built from its section of the
+config and the data source: `Task(source, **arguments)`.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,55 +14,107 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..models.build import probe, save_whole
+from ..models.class_names import read_class_names
 from ..runtime.errors import UserError
 
 
+def format_counts(counts: Counter[str]) -> str:
+    """Return "cat 7, dog 5": names in the order of their counts, the largest first."""
+    return ", ".join(f"{name} {count}" for name, count in counts.most_common()) or "nothing"
+
+
 class Predictor:
-    """A finished model that takes pictures as they are."""
+    """A finished model that takes images as they are.
 
-    def batch(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        """What the model finds on each, as JSON can hold it."""
+    class_names: of the model. A record is what it predicts of an image, as JSON can hold it. Not every task has `draw`,
+    `label_map` and `to_coco`.
+    """
+
+    class_names: list[str]
+
+    def predict(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
+        """Return a record of each image."""
         raise NotImplementedError
 
-    def say(self, record: dict[str, Any]) -> str:
-        """One line on what was found on a picture."""
+    def describe(self, record: dict[str, Any]) -> str:
+        """Return one line for people on a record."""
         raise NotImplementedError
 
-    def draw(self, image: Image.Image, record: dict[str, Any]) -> Image.Image:
-        """The picture with what was found on it."""
-        raise UserError("--out needs a task that draws on pictures; this run's does not")
+    def summarize(self, records: Sequence[dict[str, Any]]) -> str:
+        """Return one line for people on all records: how often each class was predicted."""
+        raise NotImplementedError
+
+    def draw(self, image: Image.Image, record: dict[str, Any], limit: int = 50) -> Image.Image:
+        """Return the image with its record drawn on it, `limit` objects at most."""
+        raise NotImplementedError
+
+    def label_map(self, record: dict[str, Any]) -> Image.Image:
+        """Return a record's class of each pixel as a grey image, whose values count from 0 in the model's order."""
+        raise NotImplementedError
+
+    def to_coco(self, records: Sequence[tuple[Path, tuple[int, int], dict[str, Any]]]) -> dict[str, Any]:
+        """Return the records of images (file, (width, height), record) in COCO's json format."""
+        raise NotImplementedError
 
 
 class Task:
-    """The base of all.
+    """The base of all tasks.
 
     methods: the model's methods besides forward that `loss` calls. scores: metrics, in percent, that curves are drawn
-    of; the first chooses the best checkpoint.
+    of; the first chooses the best checkpoint. messages: for the user, on what was done with a checkpoint.
     """
 
+    class_names: list[str]
     methods: tuple[str, ...] = ()
     scores: tuple[str, ...]
+    messages: tuple[str, ...] = ()
 
     def model(
         self, name: str, checkpoint: Any = None, new_head: bool = False, pretrained: bool = False, **kwargs: Any
     ) -> nn.Module:
-        """The model of a config's section: a timm model's name and arguments.
+        """Build the model of a config's section: a timm model's name and arguments.
 
-        checkpoint: weights to begin with; with new_head, layers of the classes' size may differ from the file's.
+        checkpoint: initial weights; with new_head, layers of the classes' size may differ from the file's.
         """
         raise NotImplementedError
 
     def restore(self, folder: Path, model: dict[str, Any], **kwargs: Any) -> nn.Module:
-        """The finished model of a run's folder, `model` being that section of its config."""
-        whole = model | dict(pretrained=False) | kwargs
-        return self.model(**whole, checkpoint=folder / "model.safetensors")
+        """Build the finished model of a run's folder, `model` being that section of its config."""
+        arguments = model | dict(pretrained=False) | kwargs
+        return self.model(**arguments, checkpoint=folder / "model.safetensors")
 
     def published(self, model: dict[str, Any], **kwargs: Any) -> nn.Module:
-        """The model with weights that timm publishes, to be tested as it is. Raises UserError where there are none."""
+        """Build the model with the weights that timm publishes. Raises UserError where there are none for the task."""
         raise UserError(f"no weights of {model['name']} are published for this task: give yours with --checkpoint FILE")
 
+    def published_class_names(self, model: dict[str, Any]) -> list[str] | None:
+        """Return the classes of the weights that timm publishes; None where they are not known."""
+        return None
+
+    def select_classes(self, model: nn.Module, indices: Sequence[int]) -> None:
+        """Have the model predict its classes `indices` only, numbered in that order."""
+        raise NotImplementedError
+
+    def match_head(self, checkpoint: Any, reorders: bool = True) -> tuple[bool, list[int] | None]:
+        """Compare the classes of a checkpoint to train on from with the task's.
+
+        Returns (whether its classifier fits as it is, the order in which its rows fit, or None: it must be left out).
+        reorders: whether the task can reorder rows. What will be done is added to `messages`.
+        """
+        theirs = read_class_names(Path(checkpoint))
+        if theirs is None or theirs == list(self.class_names) or len(theirs) != len(self.class_names):
+            return True, None
+        if reorders and len(set(theirs)) == len(theirs) and set(theirs) == set(self.class_names):
+            self.messages += (f"{checkpoint} has the classes in another order: its classifier is reordered by name",)
+            return False, [theirs.index(name) for name in self.class_names]
+        ours, other = next((a, b) for a, b in zip(self.class_names, theirs) if a != b)
+        self.messages += (
+            f"{checkpoint} is of other classes ({other!r} where the data have {ours!r}): its classifier is left out",
+        )
+        return False, None
+
     def trained(self, model: nn.Module) -> nn.Module:
-        """What `loss` calls: here the model itself."""
+        """Return the module that `loss` calls: here the model itself."""
         return model
 
     def probe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -69,44 +122,44 @@ class Task:
         probe(model, inputs["input_size"])
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """(scalar loss, what to log beside it)."""
+        """Return (scalar loss, what to log beside it)."""
         raise NotImplementedError
 
     def evaluate(self, model: nn.Module, batches: Iterable) -> tuple[dict[str, float], Any]:
-        """(metrics, "images" among them, over all processes, each image counted once; detail for report, pictures)."""
+        """Return (metrics over all processes, each image counted once; detail for `report` and `draw_results`).
+
+        "images" is among the metrics.
+        """
         raise NotImplementedError
 
     def score(self, metrics: dict[str, float]) -> float:
-        """What the best checkpoint has most of."""
+        """Return the metric that the best checkpoint maximizes."""
         return metrics[self.scores[0]]
 
-    def sample(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
+    def draw_batch(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
         """Draw a training batch into folder/pictures/batch.png. inputs: the preprocessing, as timm names it."""
         raise NotImplementedError
 
     def report(self, folder: Path, detail: Any) -> tuple[dict[str, Any], list[str]]:
-        """Write tables into the folder; returns what goes beside the metrics in metrics.json, and lines for people."""
+        """Write tables into the folder; returns further entries of metrics.json, and lines for people."""
         return {}, []
 
-    def pictures(
-        self, folder: Path, model: nn.Module | None = None, images: Any = None, detail: Any = None
-    ) -> list[Path]:
-        """Draw into folder/pictures; returns the files. After training: the curves of folder/log.jsonl.
-
-        After testing, with `model`, the split's dataset `images` and the evaluation's `detail`: what it shows.
-        """
+    def plot_training(self, folder: Path) -> list[Path]:
+        """Plot the curves of folder/log.jsonl into folder/pictures; returns the files."""
         from ..visual.curves import plot_curves  # matplotlib takes a second to import, and only this needs it
 
-        if model is not None:
-            return []
         file = plot_curves(folder / "log.jsonl", folder / "pictures" / "curves.png", self.scores)
         return [file] if file is not None else []
+
+    def draw_results(self, folder: Path, model: nn.Module, dataset: Any, detail: Any) -> list[Path]:
+        """Draw what a test shows into folder/pictures; returns the files. detail: of `evaluate` on the dataset."""
+        return []
 
     def export(self, model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: list[str]) -> None:
         """Write model.safetensors, all of the model's weights, and config.json, which names the classes."""
         save_whole(model, folder, inputs, class_names)
 
     @classmethod
-    def predictor(cls, folder: Path, settings: dict[str, Any], place: torch.device, **options: Any) -> Predictor:
-        """The finished model of a run's folder, for pictures; `settings` is the run's config."""
+    def predictor(cls, folder: Path, settings: dict[str, Any], device: torch.device, **options: Any) -> Predictor:
+        """Build the predictor of a run's folder; `settings` is the run's config."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Drawings of what a model attends to."""
+"""Figures of what a model attends to."""
 
 from contextlib import suppress
 from pathlib import Path
@@ -10,17 +10,18 @@ from matplotlib.patches import Rectangle
 from torch import nn
 
 from ..data.bad_images import BadImage
+from .captions import figure_text
 from .figure import ORANGE, plt, save_figure
 
 
 @torch.no_grad()
-def draw_attention(model: nn.Module, images: Any, names: list[str], file: Path, rows: int = 6) -> Path | None:
-    """What the model attends to: for some of `images` and one query region of each, the regions it attends to.
+def plot_attention(model: nn.Module, images: Any, names: list[str], file: Path, rows: int = 6) -> Path | None:
+    """Plot what the model attends to: for some of `images` and one query region of each, the regions it attends to.
 
     `images` is a dataset of (image (3, H, W), label). A model that has something to show has
     `attended_regions(x) -> {layer: dict(grid, pixels, idx (B, P, K) or share (B, P, P))}`: the regions that each is
-    routed to, or the share of the heads that attend to them; with others this returns None. The query is the region
-    with most contrast. Of each stage the last layer is drawn, of a model without stages four.
+    routed to, or the share of the heads that attend to them; with other models this returns None. The query is the
+    region with the highest contrast. Of each stage the last layer is drawn; of a model without stages, four layers.
     """
     if not hasattr(model, "attended_regions") or not len(images):
         return None
@@ -32,29 +33,31 @@ def draw_attention(model: nn.Module, images: Any, names: list[str], file: Path, 
             if len(chosen) < rows:
                 chosen.setdefault(label, image)
     labels, x = list(chosen), torch.stack(list(chosen.values())).to(device)
-    found = model.eval().attended_regions(x)
-    last = {name.rsplit(".blocks.", 1)[0]: layer for name, layer in found.items()}  # of each stage
+    layers = model.eval().attended_regions(x)
+    last = {name.rsplit(".blocks.", 1)[0]: layer for name, layer in layers.items()}  # of each stage
     if len(last) > 4:
         last = {
             name: last[name] for name in (list(last)[i] for i in np.linspace(0, len(last) - 1, 4).round().astype(int))
         }
-    guess = model(x).argmax(1).tolist()
+    predicted = model(x).argmax(1).tolist()
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
-    pictures = ((x - low) / (high - low).clamp_min(1e-6)).permute(0, 2, 3, 1).cpu().numpy()
+    pixels = ((x - low) / (high - low).clamp_min(1e-6)).permute(0, 2, 3, 1).cpu().numpy()
 
     size = (1.7 * (1 + len(last)) + 0.6, 1.72 * len(x) + 0.6)
     figure, axes = plt.subplots(len(x), 1 + len(last), figsize=size, squeeze=False, layout="constrained")
     for b, row in enumerate(axes):
-        row[0].imshow(pictures[b], interpolation="nearest")
-        right = guess[b] == labels[b]
-        said = f"{names[labels[b]]}" if right else f"{names[labels[b]]}, taken for {names[guess[b]]}"
-        row[0].set_ylabel(said, color="black" if right else "#c0392b", fontsize=9)
+        row[0].imshow(pixels[b], interpolation="nearest")
+        right = predicted[b] == labels[b]
+        name, other = (figure_text(names[label]) for label in (labels[b], predicted[b]))
+        row[0].set_ylabel(
+            name if right else f"{name}, taken for {other}", color="black" if right else "#c0392b", fontsize=9
+        )
         for axis, (stage, layer) in zip(row[1:], last.items()):
-            _regions(axis, pictures[b], _shares(layer, b), layer["grid"], layer["pixels"])
+            _plot_regions(axis, pixels[b], attention_shares(layer, b), layer["grid"], layer["pixels"])
             if b == 0:
                 count = layer["grid"][0] * layer["grid"][1]
-                said = f"{layer['idx'].shape[2]} of {count} regions" if "idx" in layer else "by heads"
-                axis.set_title(f"{stage}\n{said}", fontsize=9)
+                text = f"{layer['idx'].shape[2]} of {count} regions" if "idx" in layer else "by heads"
+                axis.set_title(f"{stage}\n{text}", fontsize=9)
         for axis in row:
             axis.set(xticks=[], yticks=[])
     axes[0, 0].set_title("image", fontsize=9)
@@ -62,31 +65,33 @@ def draw_attention(model: nn.Module, images: Any, names: list[str], file: Path, 
     return save_figure(figure, file)
 
 
-def _shares(layer: dict, b: int) -> np.ndarray:
-    """(P, P): for each query region of image b, how much of each region's light it gets, 0 … 1."""
+def attention_shares(layer: dict, b: int) -> np.ndarray:
+    """Return (P, P): the share, 0 … 1, of the attention of each query region of image b that each region gets."""
     if "share" in layer:
         return layer["share"][b].cpu().numpy()
     idx = layer["idx"][b].cpu()
     return torch.zeros(len(idx), len(idx)).scatter(1, idx, 1.0).numpy()
 
 
-def _regions(axis: plt.Axes, picture: np.ndarray, shares: np.ndarray, grid: tuple, pixels: tuple) -> None:
-    """One image (H, W, 3), dark but for the regions that shares[query] lights, in a grid of regions of `pixels`
-    (height, width)."""
+def _plot_regions(axis: plt.Axes, image: np.ndarray, shares: np.ndarray, grid: tuple, pixels: tuple) -> None:
+    """Plot an image (H, W, 3), each region as bright as its share of the query's attention.
+
+    grid: regions (down, across). pixels: of a region (height, width).
+    """
     (R, S), (h, w) = grid, pixels
-    H, W = picture.shape[:2]
+    H, W = image.shape[:2]
 
     def box(region: int) -> tuple[slice, slice]:
         i, j = divmod(int(region), S)
         return slice(i * h, min((i + 1) * h, H)), slice(j * w, min((j + 1) * w, W))
 
-    inside = [r for r in range(R * S) if picture[box(r)].size]  # the padding of an uneven map lies outside
-    query = max(inside, key=lambda r: picture[box(r)].std())
+    inside = [r for r in range(R * S) if image[box(r)].size]  # the padding of an uneven map lies outside
+    query = max(inside, key=lambda r: image[box(r)].std())
     light = np.full((H, W, 1), 0.22)
     for region in inside:
         light[box(region)] += 0.78 * shares[query, region]
     tint = np.array([0.30, 0.45, 0.75])
-    axis.imshow(np.clip(picture * light + (1 - light) * 0.18 * tint, 0, 1), interpolation="nearest")
+    axis.imshow(np.clip(image * light + (1 - light) * 0.18 * tint, 0, 1), interpolation="nearest")
     for i in range(1, R):
         axis.axhline(i * h - 0.5, color="white", lw=0.4, alpha=0.35)
     for j in range(1, S):

@@ -7,7 +7,7 @@ from typing import Any
 
 from .figure import BLUE, GREY, ORANGE, plt, save_figure
 
-# What a line on training has beside its loss and the parts of that.
+# Keys of a training line other than the parts of its loss.
 _NO_PARTS = {
     "kind",
     "step",
@@ -24,11 +24,11 @@ _NO_PARTS = {
 
 
 def plot_curves(log: Path, file: Path, scores: Sequence[str] = ("top1",)) -> Path | None:
-    """Losses, scores and learning rate over the epochs of a run's log.jsonl; None where it has no lines yet.
+    """Plot losses, scores and learning rate over the epochs of a run's log.jsonl; return None where it has no lines yet.
 
     scores: names of metrics in percent, the one that chooses the best checkpoint first.
     """
-    records = [json.loads(line) for line in log.read_text().splitlines()]
+    records = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
     train = [r for r in records if r["kind"] == "train"]
     val = [r for r in records if r["kind"] == "val"]
     if not train:
@@ -36,7 +36,7 @@ def plot_curves(log: Path, file: Path, scores: Sequence[str] = ("top1",)) -> Pat
     figure, (loss, score, rate) = plt.subplots(1, 3, figsize=(13, 3.8), layout="constrained")
 
     def line(axis: plt.Axes, rows: list[dict], key: str, label: str, color: Any, **style: Any) -> None:
-        rows = [r for r in rows if key in r]
+        rows = [r for r in rows if r.get(key) is not None]
         if rows:
             axis.plot([r["epoch"] for r in rows], [r[key] for r in rows], color=color, label=label, **style)
 
@@ -45,20 +45,21 @@ def plot_curves(log: Path, file: Path, scores: Sequence[str] = ("top1",)) -> Pat
     for i, key in enumerate(parts):
         line(loss, train, key, key, plt.get_cmap("tab20")(i % 20), lw=0.8)
     line(loss, val, "loss", "validation", BLUE, marker=".")
-    line(loss, val, "ema_loss", "validation, averaged weights", ORANGE, marker=".")
+    line(loss, val, "ema_loss", "validation, EMA weights", ORANGE, marker=".")
     loss.set(title="loss", xlabel="epoch", yscale="log")
     first, *others = scores
     line(score, train, first, "training", GREY)
     line(score, val, first, "validation", BLUE, marker=".")
-    line(score, val, f"ema_{first}", "validation, averaged weights", ORANGE, marker=".")
+    line(score, val, f"ema_{first}", "validation, EMA weights", ORANGE, marker=".")
     for i, key in enumerate(others):
         line(score, val, key, key, plt.get_cmap("tab20")(2 * i + 4), marker=".", lw=0.8)
     score.set(title="top-1 accuracy (%)" if first == "top1" else f"{first} (%)", xlabel="epoch")
-    if found := [max(r[first], r.get(f"ema_{first}", 0.0)) for r in val if first in r]:
-        best = max(found)
+    values = [r[key] for r in val for key in (first, f"ema_{first}") if r.get(key) is not None]
+    if values:
+        best = max(values)
         score.axhline(best, color=BLUE, lw=0.7, ls=":")
-        place = dict(xycoords=("axes fraction", "data"), textcoords="offset points")
-        score.annotate(f"best {best:.2f} %", (0.02, best), (0, 3), va="bottom", color=BLUE, **place)
+        position = dict(xycoords=("axes fraction", "data"), textcoords="offset points")
+        score.annotate(f"best {best:.2f} %", (0.02, best), (0, 3), va="bottom", color=BLUE, **position)
     line(rate, train, "lr", "learning rate", BLUE)
     rate.set(title="learning rate", xlabel="epoch")
     for axis in (loss, score):

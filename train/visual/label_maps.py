@@ -1,4 +1,4 @@
-"""Label maps as pictures: colours, overlays, legends, and sheets of pictures beside labels and predictions."""
+"""Label maps as images: colors, overlays, legends, and contact sheets beside labels and predictions."""
 
 import colorsys
 import math
@@ -6,36 +6,37 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from ..runtime.checkpoint import atomic_write
+from .captions import add_legend, prepare_text
 
 IGNORED = 255
-SIDE = 240  # pixels, at most, of a picture on a sheet
+SIDE = 240  # pixels, at most, of an image on a contact sheet
 
 
-def colours(classes: int) -> np.ndarray:
-    """(256, 3) uint8: a colour for each class, neighbours in number far apart in hue; black for the rest.
+def class_colors(num_classes: int) -> np.ndarray:
+    """Return (256, 3) uint8: a color for each class, neighbours in number far apart in hue; black for the rest.
 
     The first class, often the background, is grey.
     """
-    found = np.zeros((256, 3), np.uint8)
-    found[0] = 110
-    for i in range(1, classes):
+    colors = np.zeros((256, 3), np.uint8)
+    colors[0] = 110
+    for i in range(1, num_classes):
         hue, ring = (i * 0.61803398875) % 1.0, i % 3  # the golden ratio spreads any number of hues evenly
-        found[i] = [round(255 * x) for x in colorsys.hsv_to_rgb(hue, (0.85, 0.6, 1.0)[ring], (0.95, 1.0, 0.7)[ring])]
-    return found
+        colors[i] = [round(255 * x) for x in colorsys.hsv_to_rgb(hue, (0.85, 0.6, 1.0)[ring], (0.95, 1.0, 0.7)[ring])]
+    return colors
 
 
-def overlay(image: np.ndarray, labels: np.ndarray, classes: int, strength: float = 0.65) -> np.ndarray:
-    """A picture (H, W, 3) uint8 under the colours of its labels (H, W); ignored pixels are left dark."""
-    colour = colours(classes)[labels].astype(np.float32)
-    return np.round((1 - strength) * image + strength * colour).astype(np.uint8)
+def draw_overlay(image: np.ndarray, labels: np.ndarray, num_classes: int, strength: float = 0.65) -> np.ndarray:
+    """Blend an image (H, W, 3) uint8 with the colors of its labels (H, W); ignored pixels are left dark."""
+    color = class_colors(num_classes)[labels].astype(np.float32)
+    return np.round((1 - strength) * image + strength * color).astype(np.uint8)
 
 
-def draw_outlined(image: np.ndarray, labels: np.ndarray, classes: int) -> np.ndarray:
-    """`overlay` with borders between labels drawn in white."""
-    drawn = overlay(image, labels, classes)
+def draw_outlined(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
+    """Do as `draw_overlay`, and draw the borders between labels in white."""
+    drawn = draw_overlay(image, labels, num_classes)
     border = np.zeros(labels.shape, bool)
     border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     border[1:] |= labels[1:] != labels[:-1]
@@ -43,64 +44,51 @@ def draw_outlined(image: np.ndarray, labels: np.ndarray, classes: int) -> np.nda
     return drawn
 
 
-def add_legend(image: Image.Image, shown: Sequence[int], names: Sequence[str]) -> Image.Image:
-    """The picture above the colours and names of the classes `shown`."""
-    font = ImageFont.load_default(size=12)
-    palette = colours(len(names))
-    widths = [26 + math.ceil(font.getlength(names[c])) for c in shown]
-    places, x, y = [], 4, 4
-    for width in widths:
-        if x > 4 and x + width > image.width:
-            x, y = 4, y + 18
-        places.append((x, y))
-        x += width
-    wide = max([image.width, *(x + width for (x, _), width in zip(places, widths))])
-    page = Image.new("RGB", (wide, image.height + (y + 20 if shown else 0)), "white")
-    page.paste(image, (0, 0))
-    draw = ImageDraw.Draw(page)
-    for c, (x, y) in zip(shown, places):
-        y += image.height
-        draw.rectangle((x, y + 1, x + 12, y + 13), fill=tuple(palette[c].tolist()), outline="#333333")
-        draw.text((x + 17, y), names[c], fill="#222222", font=font)
-    return page
+def add_class_legend(
+    image: Image.Image, labels: Sequence[int], class_names: Sequence[str], size: int = 12
+) -> Image.Image:
+    """Return the image with the colors and names of the classes `labels` below it."""
+    palette = class_colors(len(class_names)).tolist()
+    return add_legend(image, [("#{:02x}{:02x}{:02x}".format(*palette[c]), class_names[c]) for c in labels], size)
 
 
 def present_labels(*maps: np.ndarray) -> list[int]:
-    """The classes in label maps, in order."""
+    """Return the classes in label maps, in order."""
     return sorted({int(c) for labels in maps for c in np.unique(labels)} - {IGNORED})
 
 
 def save_contact_sheet(
     rows: Sequence[Sequence[tuple[np.ndarray, np.ndarray | None]]],
-    heads: Sequence[str],
-    names: Sequence[str],
+    headings: Sequence[str],
+    class_names: Sequence[str],
     file: Path,
     columns: int = 1,
 ) -> Path:
-    """Write rows of pictures as a PNG. A row has, for each of `heads`, a picture (H, W, 3) and its labels or None.
+    """Write rows of images as a PNG. A row has, for each of `headings`, an image (H, W, 3) and its labels or None.
 
     columns: rows beside each other.
     """
-    cells = [[_cell(image, labels, len(names)) for image, labels in row] for row in rows]
-    wide = max(cell.width for row in cells for cell in row) + 4
-    tall = max(cell.height for row in cells for cell in row) + 4
-    group, lines = wide * len(heads) + 12, math.ceil(len(cells) / columns)
-    page = Image.new("RGB", (group * columns, 18 + tall * lines), "white")
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=12)
+    cells = [[_draw_cell(image, labels, len(class_names)) for image, labels in row] for row in rows]
+    width = max(cell.width for row in cells for cell in row) + 4
+    height = max(cell.height for row in cells for cell in row) + 4
+    group, lines = width * len(headings) + 12, math.ceil(len(cells) / columns)
+    page = Image.new("RGB", (group * columns, 18 + height * lines), "white")
+    draw = ImageDraw.Draw(page)
     for number, row in enumerate(cells):
-        left, top = group * (number % columns), 18 + tall * (number // columns)
+        left, top = group * (number % columns), 18 + height * (number // columns)
         for i, cell in enumerate(row):
-            page.paste(cell, (left + i * wide + 2, top + 2))
+            page.paste(cell, (left + i * width + 2, top + 2))
             if top == 18:
-                draw.text((left + i * wide + 4, 2), heads[i], fill="#222222", font=font)
+                text, font = prepare_text(headings[i], 12)
+                draw.text((left + i * width + 4, 2), text, fill="#222222", font=font)
     shown = present_labels(*(labels for row in rows for _, labels in row if labels is not None))
-    page = add_legend(page, shown, names)
+    page = add_class_legend(page, shown, class_names)
     with atomic_write(file) as temporary:
         page.save(temporary, "PNG")
     return file
 
 
-def _cell(image: np.ndarray, labels: np.ndarray | None, classes: int) -> Image.Image:
-    picture = Image.fromarray(image if labels is None else overlay(image, labels, classes))
-    scale = SIDE / max(picture.size)
-    return picture.resize([max(1, round(scale * side)) for side in picture.size], Image.Resampling.BILINEAR)
+def _draw_cell(image: np.ndarray, labels: np.ndarray | None, num_classes: int) -> Image.Image:
+    drawn = Image.fromarray(image if labels is None else draw_overlay(image, labels, num_classes))
+    scale = SIDE / max(drawn.size)
+    return drawn.resize([max(1, round(scale * side)) for side in drawn.size], Image.Resampling.BILINEAR)
