@@ -34,6 +34,10 @@ class Published(NamedTuple):
     version: str  # "mmdet 2.25.3", or "" where the file does not say
 
 
+# Tensors of heads whose shape depends on the number of classes.
+SIZED_BY_CLASS = re.compile(r"\.(fc_cls|fc_reg|conv_logits|retina_cls|conv_seg)\.")
+
+
 def read_published(file: str | Path) -> Published:
     """Read a file that OpenMMLab wrote, or a bare state dict. Raises UserError where it can't be read."""
     file = Path(file)
@@ -128,7 +132,7 @@ def load_heads(model: nn.Module, tensors: dict[str, Tensor], file: str | Path, n
     missing = [key for key in ours if key not in theirs and not optional(key)]
     unexpected = [key for key in theirs if key not in ours and not optional(key)]
     resized = [key for key in ours if key in theirs and ours[key].shape != theirs[key].shape]
-    by_class = [key for key in resized if re.search(r"\.(fc_cls|fc_reg|conv_logits|retina_cls|conv_seg)\.", key)]
+    by_class = [key for key in resized if SIZED_BY_CLASS.search(key)]
     if missing or unexpected or len(resized) > len(by_class) or (resized and not new_head):
         faults = [f"it lacks {key}" for key in missing[:2]] + [f"it has {key}" for key in unexpected[:2]]
         for key in resized[:2]:

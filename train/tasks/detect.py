@@ -19,8 +19,9 @@ from ..metrics.confusion import as_csv
 from ..models import detectors, legacy, published
 from ..models.body import OnBody
 from ..models.build import create_features, probe, save_whole
-from ..models.class_names import find_labels
+from ..models.class_names import find_labels, fit_head
 from ..runtime.checkpoint import label_names, write_text
+from ..runtime.config import Count, Fraction, Positive
 from ..runtime.distributed import world_size
 from ..runtime.errors import UserError
 from ..visual import boxes
@@ -43,16 +44,16 @@ class Detect(Task):
         data: Any,
         /,
         detector: Literal["retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"] = "mask_rcnn",
-        channels: int = 256,
-        hidden: int = 1024,
-        rois: int = 512,
-        rpn_samples: int = 256,
-        proposals: int = 1000,
-        anchor_scale: float | None = None,
-        test_size: Sequence[int] = (800, 1333),
-        score_thresh: float = 0.05,
-        detections: int = 100,
-        pad_to: Sequence[int] | None = None,
+        channels: Count = 256,
+        hidden: Count = 1024,
+        rois: Count = 512,
+        rpn_samples: Count = 256,
+        proposals: Count = 1000,
+        anchor_scale: Positive | None = None,
+        test_size: Sequence[Count] = (800, 1333),
+        score_thresh: Fraction = 0.05,
+        detections: Count = 100,
+        pad_to: Sequence[Count] | None = None,
         norm_eval: bool = False,
         no_decay: Sequence[str] = (),
     ):
@@ -81,6 +82,9 @@ class Detect(Task):
         first_norm = self.detector != "retinanet"
         body = published.load_backbone(name, levels, tensors, checkpoint, first_norm, **kwargs)
         model = detectors.create(self.detector, body, len(self.class_names), **settings)
+        if new_head and not self.match_head(checkpoint, reorders=False)[0]:
+            own = model.state_dict()
+            tensors = fit_head(tensors, list(filter(published.SIZED_BY_CLASS.search, own)), own, None)
         published.load_heads(model, tensors, checkpoint, new_head)
         return model
 

@@ -24,7 +24,7 @@ _NO_PARTS = {
 
 
 def plot_curves(log: Path, file: Path, scores: Sequence[str] = ("top1",)) -> Path | None:
-    """Plot losses, scores and learning rate over the epochs of a run's log.jsonl; return None where it has no lines yet.
+    """Plot losses, scores and learning rate over the epochs of a run; return None where log.jsonl has no lines yet.
 
     scores: names of metrics in percent, the one that chooses the best checkpoint first.
     """
