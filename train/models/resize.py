@@ -17,7 +17,7 @@ def scaled_size(height: int, width: int, scale: Sequence[float]) -> tuple[int, i
     The sides are rounded half up, each on its own, so the two axes may get slightly different factors.
     """
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
-    return int(height * factor + 0.5), int(width * factor + 0.5)
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
 def resize_uint8(image: Tensor, size: Sequence[int]) -> Tensor:
