@@ -6,7 +6,7 @@ import timm
 import torch
 from saccade.backbones.biformer import Block, FullAttention, RoutedAttention, rename
 from support import parity
-from support.graphs import compiles_and_exports
+from support.graphs import BACKENDS, compiles_and_exports
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("double")  # as default type
@@ -218,10 +218,10 @@ def test_bfloat16_autocast_is_close():
     assert (low.double() - exact).norm() / exact.norm() < 0.05
 
 
-@pytest.mark.slow
-def test_compiles_and_exports():
+@BACKENDS
+def test_compiles_and_exports(backend):
     torch.set_default_dtype(torch.float32)
-    compiles_and_exports(small(), (72, 64), "inductor")
+    compiles_and_exports(small(), (72, 64), backend)
 
 
 def test_attended_regions_are_those_the_layer_uses():

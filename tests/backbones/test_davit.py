@@ -6,12 +6,13 @@ import sys
 
 import pytest
 import saccade.backbones  # noqa: F401  (registers the models)
+import safetensors.torch
 import timm
 import torch
 from saccade.backbones.davit import Block, ChannelAttention, ConvPosEnc, Downsample, Stem, WindowAttention, rename
 from saccade.train.runtime import measure
 from support import parity
-from support.graphs import compiles_and_exports
+from support.graphs import BACKENDS, compiles_and_exports
 from support.parity import load_file
 from torch import nn
 
@@ -323,7 +324,20 @@ def test_loss_falls():
     assert losses[-1] < 0.6 * losses[0]
 
 
-@pytest.mark.slow
-def test_compiles_and_exports():
+@BACKENDS
+def test_compiles_and_exports(backend):
     torch.set_default_dtype(torch.float32)
-    compiles_and_exports(small(dims=(32, 64), depths=(1, 1)), (20, 24), "inductor")
+    compiles_and_exports(small(dims=(32, 64), depths=(1, 1)), (20, 24), backend)
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_timms_weights_load(tmp_path, suffix):
+    """The layout of timm/davit_tiny.msft_in1k, in both of its file types."""
+    torch.manual_seed(0)
+    theirs = timm.create_model("davit_tiny").eval()
+    file, state = tmp_path / f"weights.{suffix}", theirs.state_dict()
+    safetensors.torch.save_file(state, file) if suffix == "safetensors" else torch.save(state, file)
+    ours = timm.create_model("davit_t", pretrained=True, pretrained_cfg_overlay=dict(file=str(file))).eval()
+    x = torch.randn(1, 3, 96, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), theirs(x), rtol=1e-6, atol=1e-6)

@@ -291,14 +291,12 @@ def test_on_the_meta_device(name):
     assert model(torch.empty(2, 3, 64, 64, device="meta", dtype=torch.bfloat16)).shape == (2, 7)
 
 
-@pytest.mark.slow
 @every_kind
 def test_compiles_and_exports(name):
     torch.set_default_dtype(torch.float32)
     compiles_and_exports(small(name), (32, 48))
 
 
-@pytest.mark.slow
 def test_trains_compiled():
     layer, x, results = ELA(32, "s", residual=True), torch.randn(2, 32, 9, 7), []
     for f in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):

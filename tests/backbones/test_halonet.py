@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from saccade.backbones import halonet
 from saccade.backbones.halonet import HaloAttention, checkpoint_filter_fn, rename
 from support import parity
-from support.graphs import compiles_and_exports
+from support.graphs import BACKENDS, compiles_and_exports
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("double")  # as default type
@@ -342,10 +342,10 @@ def test_bfloat16_autocast_is_close():
     assert (low.double() - exact).norm() / exact.norm() < 0.05
 
 
-@pytest.mark.slow
-def test_compiles_and_exports():
+@BACKENDS
+def test_compiles_and_exports(backend):
     torch.set_default_dtype(torch.float32)
-    compiles_and_exports(small(), (72, 64), "inductor")
+    compiles_and_exports(small(), (72, 64), backend)
 
 
 @pytest.mark.parametrize(

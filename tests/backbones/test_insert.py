@@ -212,7 +212,6 @@ def test_gradient_checkpointing_changes_nothing():
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.slow
 def test_compiles_and_exports():
     model = put(create("resnet18"), "ela", "layer[34].0.bn1").eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -21,7 +21,7 @@ from saccade.ops import relative_bias_attention
 from saccade.train.runtime import measure
 from saccade.train.runtime.distributed import SyncBatchNorm
 from support import parity
-from support.graphs import compiles_and_exports
+from support.graphs import BACKENDS, compiles_and_exports
 from support.parity import load_file
 from timm.models import reparameterize_model
 from torch import nn
@@ -469,11 +469,11 @@ def test_loss_falls(spatial):
     assert losses[-1] < 0.6 * losses[0]
 
 
-@pytest.mark.slow
+@BACKENDS
 @pytest.mark.parametrize("fused", [False, True])
-def test_compiles_and_exports(fused):
+def test_compiles_and_exports(fused, backend):
     torch.set_default_dtype(torch.float32)
     model = small(dims=(8, 16), depths=(1, 1), spatial_attn=True).eval()
     if fused:
         model.fuse()
-    compiles_and_exports(model, (16, 24), "aot_eager" if fused else "inductor")
+    compiles_and_exports(model, (16, 24), backend)

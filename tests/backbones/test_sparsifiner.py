@@ -476,7 +476,6 @@ def test_scripts(name, kwargs):
     torch.testing.assert_close(torch.jit.script(model)(x), model(x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "kwargs"), [("sparsifiner_deit_t", dict(token_keep_rate=0.5)), ("sparsifiner_lvvit_s", dict(depth=1))]
 )

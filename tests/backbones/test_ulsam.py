@@ -300,13 +300,11 @@ def test_on_the_meta_device():
     assert model(torch.empty(2, 3, 64, 64, device="meta", dtype=torch.bfloat16)).shape == (2, 7)
 
 
-@pytest.mark.slow
 def test_compiles_and_exports():
     torch.set_default_dtype(torch.float32)
     compiles_and_exports(small(), (32, 48))
 
 
-@pytest.mark.slow
 def test_trains_compiled():
     """Output, gradients and running statistics, in one graph."""
     plain, x = ULSAM(16, 4), torch.randn(4, 16, 9, 7)
