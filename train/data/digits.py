@@ -14,6 +14,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..runtime.config import Count, NonNegative
+
 MEAN, STD = (0.3,) * 3, (0.35,) * 3
 
 
@@ -24,7 +26,7 @@ class Digits:
     by up to this many pixels of the 8x8 original each way, what comes in being black.
     """
 
-    def __init__(self, img_size: int = 32, shift: float = 1.0):
+    def __init__(self, img_size: Count = 32, shift: NonNegative = 1.0):
         self.img_size, self.shift = img_size, shift
         self.class_names = [str(digit) for digit in range(10)]
         digits = load_digits()

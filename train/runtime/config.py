@@ -51,7 +51,7 @@ NonNegativeInt = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, open_low=True)]
 NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
-DropRate = Annotated[float, Range(0, 1, open_high=True)]
+BelowOne = Annotated[float, Range(0, 1, open_high=True)]
 
 # Each of these takes the place of the other: an override of one sets the other to None.
 ALTERNATIVES = {"epochs": "iterations", "iterations": "epochs"}
@@ -297,8 +297,8 @@ def _describe(hint: Any) -> str:
     """Describe a type hint for people: "a number, 0 or more"."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        named = [_describe(option) for option in args if getattr(option, "__name__", "") != "Tensor"]
-        return " or ".join(dict.fromkeys(named))
+        named = dict.fromkeys(_describe(option) for option in args if getattr(option, "__name__", "") != "Tensor")
+        return (", or " if any("," in name for name in named) else " or ").join(named)
     if origin is Literal:
         return f"{'one of ' if len(args) > 1 else ''}{', '.join(map(repr, args))}"
     if origin is Annotated:

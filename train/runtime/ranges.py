@@ -47,6 +47,19 @@ EMA = dict(
     warmup_power=_POSITIVE,
     stochastic_rounding_seed=_NON_NEGATIVE,
 )
+AUGMENT = dict(  # of timm.data.create_transform
+    scale=Range(0, 1, open_low=True),
+    ratio=_POSITIVE,
+    hflip=_FRACTION,
+    vflip=_FRACTION,
+    color_jitter=_NON_NEGATIVE,
+    color_jitter_prob=_FRACTION,
+    grayscale_prob=_FRACTION,
+    gaussian_blur_prob=_FRACTION,
+    re_prob=_FRACTION,
+    re_count=Range(1),
+    re_num_splits=_NON_NEGATIVE,
+)
 
 
 def check_model(settings: dict[str, Any]) -> None:
