@@ -10,10 +10,10 @@ picture goes through. Inside, maps are tokens (B, h·w, C), row-major: the same 
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     DropPath,
@@ -21,14 +21,14 @@ from timm.layers import (
     calculate_drop_path_rates,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import agent_attention, pool_agents, resize_agent_bias, window_attention
-from .base import Isotropic, Pyramid, TokenHead, checked_size, init_linear, map_norms
+from .base import Isotropic, Pyramid, TokenHead, checked_size, create_model, init_linear, make_cfg, map_norms
 from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last, position_table, resize_positions
-from .published import fitted, opened, renamed
+from .published import Rules, fitted, opened, renamed
 
 TABLE = 7  # side of the tables of block biases, whatever the map
 
@@ -499,7 +499,7 @@ class AgentDeiT(Isotropic):
         return x + resize_positions(self.pos_embed, self.size, size, "bicubic"), size
 
 
-PUBLISHED_KEYS = [  # published name -> ours, applied in order
+PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order
     (r"^patch_embed1?\.(proj|norm)\.", r"stem.\1."),  # PVT counts its four from 1
     (r"^stage1_conv_embed\.0\.", "stem.proj."),
     (r"^stage1_conv_embed\.2\.", "stem.norm."),
@@ -584,19 +584,12 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     return fitted(out, model, "blocks." if isinstance(model, AgentDeiT) else "stages.")
 
 
-def _cfg(size: int = 224, stride: int = 32, crop_pct: float = 0.875, **kwargs) -> dict:
-    return dict(
-        num_classes=1000,
-        input_size=(3, size, size),
-        pool_size=(size // stride, size // stride),
-        crop_pct=crop_pct,
+def _cfg(size: int = 224, **kwargs) -> dict:
+    return make_cfg(
+        size,
         crop_mode="squash",
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
         first_conv="stem.proj",
-        classifier="head.fc",
-        origin_url="https://github.com/LeapLabTHU/Agent-Attention",
+        origin_url="https://github.com/LeapLabTHU/Agent-Attention",  # without a license
         paper_name="Agent Attention: On the Integration of Softmax and Linear Attention",
         paper_ids="arXiv:2312.08874",
         fixed_input_size=size != 224,  # by which timm passes the size on as `img_size`
@@ -609,7 +602,7 @@ SWIN = dict(host="swin", dims=(96, 192, 384, 768), heads=(3, 6, 12, 24))
 SWIN_B = dict(host="swin", dims=(128, 256, 512, 1024), heads=(4, 8, 16, 32))
 CSWIN = dict(host="cswin", dims=(64, 128, 256, 512), heads=(2, 4, 8, 16))
 CSWIN_B = dict(host="cswin", dims=(96, 192, 384, 768), heads=(4, 8, 16, 32))
-VARIANTS = dict(
+VARIANTS: dict[str, dict[str, Any]] = dict(
     agent_deit_t=dict(dim=192, heads=3),
     agent_deit_s=dict(dim=384, heads=6),
     agent_deit_b=dict(dim=768, heads=12, agents=81, agent_blocks=4),
@@ -641,16 +634,15 @@ PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
     agent_cswin_s=(83.9, README),
     agent_cswin_b=(84.7, README),
 )
-# The authors' files lie on share links, so there is no URL to name: pass a file of your own as
-# pretrained_cfg_overlay=dict(file=PATH).
+WEIGHTS = dict.fromkeys(VARIANTS, "share links in the authors' README, https://github.com/LeapLabTHU/Agent-Attention")
 default_cfgs = generate_default_cfgs(
-    {f"{name}.in1k": _cfg(stride=16 if "deit" in name else 32) for name in VARIANTS}
+    {f"{name}.untrained": _cfg(stride=16 if "deit" in name else 32) for name in VARIANTS}
     | {
-        "agent_deit_s.in1k_448": _cfg(448, stride=16),
-        "agent_pvt_m.in1k_256": _cfg(256),
-        "agent_swin_s.in1k_288": _cfg(288, crop_pct=1.0),
-        "agent_swin_b.in1k_384": _cfg(384, crop_pct=1.0),
-        "agent_cswin_b.in1k_384": _cfg(384),
+        "agent_deit_s.untrained_448": _cfg(448, stride=16),
+        "agent_pvt_m.untrained_256": _cfg(256),
+        "agent_swin_s.untrained_288": _cfg(288, crop_pct=1.0),
+        "agent_swin_b.untrained_384": _cfg(384, crop_pct=1.0),
+        "agent_cswin_b.untrained_384": _cfg(384),
     }
 )
 
@@ -659,14 +651,8 @@ def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
     kwargs = VARIANTS[name] | kwargs
     if kwargs.get("features_only") and kwargs.get("host") in DENSE_AGENTS:
         kwargs.setdefault("dense_agents", DENSE_AGENTS[kwargs["host"]])
-    return build_model_with_cfg(
-        AgentPyramid if "host" in kwargs else AgentDeiT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3) if "host" in kwargs else 3, feature_cls="getter"),
-        **kwargs,
-    )
+    cls, out_indices = (AgentPyramid, (0, 1, 2, 3)) if "host" in kwargs else (AgentDeiT, 3)
+    return create_model(cls, name, pretrained, checkpoint_filter_fn, WEIGHTS[name], out_indices, **kwargs)
 
 
 @register_model

@@ -4,9 +4,13 @@
 common, `Isotropic` what a plain transformer's blocks have.
 """
 
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, LayerNorm2d, get_device_dtype, to_2tuple, trunc_normal_
-from timm.models import checkpoint_seq
+from timm.models import build_model_with_cfg, checkpoint_seq, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -17,6 +21,13 @@ class Backbone(nn.Module):
     A subclass gives `forward_features` and sets `num_classes`, `num_features`, `head_hidden_size` and `feature_info`.
     Its modules that can do so check point their gradients where their `grad_checkpointing` is true.
     """
+
+    if TYPE_CHECKING:  # at run time torch.jit.script would read these
+        num_classes: int
+        num_features: int
+        head_hidden_size: int
+        feature_info: list[dict[str, Any]]
+        head: Any  # of any class that has `reset` and `fc`
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -46,7 +57,7 @@ class Backbone(nn.Module):
 class Stage(nn.Module):
     """Downsampling and blocks: NCHW -> NCHW, channels-last in memory. The blocks take and return (B, H, W, C)."""
 
-    def __init__(self, downsample: nn.Module, blocks: list[nn.Module]):
+    def __init__(self, downsample: nn.Module, blocks: Iterable[nn.Module]):
         super().__init__()
         self.downsample = downsample
         self.blocks = nn.Sequential(*blocks)
@@ -72,6 +83,12 @@ class Pyramid(Backbone):
     `out_norms` is None or has a norm for each stage's map: those are what `forward_intermediates` and `features_only`
     return then, and the next stage gets the map without it.
     """
+
+    if TYPE_CHECKING:
+        stem: nn.Module
+        stages: nn.Sequential
+        norm: nn.Module
+        out_norms: nn.ModuleList | None
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -178,6 +195,12 @@ class Isotropic(Backbone):
     A subclass gives `embed`, images -> (tokens (B, 1 + h·w, dim), (h, w)); a block takes both.
     """
 
+    if TYPE_CHECKING:
+        blocks: Any  # an nn.Sequential or nn.ModuleList
+        norm: nn.Module
+
+        def embed(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]: ...
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return {"cls_token", "pos_embed"}
@@ -256,3 +279,51 @@ def init_linear(model: nn.Module) -> None:
             trunc_normal_(m.weight, std=0.02)
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
+
+
+def make_cfg(size: int = 224, stride: int = 32, **kwargs) -> dict[str, Any]:
+    """Return timm's pretrained configuration of an ImageNet-1K classifier; kwargs are further entries or others."""
+    cells = -(-size // stride)
+    return dict(
+        num_classes=1000,
+        input_size=(3, size, size),
+        pool_size=(cells, cells),
+        crop_pct=0.875,
+        interpolation="bicubic",
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        classifier="head.fc",
+    ) | dict(kwargs)
+
+
+def create_model(
+    model_cls: type[nn.Module],
+    name: str,
+    pretrained: bool,
+    filter_fn: Callable[[dict, Any], dict],
+    weights: str | None,
+    out_indices: tuple[int, ...] | int = (0, 1, 2, 3),
+    **kwargs: Any,
+) -> Any:
+    """Build a registered model through timm, loading weights where `pretrained` says so.
+
+    Args:
+        model_cls: the model's class, which takes the other kwargs.
+        name: under which it is registered.
+        pretrained: whether to load weights.
+        filter_fn: the family's `checkpoint_filter_fn`.
+        weights: where the authors' file is, for a model whose weights cannot be downloaded; None: nowhere.
+        out_indices: the maps of `features_only`, unless kwargs say otherwise.
+        kwargs: the model's, and those of timm's `build_model_with_cfg`.
+    """
+    if pretrained:
+        cfg = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        if not (cfg.has_weights or cfg.state_dict or cfg.source):
+            raise RuntimeError(
+                f"{name} has no weights to download ({weights or 'none are published'}): load a file of your own by "
+                "pretrained_cfg_overlay=dict(file=PATH), or use pretrained=False"
+            )
+    feature_cfg = dict(out_indices=out_indices, feature_cls="getter") | kwargs.pop("feature_cfg", {})
+    return build_model_with_cfg(
+        model_cls, name, pretrained, pretrained_filter_fn=filter_fn, feature_cfg=feature_cfg, **kwargs
+    )

@@ -8,19 +8,19 @@ Each map is cut into n_win x n_win regions whatever its size. Inside, everything
 """
 
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import bilevel_routing_attention, region_routing
-from .base import Pyramid, Stage, map_norms
+from .base import Pyramid, Stage, create_model, make_cfg, map_norms
 from .layers import CachedMlp, DepthwiseConv, channels_last
-from .published import fitted, opened, renamed
+from .published import Rules, fitted, opened, renamed
 
 FULL, FULL_LEPE = -1, -2  # the published codes in `topks` for attention over the whole map, without and with LePE
 
@@ -304,7 +304,7 @@ class BiFormer(Pyramid):
         return found
 
 
-PUBLISHED_KEYS = [  # published name -> ours, applied in order
+PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order
     (r"^downsample_layers\.0\.", "stem."),
     (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
     (r"^stages\.(\d+)\.(\d+)\.", r"stages.\1.blocks.\2."),
@@ -333,27 +333,8 @@ def checkpoint_filter_fn(state_dict: dict, model: BiFormer) -> dict[str, Tensor]
     return fitted(out, model)
 
 
-def _cfg(**kwargs) -> dict:
-    return dict(
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.875,
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv="stem.0",
-        classifier="head.fc",
-        license="mit",
-        origin_url="https://github.com/rayleizhu/BiFormer",
-        paper_name="BiFormer: Vision Transformer with Bi-Level Routing Attention",
-        paper_ids="arXiv:2303.08810",
-        **kwargs,
-    )
-
-
 STL = dict(depths=(2, 2, 6, 2), dims=(96, 192, 384, 768), mlp_ratio=4.0, patchify=True)
-VARIANTS = dict(
+VARIANTS: dict[str, dict[str, Any]] = dict(
     biformer_t=dict(depths=(2, 2, 8, 2), dims=(64, 128, 256, 512)),
     biformer_s=dict(depths=(4, 4, 18, 4), dims=(64, 128, 256, 512)),
     biformer_b=dict(depths=(4, 4, 18, 4), dims=(96, 192, 384, 768)),
@@ -368,20 +349,22 @@ PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
     biformer_stl=(82.7, PAPER),
     biformer_stl_nchw=(82.7, "README of the published code"),
 )
-# The authors' files lie on share links that users report dead, so there is no URL to name: pass a file of your own as
-# pretrained_cfg_overlay=dict(file=PATH).
-default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg() for name in VARIANTS})
+WEIGHTS = dict.fromkeys(
+    VARIANTS, "share links in the authors' README, https://github.com/rayleizhu/BiFormer, which users report dead"
+)
+CFG = make_cfg(
+    first_conv="stem.0",
+    license="mit",
+    origin_url="https://github.com/rayleizhu/BiFormer",
+    paper_name="BiFormer: Vision Transformer with Bi-Level Routing Attention",
+    paper_ids="arXiv:2303.08810",
+)
+default_cfgs = generate_default_cfgs({f"{name}.untrained": CFG for name in VARIANTS})
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> BiFormer:
-    return build_model_with_cfg(
-        BiFormer,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-        **(VARIANTS[name] | kwargs),
-    )
+    kwargs = VARIANTS[name] | kwargs
+    return create_model(BiFormer, name, pretrained, checkpoint_filter_fn, WEIGHTS[name], **kwargs)
 
 
 @register_model

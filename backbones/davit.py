@@ -9,19 +9,19 @@ of the same memory, and leave a stage as such a view.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, NormMlpClassifierHead, calculate_drop_path_rates
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import channel_attention, window_attention
-from .base import Pyramid, Stage, init_linear, map_norms
+from .base import Pyramid, Stage, create_model, init_linear, make_cfg, map_norms
 from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last
-from .published import fitted, opened, renamed
+from .published import Rules, fitted, opened, renamed
 
 EPS = 1e-5  # of every LayerNorm
 
@@ -226,7 +226,7 @@ class DaViT(Pyramid):
         init_linear(self)
 
 
-PUBLISHED_KEYS = [  # published name -> ours, applied in order
+PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order
     (r"^patch_embeds\.0\.proj\.", "stem.conv."),
     (r"^patch_embeds\.0\.norm\.", "stem.norm."),
     (r"^patch_embeds\.(\d+)\.proj\.", r"stages.\1.downsample.conv."),
@@ -250,26 +250,7 @@ def checkpoint_filter_fn(state_dict: dict, model: DaViT) -> dict[str, Tensor]:
     return fitted({rename(key): value for key, value in opened(state_dict).items()}, model)
 
 
-def _cfg(size: int = 224, **kwargs) -> dict:
-    return dict(
-        num_classes=1000,
-        input_size=(3, size, size),
-        pool_size=(size // 32, size // 32),
-        crop_pct=0.9 if size == 224 else 1.0,
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv="stem.conv",
-        classifier="head.fc",
-        license="mit",
-        origin_url="https://github.com/dingmyu/davit",
-        paper_name="DaViT: Dual Attention Vision Transformers",
-        paper_ids="arXiv:2204.03645",
-        **kwargs,
-    )
-
-
-VARIANTS = dict(
+VARIANTS: dict[str, dict[str, Any]] = dict(
     davit_t=dict(depths=(1, 1, 3, 1), dims=(96, 192, 384, 768)),
     davit_s=dict(depths=(1, 1, 9, 1), dims=(96, 192, 384, 768)),
     davit_b=dict(depths=(1, 1, 9, 1), dims=(128, 256, 512, 1024)),
@@ -288,29 +269,39 @@ PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
     davit_h=(90.2, f"{PAPER}, pre-trained on 1.5B private image-text pairs"),
     davit_g=(90.4, f"{PAPER}, pre-trained on 1.5B private image-text pairs"),
 )
-# The authors' files lie on share links, some of them dead, so there is no URL to name: pass a file of your own as
-# pretrained_cfg_overlay=dict(file=PATH).
+WEIGHTS: dict[str, str] = {}  # timm distributes the authors' weights of three variants; none of the others' are public
+
+
+def _cfg(size: int = 224, **kwargs) -> dict:
+    return make_cfg(
+        size,
+        first_conv="stem.conv",
+        origin_url="https://github.com/dingmyu/davit",
+        paper_name="DaViT: Dual Attention Vision Transformers",
+        paper_ids="arXiv:2204.03645",
+        **kwargs,
+    )
+
+
+def _hub(size: str) -> dict:
+    return _cfg(crop_pct=0.95, hf_hub_id=f"timm/davit_{size}.msft_in1k", license="apache-2.0")
+
+
 default_cfgs = generate_default_cfgs(
     {
-        "davit_t.in1k": _cfg(),
-        "davit_s.in1k": _cfg(),
-        "davit_b.in1k": _cfg(),
-        "davit_l.in22k_ft_in1k": _cfg(384),
-        "davit_h.untrained": _cfg(512),
-        "davit_g.untrained": _cfg(512),
+        "davit_t.msft_in1k": _hub("tiny"),
+        "davit_s.msft_in1k": _hub("small"),
+        "davit_b.msft_in1k": _hub("base"),
+        "davit_l.untrained": _cfg(384, crop_pct=1.0, license="mit"),  # of the published code
+        "davit_h.untrained": _cfg(512, crop_pct=1.0),
+        "davit_g.untrained": _cfg(512, crop_pct=1.0),
     }
 )
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> DaViT:
-    return build_model_with_cfg(
-        DaViT,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-        **(VARIANTS[name] | kwargs),
-    )
+    kwargs = VARIANTS[name] | kwargs
+    return create_model(DaViT, name, pretrained, checkpoint_filter_fn, WEIGHTS.get(name), **kwargs)
 
 
 @register_model

@@ -24,15 +24,17 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FeaturePyramidNetwork
 
 from ..ops import dfa3d, ms_deform_attn
+from ..ops.dispatch import is_saved_graph, is_transformed
 from ..ops.precision import full, no_autocast
+from .base import create_model
 from .dfa3d_depth import DepthHead, depth_bins, depth_target
-from .published import renamed
+from .published import Rules, renamed
 
 NEAR = 1e-5  # metres before a camera, from which on a point is seen
 
@@ -62,7 +64,7 @@ def project(
     """
     with no_autocast(lidar2img):
         matrix = lidar2img.to(points.dtype)
-        u, v, d = (points @ matrix[:, :, None, :3, :3].mT + matrix[:, :, None, None, :3, 3]).unbind(-1)
+        u, v, d = (points @ matrix[:, :, None, :3, :3].transpose(-2, -1) + matrix[:, :, None, None, :3, 3]).unbind(-1)
         away = d.clamp(min=NEAR)
         u, v = u / away / size[1], v / away / size[0]
         seen = (d > NEAR) & (u > 0) & (u < 1) & (v > 0) & (v < 1)
@@ -173,8 +175,10 @@ class SpatialCrossAttention(nn.Module):
         (B, Q, E), the query added."""
         N, Z = reference.shape[1], reference.shape[3]
         here = seen.any(-1)  # (B, N, Q)
-        # A graph that is exported must do for all cameras: there every query looks through every one.
-        most = here.shape[2] if torch.compiler.is_exporting() else int(here.sum(-1).max())
+        # A graph that is saved must do for all cameras: there, and where no value can be read, every query looks
+        # through every one.
+        unknown = is_saved_graph() or is_transformed() or here.is_meta or here.numel() == 0
+        most = here.shape[2] if unknown else int(here.sum(-1).max())
         slots = torch.zeros_like(query)
         if most:
             order = here.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)  # those that see, first
@@ -189,7 +193,7 @@ class SpatialCrossAttention(nn.Module):
                 None if depth is None else depth.flatten(0, 1),
                 shapes,
                 around.flatten(0, 1),
-            ).unflatten(0, (-1, N))
+            ).unflatten(0, (query.shape[0], N))
             out = torch.where(kept[..., None], out, 0.0).to(slots.dtype)
             for camera in range(N):  # within one, no cell comes twice: the sum is the same in every run
                 slots = slots.scatter_add(1, rows[:, camera], out[:, camera])
@@ -228,7 +232,7 @@ class TemporalSelfAttention(nn.Module):
         """query (B, Q, E), position (Q, E) or (B, Q, E) added to it, frames: the previous view and the present one
         (B, Q, E) each, None: both are the query; where (B, Q, 2): each cell's place in the frames, from 0 to 1 ->
         (B, Q, E), the query added."""
-        B = len(query)
+        B = query.shape[0]
         before, present = (query, query) if frames is None else frames
         asking = torch.cat([before, query + position], -1)
         split = (self.heads, 2, self.points)
@@ -481,12 +485,14 @@ class BEVLifter(nn.Module):
         H, W = self.bev_size
         shapes = [tuple(x.shape[3:]) for x in maps]
         camera = 0 if self.camera_embed is None else self.camera_embed[:N, None]
-        value = torch.cat([x.flatten(3).mT + camera + level for x, level in zip(maps, self.level_embed)], 2)
+        value = torch.cat(
+            [x.flatten(3).transpose(-2, -1) + camera + level for x, level in zip(maps, self.level_embed)], 2
+        )
         depth = None
         if self.lift_depth:
             depth = bins.flatten(0, 1)
             depth = [depth if depth.shape[2:] == shape else F.interpolate(depth, shape) for shape in shapes]
-            depth = torch.cat([d.flatten(2).mT for d in depth], 1).unflatten(0, (B, N))
+            depth = torch.cat([d.flatten(2).transpose(-2, -1) for d in depth], 1).unflatten(0, (B, N))
         with no_autocast(lidar2img):
             like = lidar2img.new_empty(0, dtype=full(lidar2img))
             points = pillars(self.bev_size, self.pc_range, self.pillar, like)
@@ -507,9 +513,9 @@ class BEVLifter(nn.Module):
                 span = motion.new_tensor([b - a for a, b in zip(self.pc_range[:2], self.pc_range[3:5])])
                 shift = motion[:, :2] / span
                 prev_bev = align(prev_bev, motion[:, 2])
-            before = prev_bev.flatten(2).mT
+            before = prev_bev.flatten(2).transpose(-2, -1)
         out = self.encoder(query, position, before, shift, (H, W), value, depth, shapes, reference, seen)
-        return out.mT.unflatten(2, (H, W))
+        return out.transpose(-2, -1).unflatten(2, (H, W))
 
     def forward(
         self,
@@ -578,7 +584,7 @@ class BEVLifter(nn.Module):
             raise ValueError("depth must be given to a lifter that was made with depth_network=False, got None")
 
 
-ENCODER_KEYS = [  # published name of an encoder's entry -> ours, applied in order
+ENCODER_KEYS: Rules = [  # published name of an encoder's entry -> ours, applied in order
     (r"\.attentions\.0\.", ".tsa."),
     (r"\.attentions\.1\.", ".sca."),
     (r"\.ffns\.0\.layers\.0\.0\.", ".mlp.fc1."),
@@ -587,7 +593,7 @@ ENCODER_KEYS = [  # published name of an encoder's entry -> ours, applied in ord
     (r"\.norms\.1\.", ".norm2."),
     (r"\.norms\.2\.", ".norm3."),
 ]
-PUBLISHED_KEYS = [
+PUBLISHED_KEYS: Rules = [
     (r"^pts_bbox_head\.transformer\.encoder\.", "encoder."),
     (r"^pts_dpt_head\.", "depth."),
     *[(r"^(encoder\..*)" + pattern, r"\1" + ours) for pattern, ours in ENCODER_KEYS],
@@ -635,31 +641,32 @@ def _cfg(height: int, width: int) -> dict:
         std=IMAGENET_DEFAULT_STD,
         first_conv=None,
         classifier=None,
-        license="apache-2.0",
+        license="IDEA License 1.0, non-commercial",  # of the published code and weights
         origin_url="https://github.com/IDEA-Research/3D-deformable-attention",
         paper_name="DFA3D: 3D Deformable Attention For 2D-to-3D Feature Lifting",
         paper_ids="arXiv:2307.12972",
     )
 
 
-VARIANTS = dict(
+VARIANTS: dict[str, dict[str, Any]] = dict(
     dfa3d_bev_s=dict(strides=(32,), bev_size=(150, 150), layers=3),
     dfa3d_bev_b=dict(strides=(8, 16, 32, 64), bev_size=(200, 200), layers=6),
 )
-default_cfgs = generate_default_cfgs({"dfa3d_bev_s.nuscenes": _cfg(736, 1280), "dfa3d_bev_b.nuscenes": _cfg(928, 1600)})
+SOURCE = "the authors' links, https://github.com/IDEA-Research/3D-deformable-attention"
+WEIGHTS = dict(
+    dfa3d_bev_s=f"bevformer_small_DFA3D by {SOURCE}",
+    dfa3d_bev_b=f"bevformer_base_DFA3D by {SOURCE}",
+)
+default_cfgs = generate_default_cfgs(
+    {"dfa3d_bev_s.untrained": _cfg(736, 1280), "dfa3d_bev_b.untrained": _cfg(928, 1600)}
+)
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> BEVLifter:
     if kwargs.get("num_classes"):
         raise ValueError(f"{name} has no classifier: num_classes must be 0, got {kwargs['num_classes']}")
-    return build_model_with_cfg(
-        BEVLifter,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        kwargs_filter=("num_classes", "global_pool"),
-        **(VARIANTS[name] | kwargs),
-    )
+    kwargs = VARIANTS[name] | dict(kwargs_filter=("num_classes", "global_pool")) | kwargs
+    return create_model(BEVLifter, name, pretrained, checkpoint_filter_fn, WEIGHTS[name], **kwargs)
 
 
 @register_model

@@ -76,8 +76,8 @@ class DeformConv(nn.Module):
             grid = torch.stack([(2 * u + 1) / W - 1, (2 * y + 1) / H - 1], -1).flatten(2, 3)  # (B, 9, H · W, 2)
             taps = F.grid_sample(x.to(full), grid, padding_mode="zeros", align_corners=False)  # (B, C, 9, H · W)
             taps = taps.unflatten(1, (self.groups, -1)).flatten(2, 3)
-            out = self.weight.to(full).view(self.groups, -1, taps.shape[2]) @ taps
-            return out.view(B, -1, H, W).to(x.dtype)
+            out = self.weight.to(full).reshape(self.groups, -1, taps.shape[2]) @ taps
+            return out.view(B, self.weight.shape[0], H, W).to(x.dtype)
 
 
 class DepthHead(nn.Module):

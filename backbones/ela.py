@@ -7,15 +7,18 @@ the layer where the published code has it. Outputs are equal, and parameters map
 timm's own `create_attn("ela")` is another module.
 """
 
+from typing import Any
+
 import torch
-from timm.models import ResNet, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import ResNet, generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from ..ops import strip_gate
+from .base import create_model, make_cfg
 from .layers import can_fuse
-from .mobilenet import MobileNet, cfg, loaded
+from .mobilenet import MobileNet, loaded
 from .published import fitted, opened, renamed
 
 VERSIONS = dict(t=(5, 1, 32), b=(7, 1, 16), s=(5, 8, 16), l=(7, 8, 16))  # kernel, channels a group, groups of the norm
@@ -157,17 +160,7 @@ def checkpoint_filter_fn(state_dict: dict, model: ELAResNet | ELAMobileNetV2) ->
     return out
 
 
-def _cfg(**kwargs) -> dict:
-    return cfg(
-        interpolation="bilinear",  # torchvision's default, which the published script leaves as it is
-        origin_url="https://github.com/Xuwei86/ELA_Code",
-        paper_name="ELA: Efficient Local Attention for Deep Convolutional Neural Networks",
-        paper_ids="arXiv:2403.01123",
-        **kwargs,
-    )
-
-
-VARIANTS = dict(
+VARIANTS: dict[str, dict[str, Any]] = dict(
     ela_resnet18=dict(block=BasicBlock, layers=(2, 2, 2, 2)),
     ela_resnet34=dict(block=BasicBlock, layers=(3, 4, 6, 3)),
     ela_resnet50=dict(block=Bottleneck, layers=(3, 4, 6, 3)),
@@ -178,24 +171,28 @@ VARIANTS = dict(
 PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
     ela_mobilenetv2=(71.9, "best of the published logs, which do not name the version"),
 )
-default_cfgs = generate_default_cfgs(
-    {
-        f"{name}.untrained": _cfg() if "mobilenet" in name else _cfg(first_conv="conv1", classifier="fc")
-        for name in VARIANTS
-    }
-)
+
+
+def _cfg(name: str) -> dict:
+    layers = dict(first_conv="conv1", classifier="fc")
+    if "mobilenet" in name:  # of the published code, that for MobileNetV2 has a license
+        layers = dict(first_conv="conv_stem", classifier="classifier", license="apache-2.0")
+    return make_cfg(
+        interpolation="bilinear",  # torchvision's default, which the published script leaves as it is
+        origin_url="https://github.com/Xuwei86/ELA_Code",
+        paper_name="ELA: Efficient Local Attention for Deep Convolutional Neural Networks",
+        paper_ids="arXiv:2403.01123",
+        **layers,
+    )
+
+
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(name) for name in VARIANTS})
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> ELAResNet | ELAMobileNetV2:
     kwargs = VARIANTS[name] | kwargs
-    return build_model_with_cfg(
-        ELAResNet if "layers" in kwargs else ELAMobileNetV2,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls="getter"),
-        **kwargs,
-    )
+    cls = ELAResNet if "layers" in kwargs else ELAMobileNetV2
+    return create_model(cls, name, pretrained, checkpoint_filter_fn, None, (0, 1, 2, 3, 4), **kwargs)
 
 
 @register_model

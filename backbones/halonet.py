@@ -9,10 +9,11 @@ Maps are NCHW, channels-last in memory from the stem to the head.
 """
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
 from timm.layers import (
     BatchNormAct2d,
     ClassifierHead,
@@ -26,15 +27,15 @@ from timm.layers import (
     make_divisible,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import halo_attention
-from .base import Backbone
+from .base import Backbone, create_model, make_cfg
 from .layers import channels_last
-from .published import opened, renamed
+from .published import Rules, opened, renamed
 
 
 # Padding depends on the size, so an fx trace keeps the layer whole.
@@ -394,7 +395,7 @@ class HaloNet(Backbone):
         return self.final_conv(x)
 
 
-PUBLISHED_KEYS = [  # timm's name -> ours, applied in order
+PUBLISHED_KEYS: Rules = [  # timm's name -> ours, applied in order
     (r"^stem\.(conv|bn)\.", r"stem.conv1.\1."),
     (r"\.conv1_1x1\.", ".conv1."),
     (r"\.conv3_1x1\.", ".conv3."),
@@ -425,25 +426,6 @@ def checkpoint_filter_fn(state_dict: dict, model: HaloNet) -> dict[str, Tensor]:
     return out
 
 
-def _cfg(size: int = 256, **kwargs) -> dict:
-    defaults = dict(
-        num_classes=1000,
-        input_size=(3, size, size),
-        pool_size=(-(-size // 32), -(-size // 32)),
-        crop_pct=0.95,
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv="stem.conv1.conv",
-        classifier="head.fc",
-        license="apache-2.0",
-        origin_url="https://github.com/huggingface/pytorch-image-models",
-        paper_name="Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
-        paper_ids="arXiv:2103.12731",
-    )
-    return defaults | kwargs
-
-
 def _paper(l3: int, b: int, h: int, r_v: float, r_b: float, d_f: int | None = None) -> dict:
     """A row of the paper's table."""
     dims = tuple(int(r_b * width) for width in (64, 128, 256, 512))
@@ -454,7 +436,7 @@ def _paper(l3: int, b: int, h: int, r_v: float, r_b: float, d_f: int | None = No
 # timm's hybrids.
 RESNET = dict(stem="tiered", dims=(256, 512, 1024, 2048), heads=(8, 8, 8, 8), act_layer="silu")
 REGNETZ = dict(stem="3x3", dims=(48, 96, 192, 288), heads=(8, 8, 8, 8), act_layer="silu", expansion=3)
-VARIANTS = dict(
+VARIANTS: dict[str, dict[str, Any]] = dict(
     halo_h0=_paper(l3=7, b=8, h=3, r_v=1, r_b=0.5),
     halo_h1=_paper(l3=10, b=8, h=3, r_v=1, r_b=1),
     halo_h2=_paper(l3=11, b=8, h=3, r_v=1, r_b=1.25),
@@ -513,32 +495,32 @@ PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
 RELEASE = "https://github.com/rwightman/pytorch-image-models/releases/download/v0.1-attn-weights"
 
 
-def _default_cfgs() -> dict[str, dict]:
-    cfgs = {}
-    for name in VARIANTS:
-        cfg, tag = _cfg(SIZES.get(name, 256)), "untrained"
-        if name in TRAINED:
-            timm_name, tag, file = TRAINED[name]
-            cfg |= dict(hf_hub_id=f"timm/{timm_name}.{tag}", url=f"{RELEASE}/{file}.pth")
-            cfg |= dict(crop_pct=0.95 if name == "halo_26t" else 0.94)
-        if name == "halo_regnetz_b":
-            cfg |= dict(mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD)
-        cfgs[f"{name}.{tag}"] = cfg
-    return cfgs
+def _cfg(name: str) -> tuple[str, dict]:
+    """Return the model's tag and its configuration."""
+    cfg = make_cfg(
+        SIZES.get(name, 256),
+        crop_pct=0.95,
+        first_conv="stem.conv1.conv",
+        origin_url="https://github.com/huggingface/pytorch-image-models",
+        paper_name="Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
+        paper_ids="arXiv:2103.12731",
+    )
+    if name not in TRAINED:
+        return "untrained", cfg
+    timm_name, tag, file = TRAINED[name]
+    cfg |= dict(hf_hub_id=f"timm/{timm_name}.{tag}", url=f"{RELEASE}/{file}.pth", license="apache-2.0")
+    cfg |= dict(crop_pct=0.95 if name == "halo_26t" else 0.94)
+    if name == "halo_regnetz_b":
+        cfg |= dict(mean=IMAGENET_INCEPTION_MEAN, std=IMAGENET_INCEPTION_STD)
+    return tag, cfg
 
 
-default_cfgs = generate_default_cfgs(_default_cfgs())
+default_cfgs = generate_default_cfgs({f"{name}.{tag}": cfg for name in VARIANTS for tag, cfg in [_cfg(name)]})
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> HaloNet:
-    return build_model_with_cfg(
-        HaloNet,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls="getter", norm=True),
-        **(VARIANTS[name] | kwargs),
-    )
+    kwargs = VARIANTS[name] | dict(feature_cfg=dict(norm=True)) | kwargs
+    return create_model(HaloNet, name, pretrained, checkpoint_filter_fn, None, (0, 1, 2, 3, 4), **kwargs)
 
 
 @register_model

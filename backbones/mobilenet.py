@@ -3,7 +3,6 @@
 import re
 from functools import partial
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import EfficientNet
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from torch import Tensor, nn
@@ -81,21 +80,3 @@ def loaded(state_dict: dict[str, Tensor], model: MobileNet, first: dict, others:
     rules += [(rf"\.conv\.{re.escape(part)}\.", f".{ours}.") for part, ours in others.items()]
     own = {key: value for key, value in model.state_dict().items() if key.startswith("classifier.")}
     return fitted(own | {renamed(key, rules): value for key, value in state_dict.items()}, model, "blocks.")
-
-
-def cfg(
-    first_conv: str = "conv_stem", classifier: str = "classifier", interpolation: str = "bicubic", **kwargs
-) -> dict:
-    """A default configuration for ImageNet at 224 pixels."""
-    return dict(
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.875,
-        interpolation=interpolation,
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv=first_conv,
-        classifier=classifier,
-        **kwargs,
-    )

@@ -8,9 +8,10 @@ Inside, everything is channels-last: maps travel as (B, H, W, C) through the blo
 NCHW view of the same memory, and leave a stage as such a view.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     DropPath,
@@ -19,16 +20,16 @@ from timm.layers import (
     get_device_dtype,
     trunc_normal_,
 )
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import gaussian_gate, relative_bias_attention, spatial_gate
 from ..ops.dispatch import use_definition
 from ..ops.relative_bias import buckets
-from .base import Pyramid, Stage
+from .base import Pyramid, Stage, create_model, make_cfg
 from .layers import can_fuse, channels_last
-from .published import fitted, opened, renamed
+from .published import Rules, fitted, opened, renamed
 
 PARTS = 4  # one of which is convolved
 
@@ -442,7 +443,7 @@ class PATNet(Pyramid):
         return self.eval()
 
 
-PUBLISHED_KEYS = [  # published name -> ours, applied in order. Published stages and mergings are one list, by turns
+PUBLISHED_KEYS: Rules = [  # published name -> ours, in order; published stages and mergings alternate in one list
     (r"^patch_embed\.proj\.", "stem.conv."),
     (r"^patch_embed\.norm\.", "stem.norm."),
     (r"^stages\.([135])\.reduction\.", lambda m: f"stages.{int(m[1]) // 2 + 1}.downsample.conv."),
@@ -480,32 +481,13 @@ def checkpoint_filter_fn(state_dict: dict, model: PATNet) -> dict[str, Tensor]:
     return fitted(out, model)
 
 
-def _cfg(**kwargs) -> dict:
-    return dict(
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        pool_size=(7, 7),
-        crop_pct=0.9,
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv="stem.conv",
-        classifier="head.fc",
-        license="mit",
-        origin_url="https://github.com/haiduo/PartialNet",
-        paper_name="Partial Convolution Meets Visual Attention",
-        paper_ids="arXiv:2503.03148",
-        **kwargs,
-    )
-
-
 def _dims(dim: int) -> tuple[int, ...]:
     return dim, 2 * dim, 4 * dim, 8 * dim
 
 
 # PAT_sp and four heads as the published configurations have it. The papers draw PAT_sp in every variant, and the code
 # knows six heads as well: which of these gave the published accuracies is not said.
-VARIANTS = dict(
+VARIANTS: dict[str, dict[str, Any]] = dict(
     patnet_t0=dict(depths=(1, 2, 8, 2), dims=_dims(32)),
     patnet_t1=dict(depths=(1, 2, 8, 2), dims=_dims(48), spatial_attn=True),
     patnet_t2=dict(depths=(2, 2, 6, 4), dims=_dims(64), act_layer="relu"),
@@ -522,20 +504,23 @@ PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
     patnet_m=(83.1, FIGURE),
     patnet_l=(83.9, FIGURE),
 )
-# No weights are published but T0's and T1's on links that expire, so there is no URL to name: pass a file of your own
-# as pretrained_cfg_overlay=dict(file=PATH).
-default_cfgs = generate_default_cfgs({f"{name}.in1k": _cfg() for name in VARIANTS})
+WEIGHTS = dict.fromkeys(
+    ("patnet_t0", "patnet_t1"), "share links in issues 3 and 4 of https://github.com/haiduo/PartialNet, which expire"
+)
+CFG = make_cfg(
+    crop_pct=0.9,
+    first_conv="stem.conv",
+    license="mit",
+    origin_url="https://github.com/haiduo/PartialNet",
+    paper_name="Partial Convolution Meets Visual Attention",
+    paper_ids="arXiv:2503.03148",
+)
+default_cfgs = generate_default_cfgs({f"{name}.untrained": CFG for name in VARIANTS})
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> PATNet:
-    return build_model_with_cfg(
-        PATNet,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3), feature_cls="getter"),
-        **(VARIANTS[name] | kwargs),
-    )
+    kwargs = VARIANTS[name] | kwargs
+    return create_model(PATNet, name, pretrained, checkpoint_filter_fn, WEIGHTS.get(name), **kwargs)
 
 
 @register_model

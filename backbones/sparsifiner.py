@@ -12,21 +12,20 @@ and a query to which a score threshold leaves no key gets 0 in LV-ViT too, not N
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ConvNormAct, DropPath, calculate_drop_path_rates, get_device_dtype, trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint, generate_default_cfgs, register_model
+from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import connectivity, predict_mask, sparse_attention, sparse_mask, unpack_mask
 from ..ops.precision import no_autocast
-from .base import Isotropic, TokenHead, checked_size, init_linear
+from .base import Isotropic, TokenHead, checked_size, create_model, init_linear, make_cfg
 from .layers import CachedMlp, can_fuse, channels_last, mark_unused, position_table, resize_positions
-from .published import fitted, opened, renamed
+from .published import Rules, fitted, opened, renamed
 
 STRIDE = 16  # of the tokens' map
 
@@ -147,15 +146,15 @@ class MaskPredictor(nn.Module):
         W_q, b_q, W_k, b_k = W_q.to(full), b_q.to(full), W_k.to(full), b_k.to(full)
         # (k W_kᵀ + b_k)ᵀ P, by way of kᵀ P: one product for all heads, and of K columns
         heads, D = q.shape[1], q.shape[3]
-        k_down = (down.mT @ k.transpose(1, 2).flatten(2)).unflatten(2, (heads, D)).permute(0, 2, 3, 1)
+        k_down = (down.transpose(-2, -1) @ k.transpose(1, 2).flatten(2)).unflatten(2, (heads, D)).permute(0, 2, 3, 1)
         k_down = W_k @ k_down + b_k[:, None] * down.sum(1)[:, None, None]  # (B, heads, c, K)
-        coef = ((q @ (W_q.mT @ k_down) + (b_q @ k_down)[:, :, None]) * heads**-0.5).softmax(-1)
+        coef = ((q @ (W_q.transpose(-2, -1) @ k_down) + (b_q @ k_down)[:, :, None]) * heads**-0.5).softmax(-1)
         if self.coef_topk is not None:
             index = coef.detach().topk(self.coef_topk, sorted=False)[1]
             coef = coef * torch.zeros_like(coef).scatter(-1, index, 1.0)
         if self.coef_threshold > 0.0:
             coef = coef.masked_fill(coef <= self.coef_threshold, 0.0)
-        basis = up.mT.abs()
+        basis = up.transpose(-2, -1).abs()
         return coef @ basis.masked_fill(basis <= self.basis_threshold, 0.0)[:, None]
 
 
@@ -568,7 +567,7 @@ def _conv(m) -> str:
     return f"stem.convs.{int(m[2]) - 1}.{m[1]}."
 
 
-PUBLISHED_KEYS = [  # published name -> ours, applied in order
+PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order
     (r"^patch_embed\.proj\.", "stem.proj."),
     (r"^patch_embed\.(conv|bn)(\d)\.", _conv),
     (r"\.mask_predictor\.proj_c_([qk])\.", r".predictor.proj_\1."),
@@ -611,49 +610,37 @@ def checkpoint_filter_fn(state_dict: dict, model: Sparsifiner) -> dict[str, Tens
     return fitted(out, model, "blocks.")
 
 
-def _cfg(first_conv: str = "stem.proj", classifier: str | tuple[str, ...] = "head.fc", **kwargs) -> dict:
-    return dict(
-        num_classes=1000,
-        input_size=(3, 224, 224),
-        fixed_input_size=True,
-        pool_size=(14, 14),
-        crop_pct=0.875,
-        interpolation="bicubic",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
-        first_conv=first_conv,
-        classifier=classifier,
-        license="mit",
-        origin_url="https://github.com/lim142857/Sparsifiner",
-        paper_name="Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers",
-        paper_ids="arXiv:2303.13755",
-        **kwargs,
-    )
-
-
-VARIANTS = dict(
+VARIANTS: dict[str, dict[str, Any]] = dict(
     sparsifiner_deit_t=dict(dim=192, heads=3),
     sparsifiner_deit_s=dict(dim=384, heads=6),
     sparsifiner_deit_b=dict(dim=768, heads=12),
     sparsifiner_lvvit_s=dict(host="lvvit", dim=384, depth=16, heads=6, mlp_ratio=3.0),
     sparsifiner_lvvit_m=dict(host="lvvit", dim=512, depth=20, heads=8, mlp_ratio=3.0),
 )
-# The authors published no weights, and no top-1 of a variant and a keep rate that could be verified.
-LVVIT = dict(first_conv="stem.convs.0.conv", classifier=("head.fc", "aux"))
-default_cfgs = generate_default_cfgs(
-    {f"{name}.untrained": _cfg(**(LVVIT if "lvvit" in name else {})) for name in VARIANTS}
-)
+# The authors published no top-1 of a variant and a keep rate that could be verified.
+WEIGHTS = dict.fromkeys(VARIANTS, "none are published, but those of its dense parent, DeiT or LV-ViT, load")
+
+
+def _cfg(name: str) -> dict:
+    lvvit = "lvvit" in name
+    return make_cfg(
+        stride=STRIDE,
+        fixed_input_size=True,
+        first_conv="stem.convs.0.conv" if lvvit else "stem.proj",
+        classifier=("head.fc", "aux") if lvvit else "head.fc",
+        license="mit",
+        origin_url="https://github.com/lim142857/Sparsifiner",
+        paper_name="Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers",
+        paper_ids="arXiv:2303.13755",
+    )
+
+
+default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(name) for name in VARIANTS})
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> Sparsifiner:
-    return build_model_with_cfg(
-        Sparsifiner,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=3, feature_cls="getter"),
-        **(VARIANTS[name] | kwargs),
-    )
+    kwargs = VARIANTS[name] | kwargs
+    return create_model(Sparsifiner, name, pretrained, checkpoint_filter_fn, WEIGHTS[name], 3, **kwargs)
 
 
 @register_model

@@ -8,16 +8,18 @@ timm's MobileNets with layers replaced by it, or followed by it.
 """
 
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import subspace_gate
+from .base import create_model, make_cfg
 from .layers import can_fuse
-from .mobilenet import MobileNet, cfg, loaded
+from .mobilenet import MobileNet, loaded
 from .published import opened
 
 
@@ -162,7 +164,7 @@ def checkpoint_filter_fn(state_dict: dict, model: ULSAMMobileNet) -> dict[str, T
     return loaded(joined(opened(state_dict)), model, FIRST, OTHERS)
 
 
-VARIANTS = dict(  # the rows a to f of the paper's table, of which e is the plain name
+VARIANTS: dict[str, dict[str, Any]] = dict(  # the rows a to f of the paper's table, of which e is the plain name
     ulsam_mobilenet_v1=dict(generation=1, replaced=(12,)),
     ulsam_mobilenet_v1_075=dict(generation=1, replaced=(12,), width=0.75),
     ulsam_mobilenet_v1_050=dict(generation=1, replaced=(12,), width=0.5),
@@ -184,27 +186,19 @@ PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
     ulsam_mobilenet_v2_d=(70.74, POSTER),
     ulsam_mobilenet_v2_f=(69.72, POSTER),
 )
-default_cfgs = generate_default_cfgs(  # no weights are published
-    {
-        f"{name}.untrained": cfg(
-            origin_url="https://github.com/Nandan91/ULSAM",
-            paper_name="ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks",
-            paper_ids="arXiv:2006.15102",
-        )
-        for name in VARIANTS
-    }
+CFG = make_cfg(
+    first_conv="conv_stem",
+    classifier="classifier",
+    origin_url="https://github.com/Nandan91/ULSAM",  # without a license, and without weights
+    paper_name="ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks",
+    paper_ids="arXiv:2006.15102",
 )
+default_cfgs = generate_default_cfgs({f"{name}.untrained": CFG for name in VARIANTS})
 
 
 def _create(name: str, pretrained: bool, **kwargs) -> ULSAMMobileNet:
-    return build_model_with_cfg(
-        ULSAMMobileNet,
-        name,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=(0, 1, 2, 3, 4), feature_cls="getter"),
-        **(VARIANTS[name] | kwargs),
-    )
+    kwargs = VARIANTS[name] | kwargs
+    return create_model(ULSAMMobileNet, name, pretrained, checkpoint_filter_fn, None, (0, 1, 2, 3, 4), **kwargs)
 
 
 @register_model

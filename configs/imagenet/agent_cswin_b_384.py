@@ -10,7 +10,7 @@ from mmengine.config import read_base
 with read_base():
     from .._base_.imagenet import *
 
-model.update(name="agent_cswin_b.in1k_384", drop_path_rate=0.7)
+model.update(name="agent_cswin_b.untrained_384", drop_path_rate=0.7)
 optimizer.update(lr=2.5e-6, weight_decay=1e-8)
 schedule.update(warmup_epochs=0, warmup_lr=2.5e-6, min_lr=2.5e-7, cooldown_epochs=10)
 epochs = 20

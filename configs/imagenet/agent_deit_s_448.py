@@ -8,7 +8,7 @@ from mmengine.config import read_base
 with read_base():
     from .._base_.imagenet import *
 
-model.update(name="agent_deit_s.in1k_448", drop_path_rate=0.1)
+model.update(name="agent_deit_s.untrained_448", drop_path_rate=0.1)
 optimizer.update(lr=5e-4)
 schedule.update(warmup_epochs=20, warmup_lr=5e-7, min_lr=5e-6)
 batch_size = 512

@@ -8,7 +8,7 @@ from mmengine.config import read_base
 with read_base():
     from .._base_.imagenet import *
 
-model.update(name="agent_pvt_m.in1k_256", drop_path_rate=0.3)
+model.update(name="agent_pvt_m.untrained_256", drop_path_rate=0.3)
 optimizer.update(lr=5e-4)
 schedule.update(warmup_lr=1e-6, min_lr=1e-5, cooldown_epochs=10)
 batch_size = 512

@@ -10,7 +10,7 @@ from mmengine.config import read_base
 with read_base():
     from .._base_.imagenet import *
 
-model.update(name="agent_swin_b.in1k_384", drop_path_rate=0.5)
+model.update(name="agent_swin_b.untrained_384", drop_path_rate=0.5)
 optimizer.update(lr=1e-5, weight_decay=1e-8)
 schedule.update(warmup_lr=1e-8, min_lr=1e-7)
 epochs = 30

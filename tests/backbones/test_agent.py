@@ -159,22 +159,22 @@ def test_equals_published_layer(name):
 COUNTS = {
     "agent_deit_t": 6_015_640,
     "agent_deit_s": 22_647_112,
-    "agent_deit_s.in1k_448": 23_070_472,
+    "agent_deit_s.untrained_448": 23_070_472,
     "agent_deit_b": 87_204_904,
     "agent_pvt_t": 11_570_352,
     "agent_pvt_s": 20_635_066,
     "agent_pvt_m": 35_921_746,
-    "agent_pvt_m.in1k_256": 36_083_682,
+    "agent_pvt_m.untrained_256": 36_083_682,
     "agent_pvt_l": 48_738_180,
     "agent_swin_t": 28_902_964,
     "agent_swin_s": 49_666_684,
-    "agent_swin_s.in1k_288": 49_707_964,
+    "agent_swin_s.untrained_288": 49_707_964,
     "agent_swin_b": 88_095_096,
-    "agent_swin_b.in1k_384": 88_305_016,
+    "agent_swin_b.untrained_384": 88_305_016,
     "agent_cswin_t": 20_458_672,
     "agent_cswin_s": 32_814_100,
     "agent_cswin_b": 73_249_696,
-    "agent_cswin_b.in1k_384": 73_328_416,
+    "agent_cswin_b.untrained_384": 73_328_416,
 }
 MACS = dict(  # of the published models, counted
     agent_deit_t=1.176,
@@ -330,7 +330,6 @@ def test_bfloat16_autocast_is_close(name):
     assert (low.double() - exact).norm() / exact.norm() < 0.05
 
 
-@pytest.mark.slow
 @FAMILIES
 def test_compiles_and_exports(name):
     torch.set_default_dtype(torch.float32)
