@@ -135,12 +135,17 @@ def measure(compiled) -> tuple[int, int, int]:
     return counts["REG"], counts["STACK"] + counts["LOCAL"], compiled.metadata.shared
 
 
-def usage(operators=tuple(OPERATORS), cards=tuple(CARDS), dtypes=tuple(DTYPES)) -> Iterator[Usage]:
+def usage(operators=tuple(OPERATORS), cards=tuple(CARDS), dtypes=tuple(DTYPES), quick=False) -> Iterator[Usage]:
+    """Compile every tile of the operators' kernels, or if quick only the first tile of each kernel."""
     for operator in operators:
         module = importlib.import_module(f"{__package__}.{operator}.kernel")
         for card in cards:
             for dtype in dtypes:
+                seen = set()
                 for kernel, pointers, options in module.aot(dtype, CARDS[card].backend == "hip"):
+                    if quick and kernel in seen:
+                        continue
+                    seen.add(kernel)
                     tile = " ".join(f"{name}={value}" for name, value in options.items())
                     compiled = build(kernel, dtype, pointers, options, card)
                     warps = compiled.metadata.num_warps
@@ -152,10 +157,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
     parser.add_argument("--cards", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
+    parser.add_argument("--quick", action="store_true", help="only the first tile of each kernel")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     args = parser.parse_args(argv)
     problems = 0
-    for row in usage(args.operators, args.cards, args.dtypes):
+    for row in usage(args.operators, args.cards, args.dtypes, args.quick):
         if args.json:
             print(json.dumps(row._asdict() | dict(occupancy=row.occupancy, problem=row.problem)), flush=True)
         else:

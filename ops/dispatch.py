@@ -1,11 +1,14 @@
-"""Which of an operator's two forms runs: its Triton kernels, or plain PyTorch."""
+"""Choose the form of an operator: its Triton kernels, PyTorch for speed, or its definition in plain PyTorch."""
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.autograd import forward_ad
 
 NAMES = ("triton", "torch", "auto")
 HAVE_TRITON = importlib.util.find_spec("triton") is not None
@@ -19,7 +22,7 @@ def _checked(name: str, where: str) -> str:
 
 
 def _interpreting() -> bool:
-    """Whether Triton runs its kernels on the CPU, in Python (TRITON_INTERPRET=1, as the tests do)."""
+    """Return whether Triton runs its kernels on the CPU, in Python (TRITON_INTERPRET=1, as the tests do)."""
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -31,8 +34,8 @@ _interpreted = _interpreting()
 class backend:
     """`with backend("torch"):` forces one form of every operator, in the whole process, until the block ends.
 
-    "triton" runs the kernels or raises, saying all that they cannot take; "torch" never runs them; "auto", the default
-    unless the environment says otherwise in SACCADE_BACKEND, runs them where they can be.
+    "triton" runs the kernels or raises, naming everything that they cannot take; "torch" never runs them; "auto", the
+    default unless the environment variable SACCADE_BACKEND says otherwise, runs them where they can run.
     """
 
     def __init__(self, name: str):
@@ -49,16 +52,18 @@ class backend:
 
 
 def use_triton(*tensors: Tensor, cannot: Sequence[str] = ()) -> bool:
-    """Whether the kernels are to run on these tensors; `cannot` is what the operator itself knows that they can't take.
+    """Return whether to run the kernels on these tensors; `cannot` lists what the operator knows they can't take.
 
-    Only under backend("triton") does Triton's interpreter count as a place where kernels run: it is a thousand times
-    slower than PyTorch, and only to be had by asking.
+    Triton's interpreter runs kernels under backend("triton") alone: it is a thousand times slower than PyTorch. A graph
+    that is saved for other programs (torch.export, torch.jit.trace) holds kernels under backend("triton") alone too.
     """
-    if _backend == "torch":
+    if _backend == "torch" or (_backend == "auto" and is_saved_graph()):
         return False
     reasons = list(cannot)
     if not HAVE_TRITON:
         reasons.append("Triton is not installed")
+    if is_transformed():
+        reasons.append("transforms of torch.func and forward-mode derivatives")
     for x in tensors:
         if x.device.type != "cuda" and not (_interpreted and _backend == "triton" and x.device.type == "cpu"):
             reasons.append(f"a tensor on {x.device.type}, where no kernel runs")
@@ -69,3 +74,51 @@ def use_triton(*tensors: Tensor, cannot: Sequence[str] = ()) -> bool:
             f"backend 'triton' was asked for by name, but it cannot take: {'; '.join(dict.fromkeys(reasons))}"
         )
     return not reasons
+
+
+def is_saved_graph() -> bool:
+    """Return whether a graph is recorded that may run without saccade: by torch.export, torch.jit.trace, or by what
+    calls one of them (both ONNX exporters, TensorBoard, fvcore, OpenVINO)."""
+    return torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
+
+
+def is_transformed() -> bool:
+    """Return whether torch.func transforms (grad, vmap, jvp, functionalize) or forward-mode derivatives are active."""
+    if torch.compiler.is_compiling():  # which takes transforms apart itself, and cannot read these states
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def use_definition(*tensors: Tensor) -> bool:
+    """Return whether an operator must consist of out-of-place PyTorch operators alone.
+
+    True for graphs (torch.compile, torch.export, torch.jit.trace, make_fx), which record loops over the batch as many
+    times as they ran and know no autograd.Function; for transforms and forward-mode derivatives, which need every
+    step's own rule; and for tensors without values (meta and fake ones).
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
+        return True
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:  # make_fx
+        return True
+    return any(x.is_meta or isinstance(x, FakeTensor) for x in tensors)
+
+
+def definition_gradients(
+    definition: Callable[..., Tensor], tensors: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Differentiate definition(*tensors): the gradients of the `needed` tensors, themselves differentiable.
+
+    For the backward of an autograd.Function when a second derivative is wanted, or when it runs under a transform.
+    """
+    differentiable = torch.is_grad_enabled()
+    with torch.enable_grad():
+        y = definition(*tensors)
+        leaves: list[Any] = [t for t, n in zip(tensors, needed) if n]
+        grads = torch.autograd.grad(y, leaves, dy, create_graph=differentiable, allow_unused=True)
+    remaining = iter(grads)
+    return tuple(next(remaining) if n else None for n in needed)
+
+
+def wants_definition_gradients() -> bool:
+    """Return whether a backward must be differentiable (create_graph=True) or runs under a transform."""
+    return torch.is_grad_enabled() or is_transformed()

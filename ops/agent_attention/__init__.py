@@ -1,10 +1,12 @@
 """Agent attention (arXiv 2312.08874): agents gather from all keys, and every query reads from the agents."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import use_triton
+from ..dispatch import use_definition, use_triton
 from ..precision import no_autocast
 from . import eager, reference, tables
 from .tables import Factors
@@ -53,13 +55,14 @@ def agent_attention(
         _check(q, k, v, agents, key_bias, query_bias, heads, token_bias, dwc_weight, dwc_bias)
         parameters = _parameters(key_bias, query_bias, token_bias, dwc_weight, dwc_bias)
         if q.numel() == 0:  # with a graph to everything
-            return q + sum(x.sum() for x in (k, v, agents, *parameters)).to(q.dtype)
+            total: Any = sum(x.sum() for x in (k, v, agents, *parameters))
+            return q + total.to(q.dtype)
         D = q.shape[2] // heads
         scale = D**-0.5 if scale is None else scale
         cannot = [f"a head dimension of {D}, over {MAX_HEAD_DIM}"] if D > MAX_HEAD_DIM else []
         if use_triton(q, *parameters, cannot=cannot):
             form = _triton
-        elif torch.compiler.is_compiling():  # which fuses the definition itself
+        elif use_definition(q):
             form = reference.agent_attention
         else:
             form = eager.agent_attention
@@ -202,10 +205,11 @@ def _check(
         raise ValueError(f"dwc_weight must be ({C}, 1, 3, 3), got {tuple(dwc_weight.shape)}")
     if dwc_bias is not None and dwc_bias.shape != (C,):
         raise ValueError(f"dwc_bias must be ({C},), got {tuple(dwc_bias.shape)}")
+    named: list[tuple[str, Tensor | None]]
     named = [("k", k), ("v", v), ("agents", agents), ("dwc_weight", dwc_weight), ("dwc_bias", dwc_bias)]
     named += [(name, x) for name, xs in (("key_bias", key_bias), ("query_bias", query_bias)) for x in xs]
     named += [("token_bias", x) for x in token_bias or ()]
-    for name, x in named:
+    for name, x in named:  # type: ignore[assignment]
         if x is not None and x.device != q.device:
             raise ValueError(f"{name} must be on {q.device} as q is, got {x.device}")
         if x is not None and not x.dtype.is_floating_point:

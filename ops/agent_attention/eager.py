@@ -4,11 +4,14 @@ The biases are (heads, a, N) tensors without a batch. Images go through few at a
 B·heads·a·N is ever there, and what is there stays in the cache. The backward pass makes the probabilities again.
 """
 
+from functools import partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from ..dispatch import definition_gradients, wants_definition_gradients
 from ..precision import no_autocast
 from . import reference
 from .tables import Factors, whole
@@ -62,7 +65,7 @@ def _probabilities(agents: Tensor, x: Tensor, bias: Tensor, dim: int) -> Tensor:
 class AgentAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         q: Tensor,
         k: Tensor,
         v: Tensor,
@@ -93,9 +96,10 @@ class AgentAttention(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
-            return *_differentiable(ctx.saved_tensors, ctx.needs_input_grad, ctx.rest, dout), None, None, None
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if wants_definition_gradients():
+            f = partial(_definition, rest=ctx.rest)
+            return *definition_gradients(f, ctx.saved_tensors, ctx.needs_input_grad[:8], dout), None, None, None
         with no_autocast(dout):
             return *_backward(*ctx.saved_tensors, dout, *ctx.rest), None, None, None
 
@@ -132,13 +136,21 @@ def _backward(q, k, v, agents, b1, b2, dwc_weight, dwc_bias, dout: Tensor, heads
     return dq, dk, dv, dagents, db1, db2, *dwc
 
 
-def _differentiable(tensors, needed, rest, dout: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, agents, b1, b2, dwc_weight, dwc_bias = tensors
+def _definition(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    b1: Tensor,
+    b2: Tensor,
+    dwc_weight: Tensor | None,
+    dwc_bias: Tensor | None,
+    rest: tuple[int, tuple[int, int], float],
+) -> Tensor:
     heads, size, scale = rest
-    out = reference.attend(q, k, v, agents, b1, b2, heads, scale)
-    if dwc_weight is not None:
+    with no_autocast(q):
+        out = reference.attend(q, k, v, agents, b1, b2, heads, scale)
+        if dwc_weight is None:
+            return out
         conv = reference.convolve(_map(v, size), dwc_weight, dwc_bias).flatten(2).transpose(1, 2)
-        out = out + F.pad(conv, (0, 0, out.shape[1] - conv.shape[1], 0))
-    leaves = [t for t, n in zip(tensors, needed) if n]
-    grads = iter(torch.autograd.grad(out, leaves, dout, create_graph=True))
-    return tuple(next(grads) if n else None for n in needed[: len(tensors)])
+        return out + F.pad(conv, (0, 0, out.shape[1] - conv.shape[1], 0))

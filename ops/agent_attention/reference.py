@@ -58,8 +58,8 @@ def bias(factors: tuple[Tensor, Tensor, Tensor]) -> Tensor:
 def attend(q: Tensor, k: Tensor, v: Tensor, agents: Tensor, b1: Tensor, b2: Tensor, heads: int, scale: float) -> Tensor:
     D = q.shape[2] // heads
     q, k, v, agents = [x.unflatten(2, (heads, D)).transpose(1, 2) for x in (q, k, v, agents)]  # (B, heads, ·, D)
-    p1 = (scale * agents @ k.mT + b1.to(q.dtype)).softmax(-1)  # (B, heads, a, M)
-    p2 = (scale * q @ agents.mT + b2.mT.to(q.dtype)).softmax(-1)  # (B, heads, N, a)
+    p1 = (scale * agents @ k.transpose(-2, -1) + b1.to(q.dtype)).softmax(-1)  # (B, heads, a, M)
+    p2 = (scale * q @ agents.transpose(-2, -1) + b2.transpose(-2, -1).to(q.dtype)).softmax(-1)  # (B, heads, N, a)
     return (p2 @ (p1 @ v)).transpose(1, 2).flatten(2)
 
 

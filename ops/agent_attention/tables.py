@@ -7,6 +7,7 @@ on a GPU, so that their gradients change from run to run, and copy a map that is
 import torch
 from torch import Tensor
 
+from ..dispatch import use_definition
 from ..precision import no_autocast
 
 Factors = tuple[Tensor, Tensor, Tensor]
@@ -31,7 +32,7 @@ def product(constant: Tensor, x: Tensor) -> Tensor:
     if torch.jit.is_scripting():
         return constant @ x
     else:
-        return Product.apply(constant, x)
+        return constant @ x if use_definition(x) else Product.apply(constant, x)
 
 
 def resizing(length: int, size: int, like: Tensor) -> Tensor:
@@ -61,15 +62,15 @@ def whole(factors: Factors) -> Tensor:
     """(heads, a, h·w): the bias itself, shared by the batch."""
     columns = factors[2]
     along = resizing(columns.shape[2], factors[0].shape[3], columns)
-    return (product(along, along_rows(factors).mT).mT + columns.unsqueeze(2)).flatten(2)
+    return (product(along, along_rows(factors).transpose(-2, -1)).transpose(-2, -1) + columns.unsqueeze(2)).flatten(2)
 
 
 def for_kernels(factors: Factors, token: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """As the kernels look them up, in float32 and with the agents side by side: `along_rows` (heads, h, S, a), columns
     (heads, w, a), and the class token's (heads, a). Small: 7 (h + w) / (h·w) of the bias itself or less."""
-    factors = tuple(x.float() for x in factors)
+    factors = (factors[0].float(), factors[1].float(), factors[2].float())
     rows = along_rows(factors).permute(0, 2, 3, 1).contiguous()
-    return rows, factors[2].mT.contiguous(), None if token is None else token.float().contiguous()
+    return rows, factors[2].transpose(-2, -1).contiguous(), None if token is None else token.float().contiguous()
 
 
 def root(a: int) -> int:
@@ -83,8 +84,8 @@ def root(a: int) -> int:
 def resize_agent_bias(factors: Factors, size: tuple[int, int], grid: tuple[int, int]) -> Factors:
     """See saccade.ops.resize_agent_bias, which checks the arguments."""
     block, rows, columns = factors
-    rows = product(resizing(size[0], rows.shape[2], rows), rows.mT).mT
-    columns = product(resizing(size[1], columns.shape[2], columns), columns.mT).mT
+    rows = product(resizing(size[0], rows.shape[2], rows), rows.transpose(-2, -1)).transpose(-2, -1)
+    columns = product(resizing(size[1], columns.shape[2], columns), columns.transpose(-2, -1)).transpose(-2, -1)
     block_of = _agents_resized(block.flatten(2), grid).unflatten(2, (block.shape[2], block.shape[3]))
     return block_of, _agents_resized(rows, grid), _agents_resized(columns, grid)
 

@@ -3,11 +3,10 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from ..dispatch import use_triton
+from ..dispatch import is_transformed, use_definition, use_triton
 from ..precision import no_autocast
-from . import eager
+from . import eager, reference
 
 __all__ = ["bilevel_routing_attention", "region_routing"]
 
@@ -49,6 +48,9 @@ def bilevel_routing_attention(
             cannot.append(f"{K} regions of {t} tokens each")
         if use_triton(qkv, idx, cannot=cannot):
             return _triton(qkv, idx, heads, regions, scale)
+        if is_transformed():  # whose rules PyTorch's attention lacks
+            with no_autocast(qkv):
+                return reference.bilevel_routing_attention(qkv, idx, heads, regions, scale)
         _check_range(idx)
         return eager.bilevel_routing_attention(qkv, idx, heads, regions, scale)
 
@@ -84,7 +86,7 @@ def _check(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int]) -> No
 
 
 def _check_range(idx: Tensor) -> None:
-    if torch.compiler.is_compiling() or idx.is_meta or isinstance(idx, FakeTensor):
+    if use_definition(idx):
         return  # no values to look at
     low, high = idx.aminmax()
     if low < 0 or high >= idx.shape[1]:

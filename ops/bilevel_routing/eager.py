@@ -4,8 +4,10 @@ Both forms read the packed map as it lies and leave the softmax to scaled_dot_pr
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from ..attention import attend
+from ..dispatch import use_definition
 
 # Gathered keys and values per chunk, in bytes. Beyond some 32 MB glibc maps fresh pages for every buffer, and page
 # faults then cost more than the attention itself (measured: 0.9 ms, and 52 ms for twice the bytes).
@@ -40,7 +42,7 @@ def _dense(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale
         chosen = torch.zeros(B, P, P, dtype=torch.bool, device=qkv.device)
         chosen = chosen.scatter(2, idx.long(), torch.ones_like(idx, dtype=torch.bool))  # ONNX has no bool as the value
         mask = chosen[:, region][:, :, region].unsqueeze(1)  # (B, 1, N, N)
-    return F.scaled_dot_product_attention(q, k, v, mask, scale=scale).transpose(1, 2).reshape(B, H, W, C)
+    return attend(q, k, v, mask, scale).transpose(1, 2).reshape(B, H, W, C)
 
 
 def _gather(
@@ -51,8 +53,9 @@ def _gather(
     P, t = R * S, H * W // (R * S)
     # tokens (P, t): those of each region, numbered in the map
     tokens = torch.arange(H * W, device=qkv.device).view(R, H // R, S, W // S).transpose(1, 2).reshape(P, t)
-    if not torch.jit.is_scripting() and torch.compiler.is_compiling():
-        return _gather_chunk(qkv, idx, tokens, heads, regions, scale)  # a loop would fix the batch size in the graph
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if use_definition(qkv):  # a loop would fix the batch size in the graph
+            return _gather_chunk(qkv, idx, tokens, heads, regions, scale)
     step = max(1, chunk_bytes // max(1, P * idx.shape[2] * t * 2 * C * qkv.element_size()))
     outs = [
         _gather_chunk(qkv[b : b + step], idx[b : b + step], tokens, heads, regions, scale)
@@ -72,5 +75,5 @@ def _gather_chunk(
     kv = qkv.reshape(B * H * W, C3)[:, C:].index_select(0, rows).view(B * P, K * t, 2, heads, D)
     k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)
     q = qkv[..., :C].reshape(B, R, H // R, S, W // S, C).transpose(2, 3).reshape(B * P, t, heads, D).transpose(1, 2)
-    out = F.scaled_dot_product_attention(q, k, v, scale=scale)  # (B*P, heads, t, D)
+    out = attend(q, k, v, None, scale)  # (B*P, heads, t, D)
     return out.transpose(1, 2).reshape(B, R, S, H // R, W // S, C).transpose(2, 3).reshape(B, H, W, C)

@@ -5,9 +5,12 @@ with the tokens: `@` copies q, k, v and the output, which takes longer than the 
 of a few small ones, what is copied is in the cache still.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
+from ..dispatch import definition_gradients, wants_definition_gradients
 from ..precision import full, no_autocast
 from . import reference
 
@@ -35,9 +38,10 @@ class ChannelAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None]:
         (qkv, a), heads, scale = ctx.saved_tensors, ctx.heads, ctx.scale
-        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
-            out = reference.channel_attention(qkv, heads, scale)
-            return torch.autograd.grad(out, qkv, dout, create_graph=True)[0], None, None
+        if wants_definition_gradients():
+            with no_autocast(qkv):
+                f = partial(reference.channel_attention, heads=heads, scale=scale)
+                return *definition_gradients(f, (qkv,), (True,), dout), None, None
         dqkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
         few = _few(qkv)
         parts = _parts(qkv, 3, heads, few), _parts(dqkv, 3, heads, few), _parts(dout, 1, heads, few), a.split(few)

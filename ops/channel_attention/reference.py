@@ -15,6 +15,6 @@ def channel_attention(qkv: Tensor, heads: int, scale: float | None = None) -> Te
     q, k, v = qkv.flatten(1, -2).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, D) each
     if k.dtype != torch.float64:
         k, v = k.float(), v.float()
-    s = k.mT @ v * (q.shape[3] ** -0.5 if scale is None else scale)
-    out = q @ s.softmax(3).to(q.dtype).mT
+    s = k.transpose(-2, -1) @ v * (q.shape[3] ** -0.5 if scale is None else scale)
+    out = q @ s.softmax(3).to(q.dtype).transpose(-2, -1)
     return out.transpose(1, 2).reshape(qkv.shape[:-1] + (qkv.shape[-1] // 3,))

@@ -2,9 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from ..dispatch import use_triton
+from ..dispatch import use_definition, use_triton
 from ..precision import no_autocast
 from . import eager, reference
 
@@ -53,7 +52,7 @@ def dfa3d(
         if not return_depth_score:
             return out
         with no_autocast(value):
-            return out, reference.depth_score(depth, shapes, locations)
+            return out, reference.depth_score(depth, shapes, locations)  # type: ignore[return-value]
 
 
 def ms_deform_attn(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
@@ -87,7 +86,7 @@ def _run(value: Tensor, depth: Tensor | None, shapes, locations: Tensor, weights
     if use_triton(*tensors, cannot=cannot):
         return _triton(value, depth, shapes, locations, weights)
     with no_autocast(value):
-        if torch.compiler.is_compiling() or value.is_meta or isinstance(value, FakeTensor):
+        if use_definition(value):
             return reference.dfa3d(value, depth, shapes, locations, weights)
         return eager.dfa3d(value, depth, shapes, locations, weights)
 

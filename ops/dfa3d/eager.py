@@ -9,11 +9,13 @@ all four corners, which then are added one cell apart. Products with rows need t
 time, so that neither they nor what is made of the locations (a dozen numbers a sample) leaves the cache.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from ..dispatch import definition_gradients, wants_definition_gradients
 from ..precision import no_autocast
 from . import reference
 
@@ -31,7 +33,7 @@ def dfa3d(
 class DeformAttn(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         value: Tensor,
         depth: Tensor | None,
         shapes: list[tuple[int, int]],
@@ -58,14 +60,18 @@ class DeformAttn(torch.autograd.Function):
         return out.view(B, Q, M * C)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         value, depth, locations, weights = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
-            y = reference.dfa3d(value, depth, ctx.shapes, locations, weights)
-            inputs = [t for t, n in zip((value, depth, None, locations, weights), needed) if n]
-            grads = iter(torch.autograd.grad(y, inputs, dout, create_graph=True))
-            return tuple(next(grads) if n else None for n in needed)
+        if wants_definition_gradients():
+
+            def f(value: Tensor, depth: Tensor | None, locations: Tensor, weights: Tensor) -> Tensor:
+                with no_autocast(value):
+                    return reference.dfa3d(value, depth, ctx.shapes, locations, weights)
+
+            tensors = value, depth, locations, weights
+            dvalue, ddepth, *rest = definition_gradients(f, tensors, (*needed[:2], *needed[3:]), dout)
+            return dvalue, ddepth, None, *rest
         with no_autocast(dout):  # it may be on while the gradient is taken
             dvalue, ddepth, *rest = _backward(dout, value, depth, ctx.shapes, locations, weights, needed[0])
         return dvalue, ddepth, None, *rest

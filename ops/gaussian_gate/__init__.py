@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import use_triton
-from ..precision import full, no_autocast
+from ..dispatch import use_definition, use_triton
 from . import eager, reference
 
 __all__ = ["gaussian_gate"]
@@ -50,7 +49,7 @@ def gaussian_gate(
             running_mean, running_var, out_running_mean, out_running_var, training, momentum, eps,
         )  # fmt: skip
     else:
-        parameters = dict(weight=weight, norm_weight=norm_weight, norm_bias=norm_bias)
+        parameters: dict[str, Tensor | None] = dict(weight=weight, norm_weight=norm_weight, norm_bias=norm_bias)
         running = dict(running_mean=running_mean, running_var=running_var)
         if out_norm_weight is not None or out_norm_bias is not None:
             parameters |= dict(out_norm_weight=out_norm_weight, out_norm_bias=out_norm_bias)
@@ -64,12 +63,8 @@ def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: f
         return x * sum(p.sum() for p in parameters.values()).to(x.dtype)
     triton = use_triton(x, *(t for t in (*parameters.values(), *running.values()) if t is not None))
     bare = [None] * (5 - len(parameters))
-    if not triton and torch.compiler.is_compiling():  # which fuses the definition itself
-        dtype = full(x)
-        with no_autocast(x):
-            wide = (p.to(dtype) for p in parameters.values())
-            y = reference.gaussian_gate(x.to(dtype), *wide, *bare, *running.values(), *bare, training, momentum, eps)
-        return y.to(x.dtype)
+    if not triton and use_definition(x):
+        return eager.definition(x, *parameters.values(), *bare, *running.values(), *bare, training, momentum, eps)
     # In training they are no input: what an operator is given must not change before its backward.
     statistics = [None] * 4 if training else [*running.values(), *bare]
     args = (*parameters.values(), *bare, *statistics, training, eps)

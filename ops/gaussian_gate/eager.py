@@ -9,6 +9,7 @@ of dy · x, and `affine` again, dx = scale · dy + linear · x + constant. Here 
 import torch
 from torch import Tensor
 
+from ..dispatch import definition_gradients, wants_definition_gradients
 from ..precision import full, no_autocast
 from . import reference
 
@@ -17,6 +18,13 @@ def gaussian_gate(x: Tensor, *args) -> tuple[Tensor, ...]:
     """See saccade.ops.gaussian_gate, which checks the arguments and updates the running statistics."""
     out = GaussianGate.apply(x, *args)
     return (out,) if isinstance(out, Tensor) else out
+
+
+def definition(x: Tensor, *args, **kwargs) -> Tensor:
+    """The definition, computed in float32 at least, in the type of x. It updates the running statistics."""
+    with no_autocast(x):
+        parameters = (None if p is None else p.to(full(x)) for p in args[:5])
+        return reference.gaussian_gate(x.to(full(x)), *parameters, *args[5:], **kwargs).to(x.dtype)
 
 
 class GaussianGate(torch.autograd.Function):
@@ -38,12 +46,12 @@ class GaussianGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, *_):
         x, *args = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
-            needed = ctx.needs_input_grad[:6]
-            y = reference.gaussian_gate(x, *args, ctx.training, eps=ctx.eps)
-            leaves = [t for t, n in zip((x, *args), needed) if n]
-            grads = iter(torch.autograd.grad(y, leaves, dy, create_graph=True, allow_unused=True))
-            return *(next(grads) if n else None for n in needed), *[None] * 6
+        if wants_definition_gradients():
+
+            def f(*tensors: Tensor) -> Tensor:
+                return definition(*tensors, *args[5:], ctx.training, eps=ctx.eps)
+
+            return *definition_gradients(f, (x, *args[:5]), ctx.needs_input_grad[:6], dy), *[None] * 6
         with no_autocast(x):
             wide, dy = x.to(full(x)), dy.to(full(x))
             dx = torch.empty_like(wide)

@@ -34,7 +34,7 @@ def gaussian_gate(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:  # (B, C, H, W), (C, C, 2), (C,) ... -> (B, C, H, W)
-    t = x.mean((2, 3)) @ weight[:, :, 0].mT + x.std((2, 3)) @ weight[:, :, 1].mT
+    t = x.mean((2, 3)) @ weight[:, :, 0].transpose(-2, -1) + x.std((2, 3)) @ weight[:, :, 1].transpose(-2, -1)
     t = F.batch_norm(t, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps)
     y = x * hardsigmoid(t)[:, :, None, None]
     if out_norm_weight is None:

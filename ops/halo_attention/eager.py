@@ -7,13 +7,15 @@ axis, and their gradients are sums over outer ones. Queries first, PyTorch walks
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 from torch.library import custom_op
 
+from ..dispatch import definition_gradients, use_definition, wants_definition_gradients
+from ..precision import no_autocast
 from . import reference
 
 # Logits of a chunk, in bytes: a chunk's tensors together stay in a cache that two cores share. From 1 to 12 MB there is
@@ -34,7 +36,10 @@ def halo_attention(
     scale_pos: bool,
 ) -> Tensor:
     """See saccade.ops.halo_attention, which checks the arguments."""
-    attend = plain if torch.compiler.is_compiling() else HaloAttention.apply
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        attend = plain
+    else:
+        attend = reference.halo_attention if use_definition(q) else HaloAttention.apply
     return attend(q, kv, height_rel, width_rel, heads, block, halo, stride, scale, scale_pos)
 
 
@@ -50,18 +55,20 @@ def empty(like: Tensor, channels: int) -> Tensor:
 
 class HaloAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, *inputs) -> Tensor:
+    def forward(ctx: Any, *inputs) -> Tensor:
         ctx.save_for_backward(*inputs[:4])
         ctx.rest = inputs[4:]
         return forward(*inputs)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
-            args = [t for t, needed in zip(ctx.saved_tensors, ctx.needs_input_grad) if needed]
-            out = reference.halo_attention(*ctx.saved_tensors, *ctx.rest)
-            grads = iter(torch.autograd.grad(out, args, dout, create_graph=True))
-            return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if wants_definition_gradients():
+
+            def f(*tensors: Tensor) -> Tensor:
+                with no_autocast(dout):
+                    return reference.halo_attention(*tensors, *ctx.rest)
+
+            return *definition_gradients(f, ctx.saved_tensors, ctx.needs_input_grad[:4], dout), *[None] * 6
         return *backward(dout, *ctx.saved_tensors, *ctx.rest), *[None] * 6
 
 

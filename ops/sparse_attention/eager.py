@@ -5,15 +5,23 @@ over its keys. Scores live a few images at a time, unless they are asked for. Th
 scaled_dot_product_attention, whose additive mask is looked up from the bits, a byte at a time.
 """
 
+from functools import partial
 from statistics import NormalDist
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch.autograd.function import FunctionCtx
 
-from ..precision import full
+from ..attention import attend
+from ..dispatch import (
+    definition_gradients,
+    is_saved_graph,
+    is_transformed,
+    use_definition,
+    wants_definition_gradients,
+)
+from ..precision import full, no_autocast
 from . import reference
 from .reference import with_cls
 
@@ -36,9 +44,11 @@ def coefficients(q, k, proj_q, proj_q_bias, proj_k, proj_k_bias, down, topk, coe
     )
     if alive is not None:
         P = P * with_cls(alive)[..., None]
-    kP = (P.mT @ k.transpose(1, 2).flatten(2)).unflatten(2, (heads, D)).permute(0, 2, 3, 1)  # (B, heads, D, K)
+    kP = (
+        (P.transpose(-2, -1) @ k.transpose(1, 2).flatten(2)).unflatten(2, (heads, D)).permute(0, 2, 3, 1)
+    )  # (B, heads, D, K)
     Kd = W_k @ kP + b_k[:, None] * P.sum(1)[:, None, None]
-    G, g = W_q.mT @ Kd, b_q @ Kd
+    G, g = W_q.transpose(-2, -1) @ Kd, b_q @ Kd
     E = (q @ G + g[:, :, None]) * heads**-0.5
     if alive is not None:
         E = E * alive[:, None, :, None]
@@ -84,8 +94,8 @@ def _by_images(f, x: Tensor, alive: Tensor | None, image_bytes: int) -> Tensor:
 
 
 def _may_look(x: Tensor) -> bool:
-    """Whether there are values to branch on, at no cost."""
-    return x.device.type == "cpu" and not isinstance(x, FakeTensor) and not torch.compiler.is_compiling()
+    """Return whether there are values to branch on, at no cost."""
+    return x.device.type == "cpu" and not use_definition(x)
 
 
 def _words(S: Tensor, N: int, budget: int | None, threshold: float | None, alive: Tensor | None) -> Tensor:
@@ -107,6 +117,8 @@ def _words(S: Tensor, N: int, budget: int | None, threshold: float | None, alive
 def pack(keep: Tensor) -> Tensor:
     """(..., 32 · words) bool -> (..., words) int32. Eight bytes of 0 or 1 become one of eight bits: byte i is moved to
     bit 56 + i by the product with 2 ** (56 - 7i), and no two terms of the product meet."""
+    if use_definition(keep):
+        return reference.pack(keep)
     return ((keep.view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8).view(torch.int32)
 
 
@@ -165,9 +177,11 @@ def _split(x: Tensor, count: int, own: Tensor | None = None) -> Tensor:
 def sparse_attention(qkv: Tensor, mask: Tensor, heads: int, scale: float | None = None) -> Tensor:
     """See saccade.ops.sparse_attention, which checks the arguments."""
     B, N, C3 = qkv.shape
+    if is_saved_graph() or is_transformed():
+        with no_autocast(qkv):
+            return reference.sparse_attention(qkv, mask, heads, scale)
     if not _may_look(qkv):
-        q, k, v = _heads(qkv, heads)
-        out = F.scaled_dot_product_attention(q, k, v, _bias(mask, N, qkv.dtype), scale=scale)
+        out = attend(*_heads(qkv, heads), _bias(mask, N, qkv.dtype), scale)
         return out.transpose(1, 2).reshape(B, N, C3 // 3)
     if torch.is_autocast_enabled("cpu") and qkv.dtype != torch.float64:
         qkv = qkv.to(torch.get_autocast_dtype("cpu"))
@@ -189,7 +203,7 @@ class SparseAttention(torch.autograd.Function):
     """PyTorch's own flash attention for CPUs, but what it keeps for the backward is the bits, not the floats."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, qkv: Tensor, mask: Tensor, heads: int, scale: float | None) -> Tensor:
+    def forward(ctx: Any, qkv: Tensor, mask: Tensor, heads: int, scale: float | None) -> Tensor:
         qkv = qkv if qkv.stride(2) == 1 else qkv.contiguous()
         bias = _bias(mask, qkv.shape[1], qkv.dtype)
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -200,12 +214,11 @@ class SparseAttention(torch.autograd.Function):
         return out.transpose(1, 2).flatten(2)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (qkv, mask, out, lse), (heads, scale) = ctx.saved_tensors, ctx.rest
-        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
-            y = reference.sparse_attention(qkv, mask, heads, scale)
-            (dqkv,) = torch.autograd.grad(y, qkv, dout, create_graph=True)
-            return dqkv, None, None, None
+        if wants_definition_gradients():
+            f = partial(reference.sparse_attention, mask=mask, heads=heads, scale=scale)
+            return *definition_gradients(f, (qkv,), (True,), dout), None, None, None
         dout = dout.contiguous().unflatten(2, (heads, -1)).transpose(1, 2)
         grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             dout, *_heads(qkv, heads), out, lse, 0.0, False,

@@ -47,12 +47,12 @@ def coefficients(
     alive: Tensor | None = None,
 ) -> Tensor:  # (B, heads, N-1, K)
     full = torch.float64 if q.dtype == torch.float64 else torch.float32
-    qc = q.to(full) @ proj_q.to(full).mT + proj_q_bias.to(full)
-    kc = k.to(full) @ proj_k.to(full).mT + proj_k_bias.to(full)
+    qc = q.to(full) @ proj_q.to(full).transpose(-2, -1) + proj_q_bias.to(full)
+    kc = k.to(full) @ proj_k.to(full).transpose(-2, -1) + proj_k_bias.to(full)
     if alive is not None:
         there = with_cls(alive)[:, None, :, None]
         qc, kc = qc * there, kc * there
-    E = qc @ (kc.mT @ down.to(full)) * q.shape[1] ** -0.5
+    E = qc @ (kc.transpose(-2, -1) @ down.to(full)) * q.shape[1] ** -0.5
     A = E[:, :, 1:].softmax(-1)
     if topk is not None:
         A = A * largest(A, topk)
@@ -61,8 +61,8 @@ def coefficients(
 
 def basis(up: Tensor, threshold: float | None) -> Tensor:  # (N, K) -> (K, N)
     if threshold is None:
-        return up.mT
-    U = up.mT.abs()
+        return up.transpose(-2, -1)
+    U = up.transpose(-2, -1).abs()
     return U.masked_fill(threshold >= U, 0.0)
 
 
@@ -95,15 +95,20 @@ def sparse_mask(
     return pack(torch.cat((cls, M), 2))
 
 
+# Sums and quotients in place of shifts: ONNX shifts no signed integers.
+
+
 def pack(M: Tensor) -> Tensor:  # (..., N) bool -> (..., ceil(N / 32)) int32
-    M = torch.nn.functional.pad(M, (0, -M.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    bit = torch.arange(32, dtype=torch.int32, device=M.device)
-    return (M.to(torch.int32) << bit).sum(-1, dtype=torch.int32)
+    M = torch.nn.functional.pad(M.long(), (0, -M.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    word = (M * 2 ** torch.arange(32, device=M.device)).sum(-1)
+    return torch.where(word < 2**31, word, word - 2**32).to(torch.int32)
 
 
 def unpack(mask: Tensor, N: int) -> Tensor:  # (..., ceil(N / 32)) int32 -> (..., N) bool
-    bit = torch.arange(32, dtype=torch.int32, device=mask.device)
-    return (((mask[..., None] >> bit) & 1) != 0).flatten(-2)[..., :N]
+    word = mask.long()
+    word = torch.where(word < 0, word + 2**32, word).unsqueeze(-1)
+    bits = torch.div(word, 2 ** torch.arange(32, device=mask.device), rounding_mode="floor") % 2
+    return (bits != 0).flatten(-2)[..., :N]
 
 
 def sparse_attention(
@@ -112,6 +117,6 @@ def sparse_attention(
     B, N, C3 = qkv.shape
     q, k, v = qkv.reshape(B, N, 3, heads, C3 // 3 // heads).permute(2, 0, 3, 1, 4).unbind(0)
     M = unpack(mask, N)
-    L = (q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~M, -float("inf"))
+    L = (q @ k.transpose(-2, -1) * (q.shape[-1] ** -0.5 if scale is None else scale)).masked_fill(~M, -float("inf"))
     P = L.softmax(-1).masked_fill(~M.any(-1, keepdim=True), 0.0)
     return (P @ v).transpose(1, 2).reshape(B, N, C3 // 3)

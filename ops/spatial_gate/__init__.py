@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import use_triton
-from ..precision import full, no_autocast
+from ..dispatch import use_definition, use_triton
 from . import eager, reference
 
 __all__ = ["spatial_gate"]
@@ -52,12 +51,8 @@ def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: f
     if x.numel() == 0:  # with a graph to the parameters
         return x * sum(p.sum() for p in parameters.values()).to(x.dtype)
     triton = use_triton(x, *(t for t in (*parameters.values(), *running.values()) if t is not None))
-    if not triton and torch.compiler.is_compiling():  # which fuses the definition itself
-        dtype = full(x)
-        with no_autocast(x):
-            wide = (p.to(dtype) for p in parameters.values())
-            y = reference.spatial_gate(x.to(dtype), *wide, *running.values(), training, momentum, eps)
-        return y.to(x.dtype)
+    if not triton and use_definition(x):
+        return eager.definition(x, *parameters.values(), *running.values(), training, momentum, eps)
     # In training they are no input: what an operator is given must not change before its backward.
     args = (*parameters.values(), *([None] * 2 if training else running.values()), training, eps)
     y, *batch = _triton(x, *args) if triton else eager.spatial_gate(x, *args)

@@ -7,6 +7,7 @@ made again for the backward instead of kept.
 import torch
 from torch import Tensor
 
+from ..dispatch import definition_gradients, wants_definition_gradients
 from ..gaussian_gate.eager import lying
 from ..gaussian_gate.reference import SIXTH
 from ..precision import full, no_autocast
@@ -17,6 +18,13 @@ def spatial_gate(x: Tensor, *args) -> tuple[Tensor, ...]:
     """See saccade.ops.spatial_gate, which checks the arguments and updates the running statistics."""
     out = SpatialGate.apply(x, *args)
     return (out,) if isinstance(out, Tensor) else out
+
+
+def definition(x: Tensor, *args, **kwargs) -> Tensor:
+    """The definition, computed in float32 at least, in the type of x. It updates the running statistics."""
+    with no_autocast(x):
+        parameters = (p.to(full(x)) for p in args[:3])
+        return reference.spatial_gate(x.to(full(x)), *parameters, *args[3:], **kwargs).to(x.dtype)
 
 
 class SpatialGate(torch.autograd.Function):
@@ -40,12 +48,12 @@ class SpatialGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, *_):
         x, *tensors, g, mean, rstd = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:4]
-        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
-            y = reference.spatial_gate(x, *tensors, ctx.training, eps=ctx.eps)
-            leaves = [t for t, n in zip((x, *tensors), needed) if n]
-            grads = iter(torch.autograd.grad(y, leaves, dy, create_graph=True))
-            return *(next(grads) if n else None for n in needed), *[None] * 4
+        if wants_definition_gradients():
+
+            def f(*args: Tensor) -> Tensor:
+                return definition(*args, *tensors[3:], ctx.training, eps=ctx.eps)
+
+            return *definition_gradients(f, (x, *tensors[:3]), ctx.needs_input_grad[:4], dy), *[None] * 4
         with no_autocast(x):
             wide, dy = x.to(g.dtype), dy.to(g.dtype)
             weight, norm_weight, _, *running = (None if t is None else t.to(g.dtype) for t in tensors)

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import use_triton
-from ..precision import full, no_autocast
+from ..dispatch import use_definition, use_triton
 from . import eager, reference
 
 __all__ = ["strip_gate"]
@@ -43,10 +42,8 @@ def strip_gate(
             return x * (weight.sum() + norm_weight.sum() + norm_bias.sum()).to(x.dtype)
         if use_triton(x, weight, norm_weight, norm_bias):
             return _triton(x, weight, norm_weight, norm_bias, norm_groups, eps, residual)
-        if torch.compiler.is_compiling():  # which fuses the definition itself
-            with no_autocast(x):
-                y = reference.strip_gate(x.to(full(x)), weight, norm_weight, norm_bias, norm_groups, eps, residual)
-            return y.to(x.dtype)
+        if use_definition(x):
+            return eager.definition(x, weight, norm_weight, norm_bias, norm_groups, eps, residual)
         return eager.strip_gate(x, weight, norm_weight, norm_bias, norm_groups, eps, residual)
 
 

@@ -7,10 +7,14 @@ channels a group and a GroupNorm whose groups straddle the convolution's, a laun
 launches.
 """
 
-import torch
-from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from functools import partial
+from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..dispatch import definition_gradients, wants_definition_gradients
 from ..precision import full, no_autocast
 from . import reference
 
@@ -28,10 +32,17 @@ def strip_gate(
     return StripGate.apply(x, weight, norm_weight, norm_bias, norm_groups, eps, residual)
 
 
+def definition(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, *args, **kwargs) -> Tensor:
+    """The definition, computed in float32 at least, in the type of x."""
+    with no_autocast(x):
+        params = (p.to(full(x)) for p in (weight, norm_weight, norm_bias))
+        return reference.strip_gate(x.to(full(x)), *params, *args, **kwargs).to(x.dtype)
+
+
 class StripGate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         x: Tensor,
         weight: Tensor,
         norm_weight: Tensor,
@@ -41,21 +52,21 @@ class StripGate(torch.autograd.Function):
         residual: bool,
     ) -> Tensor:
         ctx.rest = norm_groups, eps, residual
-        with exactly(x):
+        with no_autocast(x):
             ctx.save_for_backward(x, weight, norm_weight, norm_bias)
             ctx.gates = Gates(*strip_means(x), weight, norm_weight, norm_bias, norm_groups, eps)
             return gate(x, *ctx.gates.a, residual)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, norm_weight, norm_bias = ctx.saved_tensors
         norm_groups, eps, residual = ctx.rest
-        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
-            args = [t for t, needed in zip((x, weight, norm_weight, norm_bias), ctx.needs_input_grad) if needed]
-            y = reference.strip_gate(x, weight, norm_weight, norm_bias, norm_groups, eps, residual)
-            grads = iter(torch.autograd.grad(y, args, dy, create_graph=True))
-            return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
-        with exactly(x):
+        if wants_definition_gradients():
+            rest = dict(norm_groups=norm_groups, eps=eps, residual=residual)
+            tensors = x, weight, norm_weight, norm_bias
+            needed = ctx.needs_input_grad[:4]
+            return *definition_gradients(partial(definition, **rest), tensors, needed, dy), None, None, None
+        with no_autocast(x):
             dz_h, dz_w, *grads = ctx.gates.backward(*strip_sums(dy, x, *ctx.gates.a))
             return gate(dy, *ctx.gates.a, residual, dz_h, dz_w), *grads, None, None, None
 
@@ -69,13 +80,8 @@ class Gates:
         weight, norm_weight, norm_bias = (p.to(z_h.dtype) for p in self.params)
         self.weight, self.norm_weight, (self.norm_groups, eps) = weight, norm_weight, rest
         self.z = (torch.cat((z_h, z_w)),) if z_h.shape == z_w.shape else (z_h, z_w)
-        C, M, K = weight.shape
-        self.geometry = ([1], [K // 2], [1], False, [0], C // M)
-        self.u = [torch.convolution(z, weight, None, *self.geometry) for z in self.z]
-        normed = [
-            torch.native_group_norm(u, norm_weight, norm_bias, u.shape[0], C, u.shape[2], self.norm_groups, eps)
-            for u in self.u
-        ]
+        self.u = [convolve(z, weight) for z in self.z]
+        normed = [torch.native_group_norm(u, norm_weight, norm_bias, *u.shape, self.norm_groups, eps) for u in self.u]
         self.statistics = [statistics for _, *statistics in normed]
         self.sigmoids = [n.sigmoid_() for n, *_ in normed]
         self.a = self.sigmoids[0].chunk(2) if len(self.z) == 1 else self.sigmoids
@@ -92,9 +98,7 @@ class Gates:
                 du, *dnorm = torch.ops.aten.native_group_norm_backward(da, *normed, [True] * 3)
             else:
                 du, *dnorm = _norm_backward(da, *normed)
-            dz, dweight, _ = torch.ops.aten.convolution_backward(
-                du, z, self.weight, None, *self.geometry, [True, True, False]
-            )
+            dz, dweight = convolve_backward(du, z, self.weight)
             dzs.append(dz)
             sums.append((dweight, *dnorm))
         grads = sums[0] if len(sums) == 1 else [p + q for p, q in zip(*sums)]
@@ -111,21 +115,49 @@ def _norm_backward(dn: Tensor, u: Tensor, mean: Tensor, rstd: Tensor, weight: Te
     return du.view(B, C, L), (dn * xhat.view(B, C, L)).sum((0, 2)), dn.sum((0, 2))
 
 
-class exactly:
-    """No autocast, no TF32, and no algorithm whose sums change from run to run."""
+# On a GPU, PyTorch's convolutions may use TF32 and sum in a changing order unless process-wide flags forbid both.
+# Matrix products in float64 do neither, and the strips are small. Elsewhere, PyTorch's convolutions.
 
-    def __init__(self, x: Tensor):
-        self.contexts = [no_autocast(x)]
-        if x.is_cuda:
-            self.contexts.append(torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False))
 
-    def __enter__(self):
-        for context in self.contexts:
-            context.__enter__()
+def convolve(z: Tensor, weight: Tensor) -> Tensor:
+    """The grouped convolution (C, M, K) of strips (B, C, L), zero padding K // 2: the same in every run."""
+    if z.is_cuda:
+        return _convolve_by_products(z, weight)
+    return torch.convolution(z, weight, None, *_geometry(weight))
 
-    def __exit__(self, *error):
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
+
+def convolve_backward(du: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients to z and weight."""
+    if z.is_cuda:
+        return _convolve_backward_by_products(du, z, weight)
+    backward = torch.ops.aten.convolution_backward
+    return backward(du, z, weight, None, *_geometry(weight), [True, True, False])[:2]
+
+
+def _geometry(weight: Tensor) -> tuple:
+    C, M, K = weight.shape
+    return [1], [K // 2], [1], False, [0], C // M
+
+
+def _windows(z: Tensor, M: int, K: int) -> Tensor:
+    """(groups, M · K, B · L): what each output of a group reads."""
+    padded = F.pad(z.double(), (K // 2, K // 2))
+    return padded.unfold(2, K, 1).unflatten(1, (-1, M)).permute(1, 2, 4, 0, 3).flatten(3).flatten(1, 2)
+
+
+def _convolve_by_products(z: Tensor, weight: Tensor) -> Tensor:
+    (B, C, L), (_, M, K) = z.shape, weight.shape
+    u = weight.double().view(-1, M, M * K) @ _windows(z, M, K)  # (groups, M, B · L)
+    return u.view(C, B, L).transpose(0, 1).to(z.dtype).contiguous()
+
+
+def _convolve_backward_by_products(du: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    (B, _, L), (C, M, K) = z.shape, weight.shape
+    du = du.double().transpose(0, 1).reshape(-1, M, B * L)
+    dweight = (du @ _windows(z, M, K).mT).view(weight.shape).to(weight.dtype)
+    taps = (weight.double().view(-1, M, M * K).mT @ du).view(C, K, B, L)
+    dz = sum(F.pad(taps[:, k], (k, K - 1 - k)) for k in range(K))  # (C, B, L + K - 1)
+    return dz[..., K // 2 : K // 2 + L].transpose(0, 1).to(z.dtype).contiguous(), dweight
 
 
 # PyTorch's reductions and broadcasts want the long axis innermost in the view as it is in memory: permuted so, a

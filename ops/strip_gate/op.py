@@ -5,9 +5,10 @@ from torch import Tensor
 from torch.library import custom_op
 from torch.utils.flop_counter import register_flop_formula
 
+from ..precision import no_autocast
 from ..registration import no_second_derivative
 from . import kernel
-from .eager import Gates, exactly
+from .eager import Gates
 
 
 @custom_op("saccade::strip_gate_fwd", mutates_args=())
@@ -15,7 +16,7 @@ def fwd(
     x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gated map and, for the backward, the strips' means."""
-    with exactly(x):  # under autocast too: the map in the type that it has, the strips in float32
+    with no_autocast(x):  # under autocast too: the map in the type that it has, the strips in float32
         z = kernel.strip_means(x)
         return kernel.gate(x, *Gates(*z, weight, norm_weight, norm_bias, norm_groups, eps).a, residual), *z
 
@@ -41,7 +42,7 @@ def bwd(
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients to x, weight, norm_weight and norm_bias."""
-    with exactly(x):
+    with no_autocast(x):
         gates = Gates(z_h, z_w, weight, norm_weight, norm_bias, norm_groups, eps)  # small: cheaper made again than kept
         dz_h, dz_w, *grads = gates.backward(*kernel.strip_sums(dy, x, *gates.a))
         dweight, dnorm_weight, dnorm_bias = (g.contiguous() for g in grads)

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import use_triton
-from ..precision import full, no_autocast
+from ..dispatch import use_definition, use_triton
 from . import eager, reference
 
 __all__ = ["subspace_gate"]
@@ -73,13 +72,8 @@ def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: f
     if sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:])) >= 2**31:  # kernel.REACH
         cannot.append("an image of 2**31 elements, counting those between")
     triton = use_triton(x, *given, cannot=cannot)
-    if not triton and torch.compiler.is_compiling():  # which fuses the definition itself
-        wide = full(x)
-        with no_autocast(x):
-            y = reference.subspace_gate(
-                x.to(wide), *(p.to(wide) for p in parameters.values()), *running.values(), training, momentum, eps
-            )
-        return y.to(x.dtype)
+    if not triton and use_definition(x):
+        return eager.definition(x, *parameters.values(), *running.values(), training, momentum, eps)
     # In training they are no input: what an operator is given must not change before its backward.
     args = (*parameters.values(), *([None] * 4 if training else running.values()), training, eps)
     y, *batch = _triton(x, *args) if triton else eager.subspace_gate(x, *args)

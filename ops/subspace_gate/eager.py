@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from ..dispatch import definition_gradients, wants_definition_gradients
 from ..precision import full, no_autocast
 from . import reference
 
@@ -21,6 +22,13 @@ def subspace_gate(x: Tensor, *args) -> tuple[Tensor, ...]:
     """See saccade.ops.subspace_gate, which checks the arguments and updates the running statistics."""
     out = SubspaceGate.apply(x, *args)
     return (out,) if isinstance(out, Tensor) else out
+
+
+def definition(x: Tensor, *args, **kwargs) -> Tensor:
+    """The definition, computed in float32 at least, in the type of x. It updates the running statistics."""
+    with no_autocast(x):
+        parameters = (p.to(full(x)) for p in args[:8])
+        return reference.subspace_gate(x.to(full(x)), *parameters, *args[8:], **kwargs).to(x.dtype)
 
 
 class SubspaceGate(torch.autograd.Function):
@@ -44,13 +52,13 @@ class SubspaceGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, *_):
         x, *args = ctx.saved_tensors
-        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
+        if wants_definition_gradients():
             running = [None] * 4 if ctx.training else args[8:]
-            y = reference.subspace_gate(x, *args[:8], *running, ctx.training, eps=ctx.eps)
-            needed = ctx.needs_input_grad[:9]
-            leaves = [t for t, n in zip((x, *args), needed) if n]
-            grads = iter(torch.autograd.grad(y, leaves, dy, create_graph=True, allow_unused=True))
-            return *(next(grads) if n else None for n in needed), *[None] * 6
+
+            def f(*tensors: Tensor) -> Tensor:
+                return definition(*tensors, *running, ctx.training, eps=ctx.eps)
+
+            return *definition_gradients(f, (x, *args[:8]), ctx.needs_input_grad[:9], dy), *[None] * 6
         with no_autocast(x):
             middle, attention = ctx.middle, ctx.attention
             wide, dy = x.to(attention.dtype), dy.to(attention.dtype)

@@ -2,10 +2,8 @@
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from ..dispatch import use_triton
-from ..precision import no_autocast
+from ..dispatch import use_definition, use_triton
 from . import eager, reference
 
 __all__ = ["window_attention"]
@@ -55,9 +53,8 @@ def window_attention(
             cannot.append(f"windows of {window[0] * window[1]} tokens, over {MAX_TOKENS}")
         if _kernels(cannot, qkv, bias, pad):
             return _triton(qkv, heads, window, shift, bias, pad, D**-0.5 if scale is None else scale)
-        if qkv.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(qkv, FakeTensor):
-            with no_autocast(qkv):
-                return _defined(qkv, heads, window, shift, bias, pad, scale)
+        if qkv.device.type != "cpu" or use_definition(qkv):
+            return eager.definition(qkv, bias, pad, heads, window, shift, scale).contiguous()
         return eager.window_attention(qkv, heads, window, shift, bias, pad, scale)
 
 
@@ -77,11 +74,6 @@ def _triton(qkv, heads, window, shift, bias, pad, scale) -> Tensor:
     if pad is not None:
         pad = pad.to(qkv.dtype)
     return op.fwd(qkv, bias, pad, heads, list(window), list(shift), scale)[0]
-
-
-def _defined(qkv, heads, window, shift, bias, pad, scale) -> Tensor:
-    bias, pad = (None if t is None else t.to(qkv.dtype) for t in (bias, pad))
-    return reference.window_attention(qkv, heads, window, shift, bias, pad, scale).contiguous()
 
 
 def _check(

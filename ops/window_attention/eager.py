@@ -11,12 +11,14 @@ and a head are one axis of a batched product, of stride D.
 
 import functools
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
+from ..dispatch import definition_gradients, wants_definition_gradients
 from ..precision import full, no_autocast
 from . import reference
 
@@ -37,10 +39,25 @@ def window_attention(
     return WindowAttention.apply(qkv, heads, window, shift, bias, pad, scale)
 
 
+def definition(
+    qkv: Tensor,
+    bias: Tensor | None,
+    pad: Tensor | None,
+    heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float | None,
+) -> Tensor:
+    """The definition in the type of qkv."""
+    with no_autocast(qkv):
+        bias, pad = (None if t is None else t.to(qkv.dtype) for t in (bias, pad))
+        return reference.window_attention(qkv, heads, window, shift, bias, pad, scale)
+
+
 class WindowAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: Any,
         qkv: Tensor,
         heads: int,
         window: tuple[int, int],
@@ -68,14 +85,15 @@ class WindowAttention(torch.autograd.Function):
         return out.squeeze(3)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, pad = ctx.saved_tensors
         *rest, scale, run = ctx.rest
-        if torch.is_grad_enabled():  # somebody wants a second derivative: that of the definition
-            args = [t for i, t in ((0, qkv), (4, bias), (5, pad)) if ctx.needs_input_grad[i]]
-            y = reference.window_attention(qkv, *rest, bias, pad, scale)
-            grads = iter(torch.autograd.grad(y, args, dout, create_graph=True))
-            return tuple(next(grads) if needed else None for needed in ctx.needs_input_grad)
+        if wants_definition_gradients():
+            heads, window, shift = rest
+            f = partial(definition, heads=heads, window=window, shift=shift, scale=scale)
+            needed = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
+            dqkv, *params = definition_gradients(f, (qkv, bias, pad), needed, dout)
+            return dqkv, None, None, None, *params, None
         with no_autocast(qkv):
             dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
             dpad = torch.zeros_like(pad, dtype=run.dtype) if ctx.needs_input_grad[5] else None

@@ -26,7 +26,7 @@ def window_attention(
 ) -> Tensor:  # (B, H, W, 3, C), (heads, 2h-1, 2w-1), (3, C) -> (B, H, W, C)
     B, H, W, _, C = qkv.shape
     (h, w), (s_h, s_w), D = window, shift, C // heads
-    R, S = -(-H // h), -(-W // w)  # rows and columns of windows
+    R, S = (H + h - 1) // h, (W + w - 1) // w  # rows and columns of windows
     x = F.pad(qkv, (0, 0, 0, 0, 0, S * w - W, 0, R * h - H))
     if pad is not None:
         inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=qkv.device), (0, S * w - W, 0, R * h - H))
@@ -34,7 +34,7 @@ def window_attention(
     x = x.roll((-s_h, -s_w), (1, 2))
     x = x.reshape(B, R, h, S, w, 3, heads, D).permute(5, 0, 1, 3, 6, 2, 4, 7)
     q, k, v = x.reshape(3, B, R * S, heads, h * w, D).unbind(0)
-    logits = q @ k.mT * (D**-0.5 if scale is None else scale)
+    logits = q @ k.transpose(-2, -1) * (D**-0.5 if scale is None else scale)
     if bias is not None:
         logits = logits + gathered(bias, window)
     mask = seams(H, W, window, shift, qkv.device)
@@ -53,7 +53,7 @@ def gathered(bias: Tensor, window: tuple[int, int]) -> Tensor:  # (heads, 2h-1, 
 def seams(H: int, W: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device) -> Tensor:
     """(windows, N, N): the pairs that the roll brought together from opposite edges of the padded map."""
     h, w = window
-    R, S = -(-H // h), -(-W // w)
+    R, S = (H + h - 1) // h, (W + w - 1) // w
     wrapped_y = torch.arange(R * h, device=device) >= R * h - shift[0]
     wrapped_x = torch.arange(S * w, device=device) >= S * w - shift[1]
     side = 2 * wrapped_y.int()[:, None] + wrapped_x.int()  # (R h, S w)

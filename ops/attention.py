@@ -1,0 +1,87 @@
+"""PyTorch's scaled_dot_product_attention, which has no second derivative, with one."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import definition_gradients, use_definition, wants_definition_gradients
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
+    """softmax(scale · q kᵀ) v, of (..., heads, N, D), over the keys that the boolean mask has, or plus a floating-point
+    mask that gets no gradient. Twice differentiable; under autocast in autocast's type."""
+    if torch.jit.is_scripting():
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+    else:
+        if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        if use_definition(q):
+            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+        device = q.device.type
+        if torch.is_autocast_enabled(device) and q.dtype != torch.float64:
+            q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
+        if mask is not None:
+            if mask.dtype == torch.bool:
+                mask = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -float("inf"))
+            mask = mask.to(q.dtype)
+        form = FlashOnCpu if q.device.type == "cpu" else Recomputed
+        return form.apply(q, k, v, mask, q.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _definition(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    logits = q @ k.mT * scale
+    if mask is None:
+        return logits.softmax(-1) @ v
+    hidden = (mask == -float("inf")).all(-1, keepdim=True)  # a query without keys gets 0
+    return (logits + mask.masked_fill(hidden, 0.0)).softmax(-1).masked_fill(hidden, 0.0) @ v
+
+
+def _second_derivative(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, mask = ctx.saved_tensors[:4]
+
+    def f(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _definition(q, k, v, mask, ctx.scale)
+
+    return *definition_gradients(f, (q, k, v), ctx.needs_input_grad[:3], dout), None, None
+
+
+class FlashOnCpu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(q, k, v, attn_mask=mask, scale=scale)
+        ctx.save_for_backward(q, k, v, mask, out, lse)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if wants_definition_gradients():
+            return _second_derivative(ctx, dout)
+        q, k, v, mask, out, lse = ctx.saved_tensors
+        dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return *backward(dout, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=ctx.scale), None, None
+
+
+class Recomputed(torch.autograd.Function):
+    """On any device: the backward runs PyTorch's attention once more."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+        ctx.save_for_backward(q, k, v, mask)
+        ctx.scale = scale
+        return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        if wants_definition_gradients():
+            return _second_derivative(ctx, dout)
+        *tensors, mask = ctx.saved_tensors
+        with torch.enable_grad():
+            q, k, v = (x.detach().requires_grad_() for x in tensors)
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=ctx.scale)
+        return *torch.autograd.grad(out, (q, k, v), dout), None, None
