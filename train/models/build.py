@@ -4,15 +4,23 @@ import inspect
 import json
 import os
 import re
+import socket
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
+from urllib.error import URLError
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
+import huggingface_hub
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from timm.models import (
@@ -49,7 +57,8 @@ def create(
     try:
         arguments = resolve_model_input_args(name, dict(img_size=img_size), num_classes=num_classes, **kwargs)
         if checkpoint is None:
-            return timm.create_model(**arguments, pretrained=pretrained)
+            with _published_weights(name, pretrained):
+                return timm.create_model(**arguments, pretrained=pretrained)
         with torch.device("meta"):  # whatever is wrong with the arguments is said before the file is opened
             heads = timm.create_model(**arguments).pretrained_cfg.get("classifier") or ()
     except TypeError as error:
@@ -60,6 +69,41 @@ def create(
     model = _create_from(Path(checkpoint), arguments, heads if new_head else ())
     model.pretrained_cfg.pop("state_dict", None)  # it would be copied with the model
     return model
+
+
+@contextmanager
+def _published_weights(name: str, pretrained: bool) -> Iterator[None]:
+    """Download the weights that timm publishes for a model in the block, or raise UserError at once without a network.
+
+    Files in the cache are used without a network too.
+    """
+    if not pretrained or name.startswith("local-dir:"):
+        yield
+        return
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE or not _can_reach(huggingface_hub.constants.ENDPOINT)
+    try:
+        with patch.object(huggingface_hub.constants, "HF_HUB_OFFLINE", offline):
+            yield
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, URLError, ConnectionError) as error:
+        hub = timm.get_pretrained_cfg(name) if is_model(split_model_name_tag(name)[0]) else None
+        source = (hub and (hub.hf_hub_id or hub.url)) or name
+        reason = "there is no network" if offline else _first_line(error)
+        raise UserError(
+            f"the published weights of {name} ({source}) can't be downloaded ({reason}): connect to the network, or "
+            "download their file elsewhere and give it with checkpoint=FILE"
+        ) from error
+
+
+def _can_reach(endpoint: str) -> bool:
+    """Tell whether a web server answers within seconds; behind a proxy, assume so."""
+    if getproxies():
+        return True
+    address = urlsplit(endpoint)
+    try:
+        socket.create_connection((address.hostname, address.port or 443), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _known(name: str) -> None:
@@ -106,7 +150,8 @@ def create_features(
         given = kwargs | dict(features_only=True)
         build = partial(timm.create_model, name, **given, **wanted)
         if checkpoint is None:
-            model = build(pretrained=pretrained)
+            with _published_weights(name, pretrained):
+                model = build(pretrained=pretrained)
         else:
             model = _features_from(checkpoint if isinstance(checkpoint, dict) else Path(checkpoint), build, kwargs)
     except TypeError as error:
@@ -129,8 +174,18 @@ def _features_from(
     timm loads features without saying what did not fit, so the whole model is loaded first. Tensors are those of a
     published dense model's backbone: all of them must have their place.
     """
-    strict = isinstance(file, dict)
-    name, overlay = build.args[0], dict(state_dict=file) if strict else _weights(file)
+    overlay = dict(state_dict=file) if isinstance(file, dict) else _weights(file)
+    return _load_with_or_without_prefix(overlay, partial(_features_with, file, build, kwargs))
+
+
+def _features_with(
+    file: Path | dict[str, torch.Tensor],
+    build: Callable[..., nn.Module],
+    kwargs: dict[str, Any],
+    overlay: dict[str, Any],
+) -> nn.Module:
+    """Load the weights that `overlay`, entries of the model's pretrained_cfg, gives; `file` is for messages."""
+    strict, name = isinstance(file, dict), build.args[0]
     model = build()
     kept = {re.match(r"[a-zA-Z]+", key.removeprefix("model."))[0] for key in model.state_dict()}  # stages_0. or stages.
     try:
@@ -152,10 +207,45 @@ def _features_from(
     return build(pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=-1))
 
 
+# What other programs put before a model's names: Lightning, DistributedDataParallel, torch.compile, OpenMMLab, ….
+PREFIXES = ("model.", "module.", "_orig_mod.", "backbone.", "net.", "network.", "encoder.")
+
+
+def _load_with_or_without_prefix(overlay: dict[str, Any], load: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+    """Call `load` with the weights as they are named or, where they don't fit, without another program's prefix."""
+    try:
+        return load(overlay)
+    except UserError:
+        tensors = overlay["state_dict"] if "state_dict" in overlay else load_state_dict(overlay["file"])
+        stripped = strip_prefixes(tensors)
+        if stripped.keys() == tensors.keys():
+            raise
+    return load({key: value for key, value in overlay.items() if key != "file"} | dict(state_dict=stripped))
+
+
+def strip_prefixes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Remove the prefixes that other programs put before a model's names, and the tensors beside the model.
+
+    A prefix is removed where more than half of the names have it; the others (a loss's, a neck's) are not the model's.
+    """
+    while True:
+        for prefix in PREFIXES:
+            inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            if 2 * len(inside) > len(tensors):
+                tensors = inside
+                break
+        else:
+            return tensors
+
+
 def _create_from(file: Path, arguments: dict[str, Any], heads: tuple[str, ...]) -> nn.Module:
     """Create a model through timm's own pretrained path, with the weights of a file; `heads` need not fit."""
+    return _load_with_or_without_prefix(_weights(file), partial(_create_with, file, arguments, heads))
+
+
+def _create_with(file: Path, arguments: dict[str, Any], heads: tuple[str, ...], overlay: dict[str, Any]) -> nn.Module:
+    """Create a model with the weights that `overlay`, entries of its pretrained_cfg, gives; `file` is for messages."""
     name, classes = arguments["model_name"], arguments["num_classes"]
-    overlay = _weights(file)
     try:  # with the file's classifier, every tensor must find its place
         return timm.create_model(
             **arguments, pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=classes)
@@ -188,8 +278,33 @@ def _weights(file: Path) -> dict[str, Any]:
     except Foreign:
         pass
     except Exception as error:  # zip, pickle and tensor readers each have their own
-        raise UserError(f"checkpoint {file} can't be read ({_first_line(error)}): fetch or convert it again") from error
+        raise UserError(f"checkpoint {file} {why_unreadable(file, error)}") from error
     return dict(file=str(file))
+
+
+def why_unreadable(file: Path, error: Exception) -> str:
+    """Describe why a file can't be read as weights, from its first bytes and the reader's error."""
+    with open(file, "rb") as content:
+        start = content.read(256).lstrip().lower()
+    if not start:
+        return "is empty: download it again"
+    if start.startswith(b"<"):
+        return "is a web page (HTML), not weights: download the file itself, not the page about it"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not weights: fetch the file itself with git lfs pull"
+    if start.startswith((b"{", b"[")):
+        return "is JSON text, not weights: give the file of weights"
+    if start.isascii() and re.fullmatch(rb"[\s\x20-\x7e]*", start):
+        return "is text, not weights: give the file of weights"
+    blocked = re.search(r"(?:GLOBAL |globals: |global )(\w+\.[\w.]+)", str(error))
+    if "weights_only" in str(error) and blocked:
+        return (
+            f"holds Python objects ({blocked[1]}), which are not loaded as they can run code: where you trust it, save "
+            "its state_dict alone to another file"
+        )
+    if "weights_only" in str(error):
+        return "is not a file of weights, or is damaged: download or convert it again"
+    return f"can't be read ({_first_line(error)}): it is damaged or incomplete; download or convert it again"
 
 
 def read_weights(file: str | Path) -> dict[str, torch.Tensor]:
@@ -259,6 +374,10 @@ def export(model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: 
             )
         except (OSError, SafetensorError) as error:
             raise from_os(as_os_error(error), f"saving {folder / 'model.safetensors'}") from error
+        file = Path(scratch, "config.json")
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.get("model_args", {}).pop("num_classes", None)  # transformers passes it beside model_args
+        file.write_text(json.dumps(config, indent=2), encoding="utf-8")
         for name in ("model.safetensors", "config.json"):
             with atomic_write(folder / name) as temporary:
                 os.replace(Path(scratch, name), temporary)
@@ -267,7 +386,8 @@ def export(model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: 
 def save_whole(model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: list[str], **entries: Any) -> None:
     """Write model.safetensors, all weights under the model's own names, and config.json: preprocessing and classes.
 
-    For models that timm does not build whole. entries: further ones of config.json. Raises UserError where they can't be written.
+    For models that timm does not build. entries: further ones of config.json. Raises UserError where they can't be
+    written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_write(folder / "model.safetensors") as temporary:

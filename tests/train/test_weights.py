@@ -1,0 +1,80 @@
+"""Weights from files that other programs wrote, and from the network."""
+
+import time
+
+import huggingface_hub
+import pytest
+import torch
+from saccade.train.models import build
+from saccade.train.models.build import create, create_features, strip_prefixes
+from saccade.train.runtime.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return create("test_resnet", 10).state_dict()
+
+
+@pytest.mark.parametrize(
+    "prefix, beside",
+    [
+        ("model.", {"criterion.weight": torch.zeros(3)}),  # Lightning
+        ("module.", {}),
+        ("_orig_mod.module.", {}),
+        ("model._orig_mod.", {}),
+        ("backbone.", {"head.fc.weight": torch.zeros(3, 3)}),  # OpenMMLab
+    ],
+)
+def test_prefixes_of_other_programs(tmp_path, tensors, prefix, beside):
+    content = {"state_dict": {prefix + key: value for key, value in tensors.items()} | beside, "epoch": 3}
+    torch.save(content, tmp_path / "weights.ckpt")
+    model = create("test_resnet", 10, checkpoint=tmp_path / "weights.ckpt", new_head=True)
+    assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
+    maps = create_features("test_resnet", checkpoint=tmp_path / "weights.ckpt")
+    own = {key.removeprefix("model."): value for key, value in maps.state_dict().items()}
+    assert torch.equal(own["layer4.0.conv2.weight"], tensors["layer4.0.conv2.weight"])
+
+
+def test_names_without_a_prefix_stay():
+    assert strip_prefixes({"conv.weight": 1, "model.x": 2}) == {"conv.weight": 1, "model.x": 2}
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (b"\n<!DOCTYPE html><html>", "is a web page (HTML), not weights"),
+        (b"", "is empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "is a Git LFS pointer"),
+        (b'{"error": "not found"}', "is JSON text"),
+        (b"see https://example.org", "is text"),
+        (b"PK\x03\x04" + bytes(200), "is damaged or incomplete"),
+    ],
+)
+@pytest.mark.parametrize("name", ["weights.pth", "weights.safetensors"])
+def test_files_that_are_not_weights(tmp_path, content, reason, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError) as error:
+        create("test_resnet", 10, checkpoint=tmp_path / name)
+    assert reason in str(error.value) and "\n" not in str(error.value) and "weights_only" not in str(error.value)
+
+
+def test_pickled_model(tmp_path):
+    torch.save(torch.nn.Flatten(), tmp_path / "model.pth")
+    with pytest.raises(UserError, match=r"holds Python objects \(torch.nn.*save its state_dict alone") as error:
+        create("test_resnet", 10, checkpoint=tmp_path / "model.pth")
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("make", [create, create_features])
+def test_no_network(monkeypatch, tmp_path, make):
+    """One sentence that names the weights, at once."""
+    monkeypatch.setattr(build, "_can_reach", lambda endpoint: False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    start_time = time.monotonic()
+    with pytest.raises(UserError, match=r"weights of resnet10t \(timm/resnet10t\S+\) can't be downloaded .*no network"):
+        make("resnet10t", **({"num_classes": 1000} if make is create else {}), pretrained=True)
+    assert time.monotonic() - start_time < 10
+
+
+def test_unreachable_server():
+    assert not build._can_reach("http://localhost:1") or build.getproxies()
