@@ -22,6 +22,7 @@ from timm.layers import (
 )
 from timm.models import generate_default_cfgs, register_model
 from timm.models._features_fx import register_notrace_module
+from timm.models._input import update_model_args
 from torch import Tensor, nn
 
 from ..ops import gaussian_gate, relative_bias_attention, spatial_gate
@@ -89,12 +90,12 @@ class GatedMixer(nn.Module):
                 return self.defined(x)
             affine, running = (None, None), (None, None)
             if norm is not None:
-                affine, running = (norm.weight, norm.bias), (norm.running_mean, norm.running_var)
+                affine, running = (norm.weight, norm.bias), (norm.running_mean, norm.running_var)  # type: ignore[assignment]
             _count(*norms)
             n = gate_norm
             return gaussian_gate(
                 x, self.gate, n.weight, n.bias, *affine, n.running_mean, n.running_var, *running,
-                n.training, n.momentum, n.eps,
+                n.training, n.momentum, n.eps,  # type: ignore[arg-type]
             )  # fmt: skip
 
     def defined(self, x: Tensor) -> Tensor:
@@ -259,7 +260,7 @@ class FusedBlock(nn.Module):
         w = scale[:, None] * block.mlp.fc1.weight
         if isinstance(self.mixer, GatedMixer):
             scale, shift = _affine(self.mixer.norm)
-            self.mixer.norm = None
+            self.mixer.norm = None  # type: ignore[assignment]
             part = self.mixer.part
             bias = bias + w[:, part:] @ shift
             w = torch.cat((w[:, :part], w[:, part:] * scale), 1)
@@ -322,7 +323,7 @@ class Patches(nn.Module):
             scale, shift = _affine(self.norm)
             self.conv.weight = nn.Parameter(scale[:, None, None, None] * self.conv.weight)
             self.conv.bias = nn.Parameter(shift)
-            self.norm = nn.Identity()
+            self.norm = nn.Identity()  # type: ignore[assignment]
         return self
 
 
@@ -361,6 +362,7 @@ class PATNet(Pyramid):
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
         attn_drop_rate: dropout of the attention's probabilities and of its output in the last stage.
+        fused: build the form that `fuse()` makes, for weights that were stored after it.
     """
 
     def __init__(
@@ -378,6 +380,7 @@ class PATNet(Pyramid):
         drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         attn_drop_rate: float = 0.1,
+        fused: bool = False,
         device=None,
         dtype=None,
     ):
@@ -395,7 +398,7 @@ class PATNet(Pyramid):
         self.drop_rate = drop_rate
 
         self.stem = Patches(in_chans, dims[0], 4, **dd)
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        rates: Any = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         stages = []
         self.feature_info = []
         for i, (depth, dim) in enumerate(zip(depths, dims)):
@@ -417,6 +420,9 @@ class PATNet(Pyramid):
                 trunc_normal_(m.weight, std=0.02)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
+        self.fused = False
+        if fused:
+            self._fuse()
 
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -432,15 +438,22 @@ class PATNet(Pyramid):
     def fuse(self) -> "PATNet":
         """Merge BatchNorms, and the second linear layer of each MLP with PAT_sp, into equal layers for inference.
 
-        In place, and returns the model. What stays are the norms of the gates and the `out_norms`.
+        In place, and returns the model. What stays are the norms of the gates and the `out_norms`. Stored with timm's
+        `save_for_hf`, the model loads again; weights alone load into a model made with `fused=True`.
         """
         if self.training:
             raise RuntimeError("fuse() merges BatchNorms as they are at inference: call eval() first")
+        self._fuse()
+        update_model_args(self, fused=True)
+        return self.eval()
+
+    @torch.no_grad()
+    def _fuse(self) -> None:
+        self.fused = True
         for patches in [m for m in self.modules() if isinstance(m, Patches)]:
             patches.fuse()
         for stage in self.stages:
             stage.blocks = nn.Sequential(*[FusedBlock(b) if isinstance(b, Block) else b for b in stage.blocks])
-        return self.eval()
 
 
 PUBLISHED_KEYS: Rules = [  # published name -> ours, in order; published stages and mergings alternate in one list
@@ -478,6 +491,12 @@ def checkpoint_filter_fn(state_dict: dict, model: PATNet) -> dict[str, Tensor]:
         if key in own and value.ndim == 4 and own[key].ndim < 4:  # a linear layer written as a convolution
             value = value.flatten(own[key].ndim - 1)
         out[key] = value
+    if (fused := "stages.0.blocks.0.fc1.weight" in out) != model.fused:
+        raise ValueError(
+            "the weights are of a fused PATNet: load them with fused=True"
+            if fused
+            else "the weights are not of a fused PATNet: load them with fused=False, then call fuse()"
+        )
     return fitted(out, model)
 
 

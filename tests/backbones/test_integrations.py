@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from saccade.train.data import scenes
 
 
@@ -239,3 +240,28 @@ def test_detr_of_transformers_trains_and_predicts():
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert model.eval()(pixel_values=x).pred_boxes.shape == (2, 10, 4)
+
+
+@installed("transformers")
+@pytest.mark.parametrize("name", ["biformer_t", "patnet_t0"])
+def test_run_folder_opens_in_transformers(tmp_path, name):
+    """By its AutoModel and pipeline, with the classes' names and the preprocessing; a fused PATNet too."""
+    from saccade.train.models.build import create, export
+    from transformers import AutoModelForImageClassification, pipeline
+
+    model = create(name, 3, depths=(1, 1, 1, 1)).eval()
+    if name == "patnet_t0":
+        model.fuse()
+    inputs = dict(input_size=(3, 64, 64), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0)
+    export(model, tmp_path, inputs, ["cat", "dog", "owl"])
+    opened = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert opened.config.id2label == {0: "cat", 1: "dog", 2: "owl"}
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(opened(x).logits, model(x))
+        pixels = torch.randint(0, 256, (64, 64, 3), dtype=torch.uint8)
+        scores = model((pixels.permute(2, 0, 1)[None] / 255 - 0.5) / 0.5).softmax(1)[0]
+    predictions = pipeline("image-classification", model=str(tmp_path))(Image.fromarray(pixels.numpy()))
+    assert {p["label"]: p["score"] for p in predictions} == pytest.approx(
+        dict(zip(["cat", "dog", "owl"], scores.tolist())), abs=1e-4
+    )

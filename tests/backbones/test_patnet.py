@@ -23,7 +23,7 @@ from saccade.train.runtime.distributed import SyncBatchNorm
 from support import parity
 from support.graphs import BACKENDS, compiles_and_exports
 from support.parity import load_file
-from timm.models import reparameterize_model
+from timm.models import reparameterize_model, save_for_hf
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("double")  # as default type
@@ -188,6 +188,23 @@ def test_fused_is_equal(act, spatial):
     norms = [name for name, m in fused.named_modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all(name.endswith("gate_norm") for name in norms)
     assert fused.fuse() is fused and torch.equal(copy.deepcopy(fused)(x), fused(x))
+
+
+@pytest.mark.parametrize("name", ["patnet_t0", "patnet_t1"])
+def test_fused_model_is_stored_and_loaded(tmp_path, name):
+    """By timm as a whole, and its weights alone; weights of the other form are refused in one sentence."""
+    plain, x = small(name).eval(), torch.randn(2, 3, 64, 64)
+    fused = copy.deepcopy(plain).fuse()
+    expected = fused(x)
+    save_for_hf(fused, tmp_path / "stored", safe_serialization=True)
+    loaded = timm.create_model(f"local-dir:{tmp_path}/stored", pretrained=True, dtype=torch.float64).eval()
+    assert any(isinstance(m, FusedBlock) for m in loaded.modules()) and torch.equal(loaded(x), expected)
+    loaded = load_file(tmp_path, fused.state_dict(), name, **SMALL, fused=True)
+    assert torch.equal(loaded(x), expected) and torch.equal(loaded.fuse()(x), expected)
+    with pytest.raises(ValueError, match=r"^the weights are of a fused PATNet: load them with fused=True$"):
+        load_file(tmp_path, fused.state_dict(), name, **SMALL)
+    with pytest.raises(ValueError, match=r"^the weights are not of a fused PATNet: load them with fused=False, then"):
+        load_file(tmp_path, plain.state_dict(), name, **SMALL, fused=True)
 
 
 def test_timm_fuses_it():
