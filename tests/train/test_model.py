@@ -160,6 +160,7 @@ def test_export(tmp_path, name, kwargs):
     assert all(resolved[k] == (list(v) if k in ("mean", "std") else v) for k, v in inputs.items())
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["architecture"] == name and config["num_classes"] == 5 and config["label_names"] == list("abcde")
+    assert "num_classes" not in config["model_args"]  # transformers passes both
     assert sorted(p.name for p in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
     assert equal(create(f"local-dir:{tmp_path}", 5, pretrained=True), model)
     assert create(name, 3, checkpoint=tmp_path, new_head=True, **kwargs).num_classes == 3
