@@ -303,6 +303,7 @@ def create_model(
     filter_fn: Callable[[dict, Any], dict],
     weights: str | None,
     out_indices: tuple[int, ...] | int = (0, 1, 2, 3),
+    /,
     **kwargs: Any,
 ) -> Any:
     """Build a registered model through timm, loading weights where `pretrained` says so.
