@@ -20,27 +20,32 @@ def listing(*args: str) -> list[aot.Usage]:
 
 
 def fits(rows: list[aot.Usage]) -> None:
-    assert all(
-        row.shared > 0 for row in rows if row.operator == "bilevel_routing"
-    )  # its tiles lie there; a gate's do not
     for row in rows:
         assert row.registers > 0
+        assert row.shared > 0 or row.operator != "bilevel_routing"  # its tiles are in shared memory; a gate's are not
         assert row.shared <= aot.CARDS[row.card].shared, row
         assert row.spills == 0 or row.card != "sm_90", row
 
 
-# Minutes for each card and type: the command itself is for all of them.
-@pytest.mark.slow
-@pytest.mark.parametrize("operator", aot.OPERATORS)
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_every_tile_fits(operator, dtype):
-    rows = listing("--operators", operator, "--cards", "sm_90", "--dtypes", dtype)
+def test_every_kernel_compiles():
+    """Triton keeps compiled kernels in ~/.triton: a second run takes seconds."""
+    rows = listing("--quick", "--cards", "sm_90", "--dtypes", "bf16")
     fits(rows)
-    assert {(row.operator, row.card, row.dtype) for row in rows} == {(operator, "sm_90", dtype)}
+    assert {row.operator for row in rows} == set(aot.OPERATORS)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("operator", aot.OPERATORS)
+@pytest.mark.parametrize("card", aot.CARDS)
+@pytest.mark.parametrize("dtype", aot.DTYPES)
+def test_every_tile_fits(operator, card, dtype):
+    rows = listing("--operators", operator, "--cards", card, "--dtypes", dtype)
+    fits(rows)
+    assert {(row.operator, row.card, row.dtype) for row in rows} == {(operator, card, dtype)}
 
 
 def test_compiles_for_a_card_of_another_maker():
-    rows = listing("--operators", "strip_gate", "channel_attention", "--cards", "gfx942", "--dtypes", "fp16")
+    rows = listing("--quick", "--operators", "strip_gate", "channel_attention", "--cards", "gfx942", "--dtypes", "fp16")
     fits(rows)
     assert {row.operator for row in rows} == {"strip_gate", "channel_attention"}
 

@@ -8,19 +8,23 @@ import torch
 from saccade.ops import backend, bilevel_routing_attention, region_routing
 from saccade.ops.bilevel_routing import eager, kernel, op, reference
 from support.ops import (
+    COMPILED,
     DEVICE,
     DTYPES,
+    FULL,
     check,
     compiles,
     evaluate,
     exports,
+    far_apart,
     gradients_are_right,
+    grid,
     rand,
     refuses,
     refuses_second_derivative,
+    registers,
     repeats,
 )
-from torch.library import opcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -100,9 +104,7 @@ def test_eager_matches_reference(shape):
             torch.testing.assert_close(ours, exact)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("form", FORMS, indirect=True)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@grid(indirect=["form"], shape=SHAPES, form=FORMS, dtype=DTYPES)
 def test_triton_matches_reference(shape, form, dtype):
     check(triton, plain, *inputs(shape, dtype, torch.int32))
 
@@ -139,15 +141,10 @@ def test_channels_first_memory_is_copied():
 
 @pytest.mark.parametrize("form", FORMS, indirect=True)
 def test_offsets_beyond_31_bits(form, tmp_path):
-    """Rows of the map 2**30 elements apart, in a file (or on a card) that is mostly holes."""
+    """Rows of the map 2**30 elements apart."""
     qkv, idx, heads, regions = inputs((1, (2, 1), (2, 2), 1, 1, 16), torch.float16)
     size = 3 * 2**30 + 1024
-    if DEVICE == "cpu":
-        big = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=torch.float16)
-    elif torch.cuda.mem_get_info()[0] > 2**33:
-        big = torch.empty(size, dtype=torch.float16, device=DEVICE)
-    else:
-        pytest.skip("needs 8 GB on the card")
+    big = far_apart(tmp_path, size)
     apart = big.as_strided(qkv.shape, (size, 2**30, 48, 1))
     apart.copy_(qkv)
     out = triton(apart, idx, heads, regions)
@@ -304,15 +301,16 @@ def test_neither_logits_nor_gathered_keys_are_kept(form, monkeypatch):
     assert tables < qkv.nbytes // 10  # small enough for anything else to show
 
 
-def test_registration():
+@FULL
+def test_registration(full):
     qkv, idx, heads, regions = inputs(SHAPES[1])
     wide = rand((1, 9, 9, 96)).requires_grad_()[:, 1:-2, 2:-1, 8:80]
     for x in (qkv, qkv.clone().requires_grad_(), wide, qkv.transpose(1, 2)):
-        opcheck(op.fwd, (x, idx, heads, *regions, 0.2))
+        registers(op.fwd, (x, idx, heads, *regions, 0.2), full)
     out, lse = op.fwd(qkv, idx, heads, *regions, 0.2)
     for dout in (rand(out.shape), rand(out.shape).transpose(1, 2)):
-        opcheck(op.bwd, (dout, qkv, idx, out, lse, heads, *regions, 0.2))
-        opcheck(op.bwd, (dout, wide.detach(), idx, out, lse, heads, *regions, 0.2))
+        registers(op.bwd, (dout, qkv, idx, out, lse, heads, *regions, 0.2), full)
+        registers(op.bwd, (dout, wide.detach(), idx, out, lse, heads, *regions, 0.2), full)
 
 
 @pytest.mark.parametrize("f", [eager.bilevel_routing_attention, plain], ids=["eager", "reference"])
@@ -329,8 +327,7 @@ def model(x):
     return bilevel_routing_attention(x, region_routing(x, (2, 2), 3), 2, (3, 3))
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@COMPILED
 def test_compiles_whole(name, dynamic):
     others = ((rand((3, 6, 6, 96)),),) if dynamic else ()
     compiles(model, rand((2, 6, 6, 96)), name=name, dynamic=dynamic, others=others)

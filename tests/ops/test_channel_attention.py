@@ -10,23 +10,29 @@ from saccade.ops import channel_attention
 from saccade.ops.channel_attention import kernel, op, reference
 from support import parity
 from support.ops import (
-    DEVICE,
+    COMPILED,
     DTYPES,
+    FULL,
+    accepts_empty,
     agree,
     autocast_changes_nothing,
     check,
     compiles,
     exports,
+    far_apart,
+    flops,
     forced,
     gradients_are_right,
+    grid,
     peak_bytes,
     rand,
+    reads_any_gradient,
     refuses,
     refuses_second_derivative,
+    registers,
     repeats,
+    scripts,
 )
-from torch.library import opcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 torch.set_num_threads(1)
 
@@ -110,9 +116,9 @@ def test_eager_matches_reference(shape, heads, scale):
     agree(plain, reference.channel_attention, rand(shape, torch.float64), heads, scale)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape, heads", SHAPES, ids=str)
-def test_triton_matches_reference(shape, heads, dtype):
+@grid(case=SHAPES, dtype=DTYPES)
+def test_triton_matches_reference(case, dtype):
+    shape, heads = case
     check(triton, reference.channel_attention, rand(shape, dtype) / shape[1] ** 0.25, heads)
 
 
@@ -139,25 +145,14 @@ def test_reads_views_where_they_lie(f):
 
 @FORMS
 def test_gradient_that_lies_otherwise(f):
-    qkv = rand((2, 3, 4, 24)).requires_grad_()
-    dout = rand((2, 3, 4, 8), seed=9)
-    exact = torch.autograd.grad(reference.channel_attention(qkv, 2), qkv, dout)[0]
-    for lying in (dout, dout.transpose(1, 2).contiguous().transpose(1, 2), dout.mT.contiguous().mT):
-        torch.testing.assert_close(torch.autograd.grad(f(qkv, 2), qkv, lying)[0], exact)
-    (ones,) = torch.autograd.grad(f(qkv, 2).sum(), qkv)  # an expanded one: all strides 0
-    torch.testing.assert_close(ones, torch.autograd.grad(reference.channel_attention(qkv, 2).sum(), qkv)[0])
+    reads_any_gradient(lambda x: f(x, 2), lambda x: reference.channel_attention(x, 2), rand((2, 3, 4, 24)))
 
 
 def test_offsets_beyond_31_bits(tmp_path):
-    """Rows of the map 2**30 elements apart, in a file (or on a card) that is mostly holes."""
+    """Rows of the map 2**30 elements apart."""
     qkv = rand((1, 4, 3, 48), torch.float16)
     size = 3 * 2**30 + 1024
-    if DEVICE == "cpu":
-        big = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=torch.float16)
-    elif torch.cuda.mem_get_info()[0] > 2**33:
-        big = torch.empty(size, dtype=torch.float16, device=DEVICE)
-    else:
-        pytest.skip("needs 8 GB on the card")
+    big = far_apart(tmp_path, size)
     apart = big.as_strided(qkv.shape, (size, 2**30, 48, 1))
     apart.copy_(qkv)
     out, a = kernel.fwd(qkv, 1, 0.25)
@@ -232,11 +227,7 @@ def test_kernels_refuse_what_they_cannot_take():
 @FORMS
 @pytest.mark.parametrize("shape", [(0, 5, 12), (2, 0, 12), (2, 0, 3, 12), (2, 3, 0, 12)], ids=str)
 def test_nothing_in_nothing_out(shape, f):
-    qkv = rand(shape).requires_grad_()
-    out = f(qkv, 2)
-    assert out.shape == (*shape[:-1], 4)
-    out.sum().backward()
-    assert qkv.grad.shape == qkv.shape
+    accepts_empty(lambda qkv: f(qkv, 2), (*shape[:-1], 4), rand(shape))
 
 
 @FORMS
@@ -244,12 +235,13 @@ def test_runs_are_equal_to_the_bit(f):
     repeats(f, rand((1, 600, 48)), 1)
 
 
-def test_registration():
+@FULL
+def test_registration(full):
     big = rand((2, 4, 5, 54))
     for qkv in (big[:, 1:, ::2, 3:27].requires_grad_(), big[..., :24].transpose(1, 2)):
-        opcheck(op.fwd, (qkv, 2, 0.25))
+        registers(op.fwd, (qkv, 2, 0.25), full)
     out, a = op.fwd(qkv, 2, 0.25)
-    opcheck(op.bwd, (rand(out.shape).transpose(1, 2).contiguous().transpose(1, 2), qkv, a, 2, 0.25))
+    registers(op.bwd, (rand(out.shape).transpose(1, 2).contiguous().transpose(1, 2), qkv, a, 2, 0.25), full)
 
 
 @pytest.mark.parametrize("f", [plain, reference.channel_attention], ids=["eager", "reference"])
@@ -262,9 +254,9 @@ def test_second_derivative_is_refused():
     refuses_second_derivative(lambda qkv: triton(qkv, 2), rand((1, 5, 24)))
 
 
-@pytest.mark.parametrize("shape, dynamic", [((2, 3, 4, 24), False), ((2, 9, 24), True)], ids=str)
-@pytest.mark.parametrize("name", ["torch", "triton"])
-def test_compiles_in_one_graph(name, shape, dynamic):
+@COMPILED
+def test_compiles_in_one_graph(name, dynamic):
+    shape = (2, 9, 24) if dynamic else (2, 3, 4, 24)
     others = ((rand((3, *shape[1:])),),) if dynamic else ()
     compiles(lambda qkv: channel_attention(qkv, 2), rand(shape), name=name, dynamic=dynamic, others=others)
 
@@ -278,8 +270,7 @@ def test_exports(name):
 
 @pytest.mark.parametrize("shape", [(2, 3, 4, 24), (2, 9, 24)], ids=str)
 def test_scripts(shape):
-    qkv = rand(shape)
-    torch.testing.assert_close(torch.jit.script(channel_attention)(qkv, 2), plain(qkv, 2))
+    scripts(channel_attention, plain, rand(shape), 2)
 
 
 def test_meta_tensors_have_shapes():
@@ -297,13 +288,9 @@ def test_autocast_changes_nothing(dtype, f):
 
 
 def test_flops_are_those_of_the_products():
-    qkv = rand((2, 3, 4, 48)).requires_grad_()
-    with FlopCounterMode(display=False) as forward:
-        out = triton(qkv, 2)
-    assert forward.get_total_flops() == 2 * 2 * 2 * 12 * 16 * 8
-    with FlopCounterMode(display=False) as backward:
-        out.sum().backward()
-    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+    forward, backward = flops(lambda qkv: triton(qkv, 2), rand((2, 3, 4, 48)))
+    assert forward == 2 * 2 * 2 * 12 * 16 * 8
+    assert backward == 2 * forward
 
 
 def _memory(f, shape, heads) -> tuple[float, float]:

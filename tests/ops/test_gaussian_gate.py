@@ -1,38 +1,22 @@
 """Gaussian gate: the reference against loops and the published values, the other forms against it, and the contract."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from saccade.ops import gaussian_gate
-from saccade.ops.gaussian_gate import kernel, op, reference
+from saccade.ops.gaussian_gate import eager, kernel, op, reference
 from support import parity
-from support.ops import (
-    DEVICE,
-    DTYPES,
-    agree,
-    autocast_changes_nothing,
-    check,
-    compiles,
-    exports,
-    forced,
-    gradients_are_right,
-    peak_bytes,
-    rand,
-    refuses,
-    refuses_second_derivative,
-    repeats,
-)
-from torch.library import opcheck
-from torch.utils.flop_counter import FlopCounterMode
+from support.gates import LAYOUTS, MODES, Gate
+from support.ops import DEVICE, DTYPES, FULL, agree, check, far_apart, forced, grid, rand, refuses, registers
 
 torch.set_num_threads(1)
 
 triton, plain = forced(gaussian_gate, "triton"), forced(gaussian_gate, "torch")
 FORMS = pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
-LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+BOTH_LAYOUTS = [torch.contiguous_format, torch.channels_last]
 NORMED = pytest.mark.parametrize("normed", [False, True], ids=["bare", "normed"])
 SHAPES = [
     (3, 24, 5, 7),
@@ -47,8 +31,8 @@ def parameters(C, dtype=torch.float32, normed=True):
 
 
 def statistics(C, normed=True, dtype=torch.float32):
-    found = [i % 2 + rand((C,), dtype, 6 + i).abs() / 4 for i in range(4)]
-    return found if normed else [*found[:2], None, None]
+    statistics = [i % 2 + rand((C,), dtype, 6 + i).abs() / 4 for i in range(4)]
+    return statistics if normed else [*statistics[:2], None, None]
 
 
 def inputs(shape, dtype=torch.float32, layout=torch.contiguous_format, normed=True):
@@ -147,12 +131,9 @@ def test_eager_matches_reference(shape, layout, training, normed):
     agree(run(plain, training, normed), run(reference.gaussian_gate, training, normed), *args)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@MODES
-@LAYOUTS
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_triton_matches_eager(shape, layout, training, dtype):
-    """Which is held to the reference above, and takes a map in half precision and parameters in float32, as usual."""
+@grid(shape=SHAPES, layout=BOTH_LAYOUTS, training=[True, False], dtype=DTYPES)
+def test_triton_matches_the_definition(shape, layout, training, dtype):
+    """On a map in half precision and parameters in float32, as usual."""
 
     def mixed(f):
         def g(x, *params):
@@ -162,7 +143,7 @@ def test_triton_matches_eager(shape, layout, training, dtype):
         return g
 
     x, *params = inputs(shape, layout=layout)
-    check(mixed(triton), mixed(plain), x.to(dtype), *params)
+    check(mixed(triton), mixed(eager.definition), x.to(dtype), *params)
 
 
 @MODES
@@ -171,63 +152,11 @@ def test_triton_without_the_second_norm(training):
     check(run(triton, training, False), run(reference.gaussian_gate, training, False), *args)
 
 
-@FORMS
-def test_running_statistics_are_those_of_batch_norm(f):
-    x, *params = inputs(SHAPES[0])
-    ours, exact = (statistics(24) for _ in range(2))
-    for momentum in (0.1, 0.5):
-        f(x, *params, *ours, True, momentum)
-        reference.gaussian_gate(x, *params, *exact, True, momentum)
-    torch.testing.assert_close(ours, exact)
-    for form in (f, reference.gaussian_gate):
-        torch.testing.assert_close(form(x, *params, *ours), reference.gaussian_gate(x, *params, *exact))
-
-
-@FORMS
-@LAYOUTS
-def test_memory_format_is_kept(f, layout):
-    x, *params = inputs(SHAPES[0], layout=layout)
-    y = run(f, True)(x.requires_grad_(), *params)
-    assert y.stride() == x.stride()
-    y.sum().backward()
-    assert x.grad.stride() == x.stride()
-
-
-@FORMS
-@LAYOUTS
-def test_reads_a_view_of_a_bigger_map(f, layout):
-    params = parameters(24)
-
-    def of_view(f):
-        return lambda big: run(f, True)(big[:, 8:, 1:, ::2], *(p.to(big.dtype) for p in params))
-
-    check(of_view(f), of_view(reference.gaussian_gate), rand((4, 32, 6, 13)).contiguous(memory_format=layout))
-
-
-@FORMS
-def test_gradient_that_lies_otherwise(f):
-    x, *params = inputs(SHAPES[0])
-    x.requires_grad_()
-    dy = rand(x.shape, seed=9)
-    (exact,) = torch.autograd.grad(run(reference.gaussian_gate, True)(x, *params), x, dy)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        (dx,) = torch.autograd.grad(run(f, True)(x, *params), x, dy.contiguous(memory_format=layout))
-        torch.testing.assert_close(dx, exact, rtol=1e-4, atol=5e-5)
-    (dx,) = torch.autograd.grad(run(f, False)(x, *params).sum(), x)  # an expanded one: all strides 0
-    torch.testing.assert_close(dx, torch.autograd.grad(run(reference.gaussian_gate, False)(x, *params).sum(), x)[0])
-
-
 def test_offsets_beyond_31_bits(tmp_path):
-    """Rows of the map 2**30 elements apart, in a file (or on a card) that is mostly holes."""
+    """Rows of the map 2**30 elements apart."""
     x = rand((1, 4, 4, 3), torch.float16)
     size = 3 * 2**30 + 1024
-    if DEVICE == "cpu":
-        big = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=torch.float16)
-    elif torch.cuda.mem_get_info()[0] > 2**33:
-        big = torch.empty(size, dtype=torch.float16, device=DEVICE)
-    else:
-        pytest.skip("needs 8 GB on the card")
-    apart = big.as_strided(x.shape, (size, 4, 2**30, 1))
+    apart = far_apart(tmp_path, size).as_strided(x.shape, (size, 4, 2**30, 1))
     apart.copy_(x)
     mean, std = kernel.moments(x)
     assert all(map(torch.equal, (mean, std), kernel.moments(apart)))
@@ -283,16 +212,6 @@ def test_nan_stays_in_its_image(f, layout):
     assert torch.equal(out[[0, 2]], clean[[0, 2]])
 
 
-@FORMS
-def test_parameters_of_another_type(f):
-    x, *params = inputs(SHAPES[0])
-    args = [x.half().requires_grad_(), *(p.requires_grad_() for p in params)]
-    out = f(*args, *statistics(24))
-    torch.testing.assert_close(out.float(), plain(x, *params, *statistics(24)), rtol=2e-3, atol=2e-3)
-    out.sum().backward()
-    assert [a.grad.dtype for a in args] == [torch.float16, *[torch.float32] * 5]
-
-
 NAMES = (
     "x", "weight", "norm_weight", "norm_bias", "out_norm_weight", "out_norm_bias",
     "running_mean", "running_var", "out_running_mean", "out_running_var",
@@ -320,107 +239,26 @@ def test_bad_input_is_named_in_one_sentence(case):
     refuses(gaussian_gate, message, **dict(zip(NAMES, (*inputs((2, 8, 3, 3)), *statistics(8)))) | change)
 
 
-@FORMS
-@MODES
-@pytest.mark.parametrize("B, H, W", [(0, 6, 5), (2, 0, 5), (2, 6, 0)])
-def test_nothing_in_nothing_out(B, H, W, training, f):
-    args = [t.requires_grad_() for t in inputs((B, 8, H, W))]
-    out = f(*args, *statistics(8), training)
-    assert out.shape == args[0].shape
-    out.sum().backward()
-    assert args[0].grad.shape == args[0].shape
-    assert not args[1].grad.any()
-
-
-@FORMS
-@LAYOUTS
-def test_runs_are_equal_to_the_bit(f, layout):
-    repeats(run(f, True), *inputs(SHAPES[0], layout=layout))
-
-
-def test_registration():
+@FULL
+def test_registration(full):
     big = rand((2, 12, 6, 5)).contiguous(memory_format=torch.channels_last)
     for x, normed, training in ((big[:, 4:], True, True), (big[:, :8].contiguous(), False, False)):
         bare = [None] * (0 if normed else 2)
         running = [None] * 4 if training else statistics(8, normed)
         args = (x.requires_grad_(), *parameters(8, normed=normed), *bare, *running)
-        opcheck(op.fwd, (*args, training, 1e-5))
+        registers(op.fwd, (*args, training, 1e-5), full)
         x = x.detach()
         y, mean, std, _ = op.fwd(x, *args[1:], training, 1e-5)
         dy = rand(y.shape, seed=5).transpose(2, 3).contiguous().transpose(2, 3)
-        opcheck(op.bwd, (dy, x, *args[1:], mean, std, training, 1e-5))
+        registers(op.bwd, (dy, x, *args[1:], mean, std, training, 1e-5), full)
 
 
-@pytest.mark.parametrize("f", [plain, reference.gaussian_gate], ids=["eager", "reference"])
-@MODES
-def test_gradcheck(f, training):
-    gradients_are_right(run(f, training), *inputs((3, 2, 2, 3), torch.float64))
-
-
-def test_second_derivative_is_refused():
-    refuses_second_derivative(run(triton, True), *inputs((2, 4, 3, 2)))
-
-
-@pytest.mark.parametrize("training, dynamic", [(False, True), (True, False)])
-@pytest.mark.parametrize("name", ["torch", "triton"])
-def test_compiles_in_one_graph(name, training, dynamic):
-    x, *params = inputs((3, 8, 4, 3))
-    others = ((x[:2], *params),) if dynamic else ()
-    running = [None] * 4 if training else statistics(8)
-    compiles(
-        lambda x, *params: gaussian_gate(x, *params, *running, training),
-        x,
-        *params,
-        name=name,
-        dynamic=dynamic,
-        others=others,
-    )
-
-
-@pytest.mark.parametrize("name", ["torch", "triton"])
-def test_exports(name):
-    x, *params = inputs((3, 8, 4, 3))
-    running = statistics(8)
-    exports(lambda x: gaussian_gate(x, *params, *running), (x,), (x[:2],), name, "gaussian_gate_fwd")
-
-
-def test_scripts():
-    args = (*inputs(SHAPES[0]), *statistics(24))
-    torch.testing.assert_close(torch.jit.script(gaussian_gate)(*args), plain(*args))
-
-
-@MODES
-def test_meta_tensors_have_shapes(training):
-    args = [t.to("meta").requires_grad_() for t in inputs(SHAPES[0])]
-    out = gaussian_gate(*args, *(t.to("meta") for t in statistics(24)), training)
-    assert out.shape == args[0].shape
-    out.sum().backward()
-    assert args[1].grad.shape == args[1].shape
-
-
-@FORMS
-@MODES
-def test_autocast_changes_nothing(f, training):
-    autocast_changes_nothing(run(f, training), *inputs(SHAPES[0]))
-
-
-def test_flops_are_those_of_the_convolution():
-    args = [t.requires_grad_() for t in inputs((2, 8, 4, 3))]
-    with FlopCounterMode(display=False) as forward:
-        out = run(triton, True)(*args)
-    assert forward.get_total_flops() == 2 * 2 * 8 * 16
-    with FlopCounterMode(display=False) as backward:
-        out.sum().backward()
-    assert backward.get_total_flops() == 2 * forward.get_total_flops()
-
-
-@LAYOUTS
-@pytest.mark.parametrize("f, shape", [(plain, (4, 48, 28, 28)), (triton, (2, 4, 32, 32))], ids=["eager", "triton"])
-def test_memory(f, shape, layout):
-    """Nothing of the size of the map but the output and, backward, the gradient: the gated map before its norm, or the
-    products of dy and x apart from the gradient, would be one more each."""
-    args, unit = inputs(shape, layout=layout), math.prod(shape) * 4
-    assert peak_bytes(lambda: run(f, True)(*args)) < 1.3 * unit
-    dy = rand(shape).contiguous(memory_format=layout)
-    args = [t.requires_grad_() for t in args]
-    assert peak_bytes(lambda: torch.autograd.grad(run(f, True)(*args), args, dy)) < 2.5 * unit
+class TestGate(Gate):
+    operator = staticmethod(gaussian_gate)
+    reference = staticmethod(reference.gaussian_gate)
+    inputs = staticmethod(inputs)
+    statistics = staticmethod(lambda C, dtype=torch.float32: statistics(C, True, dtype))
+    MACS = 2 * 8 * 16
+    # Nothing of the size of the map but the output and, backward, the gradient: the gated map before its norm, or the
+    # products of dy and x apart from the gradient, would be one more each.
+    MEMORY: ClassVar = dict(torch=((4, 48, 28, 28), 1.3, 2.5), triton=((2, 4, 32, 32), 1.3, 2.5))

@@ -10,22 +10,26 @@ from saccade.ops import backend, connectivity, predict_mask, sparse_attention, s
 from saccade.ops.sparse_attention import eager, kernel, op, reference
 from support import parity
 from support.ops import (
+    COMPILED,
     DEVICE,
     DTYPES,
+    FULL,
     agree,
     check,
     compiles,
     evaluate,
     exports,
+    far_apart,
     forced,
     gradients_are_right,
+    grid,
     peak_bytes,
     rand,
     refuses,
     refuses_second_derivative,
+    registers,
     repeats,
 )
-from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 torch.set_num_threads(1)
@@ -249,8 +253,7 @@ def test_scores_in_half_precision_are_in_full():
 # The kernels.
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 37, 2, 16, 0.3), (1, 70, 1, 5, 0.05), (1, 1, 2, 40, 0.5)], ids=str)
+@grid(shape=[(2, 37, 2, 16, 0.3), (1, 70, 1, 5, 0.05), (1, 1, 2, 40, 0.5)], dtype=DTYPES)
 def test_triton_attention(shape, dtype):
     qkv, mask, heads = inputs(*shape, dtype)
     mask[0, -1, 1:2] = 0  # a query without keys
@@ -381,15 +384,10 @@ def test_reads_views():
 
 
 def test_offsets_beyond_31_bits(tmp_path):
-    """Two images 2**31 elements apart, and tokens 2**30, in a file (or on a card) that is mostly holes."""
+    """Two images 2**31 elements apart, and tokens 2**30."""
     qkv, mask, heads = inputs(1, 3, 1, 16, 0.9, torch.float16)
     size = 2**32 + 1024
-    if DEVICE == "cpu":
-        big = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=torch.float16)
-    elif torch.cuda.mem_get_info()[0] > 2**34:
-        big = torch.empty(size, dtype=torch.float16, device=DEVICE)
-    else:
-        pytest.skip("needs 9 GB on the card")
+    big = far_apart(tmp_path, size)
     apart = big.as_strided(qkv.shape, (size, 2**31 - 64, 1))
     apart.copy_(qkv)
     out, lse = kernel.fwd(qkv, mask, heads, 0.25)
@@ -418,16 +416,17 @@ def test_runs_are_equal_to_the_bit():
     assert torch.equal(triton_mask(*args, budget=4), triton_mask(*args, budget=4))
 
 
-def test_registration():
+@FULL
+def test_registration(full):
     qkv, mask, heads = inputs(1, 34, 1, 16)
     wide = rand((1, 37, 62))[:, 1:-2, 5:53]
     for x in (qkv.clone().requires_grad_(), wide):
-        opcheck(op.fwd, (x, mask, heads, 0.25))
+        registers(op.fwd, (x, mask, heads, 0.25), full)
     out, lse = op.fwd(qkv, mask, heads, 0.25)
-    opcheck(op.bwd, (rand(out.mT.shape).mT, wide, mask, out, lse, heads, 0.25))
+    registers(op.bwd, (rand(out.mT.shape).mT, wide, mask, out, lse, heads, 0.25), full)
     args = predictor(1, 16, 1, 8, 5)
-    opcheck(op.mask, (*args, 4, None, 2, 0.0, 0.02, patches(1, 16)))
-    opcheck(op.mask, (*args, None, 0.1, None, 0.1, None, None))
+    registers(op.mask, (*args, 4, None, 2, 0.0, 0.02, patches(1, 16)), full)
+    registers(op.mask, (*args, None, 0.1, None, 0.1, None, None), full)
 
 
 def test_gradients():
@@ -459,8 +458,7 @@ def layer(B):
     return rand((B, 18, 48), seed=B), *(t.contiguous() for t in predictor(1, 18, 2, 8, 5)[2:])
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@COMPILED
 def test_compiles(name, dynamic):
     def f(*args):
         out = model(*args)

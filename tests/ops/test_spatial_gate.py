@@ -1,38 +1,22 @@
 """Spatial gate: the reference against loops and the published values, the other forms against it, and the contract."""
 
 import math
+from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from saccade.ops import gaussian_gate, spatial_gate
-from saccade.ops.spatial_gate import kernel, op, reference
+from saccade.ops.spatial_gate import eager, kernel, op, reference
 from support import parity
-from support.ops import (
-    DEVICE,
-    DTYPES,
-    agree,
-    autocast_changes_nothing,
-    check,
-    compiles,
-    exports,
-    forced,
-    gradients_are_right,
-    peak_bytes,
-    rand,
-    refuses,
-    refuses_second_derivative,
-    repeats,
-)
-from torch.library import opcheck
-from torch.utils.flop_counter import FlopCounterMode
+from support.gates import LAYOUTS, MODES, Gate
+from support.ops import DTYPES, FULL, agree, check, far_apart, forced, grid, rand, refuses, registers
 
 torch.set_num_threads(1)
 
 triton, plain = forced(spatial_gate, "triton"), forced(spatial_gate, "torch")
 FORMS = pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
-LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+BOTH_LAYOUTS = [torch.contiguous_format, torch.channels_last]
 SHAPES = [
     (3, 24, 5, 7),
     (2, 33, 9, 15),  # two tiles of positions, three of channels
@@ -131,73 +115,27 @@ def test_eager_matches_reference(shape, layout, training):
     agree(run(plain, training), run(reference.spatial_gate, training), *inputs(shape, torch.float64, layout))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@MODES
-@LAYOUTS
-@pytest.mark.parametrize("shape", SHAPES[:2], ids=str)
-def test_triton_matches_eager(shape, layout, training, dtype):
-    """Which is held to the reference above, and takes a map in half precision and parameters in float32, as usual."""
+@grid(shape=SHAPES[:2], layout=BOTH_LAYOUTS, training=[True, False], dtype=DTYPES)
+def test_triton_matches_the_definition(shape, layout, training, dtype):
+    """On a map in half precision and parameters in float32, as usual."""
+
+    def mixed(f):
+        def g(x, weight, *norm):
+            running = [None] * 2 if training else statistics(shape[1], weight.dtype)
+            return f(x, weight, *norm, *running, training)
+
+        return g
+
     x, *params = inputs(shape, layout=layout)
-    check(run(triton, training), run(plain, training), x.to(dtype), *params)
-
-
-@FORMS
-def test_running_statistics_are_those_of_batch_norm(f):
-    args = inputs(SHAPES[0])
-    ours, exact = (statistics(24) for _ in range(2))
-    for momentum in (0.1, 0.5):
-        f(*args, *ours, True, momentum)
-        reference.spatial_gate(*args, *exact, True, momentum)
-    torch.testing.assert_close(ours, exact)
-
-
-@FORMS
-@LAYOUTS
-def test_memory_format_is_kept(f, layout):
-    x, *params = inputs(SHAPES[0], layout=layout)
-    y = run(f, True)(x.requires_grad_(), *params)
-    assert y.stride() == x.stride()
-    y.sum().backward()
-    assert x.grad.stride() == x.stride()
-
-
-@FORMS
-@LAYOUTS
-def test_reads_a_view_of_a_bigger_map(f, layout):
-    _, *params = inputs((1, 24, 1, 1))
-
-    def of_view(f):
-        return lambda big: run(f, True)(big[:, :24, 1:, ::2], *(p.to(big.dtype) for p in params))
-
-    check(of_view(f), of_view(reference.spatial_gate), rand((2, 32, 6, 13)).contiguous(memory_format=layout))
-
-
-@FORMS
-def test_gradient_that_lies_otherwise(f):
-    x, *params = inputs(SHAPES[0])
-    x.requires_grad_()
-    dy = rand(x.shape, seed=9)
-    (exact,) = torch.autograd.grad(run(reference.spatial_gate, True)(x, *params), x, dy)
-    for layout in (torch.contiguous_format, torch.channels_last):
-        (dx,) = torch.autograd.grad(run(f, True)(x, *params), x, dy.contiguous(memory_format=layout))
-        torch.testing.assert_close(dx, exact, rtol=1e-4, atol=5e-5)
-    (dx,) = torch.autograd.grad(run(f, False)(x, *params).sum(), x)  # an expanded one: all strides 0
-    (exact,) = torch.autograd.grad(run(reference.spatial_gate, False)(x, *params).sum(), x)
-    torch.testing.assert_close(dx, exact, rtol=1e-4, atol=5e-5)
+    check(mixed(triton), mixed(eager.definition), x.to(dtype), *params)
 
 
 def test_offsets_beyond_31_bits(tmp_path):
-    """Rows of the map 2**30 elements apart, in a file (or on a card) that is mostly holes."""
+    """Rows of the map 2**30 elements apart."""
     x, weight, *_ = inputs((1, 4, 4, 3))
     x = x.half()
     size = 3 * 2**30 + 1024
-    if DEVICE == "cpu":
-        big = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=torch.float16)
-    elif torch.cuda.mem_get_info()[0] > 2**33:
-        big = torch.empty(size, dtype=torch.float16, device=DEVICE)
-    else:
-        pytest.skip("needs 8 GB on the card")
-    apart = big.as_strided(x.shape, (size, 4, 2**30, 1))
+    apart = far_apart(tmp_path, size).as_strided(x.shape, (size, 4, 2**30, 1))
     apart.copy_(x)
     g, *moments = kernel.gate(x, weight)
     results = [
@@ -219,16 +157,6 @@ def test_nan_stays_in_its_position(f, layout):
     assert out[1, :, 2, 2].isnan().all()
     out[1, :, 2, 2] = clean[1, :, 2, 2]
     assert torch.equal(out, clean)
-
-
-@FORMS
-def test_parameters_of_another_type(f):
-    x, *params = inputs(SHAPES[0])
-    args = [x.half().requires_grad_(), *(p.requires_grad_() for p in params)]
-    out = f(*args, *statistics(24))
-    torch.testing.assert_close(out.float(), plain(x, *params, *statistics(24)), rtol=2e-3, atol=2e-3)
-    out.sum().backward()
-    assert [a.grad.dtype for a in args] == [torch.float16, *[torch.float32] * 3]
 
 
 NAMES = ("x", "weight", "norm_weight", "norm_bias", "running_mean", "running_var")
@@ -253,102 +181,24 @@ def test_bad_input_is_named_in_one_sentence(case):
     refuses(spatial_gate, message, **dict(zip(NAMES, (*inputs((2, 8, 3, 3)), *statistics(8)))) | change)
 
 
-@FORMS
-@MODES
-@pytest.mark.parametrize("B, H, W", [(0, 6, 5), (2, 0, 5), (2, 6, 0)])
-def test_nothing_in_nothing_out(B, H, W, training, f):
-    args = [t.requires_grad_() for t in inputs((B, 8, H, W))]
-    out = f(*args, *statistics(8), training)
-    assert out.shape == args[0].shape
-    out.sum().backward()
-    assert args[0].grad.shape == args[0].shape
-    assert not args[1].grad.any()
-
-
-@FORMS
-@LAYOUTS
-def test_runs_are_equal_to_the_bit(f, layout):
-    repeats(run(f, True), *inputs(SHAPES[0], layout=layout))
-
-
-def test_registration():
+@FULL
+def test_registration(full):
     big = rand((2, 12, 6, 5)).contiguous(memory_format=torch.channels_last)
     for x, training in ((big[:, 4:], True), (big[:, :8].contiguous(), False)):
         params, running = inputs((1, 8, 1, 1))[1:], statistics(8)
-        opcheck(op.fwd, (x.requires_grad_(), *params, *([None] * 2 if training else running), training, 1e-5))
+        registers(op.fwd, (x.requires_grad_(), *params, *([None] * 2 if training else running), training, 1e-5), full)
         x = x.detach()
         y, g, _ = op.fwd(x, *params, *running, training, 1e-5)
         dy = rand(y.shape, seed=5).transpose(2, 3).contiguous().transpose(2, 3)
-        opcheck(op.bwd, (dy, x, *params, *running, g, training, 1e-5))
+        registers(op.bwd, (dy, x, *params, *running, g, training, 1e-5), full)
 
 
-@pytest.mark.parametrize("f", [plain, reference.spatial_gate], ids=["eager", "reference"])
-@MODES
-def test_gradcheck(f, training):
-    gradients_are_right(run(f, training), *inputs((2, 3, 2, 3), torch.float64))
-
-
-def test_second_derivative_is_refused():
-    refuses_second_derivative(run(triton, True), *inputs((2, 4, 3, 2)))
-
-
-@pytest.mark.parametrize("training, dynamic", [(False, True), (True, False)])
-@pytest.mark.parametrize("name", ["torch", "triton"])
-def test_compiles_in_one_graph(name, training, dynamic):
-    x, *params = inputs((3, 8, 4, 3))
-    running = [None] * 2 if training else statistics(8)
-    others = ((x[:2], *params),) if dynamic else ()
-    compiles(
-        lambda x, *params: spatial_gate(x, *params, *running, training),
-        x, *params, name=name, dynamic=dynamic, others=others,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["torch", "triton"])
-def test_exports(name):
-    x, *params = inputs((3, 8, 4, 3))
-    running = statistics(8)
-    exports(lambda x: spatial_gate(x, *params, *running), (x,), (x[:2],), name, "spatial_gate_fwd")
-
-
-def test_scripts():
-    args = (*inputs(SHAPES[0]), *statistics(24))
-    torch.testing.assert_close(torch.jit.script(spatial_gate)(*args), plain(*args))
-
-
-@MODES
-def test_meta_tensors_have_shapes(training):
-    args = [t.to("meta").requires_grad_() for t in inputs(SHAPES[0])]
-    out = spatial_gate(*args, *(t.to("meta") for t in statistics(24)), training)
-    assert out.shape == args[0].shape
-    out.sum().backward()
-    assert args[1].grad.shape == args[1].shape
-
-
-@FORMS
-@MODES
-def test_autocast_changes_nothing(f, training):
-    autocast_changes_nothing(run(f, training), *inputs(SHAPES[0]))
-
-
-def test_flops_are_those_of_the_convolution():
-    args = [t.requires_grad_() for t in inputs((2, 8, 4, 3))]
-    with FlopCounterMode(display=False) as forward:
-        out = run(triton, True)(*args)
-    assert forward.get_total_flops() == 2 * 2 * 8 * 12
-    with FlopCounterMode(display=False) as backward:
-        out.sum().backward()
-    assert backward.get_total_flops() == 2 * forward.get_total_flops()
-
-
-@LAYOUTS
-@pytest.mark.parametrize("f, shape", [(plain, (4, 32, 28, 28)), (triton, (2, 8, 32, 32))], ids=["eager", "triton"])
-def test_memory(f, shape, layout):
-    """Nothing of the size of the map is kept but the output. The kernels never have the gated map; PyTorch has
-    it for as long as the norm takes, and backward again beside the gradient to it."""
-    args, unit = inputs(shape, layout=layout), math.prod(shape) * 4
-    extra = f is plain
-    assert peak_bytes(lambda: run(f, True)(*args)) < (1.3 + extra) * unit
-    dy = rand(shape).contiguous(memory_format=layout)
-    args = [t.requires_grad_() for t in args]
-    assert peak_bytes(lambda: torch.autograd.grad(run(f, True)(*args), args, dy)) < (2.5 + 2 * extra) * unit
+class TestGate(Gate):
+    operator = staticmethod(spatial_gate)
+    reference = staticmethod(reference.spatial_gate)
+    inputs = staticmethod(inputs)
+    statistics = staticmethod(statistics)
+    MACS = 2 * 8 * 12
+    # Nothing of the size of the map is kept but the output. The kernels never have the gated map; PyTorch has it for as
+    # long as the norm takes, and backward again beside the gradient to it.
+    MEMORY: ClassVar = dict(torch=((4, 32, 28, 28), 2.3, 4.5), triton=((2, 8, 32, 32), 1.3, 2.5))

@@ -8,24 +8,32 @@ from saccade.ops import strip_gate
 from saccade.ops.strip_gate import eager, kernel, op, reference
 from support import parity
 from support.ops import (
+    COMPILED,
     DEVICE,
     DTYPES,
+    FULL,
+    accepts_empty,
     agree,
     autocast_changes_nothing,
     check,
     compiles,
     evaluate,
     exports,
+    far_apart,
+    flops,
     forced,
     gradients_are_right,
+    grid,
+    keeps_memory_format,
     peak_bytes,
     rand,
+    reads_any_gradient,
     refuses,
     refuses_second_derivative,
+    registers,
     repeats,
+    scripts,
 )
-from torch.library import opcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 torch.set_num_threads(1)
 
@@ -114,9 +122,7 @@ def test_eager_matches_reference(shape, layout, residual):
     agree(plain, reference.strip_gate, *inputs(shape, torch.float64, layout), 1e-5, residual)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@grid(shape=SHAPES, layout=LAYOUTS, dtype=DTYPES)
 def test_triton_matches_reference(shape, layout, dtype):
     check(triton, reference.strip_gate, *inputs(shape, dtype, layout))
 
@@ -145,10 +151,7 @@ def test_parameters_of_another_type(f):
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_memory_format_is_kept(f, layout):
     x, *rest = inputs(SHAPES[0], layout=layout)
-    y = f(x.requires_grad_(), *rest)
-    assert y.stride() == x.stride()
-    y.sum().backward()
-    assert x.grad.stride() == x.stride()
+    keeps_memory_format(lambda x: f(x, *rest), x)
 
 
 @pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
@@ -164,26 +167,18 @@ def test_reads_a_view_of_a_bigger_map(f):
 
 def test_gradient_that_lies_otherwise():
     x, *rest = inputs(SHAPES[0])
-    dy = rand(x.shape, seed=9)
-    grads = []
-    for layout in LAYOUTS:
-        leaf = x.clone().requires_grad_()
-        grads += torch.autograd.grad(triton(leaf, *rest), leaf, dy.contiguous(memory_format=layout))
-    grads += torch.autograd.grad(triton(leaf, *rest).sum(), leaf)  # an expanded one: all strides 0
-    torch.testing.assert_close(grads[0], grads[1])
-    torch.testing.assert_close(grads[2], torch.autograd.grad(reference.strip_gate(leaf, *rest).sum(), leaf)[0])
+
+    def of_x(f):
+        return lambda x: f(x, *(t.to(x.dtype) if torch.is_tensor(t) else t for t in rest))
+
+    reads_any_gradient(of_x(triton), of_x(reference.strip_gate), x)
 
 
 def test_offsets_beyond_31_bits(tmp_path):
-    """Rows of the map 2**30 elements apart, in a file (or on a card) that is mostly holes."""
+    """Rows of the map 2**30 elements apart."""
     x = rand((1, 4, 4, 3), torch.float16)
     size = 3 * 2**30 + 1024
-    if DEVICE == "cpu":
-        big = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=torch.float16)
-    elif torch.cuda.mem_get_info()[0] > 2**33:
-        big = torch.empty(size, dtype=torch.float16, device=DEVICE)
-    else:
-        pytest.skip("needs 8 GB on the card")
+    big = far_apart(tmp_path, size)
     apart = big.as_strided(x.shape, (size, 4, 2**30, 1))
     apart.copy_(x)
     z, far = kernel.strip_means(x), kernel.strip_means(apart)
@@ -239,12 +234,7 @@ def test_bad_input_is_named_in_one_sentence(case):
 @pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
 @pytest.mark.parametrize("B, H, W", [(0, 6, 5), (2, 0, 5), (2, 6, 0)])
 def test_nothing_in_nothing_out(B, H, W, f):
-    args = [t.requires_grad_() if torch.is_tensor(t) else t for t in inputs((B, 8, H, W, 1, 5, 4))]
-    out = f(*args)
-    assert out.shape == args[0].shape
-    out.sum().backward()
-    assert args[0].grad.shape == args[0].shape
-    assert not args[1].grad.any()
+    accepts_empty(f, (B, 8, H, W), *inputs((B, 8, H, W, 1, 5, 4)))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
@@ -261,17 +251,18 @@ def test_tiles_cover_little_else(channels_last):
         assert kernel.ROWS % t["BLOCK_H"] == 0
 
 
-def test_registration():
+@FULL
+def test_registration(full):
     x, *rest = inputs(SHAPES[0])
     view = rand((2, 12, 8, 13))[:, 3:11, 1:6, :7]
     rest = (*rest, 1e-5, True)
     for t in (x, x.clone().requires_grad_(), x.contiguous(memory_format=torch.channels_last), view, x.transpose(2, 3)):
-        opcheck(op.fwd, (t, *rest))
+        registers(op.fwd, (t, *rest), full)
     for layout in LAYOUTS:
         t, dy = (rand(x.shape, seed=i).contiguous(memory_format=layout) for i in (0, 5))
         _, *z = op.fwd(t, *rest)
         for g in (dy, dy.transpose(2, 3).contiguous().transpose(2, 3)):
-            opcheck(op.bwd, (g, t, *rest[:3], *z, *rest[3:]))
+            registers(op.bwd, (g, t, *rest[:3], *z, *rest[3:]), full)
 
 
 @pytest.mark.parametrize("f", [plain, reference.strip_gate], ids=["eager", "reference"])
@@ -294,8 +285,7 @@ def test_frozen_parameters_and_frozen_map():
     torch.testing.assert_close(dweight, whole[2])
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("name", ["torch", "triton"])
+@COMPILED
 def test_compiles_in_one_graph(name, dynamic):
     others = (inputs((3, *SHAPES[0][1:])),) if dynamic else ()
     compiles(strip_gate, *inputs(SHAPES[0]), name=name, dynamic=dynamic, others=others)
@@ -309,8 +299,7 @@ def test_exports(name):
 
 
 def test_scripts():
-    args = inputs(SHAPES[0])
-    torch.testing.assert_close(torch.jit.script(strip_gate)(*args), plain(*args))
+    scripts(strip_gate, plain, *inputs(SHAPES[0]))
 
 
 def test_meta_tensors_have_shapes():
@@ -348,14 +337,9 @@ def test_memory(f, layout, shape, bounds):
 
 def test_flops_are_those_of_the_convolutions():
     B, C, H, W, M, K, _ = SHAPES[1]
-    args = inputs(SHAPES[1])
-    args[0].requires_grad_()
-    with FlopCounterMode(display=False) as forward:
-        out = triton(*args)
-    assert forward.get_total_flops() == 2 * B * C * M * K * (H + W)
-    with FlopCounterMode(display=False) as backward:
-        out.sum().backward()
-    assert backward.get_total_flops() == 2 * forward.get_total_flops()
+    forward, backward = flops(triton, *inputs(SHAPES[1]))
+    assert forward == 2 * B * C * M * K * (H + W)
+    assert backward == 2 * forward
 
 
 def test_means_are_in_full_precision():

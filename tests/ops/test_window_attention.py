@@ -10,24 +10,29 @@ from saccade.ops import backend, window_attention
 from saccade.ops.window_attention import eager, kernel, op, reference
 from support import parity
 from support.ops import (
+    COMPILED,
     DEVICE,
     DTYPES,
+    FULL,
+    accepts_empty,
     agree,
     autocast_changes_nothing,
     check,
     compiles,
-    evaluate,
     exports,
+    far_apart,
+    flops,
     forced,
     gradients_are_right,
+    grid,
     peak_bytes,
     rand,
     refuses,
     refuses_second_derivative,
+    registers,
     repeats,
+    scripts,
 )
-from torch.library import opcheck
-from torch.utils.flop_counter import FlopCounterMode
 
 torch.set_num_threads(1)
 
@@ -159,8 +164,7 @@ def test_eager_errs_no_more_than_reference(dtype):
     check(plain, reference.window_attention, *inputs(SHAPES[1], dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@grid(shape=SHAPES, dtype=DTYPES)
 def test_triton_matches_reference(shape, dtype):
     check(triton, reference.window_attention, *inputs(shape, dtype))
 
@@ -176,9 +180,7 @@ def test_triton_walks_wide_windows(walking):
 
 def test_triton_divides_windows_among_programs(monkeypatch, walking):
     monkeypatch.setattr(kernel, "PROGRAMS", 6)
-    args = inputs((3, 1, 2, 1, 4, (1, 2), (0, 1), True, True))
-    for ours, exact in zip(evaluate(triton, args), evaluate(plain, args), strict=True):
-        torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+    check(triton, reference.window_attention, *inputs((3, 1, 2, 1, 4, (1, 2), (0, 1), True, True)))
 
 
 @FORMS
@@ -202,15 +204,10 @@ def test_channels_first_memory(f):
 
 
 def test_offsets_beyond_31_bits(tmp_path):
-    """Rows of the map 2**30 elements apart, in a file (or on a card) that is mostly holes."""
+    """Rows of the map 2**30 elements apart."""
     qkv = rand((1, 4, 2, 3, 16), torch.float16)
     size = 3 * 2**30 + 1024
-    if DEVICE == "cpu":
-        big = torch.from_file(str(tmp_path / "holes"), shared=True, size=size, dtype=torch.float16)
-    elif torch.cuda.mem_get_info()[0] > 2**33:
-        big = torch.empty(size, dtype=torch.float16, device=DEVICE)
-    else:
-        pytest.skip("needs 8 GB on the card")
+    big = far_apart(tmp_path, size)
     apart = big.as_strided(qkv.shape, (size, 2**30, 48, 16, 1))
     apart.copy_(qkv)
     rest = (None, None, 1, [4, 2], [0, 0], 0.25)
@@ -268,13 +265,7 @@ def test_what_kernels_cannot_take_is_said():
 @FORMS
 @pytest.mark.parametrize("B, H, W", [(0, 4, 3), (2, 0, 3), (2, 4, 0)])
 def test_nothing_in_nothing_out(B, H, W, f):
-    args = [t.requires_grad_() if torch.is_tensor(t) else t for t in inputs((B, H, W, *SHAPES[1][3:]))]
-    out = f(*args)
-    assert out.shape == (B, H, W, 48)
-    out.sum().backward()
-    assert args[0].grad.shape == args[0].shape
-    assert not args[4].grad.any()
-    assert not args[5].grad.any()
+    accepts_empty(f, (B, H, W, 48), *inputs((B, H, W, *SHAPES[1][3:])))
 
 
 @FORMS
@@ -293,13 +284,14 @@ def test_runs_are_equal_to_the_bit(walking):
 
 
 @pytest.mark.parametrize("shape", SHAPES[3:], ids=str)
-def test_registration(shape):
+@FULL
+def test_registration(shape, full):
     qkv, heads, window, shift, bias, pad = inputs(shape)
     rest = (bias, pad, heads, list(window), list(shift), 0.25)
     swapped = qkv.transpose(1, 2).contiguous().transpose(1, 2)
-    opcheck(op.fwd, (swapped.requires_grad_(), *rest))
+    registers(op.fwd, (swapped.requires_grad_(), *rest), full)
     out, lse = op.fwd(qkv, *rest)
-    opcheck(op.bwd, (out.mT.contiguous().mT, qkv, bias, pad, out, lse, *rest[2:]))
+    registers(op.bwd, (out.mT.contiguous().mT, qkv, bias, pad, out, lse, *rest[2:]), full)
 
 
 def test_gradcheck():
@@ -311,8 +303,9 @@ def test_second_derivative_in_triton():
 
 
 # Where PyTorch traces the definition, the batch alone: proving the shapes of all sizes takes it minutes.
-@pytest.mark.parametrize("name, dynamic", [("torch", False), ("torch", None), ("triton", False), ("triton", True)])
+@COMPILED
 def test_compiles_in_one_graph(name, dynamic):
+    dynamic = None if dynamic and name == "torch" else dynamic
     qkv, *rest = inputs(SHAPES[4])
 
     def f(qkv, pad):
@@ -334,7 +327,7 @@ def test_exports(name):
 
 
 def test_scripts():
-    torch.testing.assert_close(torch.jit.script(window_attention)(*inputs(SHAPES[1])), plain(*inputs(SHAPES[1])))
+    scripts(window_attention, plain, *inputs(SHAPES[1]))
 
 
 def test_meta_tensors_have_shapes():
@@ -350,13 +343,9 @@ def test_autocast(f):
 def test_flops_are_those_of_attention():
     _, H, W, heads, D, (h, w), *_ = SHAPES[4]
     args = inputs(SHAPES[4])
-    args[0].requires_grad_()
-    with FlopCounterMode(display=False) as forward:
-        out = triton(*args)
-    assert forward.get_total_flops() == 4 * H * W * h * w * heads * D
-    with FlopCounterMode(display=False) as backward:
-        out.sum().backward()
-    assert backward.get_total_flops() == 2.5 * forward.get_total_flops()
+    forward, backward = flops(triton, *args)
+    assert forward == 4 * H * W * h * w * heads * D
+    assert backward == 2.5 * forward
 
 
 def test_eager_holds_little():

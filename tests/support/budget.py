@@ -10,6 +10,8 @@ from fixed seeds. With u the unit roundoff of the operation's dtype (half its ep
   signs keep partial sums below |y| + sqrt(sum t²), and n independent roundings add up as sqrt(n) (N. J. Higham and
   T. Mary, A new approach to probabilistic rounding error analysis, 2019). This holds for any order of summation.
 - A softmax sees its logits x off by v (|x| + |max x|) xi: a fused kernel computes exp(x - lse) of rounded x and lse.
+- A softmax's gradient y (dy - sum y dy) has the sum off by 4 u max |dy| xi: a fused kernel computes the product of the
+  output and its gradient instead, which does not cancel dy exactly where one key has all the weight.
 - What the dtype represents exactly stays exact: zeros, copies, masks and sums of small integers have no error.
 - Fused operations (norms, variances, softmax) are decomposed into these.
 
@@ -91,6 +93,7 @@ class Rounding(TorchDispatchMode):
         self.generator = torch.Generator().manual_seed(seed)
 
     def noise(self, like: Tensor) -> Tensor:
+        """Return float64 numbers uniform in [-1, 1]."""
         return (2 * torch.rand(like.shape, generator=self.generator, dtype=torch.float64) - 1).to(like.device)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -99,7 +102,8 @@ class Rounding(TorchDispatchMode):
             if func is _aten._softmax.default:
                 args = (self.logits(args[0], args[1]), *args[1:])
             with self:
-                return decomposition_table[func](*args, **kwargs)
+                result = decomposition_table[func](*args, **kwargs)
+            return self.softmax_gradient(result, *args[:3]) if func is _aten._softmax_backward_data.default else result
         inputs = None if func.is_view else _widen((args, kwargs))
         result = func(*args, **kwargs)
         outs = [y for y in (result if isinstance(result, tuple | list) else [result]) if isinstance(y, Tensor)]
@@ -110,9 +114,16 @@ class Rounding(TorchDispatchMode):
         return result
 
     def logits(self, x: Tensor, dim: int) -> Tensor:
+        """Return the logits that the softmax of a fused kernel sees."""
         size = x.double().abs().nan_to_num(0, 0, 0)
         error = ACCUMULATOR * (size + x.double().amax(dim, keepdim=True).abs().nan_to_num(0, 0, 0)) * self.noise(x)
         return (x.double() + error).to(x.dtype) if x.shape[dim] > 1 else x
+
+    def softmax_gradient(self, dx: Tensor, dy: Tensor, y: Tensor, dim: int) -> Tensor:
+        """Return dx, the gradient computed from dy and the softmax's output y, as a fused kernel may compute it."""
+        largest = dy.double().abs().amax(dim, keepdim=True).nan_to_num(0, 0, 0) if dy.numel() else dy.double()
+        error = 4 * torch.finfo(dy.dtype).eps / 2 * largest * self.noise(largest)
+        return (dx.double() - y.double() * error).to(dx.dtype)
 
     def spoil(self, func, args, inputs, outs: list[Tensor]) -> None:
         """Overwrite outs, which func computed in the dtypes of args, by rounded results of the same in float64."""

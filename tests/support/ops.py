@@ -3,18 +3,34 @@ on a machine without a GPU."""
 
 import contextlib
 import functools
+import itertools
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import budget
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter computes bfloat16 wrongly: a GPU alone can test it.
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+
+
+# Dynamic sizes take minutes in some; a dynamic batch is also in every test of export.
+COMPILED = pytest.mark.parametrize(
+    "name, dynamic",
+    [(name, False) for name in ("torch", "triton")]
+    + [pytest.param(name, True, marks=pytest.mark.exhaustive) for name in ("torch", "triton")],
+)
+
+
+# Of opcheck: the rest, on arguments without gradients, is traced by the tests of compile too.
+FULL = pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.mark.exhaustive)], ids=["", "full"])
 
 
 def interpret() -> None:
@@ -76,6 +92,90 @@ def check(op, reference, *args) -> None:
     )
 
 
+def grid(indirect=False, **axes):
+    """Parametrize a test over all combinations of the named values.
+
+    Combinations that differ from the first values on more than one axis are exhaustive: every value runs in make test.
+    """
+    values = [
+        pytest.param(*combination, marks=[pytest.mark.exhaustive] if changed > 1 else [], id="-".join(map(str, names)))
+        for combination, names, changed in (
+            (
+                [v for _, v in picked],
+                [getattr(v, "__name__", v) for _, v in picked],
+                sum(i > 0 for i, _ in picked),
+            )
+            for picked in itertools.product(*(list(enumerate(axis)) for axis in axes.values()))
+        )
+    ]
+    return pytest.mark.parametrize(", ".join(axes), values, indirect=indirect)
+
+
+def far_apart(folder: Path, size: int) -> Tensor:
+    """Return `size` float16 elements of which few are ever touched: a sparse file, or memory of the GPU."""
+    if DEVICE == "cpu":
+        return torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=torch.float16)
+    if torch.cuda.mem_get_info()[0] < 2.5 * size:
+        pytest.skip(f"needs {2.5 * size / 2**30:.0f} GB on the GPU")
+    return torch.empty(size, dtype=torch.float16, device=DEVICE)
+
+
+def reads_any_gradient(f, reference, *args) -> None:
+    """Check gradients of the output that are transposed in memory, channels-last, and expanded with all strides 0."""
+
+    def then(f, g):
+        return lambda *args: g(f(*args))
+
+    transforms = [lambda y: y.mT.contiguous(), lambda y: y.sum()]
+    transforms += [lambda y: y.contiguous(memory_format=torch.channels_last)] * (f(*args).ndim == 4)
+    for transform in transforms:
+        check(then(f, transform), then(reference, transform), *args)
+
+
+def keeps_memory_format(f, *args) -> None:
+    """Check that f(x, ...) and the gradients of all tensors lie in memory as these do."""
+    leaves = [t for t in args if isinstance(t, Tensor)]
+    out = f(*(t.requires_grad_() if isinstance(t, Tensor) else t for t in args))
+    channels_last = args[0].is_contiguous(memory_format=torch.channels_last)
+    assert out.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    out.sum().backward()
+    for leaf in leaves:
+        assert leaf.grad.stride() == leaf.stride()
+
+
+def accepts_empty(f, shape, *args) -> None:
+    """Check the output's shape on empty inputs, and that all gradients have the shapes of the tensors and are zero."""
+    leaves = [t.requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args]
+    out = f(*leaves)
+    assert tuple(out.shape) == tuple(shape)
+    out.sum().backward()
+    for leaf in leaves:
+        if isinstance(leaf, Tensor) and leaf.requires_grad:
+            assert leaf.grad.shape == leaf.shape
+            assert not leaf.grad.any()
+
+
+def registers(op, args, full: bool) -> None:
+    """Check an operator by opcheck: its schema and fake tensors; if full or with gradients, all that it checks."""
+    light = not (full or any(t.requires_grad for t in args if isinstance(t, Tensor)))
+    opcheck(op, args, **dict(test_utils=("test_schema", "test_faketensor")) if light else {})
+
+
+def flops(f, *args) -> tuple[int, int]:
+    """Return the FLOPs that PyTorch counts in f and in its backward pass."""
+    leaves = [t.requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args]
+    with FlopCounterMode(display=False) as forward:
+        out = f(*leaves)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+def scripts(operator, form, *args) -> None:
+    """Check that torch.jit.script of the operator computes what the form computes."""
+    torch.testing.assert_close(torch.jit.script(operator)(*args), form(*args))
+
+
 def forced(f, name: str):
     """f with one form of every operator forced: "torch" or "triton"."""
     from saccade.ops import backend
@@ -85,6 +185,7 @@ def forced(f, name: str):
         with backend(name):
             return f(*args, **kwargs)
 
+    run.__name__ = name
     return run
 
 

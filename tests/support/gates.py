@@ -1,0 +1,179 @@
+"""Tests that gaussian_gate and spatial_gate share: f(x, weight, *affines of norms, *running statistics, training)."""
+
+import math
+from typing import ClassVar
+
+import pytest
+import torch
+
+from .ops import (
+    accepts_empty,
+    autocast_changes_nothing,
+    check,
+    compiles,
+    exports,
+    flops,
+    forced,
+    gradients_are_right,
+    keeps_memory_format,
+    peak_bytes,
+    rand,
+    reads_any_gradient,
+    refuses_second_derivative,
+    repeats,
+    scripts,
+)
+
+LAYOUTS = pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "training"])
+FORMS = pytest.mark.parametrize("name", ["torch", "triton"], ids=["eager", "triton"])
+
+
+class Gate:
+    """The contract; a subclass names the operator and makes its inputs."""
+
+    operator = None  # the public function, as a staticmethod
+    reference = None  # its definition, as a staticmethod
+    SHAPE = (3, 24, 5, 7)
+    MACS = 0  # by the convolution's definition, on a map (2, 8, 4, 3)
+    MEMORY: ClassVar[dict] = {}  # the form's name: shape, and the bounds of forward and of both passes, in maps
+
+    @staticmethod
+    def inputs(shape, dtype=torch.float32, layout=torch.contiguous_format):
+        """Return x, the weight and the norms' affine parameters."""
+        raise NotImplementedError
+
+    @staticmethod
+    def statistics(C, dtype=torch.float32):
+        """Return the norms' running means and variances."""
+        raise NotImplementedError
+
+    def form(self, name):
+        return forced(self.operator, name)
+
+    def run(self, f, training):
+        """Return f as a function of x and the parameters alone, with statistics of their dtype in evaluation."""
+
+        def g(x, weight, *norms):
+            running = self.statistics(x.shape[1], weight.dtype)
+            return f(x, weight, *norms, *([None] * len(running) if training else running), training)
+
+        return g
+
+    @FORMS
+    def test_running_statistics_are_those_of_batch_norm(self, name):
+        x, *params = self.inputs(self.SHAPE)
+        ours, exact = (self.statistics(24) for _ in range(2))
+        for momentum in (0.1, 0.5):
+            self.form(name)(x, *params, *ours, True, momentum)
+            self.reference(x, *params, *exact, True, momentum)
+        torch.testing.assert_close(ours, exact)  # within 20 units in the last place: means of 105 numbers
+
+    @FORMS
+    @LAYOUTS
+    def test_memory_format_is_kept(self, name, layout):
+        x, *params = self.inputs(self.SHAPE, layout=layout)
+        keeps_memory_format(lambda x: self.run(self.form(name), True)(x, *params), x)
+
+    @FORMS
+    @LAYOUTS
+    def test_reads_a_view_of_a_bigger_map(self, name, layout):
+        _, *params = self.inputs((1, 24, 1, 1))
+
+        def of_view(f):
+            return lambda big: self.run(f, True)(big[:, 8:, 1:, ::2], *(p.to(big.dtype) for p in params))
+
+        big = rand((3, 32, 6, 13)).contiguous(memory_format=layout)
+        check(of_view(self.form(name)), of_view(self.reference), big)
+
+    @FORMS
+    def test_gradient_that_lies_otherwise(self, name):
+        x, *params = self.inputs(self.SHAPE)
+
+        def of_x(f, training=True):
+            return lambda x: self.run(f, training)(x, *(p.to(x.dtype) for p in params))
+
+        reads_any_gradient(of_x(self.form(name)), of_x(self.reference), x)
+        reads_any_gradient(of_x(self.form(name), False), of_x(self.reference, False), x)
+
+    @FORMS
+    def test_parameters_of_another_type(self, name):
+        x, *params = self.inputs(self.SHAPE)
+        args = [x.half().requires_grad_(), *(p.requires_grad_() for p in params)]
+        out = self.form(name)(*args, *self.statistics(24))
+        exact = self.form("torch")(x, *params, *self.statistics(24))
+        torch.testing.assert_close(out.float(), exact, rtol=2e-3, atol=2e-3)  # two units of float16: x and y rounded
+        out.sum().backward()
+        assert [a.grad.dtype for a in args] == [torch.float16, *[torch.float32] * len(params)]
+
+    @FORMS
+    @MODES
+    @pytest.mark.parametrize("B, H, W", [(0, 6, 5), (2, 0, 5), (2, 6, 0)])
+    def test_nothing_in_nothing_out(self, B, H, W, training, name):
+        x, weight, *norms = self.inputs((B, 8, H, W))
+        f = self.form(name)
+        accepts_empty(lambda x, w: f(x, w, *norms, *self.statistics(8), training), x.shape, x, weight)
+
+    @FORMS
+    @LAYOUTS
+    def test_runs_are_equal_to_the_bit(self, name, layout):
+        repeats(self.run(self.form(name), True), *self.inputs(self.SHAPE, layout=layout))
+
+    @pytest.mark.parametrize("f", ["eager", "reference"])
+    @MODES
+    def test_gradcheck(self, f, training):
+        f = self.reference if f == "reference" else self.form("torch")
+        gradients_are_right(self.run(f, training), *self.inputs((3, 2, 2, 3), torch.float64))
+
+    def test_second_derivative_is_refused(self):
+        refuses_second_derivative(self.run(self.form("triton"), True), *self.inputs((2, 4, 3, 2)))
+
+    @pytest.mark.parametrize(
+        "training, dynamic", [(False, False), (True, False), pytest.param(False, True, marks=pytest.mark.exhaustive)]
+    )
+    @FORMS
+    def test_compiles_in_one_graph(self, name, training, dynamic):
+        x, *params = self.inputs((3, 8, 4, 3))
+        running = [None if training else t for t in self.statistics(8)]
+        others = ((x[:2], *params),) if dynamic else ()
+        compiles(
+            lambda x, *params: self.operator(x, *params, *running, training),
+            x, *params, name=name, dynamic=dynamic, others=others,
+        )  # fmt: skip
+
+    @FORMS
+    def test_exports(self, name):
+        x, *params = self.inputs((3, 8, 4, 3))
+        running = self.statistics(8)
+        called = f"{self.operator.__name__}_fwd"
+        exports(lambda x: self.operator(x, *params, *running), (x,), (x[:2],), name, called)
+
+    def test_scripts(self):
+        scripts(self.operator, self.form("torch"), *self.inputs(self.SHAPE), *self.statistics(24))
+
+    @MODES
+    def test_meta_tensors_have_shapes(self, training):
+        args = [t.to("meta").requires_grad_() for t in self.inputs(self.SHAPE)]
+        out = self.operator(*args, *(t.to("meta") for t in self.statistics(24)), training)
+        assert out.shape == args[0].shape
+        out.sum().backward()
+        assert args[1].grad.shape == args[1].shape
+
+    @FORMS
+    @MODES
+    def test_autocast_changes_nothing(self, name, training):
+        autocast_changes_nothing(self.run(self.form(name), training), *self.inputs(self.SHAPE))
+
+    def test_flops_are_those_of_the_convolution(self):
+        counts = flops(self.run(self.form("triton"), True), *self.inputs((2, 8, 4, 3)))
+        assert counts == (2 * self.MACS, 4 * self.MACS)
+
+    @LAYOUTS
+    @FORMS
+    def test_memory(self, name, layout):
+        shape, forward, both = self.MEMORY[name]
+        f, unit = self.run(self.form(name), True), math.prod(shape) * 4
+        args, dy = self.inputs(shape, layout=layout), rand(shape).contiguous(memory_format=layout)
+        assert peak_bytes(lambda: f(*args)) < forward * unit
+        args = [t.requires_grad_() for t in args]
+        assert peak_bytes(lambda: torch.autograd.grad(f(*args), args, dy)) < both * unit
