@@ -87,7 +87,7 @@ def test_folders_are_divided_at_random_but_the_same_each_time(tmp_path):
         for image, labels in zip(*source.pairs(split)):
             assert labels == image.replace("images", "labels").replace("_photo", "_ids")
     assert source.dataset("val", INPUTS)[0][1].tolist() == [[0, 1, 255], [1, 1, 1], [0, 0, 0]]
-    ignoring = Folders(**given | dict(classes=["sky"] * 2), zero_ignored=True)
+    ignoring = Folders(**given | dict(classes=["sky", "sea"]), zero_ignored=True)
     assert ignoring.dataset("val", INPUTS)[0][1].tolist() == [[255, 0, 255], [0, 0, 0], [255, 255, 255]]
 
 
@@ -108,7 +108,7 @@ def break_size(root):
 
 
 def break_colours(root):
-    save(root / "annotations/training/ADE_1.png", np.ones((4, 6, 3)))
+    save(root / "annotations/training/ADE_1.png", np.arange(4 * 6 * 3).reshape(4, 6, 3))
 
 
 def break_pair(root):
@@ -124,7 +124,7 @@ def break_names(root):
 
 
 def break_folder(root):
-    (root / "annotations/training").rename(root / "annotations/train")
+    (root / "annotations/training").rename(root / "annotations/learning")
 
 
 @pytest.mark.parametrize(
@@ -134,10 +134,10 @@ def break_folder(root):
             break_label,
             r"training/ADE_1\.png has label 7 in row 2, column 2, but of 3 classes: labels must be 1 to 3",
         ),
-        (break_size, r"annotations/training/ADE_1\.png is 6x4 pixels, its picture .*images/training/ADE_1\.png is 4x6"),
-        (break_colours, r"annotations/training/ADE_1\.png must have one whole number a pixel .* it is in colours"),
+        (break_size, r"annotations/training/ADE_1\.png is 6x4 pixels, its image .*images/training/ADE_1\.png is 4x6"),
+        (break_colours, r"annotations/training/ADE_1\.png must have one number a pixel .* it is in colours"),
         (break_pair, r"images/training/ADE_1\.png has no label map .*annotations/training/ADE_1\.\*: add or remove"),
-        (break_picture, r"annotations/training/ADE_1\.png has no picture .*images/training/ADE_1\.\*: add or remove"),
+        (break_picture, r"annotations/training/ADE_1\.png has no image .*images/training/ADE_1\.\*: add or remove"),
         (break_names, r"objectInfo150\.txt does not name classes 1, 2, "),
         (break_folder, r"there is no folder .*annotations/training"),
     ],

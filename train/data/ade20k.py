@@ -1,10 +1,9 @@
-"""Pictures with a label for each pixel: ADE20K, COCO-Stuff, or anybody's own pair of folders.
+"""Images with a label for each pixel: ADE20K, COCO-Stuff, or anybody's own pair of folders.
 
 A label map is an image with one number a pixel. Each layout says which number is which class; all label maps become
 numbers 0 … K - 1, and IGNORED where a pixel is neither learned from nor counted.
 """
 
-import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,11 +19,23 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from ..runtime.config import Count, Fraction, NonNegativeInt, Positive
 from ..runtime.config import check as check_section
 from ..runtime.distributed import derive_seed, rank
 from ..runtime.errors import DATA, UserError
 from .bad_images import BadImage
-from .images import Strings, _says, fit_size
+from .files import Skipped, image_files, note_classes, read_text, split_folders
+from .images import (
+    SWAPS_SIDES,
+    Strings,
+    fit_size,
+    note_conversions,
+    open_image,
+    orientation,
+    read_bytes,
+    stored_size,
+    to_rgb,
+)
 
 IGNORED = 255
 SPLITS = ("train", "val", "test")
@@ -40,13 +51,13 @@ window-blind window-other wood"""  # COCO-Stuff's categories 92 to 182
 
 
 class LabelMaps:
-    """What the layouts below have in common. They give `classes()`, which sets what stands here, and `pairs(split)`.
+    """Base of the layouts below, which implement `classes()`, to set the attributes here, and `pairs(split)`.
 
-    root: the folder that has the pictures and label maps.
-    scale: (long, short): pictures are enlarged or reduced to the largest of their shape within, in either direction;
+    root: the folder that has the images and label maps.
+    scale: (long, short): images are enlarged or reduced to the largest of their shape within, in either direction;
     None: they stay as they are. crop: pixels a side of what training sees. augment: arguments of `Augment`.
-    max_bad: how many pictures that can't be read a run goes on without. check: how many label maps of a split, evenly
-    spread, are read before training begins; what is wrong with others is said when they are read.
+    max_bad: how many images that can't be read a run goes on without. check: how many label maps of a split, evenly
+    spread, are read before training begins; what is wrong with others is reported when they are read.
     """
 
     class_names: list[str]
@@ -56,13 +67,13 @@ class LabelMaps:
     def __init__(
         self,
         root: str,
-        scale: Sequence[int] | None = (2048, 512),
-        crop: int = 512,
+        scale: Sequence[Count] | None = (2048, 512),
+        crop: Count = 512,
         augment: dict | None = None,
-        max_bad: int = 0,
-        check: int = 500,
+        max_bad: NonNegativeInt = 0,
+        check: NonNegativeInt = 500,
     ):
-        self.root = Path(root)
+        self.root, self._matched = Path(root), {}
         self.scale, self.img_size, self.augment = scale, crop, augment or {}
         self.max_bad, self.check, self.bad = max_bad, check, {}
         check_section("data.augment", self.augment, Augment, without=("scale", "crop", "fill"))
@@ -73,32 +84,53 @@ class LabelMaps:
         self.classes()
 
     def classes(self) -> None:
-        """Find out about the classes: see above. Raises UserError where there is nothing that says."""
+        """Set class_names, table and meaning. Raises UserError where nothing names the classes."""
         raise NotImplementedError
 
     def pairs(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
-        """The files of a split's pictures, and of their label maps."""
+        """Return the files of a split's images, and of their label maps."""
         raise NotImplementedError
 
+    def match(
+        self, images: Path, labels: Path, image_suffix: str = "", label_suffix: str = ""
+    ) -> tuple[Strings, Strings]:
+        """Return `match_files` of two folders, which are searched once and what is passed over in them reported."""
+        if (images, labels) not in self._matched:
+            self._matched[images, labels] = match_files(images, labels, image_suffix, label_suffix)
+        return self._matched[images, labels]
+
     def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-        """The model's own mean and std; `input_size` is what training sees, `scale` what tests begin with."""
+        """Return the model's own mean and std; `input_size` is what training sees, `scale` what tests begin with."""
         own = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
         size = (own["input_size"][0], self.img_size, self.img_size)
         return dict(input_size=size, mean=own["mean"], std=own["std"], scale=self.scale)
 
     def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> "Maps":
-        """ "train", "val" or "test", its first label maps checked.
+        """Return "train", "val" or "test", its first label maps checked and each class's share of them reported.
 
-        Raises UserError for a label map that does not do, naming it.
+        Raises UserError for a label map that is not valid, naming it, and for a training split with nothing to learn.
         """
         images, labels = self.pairs(split)
         if not len(images):
-            raise UserError(f"the {split} split holds no pictures", DATA)
+            raise UserError(f"the {split} split holds no images", DATA)
         augment = Augment(self.scale, self.img_size, inputs["mean"], **self.augment) if training else None
         dataset = Maps(images, labels, self.table, f"{len(self.class_names)} classes: {self.meaning}", augment)
         if rank() == 0:
-            dataset.check(self.check, split)
+            note_conversions(lambda index: read_bytes(images[index]), len(images), f"{split} images")
+            dataset.check(self.check, split, self.class_names)
         return dataset
+
+
+def find_split(split: str, images: Path, labels: Path) -> tuple[Path, Path]:
+    """Return the folders of a split's images and label maps, train, val and test by any of their usual names.
+
+    Without a test folder that is val's. Raises UserError where there is none for the split.
+    """
+    own, theirs = split_folders(images), split_folders(labels)
+    split = "val" if split == "test" and "test" not in own else split
+    if split not in own:
+        raise UserError(f"there is no folder {images / split}, with the images of the {split} split", DATA)
+    return own[split], theirs.get(split, labels / own[split].name)
 
 
 class Ade20k(LabelMaps):
@@ -106,7 +138,7 @@ class Ade20k(LabelMaps):
 
     root: has images/{training,validation}, annotations/{training,validation} and objectInfo150.txt, whose names count
     from 1. Label 0 is ignored, c becomes c - 1. A folder "test" is tested on where there is one, else the validation
-    pictures are. Other arguments: see LabelMaps.
+    images are. Other arguments: see LabelMaps.
     """
 
     def classes(self) -> None:
@@ -119,14 +151,11 @@ class Ade20k(LabelMaps):
         self.meaning = f"labels must be 1 to {classes}, or 0 where they are to be ignored"
 
     def pairs(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
-        folder = dict(train="training", val="validation", test="test")[split]
-        if split == "test" and not (self.root / "images" / folder).is_dir():
-            folder = "validation"
-        return _matched(self.root / "images" / folder, self.root / "annotations" / folder)
+        return self.match(*find_split(split, self.root / "images", self.root / "annotations"))
 
 
 class CocoStuff(LabelMaps):
-    """COCO-Stuff's 171 classes on COCO's pictures, in either layout that people have.
+    """COCO-Stuff's 171 classes on COCO's images, in either layout that people have.
 
     root: has images/{train2017,val2017} and annotations/{train2017,val2017}: either stuffthingmaps_trainval2017's
     pixel maps as downloaded (000000000009.png, category number - 1), or mmsegmentation's converted ones
@@ -145,17 +174,18 @@ class CocoStuff(LabelMaps):
 
     def pairs(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
         folder = "train2017" if split == "train" else "val2017"
-        return _matched(self.root / "images" / folder, self.root / "annotations" / folder, "", self.suffix)
+        return self.match(self.root / "images" / folder, self.root / "annotations" / folder, "", self.suffix)
 
 
 class Folders(LabelMaps):
-    """One's own pictures and label maps: ROOT/images, ROOT/labels, and a name a line in ROOT/classes.txt.
+    """One's own images and label maps: ROOT/images, ROOT/labels, and a name a line in ROOT/classes.txt.
 
-    root: each of images and labels has train, val and perhaps test in it; or files, which are then divided at random,
-    the same way each time. A picture and its label map have the same path but for the extension. Label c is the class
+    root: each of images and labels has train, val and perhaps test in it, by any of their usual names; or files, which
+    are then divided at random, the same way each time. An image and its label map have the same path but for the
+    extension. Label c is the class
     of line c + 1, 255 is ignored. images, labels: other names of the two folders. classes: the names, in place of
     classes.txt. zero_ignored: label 0 is ignored and c is the class of line c, as in ADE20K. image_suffix,
-    label_suffix: what ends the names of pictures and of label maps before the extension, where they differ
+    label_suffix: what ends the names of images and of label maps before the extension, where they differ
     ("_leftImg8bit", "_gtFine_labelTrainIds"). shares: of val and test in an automatic division. Other arguments: see
     LabelMaps.
     """
@@ -170,11 +200,11 @@ class Folders(LabelMaps):
         image_suffix: str = "",
         label_suffix: str = "",
         shares: Sequence[float] = (0.1, 0.2),
-        scale: Sequence[int] | None = (2048, 512),
-        crop: int = 512,
+        scale: Sequence[Count] | None = (2048, 512),
+        crop: Count = 512,
         augment: dict | None = None,
-        max_bad: int = 0,
-        check: int = 500,
+        max_bad: NonNegativeInt = 0,
+        check: NonNegativeInt = 500,
     ):
         self.shares, self.names, self.zero_ignored = shares, classes, zero_ignored
         self.folders, self.suffixes = (Path(root, images), Path(root, labels)), (image_suffix, label_suffix)
@@ -188,35 +218,45 @@ class Folders(LabelMaps):
         file = self.root / "classes.txt"
         if self.names is None and not file.is_file():
             raise UserError(f"data.root={self.root} has no classes.txt: write the classes' names there, one a line")
-        names = file.read_text(encoding="utf-8").splitlines() if self.names is None else self.names
-        self.class_names = [name.strip() for name in names if name.strip()]
-        count, first = len(self.class_names), int(self.zero_ignored)
+        names = read_text(file).rstrip().splitlines() if self.names is None else self.names
+        where = f"{file}, line" if self.names is None else "data.classes, name"
+        self.class_names = [str(name).strip() for name in names]
+        for line, name in enumerate(self.class_names, 1):
+            if not name:
+                raise UserError(f"{where} {line} is empty: name that class, or take the line out")
+            if (before := self.class_names.index(name) + 1) < line:
+                raise UserError(f"{where} {line} is {name!r}, and so is {before}: give each class a name of its own")
+        count, lowest = len(self.class_names), int(self.zero_ignored)
         if not 2 <= count < IGNORED:
             raise UserError(
                 f"{'data.classes' if self.names else file} names {count} classes: there must be 2 to {IGNORED - 1}"
             )
         self.table = _table(
-            {255: IGNORED} | ({0: IGNORED} if self.zero_ignored else {}) | {c + first: c for c in range(count)}
+            {255: IGNORED} | ({0: IGNORED} if self.zero_ignored else {}) | {c + lowest: c for c in range(count)}
         )
         self.meaning = (
-            f"labels must be {first} to {count - 1 + first}, or {'0 or ' * first}255 where they are to be ignored"
+            f"labels must be {lowest} to {count - 1 + lowest}, or {'0 or ' * lowest}255 where they are to be ignored"
         )
 
     def pairs(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
         images, labels = self.folders
-        if (images / "train").is_dir():
-            place = "val" if split == "test" and not (images / "test").is_dir() else split
-            return _matched(images / place, labels / place, *self.suffixes)
-        files = _matched(images, labels, *self.suffixes)
+        if split_folders(images):
+            return self.match(*find_split(split, images, labels), *self.suffixes)
+        files = self.match(images, labels, *self.suffixes)
         generator = torch.Generator().manual_seed(derive_seed("division", len(files[0])))
         order = torch.randperm(len(files[0]), generator=generator).tolist()
         val, test = (round(share * len(order)) for share in self.shares)
         parts = dict(val=order[:val], test=order[val : val + test], train=order[val + test :])
         return tuple([column[i] for i in sorted(parts[split])] for column in files)
 
+    @classmethod
+    def scanned(cls, root: str, images: str = "images", labels: str = "labels", **_: object) -> list[Path]:
+        """Return the folders all of whose images are taken as data: no run may write there."""
+        return [Path(root, images), Path(root, labels)]
+
 
 def _coco_things() -> dict[str, int]:
-    """COCO's 80 things and their numbers, which leave some out."""
+    """Return COCO's 80 things and their numbers, which leave some out."""
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
@@ -224,8 +264,8 @@ def _coco_things() -> dict[str, int]:
 
 
 def _object_names(file: Path) -> list[str]:
-    """The names of objectInfo150.txt: the last column, of several names the first, in the order of the first column."""
-    rows = [line.split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    """Return the names of objectInfo150.txt: the last column, of several the first, in the first column's order."""
+    rows = [line.split("\t") for line in read_text(file).splitlines() if line.strip()]
     try:
         found = {int(row[0]): row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()}
     except (ValueError, IndexError):
@@ -242,43 +282,46 @@ def _table(labels: dict[int, int]) -> np.ndarray:
     return table
 
 
-def _matched(images: Path, labels: Path, image_suffix: str = "", label_suffix: str = "") -> tuple[Strings, Strings]:
-    """The pictures below a folder and their label maps below another, in the order of their paths.
+def match_files(images: Path, labels: Path, image_suffix: str = "", label_suffix: str = "") -> tuple[Strings, Strings]:
+    """Return the images below a folder and their label maps below another, in the order of their paths.
 
-    Raises UserError for a folder that is not there and for a file without its partner, naming it.
+    Raises UserError for a folder that is not there, for a file without its partner, and for two files of one name.
     """
-    extensions = set(Image.registered_extensions())
 
-    def named(folder: Path, suffix: str) -> dict[str, str]:
+    def by_name(folder: Path, suffix: str) -> dict[str, str]:
         if not folder.is_dir():
             raise UserError(f"there is no folder {folder}", DATA)
-        found = {}
-        for place, _, names in os.walk(folder, followlinks=True):
-            for name in names:
-                stem, extension = os.path.splitext(os.path.relpath(os.path.join(place, name), folder))
-                if not name.startswith(".") and extension.lower() in extensions and stem.endswith(suffix):
-                    found[stem.removesuffix(suffix)] = os.path.join(place, name)
-        return found
+        files: dict[str, str] = {}
+        skipped = Skipped()
+        for file in image_files(folder, skipped):
+            name = os.path.splitext(os.path.relpath(file, folder))[0]
+            if not name.endswith(suffix):
+                continue
+            other = files.setdefault(name.removesuffix(suffix), file)
+            if other != file:
+                raise UserError(f"{other} and {file} have one name but for the ending: remove one of them", DATA)
+        skipped.report(folder)
+        return files
 
-    pictures, maps = named(images, image_suffix), named(labels, label_suffix)
-    for mine, others, folder, suffix, what in (
+    pictures, maps = by_name(images, image_suffix), by_name(labels, label_suffix)
+    for own, others, folder, suffix, what in (
         (pictures, maps, labels, label_suffix, "label map"),
-        (maps, pictures, images, image_suffix, "picture"),
+        (maps, pictures, images, image_suffix, "image"),
     ):
-        alone = sorted(mine.keys() - others.keys())
+        alone = sorted(own.keys() - others.keys())
         if alone:
             more = f" (nor have {len(alone) - 1} others)" if len(alone) > 1 else ""
-            raise UserError(f"{mine[alone[0]]} has no {what} {folder / alone[0]}{suffix}.*{more}: add or remove", DATA)
+            raise UserError(f"{own[alone[0]]} has no {what} {folder / alone[0]}{suffix}.*{more}: add or remove", DATA)
     names = sorted(pictures)
     return Strings(pictures[name] for name in names), Strings(maps[name] for name in names)
 
 
 class Augment:
-    """What training does to a picture (3, H, W) uint8 and its labels (H, W), at random; both become `crop` a side.
+    """Augment an image (3, H, W) uint8 and its labels (H, W) at random; both become `crop` a side.
 
     scale: see LabelMaps; ratios: a factor of it is drawn between them. share: of a crop, the largest that one class may
     take; after ten attempts any crop does. hflip: probability of mirroring. distort: brightness, contrast, saturation
-    and hue. fill: colour, 0 … 1, of what a smaller picture leaves of its crop; it is IGNORED.
+    and hue. fill: colour, 0 … 1, of what a smaller image leaves of its crop; it is IGNORED.
     """
 
     def __init__(
@@ -286,9 +329,9 @@ class Augment:
         scale: Sequence[int] | None,
         crop: int,
         fill: Sequence[float],
-        ratios: Sequence[float] = (0.5, 2.0),
-        share: float = 0.75,
-        hflip: float = 0.5,
+        ratios: Sequence[Positive] = (0.5, 2.0),
+        share: Fraction = 0.75,
+        hflip: Fraction = 0.5,
         distort: bool = True,
     ):
         self.scale, self.crop, self.ratios, self.share = scale, crop, ratios, share
@@ -356,7 +399,7 @@ def _uniform(low: float, high: float) -> float:
 
 class Maps(Dataset):
     """A split. With `augment`: (image (3, crop, crop) float32 in [0, 1], labels (crop, crop) int64). Without it, the
-    picture as it is: (picture (3, H, W) uint8, labels (H, W) int64, index), in a batch a list of each.
+    image as it is: (image (3, H, W) uint8, labels (H, W) int64, index), in a batch a list of each.
 
     table: number in a file -> label. meaning: of the numbers, in words.
     """
@@ -370,54 +413,93 @@ class Maps(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple:
-        picture = _read(self.images[index]).convert("RGB")
-        labels = self._labels(index, picture.size)
-        image = torch.from_numpy(np.array(picture)).permute(2, 0, 1)
-        labels = torch.from_numpy(labels)
-        return (image, labels.long(), index) if self.augment is None else self.augment(image, labels)
+        name = self.images[index]
+        image = open_image(read_bytes(name), lambda: name)
+        turn, size = orientation(image), image.size
+        image = to_rgb(image, lambda: name)
+        image = image if turn is None else image.transpose(turn)
+        labels = torch.from_numpy(self._labels(index, size, turn))
+        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        return (pixels, labels.long(), index) if self.augment is None else self.augment(pixels, labels)
 
     def collate(self, samples: list[tuple]) -> Any:
         return default_collate(samples) if self.augment is not None else [list(column) for column in zip(*samples)]
 
-    def check(self, most: int, split: str) -> None:
-        """Read up to `most` label maps, evenly spread; raises UserError for the first that does not do."""
+    def check(self, most: int, split: str, class_names: Sequence[str]) -> None:
+        """Read up to `most` label maps, evenly spread, and report each class's share of their pixels.
+
+        Where they show fewer than two classes of a training split, the others are read too, until two are seen.
+        Raises UserError for the first that is not valid, and for a training split of fewer than two classes.
+        """
         from rich.progress import track  # of what is not needed to run a model
 
-        chosen = sorted(set(np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int).tolist()))
-        said = f"checking {len(chosen)} of {len(self)} label maps ({split})"
-        for index in track(chosen, said, transient=True, disable=len(chosen) < 200):
-            try:
-                with Image.open(self.images[index]) as picture:
-                    size = picture.size
-                self._labels(index, size)
-            except (OSError, BadImage):
-                continue  # counted in training, where a number of them may be allowed
+        order = np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int).tolist()
+        sample = dict.fromkeys(order)
+        rest = (index for index in range(len(self)) if index not in sample)
+        counts, done = np.zeros(256, np.int64), 0
+        text = f"checking {len(sample)} of {len(self)} label maps ({split})"
+        for index in track(sample, text, transient=True, disable=len(sample) < 200):
+            counts += self._count(index)
+            done += 1
+        while done and self.augment is not None and (counts[:IGNORED] > 0).sum() < 2 and done < len(self):
+            counts += self._count(next(rest))
+            done += 1
+        if not done:
+            return
+        ignored = counts[IGNORED] / max(counts.sum(), 1)
+        hint = ""
+        if ignored and (counts[: len(class_names)] == 0).any():
+            hint = f"{100 * ignored:.3g} % of the pixels are ignored: of {self.meaning}"
+        where = f"{split} ({done} of {len(self)} label maps)" if done < len(self) else split
+        least = 0 if self.augment is None else 2
+        note_classes(where, counts[: len(class_names)], class_names, "pixels", least, hint)
 
-    def _labels(self, index: int, size: tuple[int, int]) -> np.ndarray:
-        """The labels (H, W) uint8 of a picture of this width and height."""
+    def _count(self, index: int) -> np.ndarray:
+        """Return the pixels of each label (256,) in a label map; none where a file can't be read."""
+        try:
+            size, turn = stored_size(self.images[index])
+            labels = self._labels(index, size, turn)
+        except (OSError, BadImage):  # counted in training, where a number of them may be allowed
+            return np.zeros(256, np.int64)
+        return np.bincount(labels.ravel(), minlength=256)
+
+    def _labels(self, index: int, size: tuple[int, int], turn: Image.Transpose | None) -> np.ndarray:
+        """Return the labels (H, W) uint8, upright, of an image that is stored with this width and height.
+
+        turn: what turns the image upright. A label map is turned as its own EXIF data say, or, where it has none and
+        only the size that the image is stored with, as the image is.
+        """
         name = self.labels[index]
-        found = np.array(_read(name))
-        if found.ndim != 2 or found.dtype.kind not in "uib":
-            raise UserError(f"{name} must have one whole number a pixel to be a label map, it is in colours", DATA)
-        if found.shape != size[::-1]:
-            here, there = (f"{height}x{width}" for height, width in (found.shape, size[::-1]))
-            raise UserError(f"label map {name} is {here} pixels, its picture {self.images[index]} is {there}", DATA)
-        labels = self.table[np.clip(found, 0, 255).astype(np.uint8)]
+        stored = open_image(read_bytes(name), lambda: name)
+        if stored.format in ("JPEG", "MPO"):
+            raise UserError(f"label map {name} is a JPEG file, which does not keep numbers: save it as PNG", DATA)
+        upright = size[::-1] if turn in SWAPS_SIDES else size
+        own = orientation(stored)
+        if own is None and stored.size == size != upright:
+            own = turn
+        found = np.array(stored if own is None else stored.transpose(own))
+        if found.ndim == 3:
+            colours = found[..., : found.shape[2] - (stored.mode in ("LA", "PA", "RGBA"))]
+            if (colours != colours[..., :1]).any():
+                raise UserError(
+                    f"{name} must have one number a pixel to be a label map, it is in colours ({stored.mode}): "
+                    "save it as a grey image, or with a palette, of the classes' numbers",
+                    DATA,
+                )
+            found = colours[..., 0]
+        if found.dtype.kind not in "uib":
+            raise UserError(f"label map {name} holds floats: save it as a grey image of whole numbers", DATA)
+        if found.shape != upright[::-1]:
+            here, there = (f"{height}x{width}" for height, width in (found.shape, upright[::-1]))
+            turned = "" if turn is None else " (turned as its EXIF orientation says)"
+            raise UserError(
+                f"label map {name} is {here} pixels, its image {self.images[index]} is {there}{turned}", DATA
+            )
+        found = found.astype(np.int64)
+        labels = self.table[found.clip(0, 255)]
         wrong = (labels == INVALID) | (found > 255) | (found < 0)
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             value = int(found[row, column])
             raise UserError(f"{name} has label {value} in row {row}, column {column}, but of {self.meaning}", DATA)
         return labels.astype(np.uint8)
-
-
-def _read(name: str) -> Image.Image:
-    """An image as its file has it. Raises BadImage, naming the file."""
-    try:
-        image = Image.open(io.BytesIO(Path(name).read_bytes()))
-        image.load()
-    except MemoryError:
-        raise
-    except Exception as error:  # damaged files make PIL's many readers raise almost anything
-        raise BadImage(name, _says(error)) from error
-    return image

@@ -87,7 +87,7 @@ def _jpeg(data: bytes) -> Tensor | None:
     if data[:2] != b"\xff\xd8":
         return None
     try:
-        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), apply_exif_orientation=True)
     except RuntimeError:
         return None
     if len(pixels) == 1:

@@ -1,14 +1,15 @@
-"""A folder of images, sorted into one folder a class: ImageNet's layout, or anybody's own pictures."""
+"""A folder of images, sorted into one folder a class: ImageNet's layout, or anybody's own images."""
 
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from PIL import Image
 
+from ..runtime.config import Count, NonNegativeInt
 from ..runtime.distributed import derive_seed
 from ..runtime.errors import UserError
+from .files import Skipped, image_files, is_hidden, is_run, split_folders, split_of
 from .images import Files, Source
 
 
@@ -16,8 +17,9 @@ class ImageFolder(Source):
     """The data of a run.
 
     root: either ROOT/train, ROOT/val and perhaps ROOT/test, each with a folder a class, or one folder of class folders,
-    which is then divided at random, the same way each time, every class alike. Images may lie deeper inside their
-    class's folder; hidden files and files that are no images are passed over.
+    which is then divided at random, the same way each time, every class alike. Splits may have their usual other names,
+    in any letter case (Training, validation, valid, dev, testing, train_set). Images may lie deeper inside their
+    class's folder; hidden files and folders, folders of runs and files that are no images are passed over, and counted.
     img_size: pixels a side; None: what the model's published weights were trained at. shares: of val and test in an
     automatic division. augment: arguments of timm.data.create_transform for training (hflip, color_jitter,
     auto_augment, re_prob, …). sizes: pixels a side in training by the first epoch, as in {0: 192, 280: 224}; None:
@@ -28,11 +30,11 @@ class ImageFolder(Source):
     def __init__(
         self,
         root: str,
-        img_size: int | None = None,
+        img_size: Count | None = None,
         shares: Sequence[float] = (0.1, 0.2),
         augment: dict | None = None,
         sizes: dict | None = None,
-        max_bad: int = 0,
+        max_bad: NonNegativeInt = 0,
     ):
         super().__init__(img_size, sizes, augment, max_bad)
         if len(shares) != 2 or min(shares) < 0 or sum(shares) >= 1:
@@ -42,14 +44,15 @@ class ImageFolder(Source):
         folder = Path(root)
         if not folder.is_dir():
             raise UserError(f"data.root={root} is no folder: give the folder that holds the class folders")
-        if (folder / "train").is_dir():
-            parts = {part: _scan(folder / part) for part in ("train", "val", "test") if (folder / part).is_dir()}
-            if "val" not in parts:
-                raise UserError(
-                    f"{folder} has train but no val: add {folder / 'val'}, or give {folder / 'train'} itself"
-                )
+        splits, skipped = find_splits(folder), Skipped()
+        if splits:
+            if "val" not in splits:
+                train = splits["train"]
+                raise UserError(f"{folder} has {train.name} but no val: add {folder / 'val'}, or give {train} itself")
+            parts = {split: scan_classes(path, skipped) for split, path in splits.items()}
         else:
-            parts = _divide(_scan(folder), *shares)
+            parts = _divide(scan_classes(folder, skipped), *shares)
+        skipped.report(folder)
         parts.setdefault("test", parts["val"])
         self.class_names = sorted(parts["train"])
         if len(self.class_names) == 1:
@@ -57,12 +60,18 @@ class ImageFolder(Source):
         for part, classes in parts.items():
             for name in classes:
                 if name not in parts["train"]:
-                    raise UserError(f"{folder / part / name} is a class that {folder / 'train'} does not have")
+                    raise UserError(f"{splits[part] / name} is a class that {splits['train']} does not have")
         labels = {name: label for label, name in enumerate(self.class_names)}
         self._splits = {
             part: [(path, labels[name]) for name in sorted(classes) for path in classes[name]]
             for part, classes in parts.items()
         }
+
+    @classmethod
+    def scanned(cls, root: str, **_: object) -> list[Path]:
+        """Return the folders all of whose images are taken as data: no run may write there."""
+        folder = Path(root)
+        return [*find_splits(folder).values()] or [folder] if folder.is_dir() else []
 
     def images(self, split: str) -> tuple[Files, list[int]]:
         if not self._splits[split]:
@@ -71,23 +80,54 @@ class ImageFolder(Source):
         return Files(paths), list(labels)
 
 
-def _scan(folder: Path) -> dict[str, list[str]]:
-    """The image files of every class folder, sorted. Raises UserError for a folder without classes or images."""
-    extensions = set(Image.registered_extensions())
-    classes = {}
+def find_splits(folder: Path) -> dict[str, Path]:
+    """Return the folders of train, val and test; none where `folder` holds class folders.
+
+    A class may be called "train" (the vehicle): a single folder of that name is a split if it holds folders alone.
+    """
+    names = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
+    splits = {split_of(name) for name in names} - {None}
+    if "train" not in splits and len(splits) < 2:
+        return {}
+    if splits == {"train"}:
+        (first, *_) = (folder / name for name in names if split_of(name) == "train")
+        inside = [path for path in first.iterdir() if not is_hidden(path.name)]
+        if not all(path.is_dir() for path in inside):
+            return {}
+    found = split_folders(folder, names)
+    if "train" not in found:
+        raise UserError(f"{folder} has {' and '.join(path.name for path in found.values())} but no train: add it")
+    return found
+
+
+def scan_classes(folder: Path, skipped: Skipped) -> dict[str, list[str]]:
+    """Return the image files of every class folder, sorted; `skipped` counts what is passed over.
+
+    Raises UserError for a folder without classes or images, and for a class folder that is a link to another.
+    """
+    classes: dict[str, list[str]] = {}
+    real: dict[str, str] = {}
+    root = os.path.realpath(folder)
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
-        if not entry.is_dir() or entry.name.startswith("."):
+        if not entry.is_dir() or is_hidden(entry.name):
             continue
-        files = [
-            os.path.join(place, file)
-            for place, _, names in os.walk(entry.path, followlinks=True)
-            for file in names
-            if not file.startswith(".")
-        ]
-        classes[entry.name] = sorted(file for file in files if os.path.splitext(file)[1].lower() in extensions)
-        if not classes[entry.name]:
-            others = sorted({os.path.splitext(file)[1] or "none" for file in files})
-            seen = f" (only files with extension {', '.join(others)})" if files else ""
+        if is_run(entry.path):
+            skipped.runs.append(entry.path)
+            continue
+        target = os.path.realpath(entry.path)
+        if entry.is_symlink() and os.path.commonpath([root, target]) == target:  # to a folder that holds this one
+            skipped.links.append(entry.path)
+            continue
+        if (other := real.setdefault(target, entry.path)) != entry.path:
+            raise UserError(f"class folders {other} and {entry.path} are one folder, by a link: remove one of them")
+        here = Skipped()
+        classes[entry.name] = image_files(entry.path, here, root)
+        skipped.add(here)
+        if not classes[entry.name] and here.runs and not here.endings:
+            del classes[entry.name]  # a folder of runs
+        elif not classes[entry.name]:
+            others = ", ".join(ending or "none" for ending in sorted(here.endings))
+            seen = f" (only files with extension {others})" if others else ""
             raise UserError(f"class folder {entry.path} holds no images{seen}: add some or remove the folder")
     if not classes:
         raise UserError(f"{folder} holds no class folders: put the images of each class in a folder of its own")

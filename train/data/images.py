@@ -5,6 +5,7 @@ A layout (a folder, tars, shards) says which images a split has and where their 
 
 import io
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -13,15 +14,18 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from timm.data import create_transform
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..runtime import ranges
 from ..runtime.config import check
+from ..runtime.distributed import rank
 from ..runtime.errors import UserError
 from .augment import Augment
 from .bad_images import BadImage
+from .files import note, note_classes
 
 _TRANSFORM = ("input_size", "is_training", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # given by `inputs`
 _NO_CHOICE = ("use_prefetcher", "normalize", "separate", "naflex")  # they change what a sample is
@@ -94,7 +98,7 @@ class Images(Dataset):
         try:
             data = self.files.read(index)
         except OSError as error:
-            raise BadImage(self.files.name(index), _says(error)) from error
+            raise BadImage(self.files.name(index), describe_error(error)) from error
         return self.transform(data, lambda: self.files.name(index)), int(self.labels[index])
 
     def finish(self, batch: Sequence) -> Sequence:
@@ -106,34 +110,144 @@ class Images(Dataset):
         return [images, *rest]
 
 
-def decode(data: bytes, name: Callable[[], str]) -> Image.Image:
-    """The image that the bytes are a file of, in RGB. Raises BadImage, with the name, where they are none."""
+# What turns an image upright, by the orientation that its EXIF data give (1: it is).
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+SWAPS_SIDES = (
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90,
+)
+
+
+def open_image(data: bytes, name: Callable[[], str]) -> Image.Image:
+    """Return the first frame of an image file as it is stored. Raises BadImage, with the name, where it is none."""
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.convert("RGB")
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        return image
     except MemoryError:
         raise
     except Exception as error:  # damaged files make PIL's many readers raise almost anything
-        raise BadImage(name(), _says(error)) from error
+        raise BadImage(name(), describe_error(error)) from error
+
+
+def orientation(image: Image.Image) -> Image.Transpose | None:
+    """Return what turns an image upright, by its EXIF data; None where it is upright."""
+    try:
+        return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    except Exception:  # damaged EXIF data say nothing
+        return None
+
+
+def stored_size(path: str | Path) -> tuple[tuple[int, int], Image.Transpose | None]:
+    """Return the width and height that a file stores its image with, and what turns it upright, without decoding it."""
+    with Image.open(path) as image:
+        # Pillow turns TIFF files itself; a PNG file may have EXIF data behind its pixels, but hardly ever has.
+        known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
+        return image.size, orientation(image) if known else None
+
+
+def to_rgb(image: Image.Image, name: Callable[[], str] = lambda: "the image") -> Image.Image:
+    """Return an image with 8 bits a channel, in RGB, by the one rule for what has other values.
+
+    16 bits are divided by 257 (12 bits by 65535 / 4095 less), floats from 0 to 1 multiplied by 255, palettes looked up,
+    transparency left out. Raises BadImage for whole numbers of 32 bits and for floats out of range, whose scale is not
+    known.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray(_from_16_bits(image)).convert("RGB")
+    if image.mode == "I":
+        raise BadImage(name(), "has whole numbers of 32 bits, whose range is not known (save it with 8 or 16 bits)")
+    if image.mode == "F":
+        values = np.asarray(image)
+        low, high = float(values.min()), float(values.max())
+        if not (low >= -0.001 and high <= 1.001):  # NaN neither
+            raise BadImage(name(), f"has floats from {low:g} to {high:g}, which must be from 0 to 1 (scale them)")
+        return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:  # LAB and the like
+        raise BadImage(name(), describe_error(error)) from error
+
+
+def _from_16_bits(image: Image.Image) -> np.ndarray:
+    values, most = np.asarray(image).astype(np.uint32), 65535
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(258) == (12,):  # BitsPerSample of a TIFF
+        most = 4095
+    if tags.get(262) == 0:  # PhotometricInterpretation: white is zero
+        values = most - values
+    return ((values * 255 + most // 2) // most).astype(np.uint8)
+
+
+def decode(data: bytes, name: Callable[[], str]) -> Image.Image:
+    """Return the image that a file's bytes hold, in RGB and upright. Raises BadImage if they hold none."""
+    image = open_image(data, name)
+    turn = orientation(image)
+    image = to_rgb(image, name)
+    return image if turn is None else image.transpose(turn)
 
 
 def _as_tested(transform: Callable[[Image.Image], Tensor], data: bytes, name: Callable[[], str]) -> Tensor:
     return transform(decode(data, name))
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """The image in a file, in RGB. Raises BadImage, naming the file, where it can't be read as one."""
+def read_bytes(path: str | Path) -> bytes:
+    """Return a file's bytes. Raises BadImage, naming the file."""
     try:
-        data = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
-        raise BadImage(str(path), _says(error)) from error
-    return decode(data, lambda: str(path))
+        raise BadImage(str(path), describe_error(error)) from error
 
 
-def _says(error: Exception) -> str:
+def read_image(path: str | Path) -> Image.Image:
+    """Return the image in a file, in RGB and upright. Raises BadImage, naming the file, where it can't be read."""
+    return decode(read_bytes(path), lambda: str(path))
+
+
+def describe_error(error: Exception) -> str:
+    """Say in words why an image can't be read."""
     unknown = isinstance(error, UnidentifiedImageError)  # its own text holds an address in memory
-    said = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-    return f"can't be read as an image ({'no known format' if unknown else said})"
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
+    return f"can't be read as an image ({'no known format' if unknown else reason})"
+
+
+def note_conversions(read: Callable[[int], bytes], count: int, where: str, sample: int = 64) -> None:
+    """Tell the user which rules apply to unusual images, by up to `sample` of them, evenly spread.
+
+    read: gives the bytes of an image's file. where: which images they are, in words.
+    """
+    if rank() > 0:
+        return
+    seen: Counter[str] = Counter()
+    chosen = sorted(set(np.linspace(0, count - 1, min(sample, count)).round().astype(int).tolist()))
+    for index in chosen:
+        try:
+            with Image.open(io.BytesIO(read(index))) as image:
+                if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+                    seen["have 16 bits a pixel, which are divided by 257"] += 1
+                if image.mode == "F":
+                    seen["hold floats, which are multiplied by 255"] += 1
+                if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
+                    seen["have several frames, of which the first is taken"] += 1
+                if image.format != "TIFF" and orientation(image) is not None:
+                    seen["are turned as their EXIF orientation says"] += 1
+        except Exception:  # what can't be read is counted when it is needed
+            continue
+    for rule, times in seen.items():
+        of = f"{times} of {len(chosen)} {where}" + (" that were looked at" if len(chosen) < count else "")
+        note(f"{of} {rule}")
 
 
 class Source:
@@ -148,7 +262,7 @@ class Source:
     def __init__(self, img_size: int | None, sizes: dict | None, augment: dict | None, max_bad: int):
         self.img_size, self.sizes, self.augment, self.max_bad = img_size, sizes or {}, augment or {}, max_bad
         self.bad: dict[str, tuple[str, int]] = {}
-        check("data.augment", self.augment, create_transform, without=(*_TRANSFORM, *_NO_CHOICE))
+        check("data.augment", self.augment, create_transform, without=(*_TRANSFORM, *_NO_CHOICE), ranges=ranges.AUGMENT)
         whole = all(isinstance(n, int) for pair in self.sizes.items() for n in pair)
         if self.sizes and not (whole and min(self.sizes) == 0 and min(self.sizes.values()) > 0):
             raise UserError(f"data.sizes={sizes} must say pixels from epoch 0 on, as in {{0: 192, 280: 224}}")
@@ -168,6 +282,10 @@ class Source:
     def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> Images:
         """The images of "train", "val" or "test", with their labels."""
         files, labels = self.images(split)
+        note_conversions(files.read, len(files), f"{split} images")
+        note_classes(
+            split, np.bincount(labels, minlength=len(self.class_names)), self.class_names, "images", 2 * training
+        )
         norm = dict(mean=inputs["mean"], std=inputs["std"])
         if not training:
             return Images(files, labels, {0: partial(_as_tested, create_transform(**inputs))}, **norm)
