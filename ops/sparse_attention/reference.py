@@ -95,18 +95,18 @@ def sparse_mask(
     return pack(torch.cat((cls, M), 2))
 
 
-# Sums and quotients in place of shifts: ONNX shifts no signed integers.
+# Sums and quotients in place of shifts: ONNX shifts no signed integers. 1 << 32, as 2**32 is a float in TorchScript.
 
 
 def pack(M: Tensor) -> Tensor:  # (..., N) bool -> (..., ceil(N / 32)) int32
     M = torch.nn.functional.pad(M.long(), (0, -M.shape[-1] % 32)).unflatten(-1, (-1, 32))
     word = (M * 2 ** torch.arange(32, device=M.device)).sum(-1)
-    return torch.where(word < 2**31, word, word - 2**32).to(torch.int32)
+    return torch.where(word < (1 << 31), word, word - (1 << 32)).to(torch.int32)
 
 
 def unpack(mask: Tensor, N: int) -> Tensor:  # (..., ceil(N / 32)) int32 -> (..., N) bool
     word = mask.long()
-    word = torch.where(word < 0, word + 2**32, word).unsqueeze(-1)
+    word = torch.where(word < 0, word + (1 << 32), word).unsqueeze(-1)
     bits = torch.div(word, 2 ** torch.arange(32, device=mask.device), rounding_mode="floor") % 2
     return (bits != 0).flatten(-2)[..., :N]
 
