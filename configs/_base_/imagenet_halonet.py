@@ -1,4 +1,7 @@
-"""ImageNet-1K for HaloNets: 350 epochs of 4,096 images a step, smoothing, RandAugment and stochastic depth."""
+"""ImageNet-1K for HaloNets: 350 epochs of 4,096 images a step, smoothing, RandAugment and stochastic depth.
+
+bf16 autocast is ours too: it needs no loss scaling and runs on CPUs.
+"""
 
 from saccade.train.data.imagenet import ImageNet
 from saccade.train.tasks.classify import Classify

@@ -1,4 +1,4 @@
-"""DFA3D-BEV base with the LiDAR's depth, in training and testing: published mAP 57.6, NDS 63.6 on nuScenes val.
+"""DFA3D-BEV base on the LiDAR's depth, tests too: mAP 57.6, NDS 63.6 expected on nuScenes val (arXiv:2307.12972).
 
 torchrun --nproc_per_node=8 tools/train.py configs/nuscenes/dfa3d_bev_b_lidar.py data.root=/path/to/nuscenes
 """

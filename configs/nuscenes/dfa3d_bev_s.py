@@ -1,4 +1,4 @@
-"""DFA3D-BEV small: published mAP 40.1, NDS 50.1 on nuScenes val (arXiv 2307.12972, table 4; 40.3 / 50.9 re-trained).
+"""DFA3D-BEV small: mAP 40.1, NDS 50.1 expected on nuScenes val (arXiv:2307.12972, table 4; 40.3 and 50.9 re-trained).
 
 torchrun --nproc_per_node=8 tools/train.py configs/nuscenes/dfa3d_bev_s.py data.root=/path/to/nuscenes
 """

@@ -1,15 +1,14 @@
 """The lifter's task: scenes, heads, losses, and whole runs of seconds."""
 
-import importlib
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from saccade.train import engine
 from saccade.train.data.bev_scenes import CAMERAS, LIDAR, MEAN, STD, BevScenes, augment, corners, moved
+from saccade.train.data.nuscenes import Samples
 from saccade.train.models.bev import CentreHead, DecoderHead
-from saccade.train.runtime import config
 from saccade.train.runtime.checkpoint import read
 from saccade.train.runtime.errors import UserError
 from saccade.train.tasks.lift import Lift, depth_loss
@@ -279,44 +278,27 @@ def test_mistakes_are_one_sentence(model, task, said):
         Lift(source(), **task).model(**model)
 
 
-CONFIGS = {  # mAP and NDS that the header gives, levels, cells, layers, frames, scale
-    "dfa3d_bev_b": ("mAP 43.0, NDS 53.1", (8, 16, 32, 64), (200, 200), 6, 4, 1.0),
-    "dfa3d_bev_s": ("mAP 40.1, NDS 50.1", (32,), (150, 150), 3, 3, 0.8),
-    "dfa3d_bev_b_lidar": ("mAP 57.6, NDS 63.6", (8, 16, 32, 64), (200, 200), 6, 4, 1.0),
-}
+def test_earlier_frames():
+    """In tests the frames just before, fewer where a scene begins; in training the last four without a random one."""
+    tables = SimpleNamespace(get=lambda table, token: dict(prev=str(int(token) - 1) if int(token) else ""))
+    source = SimpleNamespace(tables=tables, frames=4)
+    inputs = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
+    assert Samples(source, [], inputs, None).earlier("9") == ["6", "7", "8"]
+    assert Samples(source, [], inputs, None).earlier("1") == ["0"]
+    training = Samples(source, [], inputs, dict(skip=True, distort=False))
+    drawn = [training.earlier("9") for _ in range(64)]
+    assert {"".join(frames) for frames in drawn} == {"678", "578", "568", "567"}
+    assert {"".join(training.earlier("2")) for _ in range(64)} == {"01", "0", "1"}
+    assert Samples(source, [], inputs, dict(skip=False, distort=False)).earlier("9") == ["6", "7", "8"]
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_nuscenes_configs_are_the_published_ones(name):
-    header, strides, cells, layers, frames, scale = CONFIGS[name]
-    file = importlib.import_module("saccade.configs.nuscenes").__path__[0] + f"/{name}.py"
-    found = config.load(file)
-    with open(file) as text:
-        assert header in text.read()
-    engine.validate(found)
-    assert (found["data"]["frames"], found["data"].get("scale", 1.0)) == (frames, scale)
-    assert found["optimizer"] == dict(opt="adamw", lr=2e-4, weight_decay=0.01, layer_decay=0.1)
-    assert (found["epochs"], found["batch_size"], found["clip_grad"]) == (24, 8, 35.0)
-
-    class Ten:
-        class_names = tuple(map(str, range(10)))
-
-    job = found["task"].pop("type")(Ten(), **found["task"])
-    with torch.device("meta"):
-        net = job.model(**dict(found["model"], backbone="resnet18", backbone_pretrained=False))
-    assert net.lifter.strides == strides and net.lifter.bev_size == cells and len(net.lifter.encoder.layers) == layers
-    assert net.head.query.weight.shape == (900, 512) and len(net.head.layers) == 6
-    assert (net.lifter.depth is None) == (name == "dfa3d_bev_b_lidar")
-    groups = {}
-    from timm.optim import create_optimizer_v2
-
-    for group in create_optimizer_v2(net, opt="adamw", lr=1.0, weight_decay=0.01, layer_decay=0.1).param_groups:
-        groups.setdefault(round(group["lr_scale"], 6), []).extend(group["params"])
-    names = {id(p): key for key, p in net.named_parameters()}
-    assert {scale: {names[id(p)].startswith("lifter.backbone.") for p in own} for scale, own in groups.items()} == {
-        0.1: {True},
-        1.0: {False},
-    }
+def test_decoder_ignores_boxes_out_of_range():
+    """A box beyond the view's range gives the loss of a sample without it."""
+    head = DecoderHead(16, 2, (4, 4), (-8.0, -8.0, -2.0, 8.0, 8.0, 2.0), queries=5, layers=1, heads=2, hidden=8).eval()
+    outputs = head(torch.randn(1, 16, 4, 4))
+    boxes = torch.tensor([[1.0, 2, 0, 4, 2, 1, 0.3, 0, 0], [9.0, 2, 0, 4, 2, 1, 0.3, 0, 0]])
+    both, one = (head.loss(outputs, [boxes[:n]], [torch.tensor([1, 0])[:n]]) for n in (2, 1))
+    assert both.keys() == one.keys() and all(torch.equal(both[name], one[name]) for name in one)
 
 
 def test_two_processes_measure_as_one(tmp_path):

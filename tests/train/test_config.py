@@ -1,5 +1,6 @@
 """Configurations: overrides, the check against what they build, and the copy in the run folder."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,28 @@ def test_missing_file_and_key(tmp_path):
     (tmp_path / "c.py").write_text("epochs = 3\n")
     with pytest.raises(UserError, match=r"model is missing: set it in the config or with model=… on the command line"):
         engine.validate(config.load(tmp_path / "c.py"))
+
+
+@pytest.mark.parametrize(
+    "change, augment",
+    [
+        ("data.augment = dict(re_prob=0.0)", dict(re_prob=0.0)),  # replaces
+        ("data.augment.update(re_prob=0.0)", dict(re_prob=0.0, re_mode="pixel")),  # changes a part
+        ("data.update(augment=dict(re_prob=0.0, re_mode='const'))", dict(re_prob=0.0, re_mode="const")),  # either
+        (
+            "data.update(augment=dict(re_prob=0.0))",
+            "keep re_mode of the base's augment: assign SECTION.augment =",
+        ),
+        ("data.update(dict(augment=dict(hflip=0.0)))", "keep re_mode, re_prob of the base's augment"),
+    ],
+)
+def test_nested_updates_replace_or_fail(tmp_path, change, augment):
+    """mmengine's update() merges a dict into the base's, where a config's author may well mean to replace it."""
+    (tmp_path / "base.py").write_text("data = dict(augment=dict(re_prob=0.25, re_mode='pixel'))\n")
+    child = f"from mmengine.config import read_base\n\nwith read_base():\n    from .base import *\n\n{change}\n"
+    (tmp_path / "child.py").write_text(child)
+    if isinstance(augment, dict):
+        assert config.load(tmp_path / "child.py")["data"]["augment"] == augment
+    else:
+        with pytest.raises(UserError, match=re.escape(augment)):
+            config.load(tmp_path / "child.py")

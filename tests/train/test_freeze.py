@@ -1,12 +1,14 @@
 """What is frozen stays as it was to the bit, statistics included, and all the rest learns."""
 
+import re
 import subprocess
 
 import pytest
 import saccade.backbones  # noqa: F401  (registers the models)
 import timm
 import torch
-from saccade.train.models.build import create
+from saccade.train.models import detectors
+from saccade.train.models.build import create, create_features
 from saccade.train.models.freeze import freeze
 from saccade.train.runtime import checkpoint, distributed
 from saccade.train.runtime.errors import UserError
@@ -48,6 +50,17 @@ def test_what_learns(name, what, rest):
     assert learning(model) == rest
     if name == "biformer_t" and what == 3:
         assert {n.split(".")[1] for n, p in model.named_parameters() if p.requires_grad and n[:6] == "stages"} == {"3"}
+
+
+@pytest.mark.parametrize("name, frozen", [("resnet18", "(conv1|bn1|layer1)."), ("biformer_t", r"stem|stages.0.")])
+def test_stages_of_a_detector_are_those_of_its_backbone(name, frozen):
+    """A number counts the stages of the backbone, not the layers of layer decay; pyramid and heads learn."""
+    with torch.device("meta"):
+        detector = detectors.create("faster_rcnn", create_features(name, [-4, -3, -2, -1]), 3, channels=16, hidden=16)
+    freeze(detector, 1)
+    own = {id(parameter): name.removeprefix("model.") for name, parameter in detector.body.named_parameters()}
+    for name, parameter in detector.named_parameters():
+        assert parameter.requires_grad == (not re.match(frozen, own.get(id(parameter), "pyramid"))), name
 
 
 def test_patterns_reach_into_blocks():

@@ -17,6 +17,7 @@ from torch.nn.functional import interpolate, pad
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import RandomPhotometricDistort
 
+from ..runtime.config import Count, Fraction, NonNegativeInt, Positive
 from ..runtime.errors import UserError
 from .bad_images import BadImage
 from .bev_frames import ATTRIBUTES, RANGES, attribute, collate
@@ -32,8 +33,9 @@ class NuScenes:
 
     root: the folder that has samples/ and the tables' folder `version`. scale: of the images, which are then padded to
     multiples of 32 on the right and the bottom. frames: key frames a sample shows, oldest first; fewer where a scene
-    begins. distort: photometric distortion; grid_mask: the probability of GridMask (arXiv 2001.04086), of all cameras'
-    images and depths alike; both in training only. max_bad: see saccade.train.data.bad_images.
+    begins. In training only: skip: the earlier frames are those of the last `frames` that remain when a random one is
+    left out, so that intervals vary; distort: photometric distortion; grid_mask: the probability of GridMask
+    (arXiv 2001.04086), of all images and depths of the last frame alike. max_bad: see saccade.train.data.bad_images.
     "val" and "test" are the validation scenes.
     """
 
@@ -41,11 +43,12 @@ class NuScenes:
         self,
         root: str,
         version: str = "v1.0-trainval",
-        scale: float = 1.0,
-        frames: int = 1,
+        scale: Positive = 1.0,
+        frames: Count = 1,
+        skip: bool = True,
         distort: bool = True,
-        grid_mask: float = 0.7,
-        max_bad: int = 0,
+        grid_mask: Fraction = 0.7,
+        max_bad: NonNegativeInt = 0,
     ):
         try:
             from nuscenes.nuscenes import NuScenes as Tables
@@ -62,7 +65,7 @@ class NuScenes:
                 f"the tables in {Path(root, version)} can't be read ({error}): unpack them again"
             ) from error
         self.root, self.version, self.scale, self.frames = str(root), version, scale, frames
-        self.augmentation = dict(distort=distort, grid_mask=grid_mask)
+        self.augmentation = dict(skip=skip, distort=distort, grid_mask=grid_mask)
         self.max_bad, self.bad = max_bad, {}
         self.class_names = list(RANGES)
         first = next(row for row in self.tables.sample_data if row["width"])
@@ -159,17 +162,28 @@ class Samples(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         tables, token = self.source.tables, self.tokens[index]
-        shown = [token]
-        while len(shown) < self.source.frames and (before := tables.get("sample", shown[0])["prev"]):
-            shown.insert(0, before)
         frames, last = [], None
-        for sample in shown:
+        for sample in (*self.earlier(token), token):
             frame, pose = self.frame(tables.get("sample", sample))
             frame["motion"] = moved(pose if last is None else last, pose)
             frames.append(frame)
             last = pose
+        if self.augmentation and torch.rand(()) < self.augmentation["grid_mask"]:
+            kept = grid(*self.source.img_size)
+            frames[-1] |= {name: frames[-1][name] * kept for name in ("images", "depth")}
         boxes, labels, attributes = self.annotations(tables.get("sample", token), last)
         return dict(frames=frames, boxes=boxes, labels=labels, attributes=attributes, index=torch.tensor(index))
+
+    def earlier(self, token: str) -> list[str]:
+        """Return the frames to show before a sample's own, oldest first."""
+        skip = bool(self.augmentation and self.augmentation["skip"])
+        before: list[str] = []
+        for _ in range(self.source.frames - (not skip)):
+            token = token and self.source.tables.get("sample", token)["prev"]  # "" before a scene's first
+            before.insert(0, token)
+        if skip:
+            del before[int(torch.randint(len(before), ()))]
+        return [token for token in before if token]
 
     def frame(self, sample: dict[str, Any]) -> tuple[dict[str, Tensor], ndarray]:
         source, tables = self.source, self.source.tables
@@ -199,12 +213,9 @@ class Samples(Dataset):
             matrix[:3, :3] = np.diag([source.scale, source.scale, 1]) @ known
             matrices.append(matrix @ np.linalg.inv(source.pose(sample["data"][camera])) @ pose)
             depths.append(sparse_depth(points, matrices[-1], (H, W)))
-        images, depth = torch.stack(images), torch.stack(depths)
-        if self.augmentation and torch.rand(()) < self.augmentation["grid_mask"]:
-            kept = grid(H, W)
-            images, depth = images * kept, depth * kept
         matrices = torch.from_numpy(np.stack(matrices)).float()
-        frame = dict(images=images, lidar2img=matrices, depth=depth, cameras=torch.tensor(present))
+        frame = dict(images=torch.stack(images), lidar2img=matrices, depth=torch.stack(depths))
+        frame["cameras"] = torch.tensor(present)
         return frame, pose
 
     def annotations(self, sample: dict[str, Any], pose: ndarray) -> tuple[Tensor, Tensor, Tensor]:
