@@ -50,7 +50,7 @@ from .runtime.errors import UserError, closest
 from .runtime.log import Log, environment, format_metrics
 from .runtime.run_folder import HEADER, prepare_folder  # noqa: F401  (prepare_folder is part of this module's interface)
 from .runtime.state import State, best_weights
-from .runtime.trackers import start
+from .runtime.trackers import check_trackers, start
 
 SCHEDULES = ["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"]  # timm's by step
 
@@ -362,6 +362,7 @@ def validate(config: dict) -> None:
     for section, (built, given, allowed) in timm_sections(config).items():
         if config.get(section) is not None:
             check(section, config[section], *built, without=given, ranges=allowed)
+    check_trackers(config.get("trackers", ()))
     if config.get("strategy") == "fsdp" and config.get("channels_last"):
         raise UserError("channels_last=True can't be combined with strategy=fsdp, which shards contiguous weights only")
     if (config.get("epochs") is None) == (config.get("iterations") is None):

@@ -10,6 +10,7 @@ A sample's key is (epoch, index), or (epoch, index, copy) where an epoch has an 
 """
 
 import random
+import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -201,9 +202,15 @@ def batches(
         collate_fn=partial(_collate, getattr(dataset, "collate", default_collate)),
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
+        worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # its own, so that making an iterator draws nothing from the global one
     )
     return Batches(loader, device, bad, getattr(dataset, "finish", None))
+
+
+def _ignore_interrupts(worker: int) -> None:
+    """Leave Ctrl-C, which the terminal sends to worker processes too, to the process that reads from them."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _collate(collate: Callable[[list], Any], loaded: Any) -> Any:

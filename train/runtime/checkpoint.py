@@ -113,7 +113,7 @@ def digest(tensors: dict[str, Tensor], meta: str) -> str:
     for name in sorted(tensors):
         tensor = tensors[name]
         sha.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return sha.hexdigest()
 
 
@@ -165,7 +165,7 @@ def load(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any], list[str]] | 
 
     Returns None where nothing was saved yet. Raises UserError where there are files and all are damaged.
     """
-    messages = []
+    messages: list[str] = []
     for name in (LAST, PREVIOUS):
         if (folder / name).exists():
             try:

@@ -79,7 +79,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
             patch("mmengine.config.config.get_installed_path", _package_folder),
         ):
             config = Config.fromfile(str(file), format_python_code=False)
-        imported = getattr(config, "_imported_names", set())
+        imported: set[str] = getattr(config, "_imported_names", set())
         settings = Section({key: _plain(value) for key, value in config.items() if key not in imported})
     except Exception as error:  # whatever the file's own code raises
         raise UserError(f"{path} can't be read as a config: {type(error).__name__}: {error}") from error
@@ -113,6 +113,7 @@ def _package_folder(package: str) -> str:
     """Return where a package's modules are, this one's too when installed in editable mode."""
     if package == __name__.partition(".")[0]:
         spec = importlib.util.find_spec(f"{package}.configs")
+        assert spec is not None and spec.submodule_search_locations
         return str(Path(spec.submodule_search_locations[0]).parent)
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
@@ -251,9 +252,10 @@ def check_finite(section: str, value: Any) -> None:
             check_finite(section, item)
 
 
-def _hints(function: Callable) -> dict[str, Any]:
+def _hints(function: Any) -> dict[str, Any]:
     try:
-        return typing.get_type_hints(function.__init__ if isinstance(function, type) else function, include_extras=True)
+        target: Any = function.__init__ if inspect.isclass(function) else function
+        return typing.get_type_hints(target, include_extras=True)
     except (NameError, TypeError):  # annotations that only its own module can resolve
         return {}
 
@@ -368,4 +370,4 @@ def flatten(text: str) -> dict[str, str]:
             yield key, ast.unparse(node)
 
     statements = [node for node in ast.parse(text).body if isinstance(node, ast.Assign)]
-    return {key: value for node in statements for key, value in walk(node.targets[0].id, node.value)}
+    return {key: value for node in statements for key, value in walk(ast.unparse(node.targets[0]), node.value)}

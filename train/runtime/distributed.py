@@ -144,11 +144,11 @@ def sync_errors() -> Iterator[None]:
         if own:
             raise own
         return
-    errors: list = [None] * world_size()
+    errors: list[tuple[str, int] | None] = [None] * world_size()
     dist.all_gather_object(errors, own and (str(own), own.code))
-    for number, error in enumerate(errors):
-        if error:
-            raise UserError(*error, quiet=number != rank()) from own
+    for number, first in enumerate(errors):
+        if first:
+            raise UserError(first[0], first[1], quiet=number != rank()) from own
 
 
 def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
@@ -319,7 +319,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:  # (N, C, ...)
         y = self._normalize(x) if self.training else super().forward(x)
-        for module in self._modules.values():
+        for module in self.children():
             y = module(y)
         return y
 
@@ -331,9 +331,9 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         mean = _AllReduceSum.apply(x.sum(dims)) / n
         x = x - mean.view(shape)
         var = _AllReduceSum.apply(x.square().sum(dims)) / n
-        if self.track_running_stats:
+        if self.num_batches_tracked is not None and self.running_mean is not None and self.running_var is not None:
             with torch.no_grad():
-                self.num_batches_tracked += 1
+                self.num_batches_tracked.add_(1)
                 momentum = 1 / self.num_batches_tracked.item() if self.momentum is None else self.momentum
                 self.running_mean.lerp_(mean, momentum)
                 self.running_var.lerp_(var * n / (n - 1), momentum)

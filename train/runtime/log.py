@@ -17,7 +17,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -163,7 +163,7 @@ def _belongs(line: str, step: int, evaluated: int) -> bool:
     return record["step"] <= (step if record["kind"] == "train" else evaluated)
 
 
-def format_metrics(values: dict[str, float | None]) -> str:
+def format_metrics(values: Mapping[str, float | None]) -> str:
     """Return "loss 0.1234 top1 98.76 …", with a dash for a metric that is undefined."""
 
     def text(name: str, value: float | None) -> str:

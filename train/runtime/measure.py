@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleaved(steps: dict[str, Callable[[], None]], runs: int, device: torch.device) -> dict[str, list[float]]:
+def interleaved(steps: dict[str, Callable[[], Any]], runs: int, device: torch.device) -> dict[str, list[float]]:
     """Seconds of each of `runs` runs of each step, taken in turn after two runs that are not counted."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for i in range(runs + 2):

@@ -9,7 +9,7 @@ from .distributed import rank, sync_errors
 from .errors import UserError, from_os
 
 HEADER = '"""The configuration of this run."""'  # the first line of config.py, by which a run's folder is recognised
-RUN_FILES = ("checkpoints", "pictures", "config.json", "environment.json", "log.jsonl", "log.txt")
+RUN_FILES: tuple[str, ...] = ("checkpoints", "pictures", "config.json", "environment.json", "log.jsonl", "log.txt")
 RUN_FILES += ("tensorboard", "wandb", "metrics.json", "classes.csv", "model.safetensors", "config.py", "bad_images.txt")
 
 

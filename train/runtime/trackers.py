@@ -7,6 +7,7 @@ begins. A tracker that can't start (no key, no network) or that fails later is r
 without it.
 """
 
+import importlib.util
 import math
 import os
 import uuid
@@ -58,9 +59,6 @@ class Wandb:
     def __init__(self, folder: Path, config: str, step: int):
         import wandb
 
-        mode = os.environ.get("WANDB_MODE", "offline")
-        if mode not in WANDB_MODES:
-            raise UserError(f"WANDB_MODE={mode} must be one of {', '.join(WANDB_MODES)}")
         note = folder / "wandb" / "run_id"
         note.parent.mkdir(exist_ok=True)
         if not (step and note.exists()):
@@ -69,7 +67,7 @@ class Wandb:
             dir=folder,
             id=note.read_text(),
             resume="allow" if step else None,
-            mode=mode,
+            mode=os.environ.get("WANDB_MODE", "offline"),  # type: ignore[arg-type]
             project=os.environ.get("WANDB_PROJECT", "saccade"),
             name=os.environ.get("WANDB_NAME", folder.name),
             config=dict(line.split(" = ", 1) for line in _utf8(config).splitlines() if " = " in line),
@@ -102,8 +100,6 @@ class Guarded:
         self._name, self._message, self._tracker = name, message, None
         try:
             self._tracker = start()
-        except (UserError, ImportError):
-            raise
         except Exception as error:  # each service has its own
             self._report("can't start", error)
 
@@ -133,18 +129,23 @@ class Guarded:
         self._call("close")
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise UserError for an unknown tracker, a package that is not installed, and a WANDB_MODE that is none."""
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"unknown tracker {name!r} in trackers={tuple(names)}{closest(str(name), TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise UserError(f"trackers={tuple(names)} needs the package {name}: install it")
+    mode = os.environ.get("WANDB_MODE", "offline")
+    if "wandb" in names and mode not in WANDB_MODES:
+        raise UserError(f"the environment variable WANDB_MODE={mode} must be one of {', '.join(WANDB_MODES)}")
+
+
 def start(
     names: Sequence[str], folder: Path, config: str, step: int, message: Callable[[str], None] = print
 ) -> list[Guarded]:
     """Start the trackers of these names for a run that begins, or resumes, at a step.
 
-    config: as config.dump writes it. message: called with a sentence when a tracker fails. Raises UserError for an
-    unknown name, a package that is not installed and a WANDB_MODE that is none.
+    config: as config.dump writes it. message: called with a sentence when a tracker fails.
     """
-    for name in names:
-        if name not in TRACKERS:
-            raise UserError(f"unknown tracker {name!r} in trackers={tuple(names)}{closest(str(name), TRACKERS)}")
-    try:
-        return [Guarded(name, partial(TRACKERS[name], folder, config, step), message) for name in names]
-    except ImportError as error:
-        raise UserError(f"trackers={tuple(names)} needs a package that is missing ({error}): install it") from error
+    return [Guarded(name, partial(TRACKERS[name], folder, config, step), message) for name in names]
