@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from ..ops import agent_attention, pool_agents, resize_agent_bias, window_attention
 from .base import Isotropic, Pyramid, TokenHead, checked_size, create_model, init_linear, make_cfg, map_norms
-from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last, position_table, resize_positions
+from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last, must_pad, position_table, resize_positions
 from .published import Rules, fitted, opened, renamed
 
 TABLE = 7  # side of the tables of block biases, whatever the map
@@ -92,11 +92,11 @@ class AgentAttention(nn.Module):
         key_bias = (self.key_block, self.key_rows, self.key_columns)
         query_bias = (self.query_block, self.query_rows, self.query_columns)
         if self.resize_agents or size[0] != self.size[0] or size[1] != self.size[1]:
-            key_bias = resize_agent_bias(key_bias, size, self.grid)
-            query_bias = resize_agent_bias(query_bias, size, self.grid)
+            key_bias = resize_agent_bias(key_bias, size, self.grid)  # type: ignore[assignment]
+            query_bias = resize_agent_bias(query_bias, size, self.grid)  # type: ignore[assignment]
         token_bias: tuple[Tensor, Tensor] | None = None
         if self.key_token is not None:
-            token_bias = (self.key_token, self.query_token)
+            token_bias = (self.key_token, self.query_token)  # type: ignore[assignment]
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
             if can_fuse(self.dwc):
                 dwc = self.dwc.weight, self.dwc.bias
@@ -134,7 +134,7 @@ class WindowAttention(nn.Module):
     ):
         super().__init__()
         dd = dict(device=device, dtype=dtype)
-        self.heads, self.window, self.always_shift = heads, tuple(window), always_shift
+        self.heads, self.window, self.always_shift = heads, (window[0], window[1]), always_shift
         self.shift = (window[0] // 2, window[1] // 2) if shift else (0, 0)
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
@@ -145,13 +145,17 @@ class WindowAttention(nn.Module):
         return f"heads={self.heads}, window={self.window}, shift={self.shift}"
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        s_h = self.shift[0] if self.always_shift or size[0] > self.window[0] else 0
-        s_w = self.shift[1] if self.always_shift or size[1] > self.window[1] else 0
+        s_h = self.shift[0] * int(self.always_shift or size[0] > self.window[0])
+        s_w = self.shift[1] * int(self.always_shift or size[1] > self.window[1])
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+            if torch.jit.is_tracing() and not self.always_shift:  # as a part of the graph, which serves other sizes too
+                s_h, s_w = (s * (n > w) for s, n, w in zip(self.shift, size, self.window))
         x = x.unflatten(1, size)
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
             if can_fuse(self.qkv) and self.qkv.bias is not None:
                 split = (3, x.shape[3])
-                qkv, pad = self.qkv(x).unflatten(3, split), self.qkv.bias.unflatten(0, split)
+                qkv = self.qkv(x).view(x.shape[0], size[0], size[1], *split)
+                pad = self.qkv.bias.view(split)
                 out = window_attention(qkv, self.heads, self.window, (s_h, s_w), self.relative_bias, pad)
                 return self.proj(out.flatten(1, 2))
         x = F.pad(x, (0, 0, 0, -size[1] % self.window[1], 0, -size[0] % self.window[0]))
@@ -178,7 +182,7 @@ class StripeAttention(nn.Module):
         dd = dict(device=device, dtype=dtype)
         if heads % 2:
             raise ValueError(f"heads of striped blocks must be even, half for each direction, got {heads}")
-        self.heads, self.stripe = heads, tuple(stripe)
+        self.heads, self.stripe = heads, (stripe[0], stripe[1])
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.dwc = DepthwiseConv(dim // 2, **dd)  # of vertical stripes
@@ -191,7 +195,7 @@ class StripeAttention(nn.Module):
         (B, N, C), (h, w), (columns, rows) = x.shape, size, self.stripe
         down, right = -h % rows, -w % columns
         x = x.view(B, h, w, C)
-        if down > 0 or right > 0:
+        if must_pad(down, right):
             x = F.pad(x, (0, 0, 0, right, 0, down))
         H, W = h + down, w + right
         qkv = self.qkv(x).view(B, H, W, 3, C)
@@ -203,7 +207,7 @@ class StripeAttention(nn.Module):
         v = qkv[:, :, :, 2, half:].unflatten(1, (H // rows, rows)).permute(0, 1, 4, 2, 3).flatten(0, 1)
         lepe_rows = self.dwc_rows(v).unflatten(0, (B, H // rows)).permute(0, 1, 3, 4, 2).reshape(B, H, W, half)
         out = torch.cat((vertical + lepe, horizontal + lepe_rows), 3)
-        if down > 0 or right > 0:
+        if must_pad(down, right):
             out = out[:, :h, :w]
         return self.proj(out.reshape(B, N, C))
 
@@ -276,7 +280,7 @@ class Patches(nn.Module):
             down, right = -x.shape[2] % self.stride, -x.shape[3] % self.stride
         else:
             down, right = max(0, self.least - x.shape[2]), max(0, self.least - x.shape[3])
-        if down > 0 or right > 0:
+        if must_pad(down, right):
             x = F.pad(x, (0, right, 0, down))
         x = self.proj(channels_last(x))
         return self.norm(channels_last(x))
@@ -294,7 +298,7 @@ class Merging(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
         down, right = x.shape[1] % 2, x.shape[2] % 2
-        if down > 0 or right > 0:
+        if must_pad(down, right):
             x = F.pad(x, (0, 0, 0, right, 0, down))
         B, h, w, C = x.shape
         x = x.reshape(B, h // 2, 2, w // 2, 2, C).permute(0, 1, 3, 4, 2, 5)  # of four, the row changes first
@@ -390,29 +394,31 @@ class AgentPyramid(Pyramid):
 
         kernel, pad = (7, False) if host == "cswin" else (4, host == "swin")
         self.stem = Patches(in_chans, dims[0], kernel, 4, norm=True, pad=pad, **dd)
-        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        rates: Any = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         stages = []
         self.feature_info = []
         for i, dim in enumerate(dims):
             stride = 4 * 2**i
             size = (img_size[0] // stride, img_size[1] // stride)
+            downsample: nn.Module
             if i == 0:
                 downsample = nn.Identity()
             elif host == "swin":
                 downsample = Merging(dims[i - 1], dim, **dd)
             else:
                 downsample = Patches(dims[i - 1], dim, 2 if host == "pvt" else 3, 2, norm=True, pad=False, **dd)
-            blocks = []
+            blocks: list[Block] = []
+            attn: nn.Module
             for j in range(depths[i]):
                 if j < per_stage["agent_blocks"][i]:
-                    attn = AgentAttention(dim, heads[i], size, agents[i], per_stage["dense_agents"][i], **dd)
+                    attn = AgentAttention(dim, heads[i], size, agents[i], per_stage["dense_agents"][i], **dd)  # type: ignore[arg-type]
                 elif host == "swin":
                     window = tuple(min(max(7, n // 32), side) for n, side in zip(img_size, size))
                     attn = WindowAttention(dim, heads[i], window, j % 2 == 1, bool(dense_agents), **dd)
                 elif i == 3:
                     attn = FullAttention(dim, heads[i], dwc=True, **dd)
                 else:
-                    stripe = tuple((1, 2, n // 32)[i] for n in reversed(img_size))
+                    stripe = ((1, 2, img_size[1] // 32)[i], (1, 2, img_size[0] // 32)[i])
                     attn = StripeAttention(dim, heads[i], stripe, **dd)
                 eps = 1e-6 if host == "pvt" else 1e-5
                 blocks.append(Block(dim, attn, mlp_ratios[i], eps, next(rates), **dd))
@@ -484,8 +490,8 @@ class AgentDeiT(Isotropic):
             if agent_blocks is None or i < agent_blocks:
                 attn = AgentAttention(dim, heads, size, agents, token=True, **dd)
             else:
-                attn = FullAttention(dim, heads, **dd)
-            blocks.append(Block(dim, attn, mlp_ratio, 1e-6, rate, **dd))
+                attn = FullAttention(dim, heads, **dd)  # type: ignore[assignment]
+            blocks.append(Block(dim, attn, mlp_ratio, 1e-6, rate, **dd))  # type: ignore[arg-type]
         self.blocks = nn.ModuleList(blocks)
         self.feature_info = [dict(num_chs=dim, reduction=self.STRIDE, module=f"blocks.{i}") for i in range(depth)]
         self.norm = nn.LayerNorm(dim, eps=1e-6, **dd)
@@ -634,9 +640,9 @@ PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
     agent_cswin_s=(83.9, README),
     agent_cswin_b=(84.7, README),
 )
-WEIGHTS = dict.fromkeys(VARIANTS, "share links in the authors' README, https://github.com/LeapLabTHU/Agent-Attention")
+WEIGHTS = dict.fromkeys(VARIANTS, "share links in the authors' README: https://github.com/LeapLabTHU/Agent-Attention")
 default_cfgs = generate_default_cfgs(
-    {f"{name}.untrained": _cfg(stride=16 if "deit" in name else 32) for name in VARIANTS}
+    {f"{name}.untrained": _cfg(stride=16 if "deit" in name else 32) for name in VARIANTS}  # type: ignore[arg-type]
     | {
         "agent_deit_s.untrained_448": _cfg(448, stride=16),
         "agent_pvt_m.untrained_256": _cfg(256),
@@ -647,7 +653,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> nn.Module:
+def _create(name: str, pretrained: bool, **kwargs) -> Any:
     kwargs = VARIANTS[name] | kwargs
     if kwargs.get("features_only") and kwargs.get("host") in DENSE_AGENTS:
         kwargs.setdefault("dense_agents", DENSE_AGENTS[kwargs["host"]])

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..ops import bilevel_routing_attention, region_routing
 from .base import Pyramid, Stage, create_model, make_cfg, map_norms
-from .layers import CachedMlp, DepthwiseConv, channels_last
+from .layers import CachedMlp, DepthwiseConv, at_least_one, at_most, channels_last, must_pad
 from .published import Rules, fitted, opened, renamed
 
 FULL, FULL_LEPE = -1, -2  # the published codes in `topks` for attention over the whole map, without and with LePE
@@ -72,7 +72,7 @@ class RoutedAttention(nn.Module):
         n = self.n_win
         H, W, C = x.shape[1], x.shape[2], x.shape[3]
         if self.pad_projected:
-            h, w = max(1, H // n), max(1, W // n)
+            h, w = at_least_one(H // n), at_least_one(W // n)
             rows, cols = (H + h - 1) // h, (W + w - 1) // w
         else:
             h, w = (H + n - 1) // n, (W + n - 1) // n
@@ -84,12 +84,12 @@ class RoutedAttention(nn.Module):
                 f"auto_pad=False needs maps that n_win={n} divides, got one of {H}x{W}: "
                 "choose another image size or auto_pad=True"
             )
-        if padded and not self.pad_projected:
+        if must_pad(down, right) and not self.pad_projected:
             x = F.pad(x, (0, 0, 0, right, 0, down))
         qkv = self.qkv(x)
         v = qkv[..., 2 * C :]
-        idx = region_routing(qkv, (h, w), min(self.topk, rows * cols))
-        if padded and self.pad_projected:
+        idx = region_routing(qkv, (h, w), at_most(rows * cols, self.topk))
+        if must_pad(down, right) and self.pad_projected:
             qkv = F.pad(qkv, (0, 0, 0, right, 0, down))
         return qkv, v, idx, (rows, cols), (h, w)
 
@@ -236,17 +236,19 @@ class BiFormer(Pyramid):
                 nn.BatchNorm2d(dims[0], **dd),
             ]
         self.stem = Stem(*layers)
-        rates = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         self.feature_info = []
         for i, (dim, topk) in enumerate(zip(dims, topks)):
+            downsample: nn.Module
             if i == 0:
                 downsample = nn.Identity()
             elif patchify:
                 downsample = nn.Sequential(nn.BatchNorm2d(dims[i - 1], **dd), nn.Conv2d(dims[i - 1], dim, 2, 2, **dd))
             else:
                 downsample = nn.Sequential(nn.Conv2d(dims[i - 1], dim, 3, 2, 1, **dd), nn.BatchNorm2d(dim, **dd))
-            blocks = []
+            blocks: list[nn.Module] = []
+            attn: nn.Module
             for rate in rates[i]:
                 if topk > 0:
                     attn = RoutedAttention(dim, dim // head_dim, n_win, topk, auto_pad, pad_projected, **dd)
@@ -350,7 +352,7 @@ PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
     biformer_stl_nchw=(82.7, "README of the published code"),
 )
 WEIGHTS = dict.fromkeys(
-    VARIANTS, "share links in the authors' README, https://github.com/rayleizhu/BiFormer, which users report dead"
+    VARIANTS, "share links in the authors' README, which users report dead: https://github.com/rayleizhu/BiFormer"
 )
 CFG = make_cfg(
     first_conv="stem.0",

@@ -45,7 +45,7 @@ def pillars(bev_size: tuple[int, int], pc_range: Sequence[float], points: int, l
     height, width = bev_size
     low, high = (torch.tensor(values, dtype=like.dtype, device=like.device) for values in (pc_range[:3], pc_range[3:]))
     tall = float(pc_range[5] - pc_range[2])
-    dd = dict(dtype=like.dtype, device=like.device)
+    dd: dict[str, Any] = dict(dtype=like.dtype, device=like.device)
     z = torch.linspace(0.5, tall - 0.5, points, **dd) / tall
     y = (torch.arange(height, **dd) + 0.5) / height
     x = (torch.arange(width, **dd) + 0.5) / width
@@ -123,10 +123,10 @@ class DeformableAttention(nn.Module):
         """The operator's arguments; see `forward`."""
         split = (self.heads, self.levels, self.points)
         offsets = self.sampling_offsets(query).unflatten(-1, (*split, 2))
-        sizes = [(W, H) for H, W in shapes]
+        sizes: list[tuple[int, ...]] = [(W, H) for H, W in shapes]
         if depth is not None:
-            offsets = torch.cat([offsets, self.sampling_offsets_depth(query).unflatten(-1, (*split, 1))], -1)
-            sizes = [(W, H, depth.shape[-1]) for W, H in sizes]
+            offsets = torch.cat([offsets, self.sampling_offsets_depth(query).unflatten(-1, (*split, 1))], -1)  # type: ignore[misc]
+            sizes = [(W, H, depth.shape[-1]) for H, W in shapes]
         dims = offsets.shape[-1]
         Z = reference.shape[2]
         # In float32 at least: a bfloat16 coordinate is off by whole cells.
@@ -293,7 +293,7 @@ class Encoder(nn.Module):
         layer's own. All look at shifted places, also in the present frame, as published.
         """
         H, W = shape
-        dd = dict(dtype=full(query), device=query.device)
+        dd: dict[str, Any] = dict(dtype=full(query), device=query.device)
         y, x = (torch.arange(H, **dd) + 0.5) / H, (torch.arange(W, **dd) + 0.5) / W
         cells = torch.stack(torch.broadcast_tensors(x[None], y[:, None]), -1).flatten(0, 1)
         where = cells + shift.to(cells)[:, None]  # (B, Q, 2)
@@ -389,11 +389,16 @@ class BEVLifter(nn.Module):
             raise ValueError(f"embed_dims must be even, got {embed_dims}")
         if len(pc_range) != 6 or any(low >= high for low, high in zip(pc_range, pc_range[3:])):
             raise ValueError(f"pc_range must be (x_min, y_min, z_min, x_max, y_max, z_max), got {pc_range}")
+        if len(bev_size) != 2:
+            raise ValueError(f"bev_size must be (height, width), got {bev_size}")
+        if len(depth_bound) != 3:
+            raise ValueError(f"depth_bound must be (nearest, farthest, bin), got {depth_bound}")
         if depth_stride not in strides:
             raise ValueError(f"depth_stride must be one of strides={tuple(strides)}, got {depth_stride}")
         self.in_chans, self.num_classes, self.num_features = in_chans, 0, embed_dims
-        self.strides, self.bev_size, self.pc_range = tuple(strides), tuple(bev_size), tuple(pc_range)
-        self.pillar, self.depth_bound, self.cams, self.can_bus = pillar, tuple(depth_bound), cams, can_bus
+        self.strides, self.bev_size, self.pc_range = tuple(strides), (bev_size[0], bev_size[1]), tuple(pc_range)
+        self.pillar, self.cams, self.can_bus = pillar, cams, can_bus
+        self.depth_bound = (depth_bound[0], depth_bound[1], depth_bound[2])
 
         arguments = dict(features_only=True, in_chans=in_chans, pretrained=backbone_pretrained) | (backbone_args or {})
         reductions = timm.create_model(backbone, **arguments | dict(pretrained=False)).feature_info.reduction()
@@ -552,7 +557,7 @@ class BEVLifter(nn.Module):
             bins = self.depth_target(depth, tolerance=2)
         elif self.lift_depth:
             bins = self.depth.decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
-        view = self.lift(maps, bins, lidar2img, tuple(images.shape[3:]), prev_bev, motion, can_bus, cameras)
+        view = self.lift(maps, bins, lidar2img, (images.shape[3], images.shape[4]), prev_bev, motion, can_bus, cameras)
         return (view, codes) if return_depth else view
 
     def depth_target(self, depth: Tensor, tolerance: int = 0) -> Tensor:
@@ -652,7 +657,7 @@ VARIANTS: dict[str, dict[str, Any]] = dict(
     dfa3d_bev_s=dict(strides=(32,), bev_size=(150, 150), layers=3),
     dfa3d_bev_b=dict(strides=(8, 16, 32, 64), bev_size=(200, 200), layers=6),
 )
-SOURCE = "the authors' links, https://github.com/IDEA-Research/3D-deformable-attention"
+SOURCE = "the authors' links: https://github.com/IDEA-Research/3D-deformable-attention"
 WEIGHTS = dict(
     dfa3d_bev_s=f"bevformer_small_DFA3D by {SOURCE}",
     dfa3d_bev_b=f"bevformer_base_DFA3D by {SOURCE}",

@@ -524,7 +524,7 @@ PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
     patnet_l=(83.9, FIGURE),
 )
 WEIGHTS = dict.fromkeys(
-    ("patnet_t0", "patnet_t1"), "share links in issues 3 and 4 of https://github.com/haiduo/PartialNet, which expire"
+    ("patnet_t0", "patnet_t1"), "share links in issues 3 and 4, which expire: https://github.com/haiduo/PartialNet"
 )
 CFG = make_cfg(
     crop_pct=0.9,

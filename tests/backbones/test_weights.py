@@ -59,13 +59,13 @@ def test_licenses(name, license):
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        ("agent_pvt_t", "share links in the authors' README, https://github.com/LeapLabTHU/Agent-Attention"),
-        ("biformer_t", "share links in the authors' README, https://github.com/rayleizhu/BiFormer, which users report"),
+        ("agent_pvt_t", "share links in the authors' README: https://github.com/LeapLabTHU/Agent-Attention"),
+        ("biformer_t", "share links in the authors' README, which users report dead: https://github.com/rayleizhu"),
         ("davit_g", "none are published"),
-        ("dfa3d_bev_s", "bevformer_small_DFA3D by the authors' links, https://github.com/IDEA-Research"),
+        ("dfa3d_bev_s", "bevformer_small_DFA3D by the authors' links: https://github.com/IDEA-Research"),
         ("ela_resnet18", "none are published"),
         ("halo_h0", "none are published"),
-        ("patnet_t0", "share links in issues 3 and 4 of https://github.com/haiduo/PartialNet"),
+        ("patnet_t0", "share links in issues 3 and 4, which expire: https://github.com/haiduo/PartialNet"),
         ("patnet_s", "none are published"),
         ("sparsifiner_lvvit_s", "none are published, but those of its dense parent"),
         ("ulsam_mobilenet_v2", "none are published"),

@@ -28,14 +28,14 @@ def test_stale_page_is_one_sentence(zoo, tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "zoo.md"
     row = zoo.Row("biformer_t", "saccade.backbones.biformer", (224, 224), 1, 2, 3, counted=True)
-    for name, value in dict(ROOT=tmp_path, PAGE=page, rows=lambda: ([row], 1e-9)).items():
+    for name, value in dict(ROOT=tmp_path, PAGE=page, measure_all=lambda: ([row], 1e-9)).items():
         monkeypatch.setattr(zoo, name, value)
     monkeypatch.setattr(sys, "argv", ["zoo.py"])
     zoo.main()
     monkeypatch.setattr(sys, "argv", ["zoo.py", "--check"])
     zoo.main()
     page.write_text(page.read_text().replace("parameter count |", "davit_tiny |"))
-    with pytest.raises(SystemExit, match=r"docs/zoo\.md is stale: `python tools/zoo\.py` writes it anew"):
+    with pytest.raises(SystemExit, match=r"docs/zoo\.md is stale: run `python tools/zoo\.py`"):
         zoo.main()
 
 
@@ -44,7 +44,7 @@ def test_stale_page_is_one_sentence(zoo, tmp_path, monkeypatch):
     [("resnet50", 25.56, 4.09, 11.11), ("convnext_tiny", 28.59, 4.47, 13.44)],
 )
 def test_counts_are_those_of_timms_tables(zoo, name, params, macs, activations):
-    row = zoo.measured(name)
+    row = zoo.measure_model(name)
     got = row.params / 1e6, row.macs / 1e9, row.activations / 1e6
     assert got == pytest.approx((params, macs, activations), rel=4e-3)  # a norm is no matrix product
 
@@ -53,12 +53,12 @@ def test_counts_are_those_of_timms_tables(zoo, name, params, macs, activations):
 def test_macs_are_the_algorithms(zoo, monkeypatch, name, giga):
     """Those counted on the published code, not of what runs on a CPU: BiFormer's third stage is dense there."""
     monkeypatch.setattr(zoo, "families", dict)
-    zoo.rows()  # brings the formulas
-    assert zoo.measured(name).macs / 1e9 == pytest.approx(giga, rel=0.01)
+    zoo.measure_all()  # registers the FLOP formulas
+    assert zoo.measure_model(name).macs / 1e9 == pytest.approx(giga, rel=0.01)
 
 
 def test_checks_are_what_the_tests_run(zoo):
-    fixtures, counted, rtol = zoo.checks()
+    fixtures, counted, rtol = zoo.read_tests()
     assert rtol == 1e-9
     assert {"davit_tiny", "davit_tiny_150x198", "davit_tiny_dense_192x256"} == set(fixtures["davit_t"])
     assert not fixtures["davit_b"] and {"davit_b", "biformer_s"} <= counted
