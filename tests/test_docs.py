@@ -18,7 +18,7 @@ def test_examples_of_operators(section):
 
 
 def test_examples_of_backbones():
-    section = re.search(r"(?ms)^## \d+\. A backbone in code of your own$(.*?)^## ", (DOCS / "start.md").read_text())[1]
+    section = re.search(r"(?ms)^## \d+\. A backbone in your own code$(.*?)^## ", (DOCS / "start.md").read_text())[1]
     shared: dict = {}
     examples = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
     assert len(examples) == 2

@@ -159,8 +159,8 @@ class RetinaHead(nn.Module):
         super().__init__()
         self.anchors, self.num_classes = anchors, num_classes
         self.score_thresh, self.detections = score_thresh, detections
-        self.cls_convs = nn.ModuleList(ConvUnit(channels, channels, 3) for _ in range(4))
-        self.reg_convs = nn.ModuleList(ConvUnit(channels, channels, 3) for _ in range(4))
+        self.cls_convs = nn.ModuleList(ConvUnit(channels, channels, 3, relu=True) for _ in range(4))
+        self.reg_convs = nn.ModuleList(ConvUnit(channels, channels, 3, relu=True) for _ in range(4))
         self.retina_cls = nn.Conv2d(channels, anchors.count * num_classes, 3, padding=1)
         self.retina_reg = nn.Conv2d(channels, anchors.count * 4, 3, padding=1)
         for module in self.modules():
@@ -176,9 +176,9 @@ class RetinaHead(nn.Module):
         for x in maps:
             y = x
             for conv in self.cls_convs:
-                x = conv(x).relu()
+                x = conv(x)
             for conv in self.reg_convs:
-                y = conv(y).relu()
+                y = conv(y)
             logits.append(self.retina_cls(x))
             deltas.append(self.retina_reg(y))
         return logits, deltas
@@ -196,8 +196,7 @@ class RetinaHead(nn.Module):
             for anchor, score, shift in zip(anchors, scores, shifts):
                 pairs = score[i].flatten()
                 above = torch.where(pairs > self.score_thresh)[0]
-                top = pairs[above].topk(min(1000, above.shape[0])).indices
-                chosen = above[top]
+                chosen = above[pairs[above].argsort(descending=True)[:1000]]
                 cell = torch.div(chosen, self.num_classes, rounding_mode="floor")
                 boxes.append(decode(anchor[cell], shift[i, cell], clip=size))
                 best.append(pairs[chosen])

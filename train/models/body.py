@@ -31,7 +31,7 @@ class OnBody(nn.Module):
         return {f"backbone.{name}": _unflattened(name) for name, _ in self.body.named_parameters()}
 
     def group_matcher(self, coarse: bool = False) -> Callable[[str], float]:
-        """Name of a parameter -> its layer (coarse: its stage) as timm counts them: the body's, then all heads as one."""
+        """Return parameter name -> layer (coarse: stage) as timm counts them: the body's, then all heads as one."""
         names = self._own_names()
         matcher = self.body.stages if coarse else self.body.layers
         layers = group_with_matcher(((name, None) for name in names.values()), matcher, reverse=True)

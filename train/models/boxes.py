@@ -27,8 +27,8 @@ def encode(boxes: Tensor, targets: Tensor, stds: Sequence[float] = (1, 1, 1, 1))
 def decode(
     boxes: Tensor, deltas: Tensor, stds: Sequence[float] = (1, 1, 1, 1), clip: Sequence[int] | None = None
 ) -> Tensor:
-    """Apply deltas (N, ..., 4) to boxes (N, 4); clip: (height, width) of the image that the results are clipped to."""
-    boxes = boxes.reshape(len(boxes), *(1,) * (deltas.dim() - 2), 4)
+    """Apply deltas (N, 4) or (N, C, 4) to boxes (N, 4), clipping the results to an image of (height, width) `clip`."""
+    boxes = boxes if deltas.dim() == 2 else boxes[:, None]
     deltas = deltas * deltas.new_tensor(stds)
     size = boxes[..., 2:] - boxes[..., :2]
     center = (boxes[..., :2] + boxes[..., 2:]) / 2 + deltas[..., :2] * size

@@ -202,7 +202,7 @@ def create(
         make = partial(CascadeRoIHead, class_agnostic=class_agnostic) if cascade else RoIHead
         masks = "mask" in detector
         roi_head = make(strides, channels, hidden, num_classes, rois, score_thresh, detections, masks)
-        model = RCNN(rpn_head, roi_head, neck=FPN(widths, channels), **common)
+        model = RCNN(rpn_head, roi_head, neck=FPN(widths, channels, "pool"), **common)
     return model.train()
 
 

@@ -1,4 +1,4 @@
-"""Detectors that saccade 0.1 trained, whose parameters had torchvision's names, as today's detectors have them."""
+"""Detectors and segmenters that saccade 0.1 trained, their parameters under today's names."""
 
 import re
 import warnings
@@ -30,6 +30,17 @@ RULES = (
     (r"^roi_heads\.mask_head\.", "roi_head.mask_head."),
     (r"^roi_heads\.mask_predictor\.", "roi_head.mask_head."),
     (r"^(roi_head\.mask_head\.(?:\d\.)?)(\d)\.0\.", r"\1convs.\2.conv."),
+    (r"^head\.pooling\.pools\.", "decode_head.psp_modules."),
+    (r"^head\.pooling\.fuse\.", "decode_head.bottleneck."),
+    (r"^head\.laterals\.", "decode_head.lateral_convs."),
+    (r"^head\.smooth\.", "decode_head.fpn_convs."),
+    (r"^head\.fuse\.", "decode_head.fpn_bottleneck."),
+    (r"^head\.classifier\.1\.", "decode_head.conv_seg."),
+    (r"^head\.pyramid\.inner_blocks\.(\d)\.0\.", r"neck.lateral_convs.\1.conv."),
+    (r"^head\.pyramid\.layer_blocks\.(\d)\.0\.", r"neck.fpn_convs.\1.conv."),
+    (r"^head\.scales\.(\d)\.(\d)\.", lambda m: f"decode_head.scale_heads.{m[1]}.{2 * int(m[2])}."),
+    (r"^auxiliary\.conv\.", "auxiliary_head.convs.0."),
+    (r"^auxiliary\.classifier\.1\.", "auxiliary_head.conv_seg."),
     (r"\.conv5_mask\.", ".upsample."),
     (r"\.mask_fcn_logits\.", ".conv_logits."),
     (r"\.cls_score\.", ".fc_cls."),
@@ -38,22 +49,25 @@ RULES = (
 
 
 def is_legacy(tensors: dict[str, Tensor]) -> bool:
-    """Return whether tensors are those of a detector that saccade 0.1 trained."""
-    return any(key.startswith("backbone.body.") for key in tensors)
+    """Return whether tensors are those of a detector or segmenter that saccade 0.1 trained."""
+    return any(key.startswith(("backbone.body.", "head.classifier.")) for key in tensors)
 
 
 def convert(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, bool]]:
     """Return the tensors under today's names and label order, and the arguments of `detectors.create` they need.
 
-    Warns that results differ slightly: anchors, RoIAlign and the resizing of images have followed torchvision.
+    Warns that results differ slightly: version 0.1 resized images otherwise, and its anchors and RoIAlign were
+    torchvision's.
     """
     warnings.warn(
-        "this detector was trained by saccade 0.1, with torchvision's anchors, RoIAlign and resizing: it opens, but "
-        "its boxes differ slightly from those of that version, and a short training brings it back to its best",
+        "this model was trained by saccade 0.1, which resized images otherwise and had torchvision's anchors and "
+        "RoIAlign: it opens, but its results differ slightly, and a short training brings it back to its best",
         stacklevel=2,
     )
     converted = {}
     for key, value in tensors.items():
+        if key in ("mean", "std"):  # of the images, from the config since
+            continue
         for pattern, replacement in RULES:
             key = re.sub(pattern, replacement, key)
         converted[key] = value

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from ..runtime import config as configs
@@ -79,14 +80,20 @@ def read_tensors(file: str | Path) -> dict[str, Tensor]:
 
 
 def load_backbone(
-    name: str, levels: Any, tensors: dict[str, Tensor], file: str | Path, first_norm: bool = True, **kwargs: Any
+    name: str,
+    levels: Any,
+    tensors: dict[str, Tensor],
+    file: str | Path,
+    first_norm: bool = True,
+    norms: bool = True,
+    **kwargs: Any,
 ) -> nn.Module:
     """Build the backbone of `create_features` with the `backbone.` part of a whole model's tensors, all of it.
 
-    first_norm: whether the norm of the finest map must be there.
+    first_norm: whether the norm of the finest map must be there. norms: see create_features.
     """
     own = {key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")}
-    body = create_features(name, levels, norms=True, **kwargs)
+    body = create_features(name, levels, norms=norms, **kwargs)
     state = body.state_dict()
     counts = {key: value for key, value in state.items() if key.endswith("num_batches_tracked")}
     if state.keys() == (counts | own).keys() and all(state[key].shape == value.shape for key, value in own.items()):
@@ -95,7 +102,7 @@ def load_backbone(
     if any("out_norms." in key for key in state):
         check_map_norms(tensors, 4, not first_norm, file)
     try:
-        return create_features(name, levels, own, norms=True, **kwargs)
+        return create_features(name, levels, own, norms=norms, **kwargs)
     except UserError as error:
         raise UserError(f"checkpoint {file} is of {describe(tensors)}, and {error}") from error
 
@@ -173,7 +180,8 @@ def load_published(
     config: a recipe's name below configs/, such as "coco/mask_rcnn_biformer_s_1x", or a config file's path.
     file: the authors' .pth, `meta` with `state_dict` as OpenMMLab writes it, or a bare state dict; of files with
     averaged weights those. num_classes: of the head (None: as many as the file names, or its head has).
-    task, model: settings that replace those of the config's sections of these names.
+    task, model: settings that replace those of the config's sections of these names; a segmenter's task may have
+    `scale` too, in place of data.scale.
 
     Parameters are made in torch's default dtype. The model has `class_names`, from the file or "class 0", …. Raises
     UserError, in one sentence, where the file is another model's or can't be read.
@@ -193,8 +201,12 @@ def load_published(
     if names is None:
         names = tuple(f"class {i}" for i in range(num_classes))
     section = settings["task"] | (task or {})
-    job = configs.build(section, SimpleNamespace(class_names=list(names)))
-    built = job.model(**settings["model"] | (model or {}), checkpoint=file)
+    data = SimpleNamespace(
+        class_names=list(names),
+        scale=section.pop("scale", settings["data"].get("scale")),
+        inputs=lambda pretrained_cfg: resolve_data_config(pretrained_cfg=pretrained_cfg),
+    )
+    built = configs.build(section, data).model(**settings["model"] | (model or {}), checkpoint=file)
     built.class_names = list(names)
     return built.eval()
 

@@ -69,7 +69,9 @@ class BoxHead(nn.Module):
     def __init__(self, channels: int, hidden: int, num_classes: int, convs: int = 0, class_agnostic: bool = False):
         super().__init__()
         if convs:
-            self.shared_convs = nn.ModuleList(ConvUnit(channels, channels, 3, norm=True) for _ in range(convs))
+            self.shared_convs = nn.ModuleList(
+                ConvUnit(channels, channels, 3, norm=True, relu=True) for _ in range(convs)
+            )
         self.convs = convs
         widths = [49 * channels, hidden] if convs else [49 * channels, hidden, hidden]
         self.shared_fcs = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
@@ -89,7 +91,7 @@ class BoxHead(nn.Module):
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         if self.convs:
             for conv in self.shared_convs:
-                x = conv(x).relu()
+                x = conv(x)
         x = x.flatten(1)
         for layer in self.shared_fcs:
             x = layer(x).relu()
@@ -101,7 +103,7 @@ class MaskHead(nn.Module):
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
-        self.convs = nn.ModuleList(ConvUnit(channels, channels, 3) for _ in range(4))
+        self.convs = nn.ModuleList(ConvUnit(channels, channels, 3, relu=True) for _ in range(4))
         self.upsample = nn.ConvTranspose2d(channels, channels, 2, 2)
         self.conv_logits = nn.Conv2d(channels, num_classes, 1)
         for module in self.modules():
@@ -112,7 +114,7 @@ class MaskHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for conv in self.convs:
-            x = conv(x).relu()
+            x = conv(x)
         return self.conv_logits(self.upsample(x).relu())
 
 

@@ -1,4 +1,7 @@
-"""A backbone with a segmentation head, and how it labels pictures of any size: whole or in windows, at many scales."""
+"""Segmenters around any timm model, and how they label images of any size: whole or in windows, at several scales.
+
+They compute what MMSegmentation 0.x does, and their parameters have the names of its files.
+"""
 
 import math
 from collections.abc import Sequence
@@ -9,26 +12,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from ..data.images import fit_size
 from ..runtime.errors import UserError
-from .body import OnBody
+from .body import OnBody, to_full_precision
 from .fcn import FCNHead
+from .fpn import FPN
+from .resize import resize_uint8, scaled_size
 from .semantic_fpn import SemanticFPN
 from .upernet import UPerNet
 
-HEADS = dict(upernet=UPerNet, semantic_fpn=SemanticFPN)
 Place = tuple[int, int, int, int]  # top, left, height and width of a window
 ROWS = 2**24  # logits of the final map that are in memory at once: 64 MiB in fp32
 
 
 @dataclass
 class Inference:
-    """How a picture becomes the model's inputs, its "views".
+    """How an image becomes the model's inputs, its "views".
 
-    scale: (long, short): the picture becomes the largest of its shape within, in either direction; None: it stays as it
-    is. multiple: of which both sides are made multiples, by enlarging. scales, flip: factors of `scale`, and mirrored
-    pictures beside each, over which softmaxes are averaged. crop, stride: sides of windows that cover the view (height,
-    width) and their distance at most, logits being averaged where they overlap; None: the view whole.
+    scale: (long, short): the image is resized to the largest size of its aspect ratio within; None: it keeps its size.
+    multiple: both sides are made multiples of this by a second resize, as in BiFormer's Semantic FPN.
+    scales, flip: factors of `scale`, and mirrored images beside each, over which softmaxes are averaged.
+    crop, stride: (height, width) of windows that cover the view, and the largest distance between them; logits are
+    averaged where windows overlap. None: the view is one window.
     """
 
     scale: Sequence[int] | None = None
@@ -40,17 +44,18 @@ class Inference:
 
     def __post_init__(self) -> None:
         if self.stride is not None and (self.crop is None or any(s > c for s, c in zip(self.stride, self.crop))):
-            raise UserError(f"stride={self.stride} must be at most crop={self.crop}: windows must cover the picture")
+            raise UserError(f"stride={self.stride} must be at most crop={self.crop}: windows must cover the image")
         if not self.scales or min(self.scales) <= 0:
             raise UserError(f"scales={self.scales} must be positive factors, one or more")
 
     def size(self, height: int, width: int, factor: float) -> tuple[int, int]:
-        """The size of a picture's view."""
-        if self.scale is None:
-            height, width = height * factor, width * factor
-        else:
-            height, width = fit_size(height, width, [int(side * factor) for side in self.scale])
-        return tuple(self.multiple * max(1, math.ceil(int(n + 0.5) / self.multiple)) for n in (height, width))
+        """Return the size that an image is resized to for a view, before it is made a multiple."""
+        scale = self.scale or (height, width)
+        return scaled_size(height, width, [int(side * factor) for side in scale])
+
+    def multiple_of(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Return the size rounded up to multiples."""
+        return tuple(-(-side // self.multiple) * self.multiple for side in size)
 
     def windows(self, height: int, width: int) -> list[Place]:
         """All windows, as mmsegmentation places them: the last ones end at the edge."""
@@ -68,22 +73,22 @@ def _places(length: int, crop: int, stride: int) -> tuple[int, list[int]]:
 
 
 class Segmenter(OnBody):
-    """A backbone with a head, and in training an auxiliary one. Called with one of two things:
+    """A backbone with a decode head, and in training an auxiliary one. It is called with one of two things:
 
-    images (B, 3, H, W) in [0, 1]: logits (B, classes, H / s, W / s), s being the stride of the backbone's finest map;
-    in training (logits, the auxiliary head's logits or None).
-    a list of pictures (3, H, W), uint8, or float in [0, 1], each of its own size: a list of label maps (H, W) int64.
+    images (B, 3, H, W) in [0, 1]: returns logits (B, num_classes, H / s, W / s), s being the stride of the backbone's
+    finest map; in training (logits, the auxiliary head's logits or None).
+    a list of images (3, H, W), uint8, or float in [0, 1], each of its own size: returns label maps (H, W) int64.
 
-    backbone: of saccade.train.models.build.create_features; its last four maps are used. head, auxiliary: of HEADS, and
-    whether there is an FCN head beside it. drop_rate: of both. inference: of pictures.
-    mean, std: of the backbone's inputs. no_decay: patterns of parameter names without weight decay, beside the
-    backbone's own.
+    backbone: of saccade.train.models.build.create_features; its last four maps are used. head: upernet or semantic_fpn.
+    auxiliary: whether there is an FCN head beside it. drop_rate: of both. inference: how images of any size are
+    labelled. pyramid: channels of Semantic FPN's pyramid. mean, std: of the backbone's inputs. no_decay: patterns of
+    parameter names without weight decay, besides the backbone's own. kwargs: of the decode head.
     """
 
     def __init__(
         self,
         backbone: nn.Module,
-        classes: int,
+        num_classes: int,
         head: str = "upernet",
         auxiliary: bool = True,
         drop_rate: float = 0.1,
@@ -91,47 +96,60 @@ class Segmenter(OnBody):
         std: Sequence[float] = (0.229, 0.224, 0.225),
         inference: Inference | None = None,
         no_decay: Sequence[str] = (),
+        pyramid: int = 256,
         **kwargs: Any,
     ):
         super().__init__()
-        self.backbone, self.classes, self.no_decay = backbone, classes, tuple(no_decay)
+        self.backbone, self.no_decay = backbone, tuple(no_decay)
         self.pretrained_cfg, self.inference = backbone.pretrained_cfg, inference or Inference()
         channels = backbone.feature_info.channels()[-4:]
-        strides = dict(strides=backbone.feature_info.reduction()[-4:]) if head == "semantic_fpn" else {}
         if len(channels) < 2:
             raise UserError(f"{head} needs a backbone that gives two maps or more, not {len(channels)}")
-        self.head = HEADS[head](channels, classes=classes, drop_rate=drop_rate, **strides, **kwargs)
-        self.auxiliary = FCNHead(channels, classes, drop_rate=drop_rate) if auxiliary else None
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
+        common = dict(num_classes=num_classes, drop_rate=drop_rate)
+        self.auxiliary_head = FCNHead(channels, **common) if auxiliary else None
+        if head == "semantic_fpn":
+            self.neck = FPN(channels, pyramid)
+            common |= dict(strides=backbone.feature_info.reduction()[-4:])
+            self.decode_head = SemanticFPN(pyramid, **common, **kwargs)
+        else:
+            self.neck = nn.Identity()
+            self.decode_head = UPerNet(channels, **common, **kwargs)
+        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1), persistent=False)
 
     def forward(self, images: Tensor | list[Tensor]) -> Any:
         if isinstance(images, list):
-            return [self._labelled(picture) for picture in images]
+            return [self._label(image) for image in images]
         maps = self._maps(images)
         if not self.training:
-            return self.head(maps)
-        return self.head(maps), self.auxiliary(maps) if self.auxiliary is not None else None
+            return self.decode(maps)
+        auxiliary = self.auxiliary_head(maps) if self.auxiliary_head is not None else None
+        return self.decode(maps), auxiliary
+
+    def decode(self, maps: list[Tensor]) -> Tensor:
+        """Return the decode head's logits for the backbone's maps."""
+        return self.decode_head(self.neck(maps))
 
     def _maps(self, images: Tensor) -> list[Tensor]:
         return self.backbone((images - self.mean) / self.std)[-4:]
 
-    def _labelled(self, picture: Tensor) -> Tensor:
-        """The label map (H, W) of one picture (3, H, W)."""
-        picture = picture.to(self.mean.device)
-        picture = picture / 255 if picture.dtype == torch.uint8 else picture
+    def _label(self, image: Tensor) -> Tensor:
+        """Return the label map (H, W) of one image (3, H, W), uint8 or from 0 to 1."""
+        image = image.to(self.mean) * (1 if image.dtype == torch.uint8 else 255)
         views = []
         for factor in self.inference.scales:
-            size = self.inference.size(*picture.shape[1:], factor)
-            scaled = interpolate(picture[None], size, mode="bilinear", align_corners=False)
+            size = self.inference.size(*image.shape[1:], factor)
+            scaled = resize_uint8(image, size)
+            size = self.inference.multiple_of(size)
+            scaled = resize_uint8(scaled, size)[None] / 255
             for mirrored in (False, True)[: 1 + self.inference.flip]:
                 view = scaled.flip(3) if mirrored else scaled
                 windows = []
                 for top, left, height, width in self.inference.windows(*size):
                     part = view[..., top : top + height, left : left + width]
-                    windows.append(((top, left, height, width), self.head(self._maps(part))[0]))
+                    windows.append(((top, left, height, width), to_full_precision(self.decode(self._maps(part))[0])))
                 views.append(View(windows, size, mirrored))
-        return label_map(views, picture.shape[1:])
+        return label_map(views, image.shape[1:])
 
 
 class View:
@@ -146,13 +164,13 @@ class View:
     def rows(self, start: int, stop: int) -> Tensor:
         """Rows of the view's logits (classes, stop - start, W): the windows', enlarged, averaged where they overlap."""
         first = self.windows[0][1]
-        sums = first.new_zeros(len(first), stop - start, self.size[1], dtype=torch.float32)
-        counts = first.new_zeros(stop - start, self.size[1], dtype=torch.float32)
+        sums = first.new_zeros(len(first), stop - start, self.size[1])
+        counts = first.new_zeros(stop - start, self.size[1])
         for (top, left, height, width), logits in self.windows:
             low, high = max(start, top), min(stop, top + height)
             if low < high:
                 part = ..., slice(low - start, high - start), slice(left, left + width)
-                sums[part] += enlarged(logits.float(), (height, width), low - top, high - top)
+                sums[part] += enlarged(logits, (height, width), low - top, high - top)
                 counts[part] += 1
         return sums.div_(counts)
 

@@ -1,51 +1,48 @@
-"""Semantic FPN (Kirillov et al., arXiv 1901.02446): a feature pyramid whose levels are enlarged in steps and added."""
+"""Semantic FPN (arXiv:1901.02446): a feature pyramid's levels enlarged step by step and added.
+
+As in MMSegmentation, with the names of its files; the pyramid is the segmenter's `neck`.
+"""
 
 import math
 from collections.abc import Sequence
 
-from timm.layers import ConvNormAct
 from torch import Tensor, nn
-from torchvision.ops import FeaturePyramidNetwork
 
-from .fcn import classifier, initialise, resize
+from .fcn import SegmentationHead, resize
+from .fpn import ConvUnit
 
 
-class SemanticFPN(nn.Module):
-    """The backbone's maps (B, C_i, h_i, w_i), the finest first, to logits (B, classes, h_0, w_0).
+class SemanticFPN(SegmentationHead):
+    """A pyramid's maps (B, in_channels, h_i, w_i), the finest first, to logits (B, num_classes, h_0, w_0).
 
-    in_channels: C_i. strides: of the maps, in pixels of the picture. pyramid: channels of the feature pyramid.
-    channels: of the head behind it.
+    strides: of the maps, in pixels of the image. channels: of the convolutions. A level that is 2^n times coarser than
+    the finest has n convolutions, each followed by an enlargement to twice the size.
     """
 
     def __init__(
         self,
-        in_channels: Sequence[int],
+        in_channels: int,
         strides: Sequence[int],
-        classes: int,
-        pyramid: int = 256,
+        num_classes: int,
         channels: int = 128,
         drop_rate: float = 0.1,
     ):
-        super().__init__()
-        halvings = [round(math.log2(stride / strides[0])) for stride in strides]
-        self.scales = nn.ModuleList(
-            nn.ModuleList(ConvNormAct(pyramid if i == 0 else channels, channels, 3) for i in range(max(1, n)))
-            for n in halvings
-        )
-        self.classifier = classifier(channels, classes, drop_rate)
-        initialise(self)
-        self.pyramid = FeaturePyramidNetwork(list(in_channels), pyramid)
-        for module in self.pyramid.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.xavier_uniform_(module.weight)
+        super().__init__(channels, num_classes, drop_rate)
+        self.scale_heads = nn.ModuleList()
+        for stride in strides:
+            layers, width = [], in_channels
+            halvings = round(math.log2(stride / strides[0]))
+            for _ in range(max(1, halvings)):
+                layers.append(ConvUnit(width, channels, 3, norm=True, relu=True))
+                if halvings:
+                    layers.append(nn.Upsample(scale_factor=2, mode="bilinear", align_corners=False))
+                width = channels
+            self.scale_heads.append(nn.Sequential(*layers))
+        self.initialize()
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         size = maps[0].shape[2:]
-        total = 0
-        for i, x in enumerate(self.pyramid({str(i): x for i, x in enumerate(maps)}).values()):
-            for conv in self.scales[i]:
-                x = conv(x)
-                if tuple(x.shape[2:]) != tuple(size):  # twice as large after each, at last of the first map's size
-                    x = resize(x, [2 * n for n in x.shape[2:]])
-            total = total + resize(x, size)
-        return self.classifier(total)
+        total = resize(self.scale_heads[0](maps[0]), size)
+        for head, x in zip(self.scale_heads[1:], maps[1:]):
+            total = total + resize(head(x), size)
+        return self.classify(total)

@@ -1,71 +1,63 @@
-"""UPerNet (Xiao et al., arXiv 1807.10221): a feature pyramid, with pooling of the last map, fused into one.
+"""UPerNet (arXiv:1807.10221): a feature pyramid, its coarsest map pooled at several sizes, fused into one map.
 
-In mmsegmentation's form, on which the published results of the zoo's backbones rest.
+As in MMSegmentation, with the names of its files.
 """
 
 from collections.abc import Sequence
 
-from timm.layers import ConvNormAct
 from torch import Tensor, cat, nn
 from torch.nn.functional import conv2d
 
-from .fcn import classifier, initialise, resize
+from .fcn import SegmentationHead, resize
+from .fpn import ConvUnit
 
 
-class PyramidPooling(nn.Module):
-    """A map (B, C, h, w) beside its own averages over grids of `bins`: to (B, channels, h, w)."""
+class UPerNet(SegmentationHead):
+    """The backbone's maps (B, C_i, h_i, w_i), the finest first, to logits (B, num_classes, h_0, w_0).
 
-    def __init__(self, in_channels: int, channels: int, bins: Sequence[int]):
-        super().__init__()
-        self.pools = nn.ModuleList(
-            nn.Sequential(nn.AdaptiveAvgPool2d(n), ConvNormAct(in_channels, channels)) for n in bins
-        )
-        self.fuse = ConvNormAct(in_channels + len(bins) * channels, channels, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fuse(cat([x, *(resize(pool(x), x.shape[2:]) for pool in self.pools)], 1))
-
-
-class UPerNet(nn.Module):
-    """The backbone's maps (B, C_i, h_i, w_i), the finest first, to logits (B, classes, h_0, w_0).
-
-    in_channels: C_i. channels: of all its convolutions. bins: cells a side that the last map is pooled to.
+    in_channels: C_i. channels: of all its convolutions. bins: the grid sizes that the last map is pooled to.
     """
 
     def __init__(
         self,
         in_channels: Sequence[int],
-        classes: int,
+        num_classes: int,
         channels: int = 512,
         bins: Sequence[int] = (1, 2, 3, 6),
         drop_rate: float = 0.1,
     ):
-        super().__init__()
-        self.pooling = PyramidPooling(in_channels[-1], channels, bins)
-        self.laterals = nn.ModuleList(ConvNormAct(c, channels) for c in in_channels[:-1])
-        self.smooth = nn.ModuleList(ConvNormAct(channels, channels, 3) for _ in in_channels[:-1])
-        self.fuse = ConvNormAct(len(in_channels) * channels, channels, 3)
-        self.classifier = classifier(channels, classes, drop_rate)
-        initialise(self)
+        super().__init__(channels, num_classes, drop_rate)
+        *finer, last = in_channels
+
+        def unit(width: int, kernel: int) -> ConvUnit:
+            return ConvUnit(width, channels, kernel, norm=True, relu=True)
+
+        self.psp_modules = nn.ModuleList(nn.Sequential(nn.AdaptiveAvgPool2d(n), unit(last, 1)) for n in bins)
+        self.bottleneck = unit(last + len(bins) * channels, 3)
+        self.lateral_convs = nn.ModuleList(unit(width, 1) for width in finer)
+        self.fpn_convs = nn.ModuleList(unit(channels, 3) for _ in finer)
+        self.fpn_bottleneck = unit(len(in_channels) * channels, 3)
+        self.initialize()
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        size = maps[0].shape[2:]
-        x = self.pooling(maps[-1])
+        size, last = maps[0].shape[2:], maps[-1]
+        x = self.bottleneck(cat([last, *(resize(pool(last), last.shape[2:]) for pool in self.psp_modules)], 1))
         levels = [x]  # the coarsest first
-        for i in reversed(range(len(self.laterals))):
-            x = self.laterals[i](maps[i]) + resize(x, maps[i].shape[2:])
-            levels.append(self.smooth[i](x))
+        for i in reversed(range(len(self.lateral_convs))):
+            x = self.lateral_convs[i](maps[i]) + resize(x, maps[i].shape[2:])
+            levels.append(self.fpn_convs[i](x))
         del x
-        return self.classifier(self._fused(levels[::-1], size))
+        return self.classify(self._fuse(levels[::-1], size))
 
-    def _fused(self, levels: list[Tensor], size: Sequence[int]) -> Tensor:
-        """The levels, the finest first, at `size`, next to each other, through the last convolution."""
+    def _fuse(self, levels: list[Tensor], size: Sequence[int]) -> Tensor:
+        """Resize the levels, the finest first, to `size`, concatenate them, and apply the last convolution."""
         if self.training:
-            return self.fuse(cat([resize(x, size) for x in levels], 1))
-        # The sum of each level's part, so that a large picture never has all of them enlarged at once.
-        parts = self.fuse.conv.weight.chunk(len(levels), 1)
+            return self.fpn_bottleneck(cat([resize(x, size) for x in levels], 1))
+        # The sum of each level's part, so that a large image never has all of them enlarged at once.
+        conv = self.fpn_bottleneck.conv
+        parts = conv.weight.chunk(len(levels), 1)
         total = None
         for part in reversed(parts):  # the coarsest level is the last of the list
-            y = conv2d(resize(levels.pop(), size), part, padding=self.fuse.conv.padding)
+            y = conv2d(resize(levels.pop(), size), part, padding=conv.padding)
             total = y if total is None else total.add_(y)
-        return self.fuse.bn(total)
+        return self.fpn_bottleneck.bn(total).relu()

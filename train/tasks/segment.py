@@ -19,12 +19,14 @@ from ..data.ade20k import IGNORED
 from ..data.bad_images import BadImage
 from ..metrics.confusion import as_csv
 from ..metrics.segmentation import Confusion, table
-from ..models.body import load_whole
-from ..models.build import create_features, read_weights
+from ..models import legacy, published
+from ..models.body import to_full_precision
+from ..models.build import create_features
 from ..models.class_names import fit_head
 from ..models.fcn import resize
 from ..models.segmenter import Inference, Segmenter
 from ..runtime.checkpoint import label_names, write_text
+from ..runtime.config import BelowOne, Count, NonNegative, Positive
 from ..runtime.distributed import is_sharded
 from ..runtime.errors import UserError
 from ..visual import boxes, label_maps
@@ -48,16 +50,16 @@ class Segment(Task):
         data: Any,
         /,
         head: Literal["upernet", "semantic_fpn"] = "upernet",
-        channels: int | None = None,
-        drop_rate: float = 0.1,
-        auxiliary: float = 0.4,
-        class_weights: Sequence[float] | None = None,
+        channels: Count | None = None,
+        drop_rate: BelowOne = 0.1,
+        auxiliary: NonNegative = 0.4,
+        class_weights: Sequence[NonNegative] | None = None,
         no_decay: Sequence[str] = (),
-        multiple: int = 1,
-        scales: Sequence[float] = (1.0,),
+        multiple: Count = 1,
+        scales: Sequence[Positive] = (1.0,),
         flip: bool = False,
-        crop: Sequence[int] | None = None,
-        stride: Sequence[int] | None = None,
+        crop: Sequence[Count] | None = None,
+        stride: Sequence[Count] | None = None,
     ):
         self.data, self.class_names, self.weight = data, data.class_names, auxiliary
         if class_weights is not None and (len(class_weights) != len(self.class_names) or min(class_weights) < 0):
@@ -77,27 +79,31 @@ class Segment(Task):
 
         checkpoint: of a segmenter; or, with new_head, of a classifier, for the backbone.
         """
-        tensors = None if checkpoint is None else _read_segmenter(Path(checkpoint))
-        file = None if tensors is not None else checkpoint
-        if file is not None and not new_head:
-            raise UserError(f"checkpoint {file} has no segmentation head: give that of a segmenter")
-        body = create_features(name, checkpoint=file, pretrained=pretrained, **kwargs)
+        tensors = published.read_tensors(checkpoint) if checkpoint is not None else {}
+        if legacy.is_legacy(tensors):
+            tensors, _ = legacy.convert(tensors)
+        if whole := published.is_dense(tensors):
+            body = published.load_backbone(name, None, tensors, checkpoint, norms=False, **kwargs)
+        elif checkpoint is not None and not new_head:
+            raise UserError(f"checkpoint {checkpoint} has no segmentation head: give that of a segmenter")
+        else:
+            body = create_features(name, checkpoint=checkpoint, pretrained=pretrained, **kwargs)
         inputs = self.data.inputs(body.pretrained_cfg)
         net = Segmenter(
             body, len(self.class_names), mean=inputs["mean"], std=inputs["std"], inference=self.inference, **self.head
         )
-        if tensors is not None:
+        if whole:
             fits, order = self.match_head(checkpoint) if new_head else (True, None)
             if not fits:
                 own = net.state_dict()
-                rows = [key for key in own if ".classifier." in key and len(own[key]) == len(self.class_names)]
+                rows = [key for key in own if ".conv_seg." in key]
                 tensors = fit_head(tensors, rows, own, order)
-            load_whole(net, tensors, Path(checkpoint), new_head)
+            published.load_heads(net, tensors, checkpoint, new_head)
         return net
 
     def select_classes(self, model: nn.Module, indices: Sequence[int]) -> None:
         kept = torch.tensor(indices, device=next(model.parameters()).device)
-        model.head.register_forward_hook(lambda module, maps, logits: logits[:, kept])
+        model.decode_head.register_forward_hook(lambda module, maps, logits: logits[:, kept])
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the cross-entropy of logits enlarged to the labels' size, by class_weights, averaged over all pixels.
@@ -108,13 +114,13 @@ class Segment(Task):
             raise UserError("strategy=fsdp is not for segmentation, whose tests run the model unequally often: use ddp")
         images, labels = batch
         logits, auxiliary = model(images)
-        logits = resize(logits.float(), labels.shape[1:])
+        logits = resize(to_full_precision(logits), labels.shape[1:])
         loss = self._cross_entropy(logits, labels)
         kept = labels != IGNORED
         correct = (logits.detach().argmax(1) == labels)[kept].float().sum()
         values = dict(acc=100 * correct / kept.sum().clamp_min(1))
         if auxiliary is not None:
-            auxiliary_loss = self._cross_entropy(resize(auxiliary.float(), labels.shape[1:]), labels)
+            auxiliary_loss = self._cross_entropy(resize(to_full_precision(auxiliary), labels.shape[1:]), labels)
             values |= dict(head=loss.detach(), auxiliary=auxiliary_loss.detach())
             loss = loss + self.weight * auxiliary_loss
         return loss, values
@@ -167,12 +173,6 @@ class Segment(Task):
     @classmethod
     def predictor(cls, folder: Path, settings: dict[str, Any], device: torch.device) -> "MapPredictor":
         return MapPredictor(cls, folder, settings, device)
-
-
-def _read_segmenter(file: Path) -> dict[str, Tensor] | None:
-    """Read the tensors of a segmenter's file; return None where it is another model's, such as a classifier's."""
-    tensors = read_weights(file)
-    return tensors if any(name.startswith("head.classifier.") for name in tensors) else None
 
 
 @torch.no_grad()

@@ -365,20 +365,22 @@ def test_padding_of_neighbours():
 
 @pytest.mark.parametrize(
     ("detector", "name"),
-    [("mask_rcnn", "test_resnet"), ("cascade_mask_rcnn", "test_resnet"), ("mask_rcnn", "biformer_t")],
+    [("retinanet", "test_resnet"), ("cascade_mask_rcnn", "test_resnet"), ("mask_rcnn", "biformer_t")],
 )
 def test_onnx(detector, name, tmp_path):
     """The exported detector finds on other pictures of its size what ours finds."""
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime, which runs the exported file, is not installed")
     torch.manual_seed(0)
     model = small(detector, name, score_thresh=0.0, detections=10).eval()
+    if detector == "retinanet":  # whose untrained scores are all but equal, so that rounding would order them
+        model.bbox_head.retina_cls.weight.data *= 30
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     session = runtime.InferenceSession(detectors.to_onnx(model, (60, 90), tmp_path / "model.onnx"), options)
     for picture in (scene(60, 90)[0], torch.rand(3, 60, 90)):
         with torch.no_grad():
             (found,) = model([picture])
-        keys = ("boxes", "scores", "labels", "masks")
-        assert len(found["boxes"]) == 10
-        for key, exported in zip(keys, session.run(list(keys), {"image": picture.numpy()}), strict=True):
+        keys = [key for key in ("boxes", "scores", "labels", "masks") if key in found]
+        assert len(found["boxes"]) == 10 and ("masks" in keys) == ("mask" in detector)
+        for key, exported in zip(keys, session.run(keys, {"image": picture.numpy()}), strict=True):
             torch.testing.assert_close(torch.from_numpy(exported), found[key], rtol=1e-4, atol=1e-4)

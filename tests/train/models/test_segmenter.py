@@ -1,4 +1,4 @@
-"""Segmenters: their heads against plain sums, label maps of pictures against whole logits, weights from files."""
+"""Segmenters: their heads against plain sums, label maps against whole logits, weights from files."""
 
 import copy
 import subprocess
@@ -11,12 +11,15 @@ import torch
 from saccade.train.models import segmenter
 from saccade.train.models.build import create, create_features, save_whole
 from saccade.train.models.fcn import FCNHead
+from saccade.train.models.fpn import FPN
+from saccade.train.models.resize import resize_uint8
 from saccade.train.models.segmenter import Inference, Segmenter
 from saccade.train.models.semantic_fpn import SemanticFPN
 from saccade.train.models.upernet import UPerNet
 from saccade.train.runtime.errors import UserError
 from saccade.train.tasks.segment import Segment
 from saccade.train.visual import label_maps
+from support.images import coarse_image
 from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch.nn.functional import adaptive_avg_pool2d, conv2d, cross_entropy, interpolate
@@ -29,8 +32,10 @@ DATA = SimpleNamespace(
 def tiny(head: str = "upernet", name: str = "test_resnet", inference: Inference | None = None, **kwargs) -> Segmenter:
     torch.manual_seed(0)
     net = Segmenter(create_features(name, **kwargs), 3, head, channels=8, inference=inference)
-    for parameter in net.head.classifier[1].parameters():
-        torch.nn.init.normal_(parameter)  # so that classes differ
+    torch.nn.init.normal_(net.decode_head.conv_seg.weight)
+    with torch.no_grad():  # no class ahead of the others
+        logits = net.eval()(coarse_image(0, 64, 64)[None] / 255)
+        net.decode_head.conv_seg.bias.sub_(logits.mean((0, 2, 3)))
     return net.eval()
 
 
@@ -68,16 +73,14 @@ def up(x, like):
 
 def test_upernet_as_mmsegmentation_defines_it():
     head, x = randomised(UPerNet((4, 6, 8, 10), 3, channels=5)).eval(), maps()
-    pooled = [
-        up(layer(pool[1], adaptive_avg_pool2d(x[3], n)), x[3]) for pool, n in zip(head.pooling.pools, (1, 2, 3, 6))
-    ]
-    laterals = [layer(lateral, m) for lateral, m in zip(head.laterals, x)]
-    laterals.append(layer(head.pooling.fuse, torch.cat([x[3], *pooled], 1)))
+    pooled = [up(layer(pool[1], adaptive_avg_pool2d(x[3], n)), x[3]) for pool, n in zip(head.psp_modules, (1, 2, 3, 6))]
+    laterals = [layer(lateral, m) for lateral, m in zip(head.lateral_convs, x)]
+    laterals.append(layer(head.bottleneck, torch.cat([x[3], *pooled], 1)))
     for i in (3, 2, 1):
         laterals[i - 1] = laterals[i - 1] + up(laterals[i], laterals[i - 1])
-    levels = [layer(smooth, lateral) for smooth, lateral in zip(head.smooth, laterals)] + [laterals[3]]
-    fused = layer(head.fuse, torch.cat([up(level, x[0]) for level in levels], 1))
-    expected = conv2d(fused, head.classifier[1].weight, head.classifier[1].bias)
+    levels = [layer(smooth, lateral) for smooth, lateral in zip(head.fpn_convs, laterals)] + [laterals[3]]
+    fused = layer(head.fpn_bottleneck, torch.cat([up(level, x[0]) for level in levels], 1))
+    expected = conv2d(fused, head.conv_seg.weight, head.conv_seg.bias)
     torch.testing.assert_close(head(x), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -90,29 +93,30 @@ def test_upernet_fuses_in_parts_what_training_fuses_at_once():
 
 
 def test_semantic_fpn_as_mmsegmentation_defines_it():
-    head = randomised(SemanticFPN((4, 6, 8, 10), (4, 8, 16, 32), 3, pyramid=7, channels=5)).eval()
+    """Levels are doubled as often as they are coarser, whatever the sizes: these overshoot."""
     x = maps()
-    inner = [block[0] for block in head.pyramid.inner_blocks]
-    outer = [block[0] for block in head.pyramid.layer_blocks]
-    laterals = [conv2d(m, conv.weight, conv.bias) for m, conv in zip(x, inner)]
+    neck = FPN((4, 6, 8, 10), 7).double()
+    head = randomised(SemanticFPN(7, (4, 8, 16, 32), 3, channels=5)).eval()
+    laterals = [conv2d(m, unit.conv.weight, unit.conv.bias) for m, unit in zip(x, neck.lateral_convs)]
     for i in (3, 2, 1):
         laterals[i - 1] = laterals[i - 1] + interpolate(laterals[i], laterals[i - 1].shape[2:], mode="nearest")
     total = 0
-    for level, (lateral, conv, scale) in enumerate(zip(laterals, outer, head.scales)):
-        y = conv2d(lateral, conv.weight, conv.bias, padding=1)
-        assert len(scale) == max(1, level)
-        for convolution in scale:
+    for level, (lateral, unit, scale) in enumerate(zip(laterals, neck.fpn_convs, head.scale_heads)):
+        y = conv2d(lateral, unit.conv.weight, unit.conv.bias, padding=1)
+        convolutions = [module for module in scale if not isinstance(module, torch.nn.Upsample)]
+        assert len(convolutions) == max(1, level)
+        for convolution in convolutions:
             y = layer(convolution, y)
             if level:
-                y = interpolate(y, scale_factor=2, mode="bilinear", align_corners=False)
+                y = interpolate(y, [2 * side for side in y.shape[2:]], mode="bilinear", align_corners=False)
         total = total + up(y, x[0])
-    expected = conv2d(total, head.classifier[1].weight, head.classifier[1].bias)
-    torch.testing.assert_close(head(x), expected, rtol=1e-10, atol=1e-10)
+    expected = conv2d(total, head.conv_seg.weight, head.conv_seg.bias)
+    torch.testing.assert_close(head(neck(x)), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_auxiliary_head():
     head, x = randomised(FCNHead((4, 6, 8, 10), 3, channels=5)).eval(), maps()
-    expected = conv2d(layer(head.conv, x[2]), head.classifier[1].weight, head.classifier[1].bias)
+    expected = conv2d(layer(head.convs[0], x[2]), head.conv_seg.weight, head.conv_seg.bias)
     torch.testing.assert_close(head(x), expected, rtol=1e-10, atol=1e-10)
 
 
@@ -137,12 +141,18 @@ def test_any_backbone_learns(head, name, kwargs):
     assert not without
 
 
-def whole(net: Segmenter, picture: torch.Tensor, sizes: list, flips: tuple, windows=None) -> torch.Tensor:
-    """Mean softmax (K, H, W) over views, all of it in memory, as mmsegmentation averages it."""
+def average(net: Segmenter, image: torch.Tensor, sizes: list, flips: tuple, windows=None) -> torch.Tensor:
+    """Average the softmax (K, H, W) over views, all of it in memory, as mmsegmentation does.
+
+    sizes: of each view, or a tuple of sizes that the image is resized to one after the other.
+    """
     total = 0
-    for size in sizes:
+    for steps in sizes:
+        pixels = image.double()
+        for size in steps if isinstance(steps[0], tuple) else (steps,):
+            pixels = resize_uint8(pixels, size)
         for flip in flips:
-            view = interpolate(picture[None] / 255, size, mode="bilinear", align_corners=False)
+            view = pixels[None].float() / 255
             view = view.flip(3) if flip else view
             logits, count = torch.zeros(1, 3, *size), torch.zeros(1, 1, *size)
             for top, left, height, width in windows or [(0, 0, *size)]:
@@ -150,7 +160,7 @@ def whole(net: Segmenter, picture: torch.Tensor, sizes: list, flips: tuple, wind
                 place = ..., slice(top, top + height), slice(left, left + width)
                 logits[place] += interpolate(part, (height, width), mode="bilinear", align_corners=False)
                 count[place] += 1
-            logits = interpolate(logits / count, picture.shape[1:], mode="bilinear", align_corners=False)
+            logits = interpolate(logits / count, image.shape[1:], mode="bilinear", align_corners=False)
             total = total + (logits.flip(3) if flip else logits).softmax(1)[0]
     return total
 
@@ -159,7 +169,7 @@ INFERENCES = {
     "as it is": (Inference(), [(53, 91)], (False,), None),
     "resized": (Inference(scale=(128, 64)), [(64, 110)], (False,), None),
     "limited by the longer side": (Inference(scale=(60, 64)), [(37, 64)], (False,), None),
-    "multiples": (Inference(scale=(128, 64), multiple=32), [(64, 128)], (False,), None),
+    "multiples": (Inference(scale=(128, 64), multiple=32), [((64, 110), (64, 128))], (False,), None),
     "scales and flips": (
         Inference(scale=(128, 64), scales=(0.5, 1.25), flip=True), [(32, 55), (80, 137)], (False, True), None,
     ),
@@ -167,7 +177,7 @@ INFERENCES = {
         Inference(crop=(32, 40), stride=(20, 30)), [(53, 91)], (False,),
         [(t, le, 32, 40) for t in (0, 20, 21) for le in (0, 30, 51)],
     ),
-    "windows larger than the picture": (
+    "windows larger than the image": (
         Inference(crop=(64, 64), stride=(32, 32)), [(53, 91)], (False,), [(0, 0, 53, 64), (0, 27, 53, 64)],
     ),
 }  # fmt: skip
@@ -178,22 +188,22 @@ INFERENCES = {
 def test_label_maps_are_those_of_whole_logits(name, monkeypatch):
     inference, sizes, flips, windows = INFERENCES[name]
     net = tiny(inference=inference)
-    picture = torch.randint(256, (3, 53, 91), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
-    expected = whole(net, picture, sizes, flips, windows)
+    image = coarse_image(3, 53, 91)
+    expected = average(net, image, sizes, flips, windows)
     monkeypatch.setattr(segmenter, "ROWS", 3 * 91 * 7)  # seven rows at a time
-    (found,) = net([picture])
-    assert found.shape == (53, 91) and found.unique().numel() > 1
+    (labels,) = net([image])
+    assert labels.shape == (53, 91) and labels.unique().numel() > 1
     top = expected.topk(2, 0).values
     clear = top[0] - top[1] > 1e-5  # but where rounding decides
-    assert torch.equal(found[clear], expected.argmax(0)[clear]) and clear.float().mean() > 0.99
-    assert torch.equal(net([picture / 255])[0], found)
+    assert torch.equal(labels[clear], expected.argmax(0)[clear]) and clear.float().mean() > 0.99
+    assert torch.equal(net([image / 255])[0], labels)
 
 
 @torch.no_grad()
-def test_pictures_of_one_pixel_and_of_several_sizes():
+def test_images_of_one_pixel_and_of_several_sizes():
     net = tiny()
-    pictures = [torch.zeros(3, *size, dtype=torch.uint8) for size in ((1, 1), (33, 2), (40, 40))]
-    assert [tuple(found.shape) for found in net(pictures)] == [(1, 1), (33, 2), (40, 40)]
+    images = [torch.zeros(3, *size, dtype=torch.uint8) for size in ((1, 1), (33, 2), (40, 40))]
+    assert [tuple(labels.shape) for labels in net(images)] == [(1, 1), (33, 2), (40, 40)]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +223,7 @@ def test_layer_decay_and_weight_decay_of_the_whole():
     kwargs = dict(dims=(32,) * 4, depths=(1, 1, 2, 1), topks=(1, 2, 4, -2), n_win=2, out_norms=True)
     net = tiny(name="biformer_t", **kwargs)
     layers = group_parameters(net, net.group_matcher(), reverse=True)
-    heads = {layers[name] for name in layers if name.startswith(("head", "auxiliary"))}
+    heads = {layers[name] for name in layers if name.startswith(("decode_head", "auxiliary_head"))}
     assert heads == {max(layers.values())}
     assert layers["backbone.model.stem.0.weight"] == 0
     assert (
@@ -222,7 +232,9 @@ def test_layer_decay_and_weight_decay_of_the_whole():
     )
     optimizer = create_optimizer_v2(net, "adamw", lr=1.0, weight_decay=0.1, layer_decay=0.5)
     rates = {id(p): (g["lr_scale"], g["weight_decay"]) for g in optimizer.param_groups for p in g["params"]}
-    assert rates[id(net.head.fuse.conv.weight)] == (1.0, 0.1) and rates[id(net.head.fuse.bn.weight)] == (1.0, 0.0)
+    assert rates[id(net.decode_head.fpn_bottleneck.conv.weight)] == (1.0, 0.1) and rates[
+        id(net.decode_head.fpn_bottleneck.bn.weight)
+    ] == (1.0, 0.0)
     assert rates[id(net.backbone.model.stem[0].weight)][0] == 0.5 ** max(layers.values())
     pvt = dict(dims=(32,) * 4, depths=(1,) * 4, heads=(2,) * 4, agents=(4,) * 4, dense_agents=(4,) * 4)
     net = Segmenter(create_features("agent_pvt_t", **pvt), 3, channels=8, no_decay=("*.query_block",))
@@ -246,9 +258,11 @@ def test_weights_of_a_classifier_and_of_other_segmenters(tmp_path):
     more = SimpleNamespace(**vars(DATA) | dict(class_names=list("abcde")))
     other = Segment(more, channels=8).model("test_resnet", checkpoint=tmp_path / "model.safetensors", new_head=True)
     unlike = [k for k, v in other.state_dict().items() if v.shape != net.state_dict()[k].shape]
-    assert unlike == [f"{head}.classifier.1.{key}" for head in ("head", "auxiliary") for key in ("weight", "bias")]
-    assert torch.equal(other.head.fuse.conv.weight, net.head.fuse.conv.weight)
-    with pytest.raises(UserError, match=r"model\.safetensors is of another model"):
+    assert unlike == [
+        f"{head}.conv_seg.{key}" for head in ("auxiliary_head", "decode_head") for key in ("weight", "bias")
+    ]
+    assert torch.equal(other.decode_head.fpn_bottleneck.conv.weight, net.decode_head.fpn_bottleneck.conv.weight)
+    with pytest.raises(UserError, match=r"model\.safetensors is of a segmenter with UPerNet and does not fit"):
         Segment(DATA, channels=16).model("test_resnet", checkpoint=tmp_path / "model.safetensors")
 
 
@@ -282,12 +296,12 @@ def test_class_weights_are_one_a_class():
 
 
 def test_colours_overlays_and_legends():
-    colours = label_maps.colours(150)
-    assert len({tuple(colour) for colour in colours[:150].tolist()}) == 150 and not colours[150:].any()
+    colors = label_maps.class_colors(150)
+    assert len({tuple(color) for color in colors[:150].tolist()}) == 150 and not colors[150:].any()
     image, labels = np.full((4, 6, 3), 100, np.uint8), np.array([[0, 1, 255, 0, 0, 0]] * 4)
-    drawn = label_maps.overlay(image, labels, 2, strength=0.5)
+    drawn = label_maps.draw_overlay(image, labels, 2, strength=0.5)
     for label, column in ((0, 0), (1, 1), (255, 2)):
-        assert np.abs(drawn[0, column] - (50 + colours[label] / 2)).max() <= 0.5 or label == 1
+        assert np.abs(drawn[0, column] - (50 + colors[label] / 2)).max() <= 0.5 or label == 1
     assert label_maps.present_labels(labels) == [0, 1]
 
 
