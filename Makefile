@@ -2,59 +2,78 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
+PYTEST := $(PY) -m pytest
 
-.PHONY: demo demo-detection demo-segmentation demo-bev test lint setup clean
+.PHONY: help demo demo-detection demo-segmentation demo-bev test test-all coverage lint setup clean
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo    train BiFormer-T on real handwritten digits, test it, draw what it attends to (runs/demo/)'
+	@echo 'make demo       train BiFormer-T on real handwritten digits, test it, draw what it attends to (runs/demo/)'
 	@echo 'make demo-detection, demo-segmentation, demo-bev'
-	@echo '             the same for digits on photographs, and for boxes around a car with six cameras (15 minutes each)'
-	@echo 'make test    the whole test-suite'
-	@echo 'make lint    ruff'
-	@echo 'make setup   the virtual environment that the others use ($(VENV)); they call it themselves'
+	@echo '                the same for digits on photographs, and for boxes around a car with six cameras (15 minutes each)'
+	@echo 'make test       what every change must pass: every operator, model family, task and command'
+	@echo 'make test-all   that, and what is exhaustive: every shape, dtype, card and registered model, long runs'
+	@echo 'make coverage   branch coverage of backbones/, ops/ and train/ under make test'
+	@echo 'make lint       ruff, the import contracts and the types of the public API'
+	@echo 'make setup      the virtual environment that the others use ($(VENV)); they call it themselves'
+	@echo 'make clean      remove the environment, runs and builds'
 
 demo: setup
 	$(PY) tools/train.py configs/digits/biformer_t.py --run-dir runs/demo --overwrite
 	$(PY) tools/test.py runs/demo
 
-# Each begins with the digits' weights, if need be by training them, and writes its scenes once.
+# Each starts from the digits' weights, trained first where they are missing, and writes its scenes once.
 CLASSIFIER := runs/demo/model.safetensors
 $(CLASSIFIER): | setup
 	$(PY) tools/train.py configs/digits/biformer_t.py --run-dir runs/demo --overwrite
 
-# A process a core: on small pictures two processes are faster than one with two threads.
+# One process per core: on small images two processes are faster than one with two threads.
 demo-detection: $(CLASSIFIER)
-	$(PY) tools/make_scenes.py runs/scenes
+	$(PY) tools/make_scenes.py runs/data/scenes
 	OMP_NUM_THREADS=1 $(PY) -m torch.distributed.run --standalone --nproc_per_node=2 \
 	  tools/train.py configs/scenes/mask_rcnn_biformer_t.py checkpoint=runs/demo --run-dir runs/demo-detection --overwrite
 	$(PY) tools/test.py runs/demo-detection
 
-# Threads that wait without sleeping: twice as fast with the cores to itself, and far slower on busy ones.
 demo-segmentation: $(CLASSIFIER)
-	$(PY) tools/make_scenes.py runs/scenes
-	GOMP_SPINCOUNT=infinite $(PY) tools/train.py configs/scenes/upernet_biformer_t.py checkpoint=runs/demo --run-dir runs/demo-segmentation --overwrite
+	$(PY) tools/make_scenes.py runs/data/scenes
+	$(PY) tools/train.py configs/scenes/upernet_biformer_t.py checkpoint=runs/demo --run-dir runs/demo-segmentation --overwrite
 	$(PY) tools/test.py runs/demo-segmentation
 
 demo-bev: setup
-	GOMP_SPINCOUNT=infinite $(PY) tools/train.py configs/scenes/bev_dfa3d.py --run-dir runs/demo-bev --overwrite
+	$(PY) tools/train.py configs/scenes/bev_dfa3d.py --run-dir runs/demo-bev --overwrite
 	$(PY) tools/test.py runs/demo-bev
 
-# First what computes on one thread, on every core; then what trains or measures, in processes and with threads of its own.
-ALONE := $(patsubst %,tests/train/test_%.py,distill evaluate freeze imagenet loader mistakes probe processes run slurm strategies)
-ALONE += tests/test_timm.py $(wildcard tests/tools/test_demo.py tests/tools/test_benchmark*.py)
+# One worker per core with one thread each; then, one after the other, the tests that need all cores to themselves.
+# Both parts run, also when the first one fails. The markers are explained in pyproject.toml.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal
 test: setup
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n auto tests $(addprefix --ignore=,$(ALONE))
-	$(PY) -m pytest $(ALONE)
+	@status=0; set -x; \
+	$(PARALLEL) -m 'not exhaustive and not both_cores' tests || status=$$?; \
+	$(PYTEST) -m 'both_cores and not exhaustive' tests || status=$$?; \
+	exit $$status
+
+test-all: setup
+	@status=0; set -x; \
+	SACCADE_TIMM_SUITE='*' $(PARALLEL) -m 'not both_cores' tests || status=$$?; \
+	$(PYTEST) -m both_cores tests || status=$$?; \
+	exit $$status
+
+coverage: setup
+	@status=0; set -x; \
+	$(PARALLEL) -m 'not exhaustive and not both_cores' --cov --cov-report= tests || status=$$?; \
+	$(PYTEST) -m 'both_cores and not exhaustive' --cov --cov-append --cov-report=term-missing:skip-covered tests || status=$$?; \
+	exit $$status
 
 lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/lint-imports
+	$(VENV)/bin/mypy
 
 setup: $(VENV)/.ready
 
-# Installed once, and again only when what is to be installed changes. The last step checks what a CPU-only or otherwise
-# mismatched torch breaks (torchvision's compiled operators) and, if need be, puts the pinned pair from the index in its place.
+# Runs once, and again when the requirements change. The last steps check what a CPU-only or otherwise mismatched torch
+# breaks (torchvision's compiled operators) and, if needed, replace it by the pinned pair.
 $(VENV)/.ready: pyproject.toml constraints.txt tools/setup_check.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 10) else "saccade needs Python >= 3.10, %s is %s: make PYTHON=python3.11 …" % (sys.executable, sys.version.split()[0]))'
 	$(PYTHON) -m venv $(VENV)
