@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..ops import agent_attention, pool_agents, resize_agent_bias, window_attention
 from .base import Isotropic, Pyramid, TokenHead, checked_size, create_model, init_linear, make_cfg, map_norms
 from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last, must_pad, position_table, resize_positions
-from .published import Rules, fitted, opened, renamed
+from .published import Rules, complete, unwrap, rename_key
 
 TABLE = 7  # side of the tables of block biases, whatever the map
 
@@ -150,7 +150,7 @@ class WindowAttention(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
             if torch.jit.is_tracing() and not self.always_shift:  # as a part of the graph, which serves other sizes too
                 s_h, s_w = (s * (n > w) for s, n, w in zip(self.shift, size, self.window))
-        x = x.unflatten(1, size)
+        x = x.reshape(x.shape[0], size[0], size[1], x.shape[2])  # no unflatten, after which ONNX has one batch size
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
             if can_fuse(self.qkv) and self.qkv.bias is not None:
                 split = (3, x.shape[3])
@@ -323,7 +323,7 @@ class TokenStage(nn.Module):
             x = x + resize_positions(self.pos_embed, self.size, size, "bilinear")
         for block in self.blocks:
             x = block(x, size)
-        return x.unflatten(1, size).permute(0, 3, 1, 2)
+        return x.reshape(x.shape[0], size[0], size[1], x.shape[2]).permute(0, 3, 1, 2)
 
 
 class AgentPyramid(Pyramid):
@@ -536,7 +536,7 @@ PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order
 
 def rename(key: str) -> str:
     """Our name of a published state-dict key; ours stay as they are."""
-    return renamed(key, PUBLISHED_KEYS)
+    return rename_key(key, PUBLISHED_KEYS)
 
 
 TABLES = {  # of biases, from the published layout to ours
@@ -572,7 +572,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
     published loader does: biases of rows and columns linearly, relative and absolute position embeddings bicubically.
     """
     out = {}
-    for key, value in opened(state_dict, ("state_dict_ema", "state_dict", "model")).items():
+    for key, value in unwrap(state_dict, ("state_dict_ema", "state_dict", "model")).items():
         key = rename(key)
         name = key.rpartition(".")[2]
         if name in ("relative_position_index", "attn_mask"):
@@ -587,7 +587,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor
         out[key.replace(".q.", ".qkv.")] = torch.cat((out.pop(key), out.pop(key.replace(".q.", ".kv."))))
     own = model.state_dict()
     out = {key: _resized(key, out, own) if key in own else value for key, value in out.items()}
-    return fitted(out, model, "blocks." if isinstance(model, AgentDeiT) else "stages.")
+    return complete(out, model, "blocks." if isinstance(model, AgentDeiT) else "stages.")
 
 
 def _cfg(size: int = 224, **kwargs) -> dict:

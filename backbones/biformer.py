@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..ops import bilevel_routing_attention, region_routing
 from .base import Pyramid, Stage, create_model, make_cfg, map_norms
 from .layers import CachedMlp, DepthwiseConv, at_least_one, at_most, channels_last, must_pad
-from .published import Rules, fitted, opened, renamed
+from .published import Rules, complete, unwrap, rename_key
 
 FULL, FULL_LEPE = -1, -2  # the published codes in `topks` for attention over the whole map, without and with LePE
 
@@ -284,12 +284,12 @@ class BiFormer(Pyramid):
         Returns, per layer name ('stages.0.blocks.0', …): `idx` (B, P, K), the regions chosen by each region, row-major
         over `grid` = (rows, columns) of regions, and `pixels`, the image pixels (height, width) that a region covers.
         """
-        found: dict[str, dict] = {}
+        regions: dict[str, dict] = {}
 
         def hook(name: str, stride: int):
             def record(module: RoutedAttention, args: tuple[Tensor]) -> None:
                 _, _, idx, grid, (h, w) = module._project(args[0])
-                found[name] = dict(idx=idx, grid=grid, pixels=(h * stride, w * stride))
+                regions[name] = dict(idx=idx, grid=grid, pixels=(h * stride, w * stride))
 
             return record
 
@@ -303,7 +303,7 @@ class BiFormer(Pyramid):
         finally:
             for handle in handles:
                 handle.remove()
-        return found
+        return regions
 
 
 PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order
@@ -321,18 +321,18 @@ PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order
 
 def rename(key: str) -> str:
     """Our name of a published state-dict key; ours stay as they are."""
-    return renamed(key, PUBLISHED_KEYS)
+    return rename_key(key, PUBLISHED_KEYS)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: BiFormer) -> dict[str, Tensor]:
     """Weights under the published names (classification, detection or segmentation files) or ours, to ours."""
     out = {}
-    for key, value in opened(state_dict).items():
+    for key, value in unwrap(state_dict).items():
         key = rename(key)
         if value.ndim == 4 and re.search(r"\.(qkv|proj|fc1|fc2)\.weight$", key):
             value = value.flatten(1)  # the nchw flavour's 1x1 convolutions
         out[key] = value
-    return fitted(out, model)
+    return complete(out, model)
 
 
 STL = dict(depths=(2, 2, 6, 2), dims=(96, 192, 384, 768), mlp_ratio=4.0, patchify=True)

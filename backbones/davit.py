@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..ops import channel_attention, window_attention
 from .base import Pyramid, Stage, create_model, init_linear, make_cfg, map_norms
-from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last
-from .published import Rules, fitted, opened, renamed
+from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last, must_pad
+from .published import Rules, complete, unwrap, rename_key
 
 EPS = 1e-5  # of every LayerNorm
 
@@ -49,7 +49,7 @@ class WindowAttention(nn.Module):
         H, W, split, window = x.shape[1], x.shape[2], [3, x.shape[3]], (self.window, self.window)
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
             if can_fuse(self.qkv) and self.qkv.bias is not None:
-                qkv, pad = self.qkv(x).unflatten(3, split), self.qkv.bias.unflatten(0, split)
+                qkv, pad = self.qkv(x).view(x.shape[0], H, W, *split), self.qkv.bias.view(split)
                 return self.proj(window_attention(qkv, self.heads, window, pad=pad))
         x = F.pad(x, (0, 0, 0, -W % self.window, 0, -H % self.window))
         out = window_attention(self.qkv(x).unflatten(3, split), self.heads, window)
@@ -145,7 +145,7 @@ class Downsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.norm(x.permute(0, 2, 3, 1))
         down, right = x.shape[1] % 2, x.shape[2] % 2
-        if not self.overlapped and (down > 0 or right > 0):
+        if not self.overlapped and must_pad(down, right):
             x = F.pad(x, (0, 0, 0, right, 0, down))
         return self.conv(x.permute(0, 3, 1, 2))
 
@@ -201,7 +201,7 @@ class DaViT(Pyramid):
         self.drop_rate = drop_rate
 
         self.stem = Stem(in_chans, dims[0], **dd)
-        rates = iter(calculate_drop_path_rates(drop_path_rate, 2 * sum(depths)))
+        rates: Any = iter(calculate_drop_path_rates(drop_path_rate, 2 * sum(depths)))
         stages = []
         self.feature_info = []
         for i, (depth, dim) in enumerate(zip(depths, dims)):
@@ -242,12 +242,12 @@ PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order
 
 def rename(key: str) -> str:
     """Our name of a published state-dict key; ours, which are timm's, stay as they are."""
-    return renamed(key, PUBLISHED_KEYS)
+    return rename_key(key, PUBLISHED_KEYS)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: DaViT) -> dict[str, Tensor]:
     """Weights under the published names (classification, detection or segmentation files), timm's or ours, to ours."""
-    return fitted({rename(key): value for key, value in opened(state_dict).items()}, model)
+    return complete({rename(key): value for key, value in unwrap(state_dict).items()}, model)
 
 
 VARIANTS: dict[str, dict[str, Any]] = dict(

@@ -105,6 +105,33 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def must_pad(down: int, right: int) -> bool:
+    """Return whether to pad a map by this much: always in a traced graph, which serves other sizes too."""
+    if torch.jit.is_scripting():
+        return down > 0 or right > 0
+    else:
+        return torch.jit.is_tracing() or down > 0 or right > 0
+
+
+# In a traced graph sizes are tensors, of which Python's min and max would record the result, not the choice.
+
+
+def at_most(n: int, limit: int) -> int:
+    """Return min(n, limit)."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if isinstance(n, Tensor):
+            return n.clamp(max=limit)
+    return min(n, limit)
+
+
+def at_least_one(n: int) -> int:
+    """Return max(n, 1)."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if isinstance(n, Tensor):
+            return n.clamp(min=1)
+    return max(n, 1)
+
+
 def position_table(tokens: int, dim: int, **dd) -> nn.Parameter:
     return nn.Parameter(trunc_normal_(torch.empty(1, tokens, dim, **dd), std=0.02))
 

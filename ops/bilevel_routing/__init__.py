@@ -132,7 +132,13 @@ def _routing(qkv: Tensor, region_size: tuple[int, int], topk: int) -> Tensor:
     h, w = region_size
     x = qkv.detach()[..., : C3 // 3 * 2]
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if H % h == 0 and W % w == 0:
+    if torch.jit.is_tracing():  # no branch: the graph serves other sizes too
+        R, S = (H + h - 1) // h, (W + w - 1) // w
+        x = F.pad(x, (0, 0, 0, S * w - W, 0, R * h - H)).reshape(B, R, h, S, w, C3 // 3 * 2).sum(4, dtype=full).sum(2)
+        rows = (H - torch.arange(R, device=x.device) * h).clamp(max=h)
+        columns = (W - torch.arange(S, device=x.device) * w).clamp(max=w)
+        means = x / (rows.unsqueeze(1) * columns).unsqueeze(2)
+    elif H % h == 0 and W % w == 0:
         # Summed in `full` as it is read, without a copy; one axis at a time, which is ten times faster on a CPU.
         means = x.reshape(B, H // h, h, W // w, w, C3 // 3 * 2).sum(4, dtype=full).sum(2) / (h * w)
     else:

@@ -24,7 +24,8 @@ def bilevel_routing_attention(
     t = H * W // max(P, 1)
     # Dense attention under a mask copies nothing but computes P / K times the logits: worth it for small regions, whose
     # gather is many short rows (stage 3 at 224, 4 tokens, P / K = 3: 2.7 ms, against 7.1 ms and an 11 ms gather).
-    if K == P or (P <= 4 * K and t <= 16):
+    # A traced graph serves other sizes too, with other P and t.
+    if not torch.jit.is_tracing() and (K == P or (P <= 4 * K and t <= 16)):
         return _dense(qkv, idx, heads, regions, s)
     return _gather(qkv, idx, heads, regions, s)
 

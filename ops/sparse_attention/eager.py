@@ -171,7 +171,7 @@ def _split(x: Tensor, count: int, own: Tensor | None = None) -> Tensor:
         t, quota = values.gather(-1, (own - 1).clamp(min=0).expand(*values.shape[:-1], 1)), own
     above = x > t
     level = ~(above | (x < t))  # and NaN
-    return above | (level & (level.cumsum(-1) <= quota - above.sum(-1, keepdim=True)))
+    return above | (level & (level.long().cumsum(-1) <= quota - above.sum(-1, keepdim=True)))
 
 
 def sparse_attention(qkv: Tensor, mask: Tensor, heads: int, scale: float | None = None) -> Tensor:

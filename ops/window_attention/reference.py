@@ -31,7 +31,7 @@ def window_attention(
     if pad is not None:
         inside = F.pad(torch.ones(H, W, dtype=torch.bool, device=qkv.device), (0, S * w - W, 0, R * h - H))
         x = torch.where(inside[:, :, None, None], x, pad)
-    x = x.roll((-s_h, -s_w), (1, 2))
+    x = rolled(x, -s_h, -s_w)
     x = x.reshape(B, R, h, S, w, 3, heads, D).permute(5, 0, 1, 3, 6, 2, 4, 7)
     q, k, v = x.reshape(3, B, R * S, heads, h * w, D).unbind(0)
     logits = q @ k.transpose(-2, -1) * (D**-0.5 if scale is None else scale)
@@ -40,7 +40,15 @@ def window_attention(
     mask = seams(H, W, window, shift, qkv.device)
     out = logits.masked_fill(mask[:, None], float("-inf")).softmax(-1) @ v
     out = out.reshape(B, R, S, heads, h, w, D).permute(0, 1, 4, 2, 5, 3, 6).reshape(B, R * h, S * w, C)
-    return out.roll((s_h, s_w), (1, 2))[:, :H, :W]
+    return rolled(out, s_h, s_w)[:, :H, :W]
+
+
+def rolled(x: Tensor, down: int, right: int) -> Tensor:
+    """x.roll((down, right), (1, 2)); in ONNX too by amounts that depend on the size."""
+    if isinstance(down, int) and isinstance(right, int) and down == 0 and right == 0:
+        return x
+    y, z = (torch.arange(n, device=x.device) for n in x.shape[1:3])
+    return x.index_select(1, (y - down) % x.shape[1]).index_select(2, (z - right) % x.shape[2])
 
 
 def gathered(bias: Tensor, window: tuple[int, int]) -> Tensor:  # (heads, 2h-1, 2w-1) -> (heads, N, N)
