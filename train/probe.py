@@ -24,7 +24,7 @@ from .engine import autocasting
 from .models.build import create
 from .models.build import probe as check_input_size
 from .runtime.checkpoint import write_text
-from .runtime.config import build, check, check_typed, load
+from .runtime.config import Count, NonNegativeInt, Positive, build, check, check_typed, load
 from .runtime.distributed import all_reduce_sum, choose_device, rank, sync_errors, world_size
 from .runtime.errors import UserError
 from .runtime.log import format_metrics
@@ -39,9 +39,7 @@ class KNN:
     without a vote is no prediction, also not among five.
     """
 
-    def __init__(self, k: int = 20, temperature: float = 0.07):
-        if k < 1 or temperature <= 0:
-            raise UserError(f"probe.k={k} must be 1 or more, and probe.temperature={temperature} more than 0")
+    def __init__(self, k: Count = 20, temperature: Positive = 0.07):
         self.k, self.temperature = k, temperature
 
     def __call__(
@@ -73,9 +71,9 @@ class LogisticProbe:
     of L-BFGS for each, at most; metrics.json says whether it converged. All features are in the memory of one process.
     """
 
-    def __init__(self, C: tuple = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), iterations: int = 1000):
-        if not C or min(C) <= 0 or iterations < 1:
-            raise UserError(f"probe.C={C} must be numbers above 0, and probe.iterations={iterations} 1 or more")
+    def __init__(self, C: tuple = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), iterations: Count = 1000):
+        if not C or min(C) <= 0:
+            raise UserError(f"probe.C={C} must be numbers above 0")
         self.C, self.iterations = sorted(C), iterations
 
     def __call__(
@@ -121,9 +119,9 @@ def run(
     data: dict,
     probe: dict,
     checkpoint: str | None = None,
-    batch_size: int = 64,
+    batch_size: Count = 64,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
-    workers: int = 0,
+    workers: NonNegativeInt = 0,
     device: str | None = None,
 ) -> None:
     """Fit `probe` on the train split's features, test it on the test split's, write out/metrics.json.
@@ -230,8 +228,6 @@ def validate(config: dict) -> None:
         )
     if not isinstance(config["model"].get("name"), str):
         raise UserError("model.name is missing: give it with model.name=…, or a run's folder as checkpoint")
-    if config.get("batch_size", 1) < 1:
-        raise UserError(f"batch_size={config['batch_size']} must be 1 or more")
 
 
 def _take_from_run(config: dict) -> None:

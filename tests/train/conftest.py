@@ -10,8 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
+from saccade.train import engine
+from saccade.train.data import scenes as made_scenes
+from saccade.train.runtime import config
 from saccade.train.runtime.errors import run
-from support.runs import own_signals
+from support.runs import own_signals, train
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "configs/digits/resnet18.py"
@@ -107,3 +111,71 @@ def wait_for():
             time.sleep(0.02)
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def once(tmp_path_factory):
+    """once(name, make) -> a folder that make(folder) fills once, for all tests of all of pytest's processes."""
+
+    def call(name: str, make) -> Path:
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared" / name
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                make(folder)
+        return folder
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def classifier_run(once):
+    """The folder of a run that has seen four epochs of digits, enough to be right and wrong. Only to be read."""
+    arguments = ["model.name=test_resnet", "data.img_size=16", "epochs=4", "batch_size=128", "device=cpu"]
+    return once("classifier", lambda folder: train(folder, config.load(DIGITS, arguments)))
+
+
+@pytest.fixture(scope="session")
+def scenes(once):
+    """A folder with coco/ and ade20k/: 8, 3 and 4 scenes of 64 pixels a side. Only to be read."""
+    counts = dict(train=8, val=3, test=4)
+    return once("scenes", lambda folder: made_scenes.write(folder, counts=counts, size=64))
+
+
+@pytest.fixture(scope="session")
+def detector_arguments(scenes):
+    """A config, and overrides for a run of four steps of four images: a detector of seconds."""
+    arguments = ["model.name=test_resnet", "task.channels=16", "task.hidden=32", "task.rois=16", "task.proposals=30"]
+    arguments += [f"data.root={scenes / 'coco'}", "data.short=64", "data.long=64", "task.test_size=(64, 64)"]
+    arguments += ["task.score_thresh=0.0", "iterations=4", "eval_every=2", "batch_size=4", "log_every=1", "device=cpu"]
+    return ROOT / "configs/scenes/mask_rcnn_resnet18.py", [*arguments, "schedule.warmup_epochs=0"]
+
+
+@pytest.fixture(scope="session")
+def segmenter_arguments(scenes):
+    """A config, and overrides for a run of four steps of four crops: a segmenter of seconds."""
+    arguments = [f"data.root={scenes / 'ade20k'}", "data.crop=48", "task.channels=8", "model={'name': 'test_resnet'}"]
+    arguments += ["iterations=4", "eval_every=2", "batch_size=4", "log_every=1", "device=cpu"]
+    return ROOT / "configs/scenes/upernet_biformer_t.py", [*arguments, "schedule.warmup_epochs=0"]
+
+
+def _run(file: Path, arguments: list[str]):
+    def make(folder: Path) -> None:
+        settings = config.load(file, arguments)
+        engine.validate(settings)
+        train(folder, settings)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def detector_run(once, detector_arguments):
+    """The folder of a finished run of a Mask R-CNN. Only to be read."""
+    return once("detector", _run(*detector_arguments))
+
+
+@pytest.fixture(scope="session")
+def segmenter_run(once, segmenter_arguments):
+    """The folder of a finished run of a UPerNet. Only to be read."""
+    return once("segmenter", _run(*segmenter_arguments))

@@ -14,12 +14,11 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from saccade.train import engine, probe
 from saccade.train.data.digits import Digits
-from saccade.train.data.test_folder import TestFolder, class_names
+from saccade.train.data.test_folder import TestFolder
 from saccade.train.runtime import config
 from saccade.train.runtime.errors import UserError
 from saccade.train.visual.confusion import plot_reliability
 from support.forked import forked
-from support.runs import train
 from timm.data import create_transform
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,11 +34,8 @@ def threads():
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    """A ResNet that has seen four epochs of digits, enough to be right and wrong."""
-    arguments = ["model.name=test_resnet", "data.img_size=16", "epochs=4", "batch_size=128", "device=cpu"]
-    settings = config.load(ROOT / "configs/digits/resnet18.py", arguments)
-    return train(tmp_path_factory.mktemp("trained") / "run", settings)
+def trained(classifier_run):
+    return classifier_run
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +138,7 @@ def test_folders_are_mapped_as_numbers(tmp_path):
         (tmp_path / str(i)).mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / str(i) / f"of_{i}.png")
     data = TestFolder(str(tmp_path), names)
-    assert data.class_names == names and data.classes == list(range(12)) and data.of_model == 12
+    assert data.class_names == names and data.classes == list(range(12)) and len(data.model_classes) == 12
     images = data.dataset("test", data.inputs(dict(input_size=(3, 32, 32))))
     assert [images.filename(i) for i in range(12)] == [f"of_{i}.png" for i in range(12)]
     assert [images[i][1] for i in range(12)] == list(range(12))
@@ -157,18 +153,13 @@ def test_folders_are_mapped_by_name(tmp_path):
         (tmp_path / name).mkdir()
         Image.new("RGB", (4, 4)).save(tmp_path / name / f"{name}.png")
     data = TestFolder(str(tmp_path), names)
-    assert data.class_names == ["wolf", "cat", "dog"] and data.classes == [0, 1, 3] and data.of_model == 4
+    assert data.class_names == ["wolf", "cat", "dog"] and data.classes == [0, 1, 3] and data.model_classes == names
     images = data.dataset("test", data.inputs(dict(input_size=(3, 32, 32))))
     assert [(images.filename(i), images[i][1]) for i in range(3)] == [("wolf.png", 0), ("cat.png", 1), ("dog.png", 2)]
     with pytest.raises(UserError, match="cat is no class of the model, which has 2, did you mean cats"):
         TestFolder(str(tmp_path), ["cats", "dog"])
     with pytest.raises(UserError, match="is no folder"):
         TestFolder(str(tmp_path / "none"), names)
-
-
-def test_classes_of_imagenet():
-    names = class_names(None)
-    assert len(names) == 1000 and names == sorted(names) and names[0] == "n01440764" and names[-1] == "n15075141"
 
 
 def test_subset(command, trained, tmp_path):

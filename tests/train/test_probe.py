@@ -13,7 +13,6 @@ from saccade.train.probe import KNN, LogisticProbe
 from saccade.train.runtime import config
 from saccade.train.runtime.errors import UserError
 from support.forked import forked
-from support.runs import train
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -111,11 +110,8 @@ device = "cpu"
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A run of three epochs."""
-    arguments = ["model.name=test_resnet", "data.img_size=16", "epochs=3", "batch_size=64", "device=cpu"]
-    settings = config.load(ROOT / "configs/digits/resnet18.py", arguments)
-    return train(tmp_path_factory.mktemp("weights") / "run", settings)
+def weights(classifier_run):
+    return classifier_run
 
 
 @pytest.mark.parametrize("judge, least", [("KNN", 75), ("LogisticProbe", 75)])
@@ -148,9 +144,11 @@ def test_processes_equal_one(command, weights, tmp_path):
         ([], "checkpoint is missing: give the weights to judge"),
         (["checkpoint=w", "k=3"], "unknown key k"),
         (["checkpoint=w", "probe.kk=3"], "unknown key probe.kk"),
-        (["checkpoint=w", "batch_size=0"], "batch_size=0 must be 1 or more"),
+        (["checkpoint=w", "batch_size=0"], "batch_size must be a whole number, 1 or more; got 0"),
+        (["checkpoint=w", "workers=-1"], "workers must be a whole number, 0 or more; got -1"),
         (["checkpoint=w", "model.num_classes=3"], "model.num_classes can't be set"),
-        (["checkpoint=w", "probe=3"], "probe must be dict, got 3"),
+        (["checkpoint=w", "probe=3"], "probe must be a section"),
+        (["checkpoint=w"], "model.name is missing: give it with model.name=…, or a run's folder as checkpoint"),
     ],
 )
 def test_mistakes(name, arguments, sentence):
@@ -163,8 +161,12 @@ def test_mistakes_of_values():
     train, test = made(10, 3, 0), made(10, 3, 1)
     with pytest.raises(UserError, match=r"probe\.k=11 is more than the 10 training images"):
         KNN(k=11)(train, test, test, 3, CPU)
-    with pytest.raises(UserError, match=r"probe\.k=0 must be 1 or more"):
-        KNN(k=0)
+    for override in ("probe.k=0", "probe.temperature=0", "probe.temperature=nan"):
+        settings = config.load(
+            ROOT / "configs/finetune/knn.py", ["data.root=x", "checkpoint=w", "model.name=test_resnet", override]
+        )
+        with pytest.raises(UserError, match=override.partition("=")[0]):
+            probe.validate(settings)
     with pytest.raises(UserError, match="must be numbers above 0"):
         LogisticProbe(C=(0.0, 1.0))
     digits = Digits(img_size=16)
@@ -174,3 +176,32 @@ def test_mistakes_of_values():
     inputs = digits.inputs({})
     with pytest.raises(UserError, match="features are not finite"):
         probe.features(model, digits.dataset("val", inputs), inputs["input_size"], 50, 0, CPU)
+
+
+def test_model_of_a_run(weights, tmp_path):
+    """The model's arguments and the image size are the run's, unless the config says otherwise."""
+
+    def validated(*overrides: str) -> dict:
+        settings = config.load(ROOT / "configs/finetune/knn.py", ["data.root=x", *overrides])
+        probe.validate(settings)
+        return settings
+
+    for checkpoint in (weights, weights / "model.safetensors", weights / "checkpoints/last.safetensors"):
+        settings = validated(f"checkpoint={checkpoint}")
+        assert settings["model"] == config.load(weights / "config.py")["model"]
+        assert settings["model"]["name"] == "test_resnet" and settings["data"]["img_size"] == 16
+    settings = validated(f"checkpoint={weights}", "data.img_size=24", "model.drop_rate=0.5")
+    assert settings["data"]["img_size"] == 24 and settings["model"]["drop_rate"] == 0.5
+    assert validated(f"checkpoint={weights}", "model.name=resnet18")["model"] == dict(name="resnet18")
+    with pytest.raises(UserError, match=r"model\.name is missing"):
+        validated(f"checkpoint={tmp_path / 'weights.pth'}")
+
+
+def test_progress(monkeypatch):
+    """A bar on a terminal, which goes away; nothing in a file."""
+    shown = []
+    monkeypatch.setattr(probe, "track", lambda items, text, disable, **_: shown.append((text, not disable)) or items)
+    assert probe.progress([1, 2], "features of val") == [1, 2]
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert probe.progress([1, 2], "features of val") == [1, 2]
+    assert shown == [("features of val", False), ("features of val", True)]

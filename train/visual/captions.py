@@ -9,7 +9,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 
 DEJAVU = str(Path(find_spec("matplotlib").origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf")
-MAX_LENGTH = 60  # characters of a class name that are shown
+MAX_LENGTH = 50  # characters of a class name that are shown
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom
 
 
@@ -84,7 +84,7 @@ def figure_text(text: str) -> str:
             family = font_manager.FontProperties(fname=font).get_name()
             families = matplotlib.rcParams["font.family"]
             matplotlib.rcParams["font.family"] = [*families, *({family} - set(families))]
-    text = escape_missing(text, frozenset(known)).replace("$", r"\$")
+    text = escape_missing(text.replace("\n", " "), frozenset(known)).replace("$", r"\$")
     return f" {text}" if text.startswith("_") else text  # legends leave out labels that begin with _
 
 

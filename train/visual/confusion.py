@@ -18,7 +18,7 @@ def plot_confusion(counts: Tensor, names: list[str], file: Path) -> Path:
         shown = np.sort(np.argsort(-(wrong.sum(0) + wrong.sum(1)), kind="stable")[:20])
     part, names = counts[np.ix_(shown, shown)], [figure_text(names[i]) for i in shown]
     share = part / np.maximum(counts[shown].sum(1, keepdims=True), 1)
-    side = max(4.0, 0.5 * len(shown) + 1.5)
+    side = max(4.0, 0.5 * len(shown) + 1.5) + 0.08 * max(map(len, names))
     figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
     axis.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)  # the root, since one mistake in a hundred should show
     for i, j in np.argwhere(part > 0):
