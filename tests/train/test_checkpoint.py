@@ -71,8 +71,27 @@ def test_falls_back_to_the_previous(tmp_path):
     assert meta["step"] == 0 and same(read, tensors(0))
     assert len(said) == 1 and "last.safetensors" in said[0]
     (tmp_path / checkpoint.PREVIOUS).write_bytes(b"")
-    with pytest.raises(UserError, match=r"no checkpoint is whole .*--overwrite"):
+    with pytest.raises(UserError, match=r"every checkpoint is damaged .*--overwrite"):
         checkpoint.load(tmp_path)
+
+
+def test_second_save_of_a_step_keeps_the_previous(tmp_path):
+    for step in range(2):
+        checkpoint.save(tmp_path, tensors(step), dict(step=step), best=False)
+    checkpoint.save(tmp_path, tensors(1), dict(step=1, best=True), best=True, rotate=False)
+    assert checkpoint.read(tmp_path / checkpoint.LAST)[1] == dict(step=1, best=True)
+    assert checkpoint.read(tmp_path / checkpoint.PREVIOUS)[1] == dict(step=0)
+
+
+def test_strict_json(tmp_path):
+    """Undefined metrics are null; names of files that are no text are escaped."""
+    value = dict(ap=float("nan"), loss=float("inf"), rows=[1.5, (None, float("-inf"))], name="caf\udce9")
+    checkpoint.write_json(tmp_path / "m.json", value)
+    text = (tmp_path / "m.json").read_text()
+    read = json.loads(text, parse_constant=lambda name: pytest.fail(name))
+    assert read == dict(ap=None, loss=None, rows=[1.5, [None, None]], name="caf\udce9")
+    checkpoint.write_text(tmp_path / "classes.csv", "caf\udce9")
+    assert (tmp_path / "classes.csv").read_text() == r"caf\udce9"
 
 
 def test_nothing_saved(tmp_path):

@@ -14,24 +14,26 @@ def raising(error):
 
 
 @pytest.mark.parametrize(
-    "error, code, said",
+    "error, code, message",
     [
         (UserError("do this"), 2, "error: do this\n"),
         (UserError("saved", 75), 75, "stopped: saved\n"),
-        (UserError("said elsewhere", 74, quiet=True), 74, ""),
+        (UserError("printed elsewhere", 74, quiet=True), 74, ""),
         (
             OSError(errno.ENOSPC, "No space left on device", "log.txt"),
             74,
             "error: writing log.txt failed (No space left",
         ),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "error: writing x failed (Permission denied)"),
-        (KeyboardInterrupt(), 130, "stopped from the keyboard"),
+        (UserError("saved", 130), 130, "stopped: saved\n"),
+        (KeyboardInterrupt(), 130, "stopped: interrupted by Ctrl-C\n"),
+        (KeyboardInterrupt("nothing was saved"), 130, "stopped: nothing was saved\n"),
     ],
     ids=str,
 )
-def test_exit_codes(capsys, error, code, said):
+def test_exit_codes(capsys, error, code, message):
     assert run(raising(error)) == code
-    assert capsys.readouterr().err.startswith(said)
+    assert capsys.readouterr().err.startswith(message)
 
 
 def test_success_and_bugs():

@@ -68,6 +68,6 @@ def run(main: Callable[[], None]) -> int:
         print(f"error: {problem}", file=sys.stderr, flush=True)
         return problem.code
     except KeyboardInterrupt as error:
-        print(f"stopped: {error or 'interrupted by Ctrl-C'}", file=sys.stderr, flush=True)
+        print(f"stopped: {str(error) or 'interrupted by Ctrl-C'}", file=sys.stderr, flush=True)
         return INTERRUPTED
     return 0
