@@ -1,4 +1,4 @@
-"""Pictures with boxes and masks from COCO's json: what training leaves out, augmentation, what is wrong with a json."""
+"""Images with boxes and masks from COCO's json: what training leaves out, augmentation, what is wrong with a json."""
 
 import json
 import os
@@ -11,6 +11,7 @@ from PIL import Image
 from pycocotools import mask as coder
 from saccade.train.data.bad_images import BadImage
 from saccade.train.data.coco import Coco, RandomPart, augmentation, decode_mask
+from saccade.train.data.coco_json import _run_lengths
 from saccade.train.data.loader import EvaluationOrder, TrainingOrder, batches
 from saccade.train.runtime.errors import UserError
 from torchvision import tv_tensors
@@ -131,7 +132,7 @@ def test_pictures_without_boxes_when_asked_for(root):
 
 
 def test_evaluation_has_everything_as_it_is(root):
-    source = coco(root, short=20, flip=1.0, crop=dict(short=(10,), side=(8, 9)))
+    source = coco(root, masks=False, short=20, flip=1.0, crop=dict(short=(10,), side=(8, 9)))
     dataset = source.dataset("test", source.inputs(CFG))
     assert [dataset[i][1]["image_id"].item() for i in range(len(dataset))] == [10, 20, 30]
     image, target = dataset[0]
@@ -248,7 +249,7 @@ def test_pictures_that_can_not_be_read(root):
     with pytest.raises(BadImage, match=rf"10.png is {W}x{H - 1}, and its json says {W}x{H}"):
         training(root)[0]
     os.remove(root / "pictures/10.png")
-    with pytest.raises(UserError, match=r"pictures lacks 10.png of the 3 pictures in .*all.json$"):
+    with pytest.raises(UserError, match=r"pictures lacks 10.png of the 3 images in .*all.json$"):
         training(root)
     dataset = training(root, max_bad=1)
     with pytest.raises(BadImage, match=r"10.png can't be read as an image"):
@@ -258,7 +259,7 @@ def test_pictures_that_can_not_be_read(root):
     write(root, said)
     (root / "pictures/deep").mkdir()
     Image.new("RGB", (W, H)).save(root / "pictures/deep/1.png")
-    with pytest.raises(UserError, match=r"lacks deep/0.png, deep/2.png, deep/3.png and 1 more of the 8 pictures"):
+    with pytest.raises(UserError, match=r"lacks deep/0.png, deep/2.png, deep/3.png and 1 more of the 8 images"):
         coco(root).dataset("val", {})
 
 
@@ -275,23 +276,44 @@ def broken(change) -> dict:
         ("[]", "all.json is not in COCO's format: it must hold an object, and holds a list"),
         ('{"imgs": []}', 'needs a list "images", did you mean imgs?'),
         ('{"images": [{"id": 1, "file_name": "a", "height": 1, "width": 1}], "category": []}', "did you mean category"),
-        (broken(lambda c: c["images"][1].pop("height")), r"all.json is wrong: images\[1\] has no height$"),
+        (broken(lambda c: c["images"][1].pop("height")), r"all.json is wrong: images\[1\] has no height: correct it$"),
         (broken(lambda c: c["images"][1].update(width="60")), r"images\[1\].width must be a whole number, is a text"),
-        (broken(lambda c: c["images"][0].update(height=0)), r"images\[0\].height must be 1 or more, is 0"),
+        (broken(lambda c: c["images"][0].update(height=0)), r"images\[0\].height must be from 1 to 65535 pixels, is 0"),
         (broken(lambda c: c["images"][1].update(id=10)), r"images\[1\] have ids that others have too"),
         (broken(lambda c: c["categories"].append(dict(id=7, name="x"))), r"categories\[2\] have ids"),
         (broken(lambda c: c.update(annotations={})), '"annotations" must be a list, got an object'),
-        (broken(lambda c: [a.pop("bbox") for a in c["annotations"]]), r"annotations\[0\] has no bbox, .* and 6 more$"),
+        (
+            broken(lambda c: [a.pop("bbox") for a in c["annotations"]]),
+            r"annotations\[0\] \(id 100\) has no bbox; .* and 6 more: correct them$",
+        ),
         (
             broken(lambda c: c["annotations"][2].update(image_id=5)),
-            r"annotations\[2\] is of image 5, which is not listed",
+            r"annotations\[2\] \(id 102\) is of image 5, which is not listed",
         ),
-        (broken(lambda c: c["annotations"][2].update(category_id=5)), r"annotations\[2\] is of category 5, which"),
-        (broken(lambda c: c["annotations"][0].update(bbox=[1, 2])), r"bbox must be four numbers, is \[1, 2\]"),
-        (broken(lambda c: c["annotations"][0]["bbox"].__setitem__(0, None)), r"bbox must be four numbers, is \[None"),
-        (broken(lambda c: c["annotations"][1]["segmentation"].update(size=[9, 9])), r"is of size \[9, 9\], and its"),
-        (broken(lambda c: c["annotations"][2]["segmentation"].update(counts=[3])), r"add up to 3, not to 40 x 60"),
-        (broken(lambda c: c["annotations"][2].update(segmentation="x")), r"segmentation must be polygons or an object"),
+        (
+            broken(lambda c: c["annotations"][2].update(category_id=5)),
+            r"annotations\[2\] \(id 102\) is of category 5, which",
+        ),
+        (
+            broken(lambda c: c["annotations"][0].update(bbox=[1, 2])),
+            r"has bbox \[1, 2\], which must be four finite numbers",
+        ),
+        (
+            broken(lambda c: c["annotations"][0]["bbox"].__setitem__(0, None)),
+            r"has bbox \[null, 5, 20, 10\], which must be",
+        ),
+        (
+            broken(lambda c: c["annotations"][1]["segmentation"].update(size=[9, 9])),
+            r"of size \[9, 9\], and its image is \[40, 60\]",
+        ),
+        (
+            broken(lambda c: c["annotations"][2]["segmentation"].update(counts=[3])),
+            r"add up to 3, not to the image's 40 x 60",
+        ),
+        (
+            broken(lambda c: c["annotations"][2].update(segmentation="x")),
+            r"has as segmentation a text, which must be polygons or an object",
+        ),
     ],
 )
 def test_what_is_wrong_with_a_json(root, said, sentence):
@@ -303,7 +325,7 @@ def test_what_is_wrong_with_a_json(root, said, sentence):
 def test_splits_that_do_not_do(root):
     with pytest.raises(UserError, match=r"none.json can't be read \(No such file or directory\): set data.root"):
         coco(root, val=("none.json", "pictures"))
-    with pytest.raises(UserError, match=r"there is no folder .*/elsewhere, where the pictures of .*all.json should be"):
+    with pytest.raises(UserError, match=r"there is no folder .*/elsewhere, where the images of .*all.json should be"):
         training(root, train=("all.json", "elsewhere"))
     write(root, broken(lambda c: c["categories"][0].update(name="wolf")), "other.json")
     with pytest.raises(
@@ -315,8 +337,168 @@ def test_splits_that_do_not_do(root):
         training(root, train=("unlabelled.json", "pictures"))
     assert len(coco(root, test=("unlabelled.json", "pictures")).dataset("test", {})) == 3
     write(root, content() | dict(annotations=[]), "empty.json")
-    with pytest.raises(UserError, match="lists no picture with a box: the train split is empty"):
-        training(root, train=("empty.json", "pictures"))
+    for keep_empty in (False, True):
+        with pytest.raises(UserError, match=r"empty.json has no box to learn from$"):
+            training(root, train=("empty.json", "pictures"), keep_empty=keep_empty)
+    write(root, broken(lambda c: [a.update(iscrowd=1) for a in c["annotations"]]), "crowds.json")
+    with pytest.raises(UserError, match=r"crowds.json has no box to learn from: left out were 9 crowds$"):
+        training(root, train=("crowds.json", "pictures"))
+    with pytest.raises(
+        UserError, match=r"all.json has no mask \(segmentation\) for the annotations with id 106, which"
+    ):
+        coco(root).dataset("val", {})
+    coco(root, masks=False).dataset("val", {})
+
+
+def test_shares_of_classes_are_reported(root, capsys):
+    training(root)
+    out = capsys.readouterr().out
+    left_out = "2 crowds, 3 outside their image, or less than a pixel wide or high, 1 without a mask"
+    assert f"data: train: left out of training: {left_out}\n" in out
+    assert "data: train: 3 boxes, cat 66.7 %, dog 33.3 %\n" in out
+    write(root, broken(lambda c: c["categories"].append(dict(id=9, name="cow"))))
+    coco(root, masks=False).dataset("val", {})
+    assert "data: val has no boxes of cow\n" in capsys.readouterr().out
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    "entry, field, values, sentence",
+    [
+        ("images", "id", ["1", None, 1.5, True, 2**63, -(2**63), [1]], r"images\[0\].id must be"),
+        ("images", "width", ["60", None, 60.0, True, 0, -1, 2**40], r"images\[0\].width must be"),
+        ("images", "height", [NAN, INF, 0, False], r"images\[0\].height must be"),
+        ("images", "file_name", ["", " ", None, 7, ["a"]], r"images\[0\].file_name (is empty|must be a text)"),
+        ("categories", "id", ["7", None, 2**64, 7.0], r"categories\[0\].* ?.id must be"),
+        ("categories", "name", ["", None, 3], r"categories\[0\] \(id 7\).name (is empty|must be a text)"),
+        ("annotations", "id", ["100", None, 2**63, True, 1e3], r"annotations\[0\].*.id must be"),
+        ("annotations", "image_id", ["10", None, 10.0, 2**65], r"annotations\[0\] \(id 100\).image_id must be"),
+        ("annotations", "category_id", ["7", None, 7.0], r"annotations\[0\] \(id 100\).category_id must be"),
+        ("annotations", "bbox", [None, "5 5 20 10", {}], r"annotations\[0\] \(id 100\).bbox must be a list"),
+        (
+            "annotations",
+            "bbox",
+            [[5, 5, 20], [5, 5, 20, 10, 1], [5, 5, NAN, 1], [INF, 0, 1, 1], ["5", 5, 2, 1], [5, True, 2, 1]],
+            r"annotations\[0\] \(id 100\) has bbox .* must be four finite numbers",
+        ),
+        ("annotations", "bbox", [[25, 15, -20, -10], [5, 5, 20, -1]], "width and height must be 0 or more"),
+        ("annotations", "bbox", [[1e9, 5, 20, 10], [0, 0, 1e300, 1]], "is far from any image"),
+        ("annotations", "area", ["200", NAN, INF, -1, [], True], r"has area .* must be a finite number of 0 or more"),
+        ("annotations", "iscrowd", ["0", "1", "false", 2, -1, NAN, [], 0.5], r"has iscrowd .*, which must be 0 or 1"),
+        (
+            "annotations",
+            "segmentation",
+            [[5, 5, 25, 5, 25, 15]],
+            "has a flat list as segmentation, which must be a list",
+        ),
+        (
+            "annotations",
+            "segmentation",
+            [[[5, 5, 25, 5, 25, 15, 9]], [[5, 5, 25, 5, 25, NAN]], [[5, 5, 25, 5, 25, None]], [[5, 5, 25, 5, 25, "1"]]]
+            + [[[5, 5, 25, 5, INF, 15]], [[1, 1, 9, 1, 9, 9], [1, 1, 9, [1], 9, 9]], [[5, 5, 25, 5, 25, 10**400]]],
+            r"has the polygon .*, which must be pairs of finite numbers",
+        ),
+        ("annotations", "segmentation", [[[5, 5, 25, 5, 25, 1e9]], [[-999, 5, 25, 5, 25, 9]]], "far from its image"),
+        ("annotations", "segmentation", [[[1, 1, 9, 1, 9, 9], None], [{}]], "has among its polygons (null|an object)"),
+        (
+            "annotations",
+            "segmentation",
+            [5, True, "x", {}, {"size": [H, W]}],
+            "has as segmentation .* must be polygons",
+        ),
+        (
+            "annotations",
+            "segmentation",
+            [dict(size=size, counts=[H * W]) for size in ([W, H], [H], None, [H, "60"], [float(H), W])],
+            r"has run lengths of size .*, and its image is \[40, 60\]",
+        ),
+        (
+            "annotations",
+            "segmentation",
+            [dict(size=[H, W], counts=c) for c in (5, None, [1.5, 2398.5], ["2400"], [None], [True, 2399], {})],
+            "has as segmentation.counts .* must be run lengths",
+        ),
+        (
+            "annotations",
+            "segmentation",
+            [dict(size=[H, W], counts=c) for c in ([], [2399], [-100, 2500], [2400, 2400], "", "52203", "0")],
+            "has run lengths,?.* that add up to .*, not to the image's 40 x 60",
+        ),
+        (
+            "annotations",
+            "segmentation",
+            [dict(size=[H, W], counts=c) for c in ("é", "~~~", "o", "ooooooooooooooooooooo0", " 1")],
+            "are cut short or hold other characters",
+        ),
+    ],
+)
+def test_every_field_is_checked_before_training(root, entry, field, values, sentence):
+    for value in values:
+        said = content()
+        said[entry][0][field] = value
+        write(root, json.dumps(said))
+        with pytest.raises(UserError, match=sentence):
+            coco(root)
+
+
+def test_what_is_meant_is_taken(root):
+    """Fields that are null or false, decimals that end a box, a byte-order mark; categories of one name are refused."""
+    said = broken(lambda c: c["annotations"][0].update(iscrowd=False, area=None))
+    write(root, "\ufeff" + json.dumps(said))
+    first, *_, crowd = coco(root).truth("val")["annotations"]
+    assert (first["iscrowd"], first["area"], crowd["iscrowd"]) == (0, 200, 1)
+    assert type(first["iscrowd"]) is int
+    write(root, broken(lambda c: c["categories"][1].update(name="dog")))
+    with pytest.raises(UserError, match="has 2 categories called 'dog', of ids 7, 3: give each a name of its own"):
+        coco(root)
+
+
+def test_masks_are_checked_where_they_are_decoded():
+    with pytest.raises(ValueError, match="the mask has run lengths that add up to 16, not to"):
+        decode_mask(dict(size=[96, 96], counts="52203"), 96, 96)
+
+
+def test_run_lengths_as_pycocotools_writes_them():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        mask = (rng.random(rng.integers(1, 60, 2)) < rng.random()).astype(np.uint8)
+        assert _run_lengths(compressed(mask)["counts"]) == runs(mask)["counts"]
+    large = np.zeros((3000, 4000), np.uint8)
+    large[:, 2000:] = large[5, 7] = 1
+    assert _run_lengths(compressed(large)["counts"]) == runs(large)["counts"]
+
+
+@pytest.mark.parametrize("first", [0, -5, 2**62])
+def test_ids_of_any_size(root, first):
+    def change(c):
+        for image, number in zip(c["images"], (0, 9, 4)):
+            image["id"] = first + number
+        for i, annotation in enumerate(c["annotations"]):
+            annotation.update(id=first + 3 * i, image_id=first)
+
+    write(root, broken(change))
+    _, target = training(root)[0]
+    assert target["image_id"].item() == first and target["labels"].tolist() == [2, 1, 1]
+
+
+def test_turned_images(root):
+    """EXIF data turn an image where the json has the turned size, and not where it has that of the file."""
+    pixels = np.random.default_rng(0).integers(0, 256, (H, W, 3), np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(root / "pictures/10.png", exif=exif)
+    source = coco(root, masks=False)
+    for turned in (False, True):
+        expected = np.rot90(pixels, -1) if turned else pixels
+        assert np.array_equal(source.dataset("val", {})[0][0].permute(1, 2, 0).mul(255).round().byte(), expected)
+        write_json = broken(lambda c: c["images"][0].update(height=W, width=H))
+        (root / "all.json").write_text(json.dumps(write_json | dict(annotations=content()["annotations"][8:])))
+        source = coco(root, masks=False)
+    (root / "all.json").write_text(json.dumps(broken(lambda c: c["images"][0].update(height=9)) | dict(annotations=[])))
+    with pytest.raises(BadImage, match=rf"is {W}x{H} \({H}x{W} turned as its EXIF data say\), and its json says {W}x9"):
+        coco(root).dataset("val", {})[0]
 
 
 @pytest.mark.parametrize(

@@ -163,14 +163,86 @@ def test_cut_short_before_the_first_image(faster):
     if faster:
         pytest.importorskip("faster_coco_eval")
     metrics, detail = measured(fuzz()[0], {}, faster=faster)
-    assert metrics == dict(images=0) and detail["results"] == detail["pictures"] == []
+    assert metrics.pop("images") == 0 and np.isnan(list(metrics.values())).all() and len(metrics) == 24
+    assert detail["results"] == detail["pictures"] == []
 
 
 def test_no_large_object_no_number():
     truth, outputs = fuzz()
     truth["annotations"] = [a | dict(area=10) for a in truth["annotations"]]
     metrics, _ = measured(truth, outputs, masks=False)
-    assert "box_ap_large" not in metrics and "box_ar_medium" not in metrics and "box_ap_small" in metrics
+    assert np.isnan(metrics["box_ap_large"]) and np.isnan(metrics["box_ar_medium"]) and metrics["box_ap_small"] >= 0
+    truth["annotations"] = [a | dict(iscrowd=1) for a in truth["annotations"]]
+    for annotations in (truth["annotations"], []):  # crowds alone, and nothing
+        for faster in (False, True):
+            metrics, detail = measured(truth | dict(annotations=annotations), outputs, faster=faster)
+            assert metrics.pop("images") == 14 and np.isnan(list(metrics.values())).all()
+            assert {row["mask_ap"] for row in detail["classes"]} == {None}
+
+
+def brute_force(truth: dict, outputs: dict, ids: list[int]) -> float:
+    """AP by its definition (COCO's: 10 IoUs, 101 recalls, greedy by score), in percent, of boxes without crowds."""
+    precisions = []
+    for label, category in enumerate(ids, 1):
+        count = sum(a["category_id"] == category for a in truth["annotations"])
+        if not count:
+            continue
+        for threshold in np.linspace(0.5, 0.95, 10):
+            claims = []
+            for image in sorted(outputs):
+                real = [
+                    a["bbox"] for a in truth["annotations"] if (a["image_id"], a["category_id"]) == (image, category)
+                ]
+                free, output = [True] * len(real), outputs[image]
+                order = np.argsort(-output["scores"].double().numpy(), kind="stable")
+                for i in order[output["labels"].numpy()[order] == label]:
+                    overlaps = [iou(output["boxes"][i].double().numpy(), box) for box in real]
+                    best = max((o, j) for j, o in enumerate([*overlaps, 0.0]) if j == len(real) or free[j])
+                    hit = best[1] < len(real) and best[0] >= min(threshold, 1 - 1e-10)
+                    if hit:
+                        free[best[1]] = False
+                    claims.append((-float(output["scores"][i]), hit))
+            hits = np.array([hit for _, hit in sorted(claims, key=lambda claim: claim[0])], float)
+            true = np.cumsum(hits)
+            recall, precision = true / count, true / np.arange(1, len(hits) + 1)
+            at = [precision[recall >= r] for r in np.linspace(0, 1, 101)]
+            precisions.append(np.mean([p.max() if len(p) else 0 for p in at]))
+    return 100 * float(np.mean(precisions))
+
+
+def iou(corners, box) -> float:
+    x, y, w, h = box
+    x1, y1, x2, y2 = corners
+    inside = max(0, min(x2, x + w) - max(x1, x)) * max(0, min(y2, y + h) - max(y1, y))
+    return inside / ((x2 - x1) * (y2 - y1) + w * h - inside)
+
+
+@pytest.mark.parametrize("faster", [False, True], ids=["pycocotools", "faster-coco-eval"])
+@pytest.mark.parametrize("first", [0, -7, 3, 2**62])
+def test_equals_the_definition_whatever_the_ids(first, faster):
+    """Ids that begin at 0 or below, have gaps, are huge, and are in any order."""
+    if faster:
+        pytest.importorskip("faster_coco_eval")
+    truth, outputs = fuzz(1)
+    rng = np.random.default_rng(0)
+    annotations = [a for a in truth["annotations"] if not a["iscrowd"]]
+    numbers = rng.permutation(len(annotations))
+    ids = [first + 2 * i for i in range(len(IDS))]
+    move = lambda image: first + 5 * image  # noqa: E731
+    annotations = [
+        a | dict(id=first + 3 * int(n), image_id=move(a["image_id"]), category_id=ids[IDS.index(a["category_id"])])
+        for a, n in zip(annotations, numbers)
+    ]
+    truth = dict(
+        images=[image | dict(id=move(image["id"])) for image in truth["images"]],
+        categories=[dict(id=i, name=name) for i, name in zip(ids, CLASSES)],
+        annotations=annotations,
+    )
+    outputs = {move(image): output for image, output in outputs.items()}
+    metrics, detail = measured(truth, outputs, masks=False, faster=faster)
+    assert metrics["box_ap"] == pytest.approx(brute_force(truth, outputs, ids), abs=1e-6)
+    assert {r["image_id"] for r in detail["results"]} <= set(outputs)
+    assert {r["category_id"] for r in detail["results"]} <= set(ids)
 
 
 def test_errors():
@@ -181,7 +253,7 @@ def test_errors():
     with pytest.raises(ValueError, match="classes must be the json's 4 categories, got 2"):
         CocoMetric(truth, ["a", "b"], True)
     del truth["annotations"][3]["segmentation"]
-    with pytest.raises(UserError, match="1 annotations that masks are to be held to have none, that with id 4 among"):
+    with pytest.raises(UserError, match="1 annotations that masks would be tested on have none, that with id 4 among"):
         CocoMetric(truth, CLASSES, True)
     CocoMetric(truth, CLASSES, False)
 

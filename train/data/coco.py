@@ -1,9 +1,9 @@
-"""Pictures with boxes and masks, in COCO's json: COCO as it is downloaded, or a json and a folder of one's own.
+"""Images with boxes and masks, in COCO's json: COCO as it is downloaded, or a json and a folder of one's own.
 
     annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/, val2017/
 
-What the training data leave out, as the usual trainers do: crowd annotations; boxes that, clipped to the picture, are
-less than a pixel wide or high; masks of no polygon; and pictures that then have no box. The evaluation has everything.
+The training data leave out, as the usual trainers do: crowd annotations; boxes that, clipped to the image, are less
+than a pixel wide or high; masks of no polygon; and images that then have no box. The evaluation has everything.
 """
 
 import json
@@ -21,32 +21,33 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from ..runtime.config import check
-from ..runtime.errors import UserError, closest
+from ..runtime.config import Count, Fraction, NonNegativeInt, check
+from ..runtime.errors import DATA, UserError
 from .bad_images import BadImage
-from .images import Strings, read_image
+from .coco_json import decode_mask, has_mask, read
+from .files import first, note, note_classes
+from .images import SWAPS_SIDES, Strings, note_conversions, open_image, orientation, read_bytes, to_rgb
 
 TRAIN = ("annotations/instances_train2017.json", "train2017")
 VAL = ("annotations/instances_val2017.json", "val2017")
-OFFENDERS = 3  # that an error names
 
 
 class Coco:
     """The data of a run.
 
-    root: the folder that the other names are in. train, val, test: (json, folder of pictures) of each split; test: None
+    root: the folder that the other names are in. train, val, test: (json, folder of images) of each split; test: None
     for val's. A test json without "annotations" (image_info_test-dev2017.json) can be predicted on, not evaluated.
-    masks: whether training has them. short, long: a picture is enlarged or made smaller until its shorter side is
-    `short` pixels, or its longer one is `long` if that comes first, in training; of several numbers it takes one at
-    random. flip: how often training mirrors a picture.
-    crop: of DETR's augmentation, dict(short=(400, 500, 600), side=(384, 600)): half the pictures are first resized to
+    masks: whether training and evaluation have them, where the detector has. short, long: in training an image is
+    resized until its shorter side is `short` pixels, or its longer one is `long` if that comes first; of several
+    numbers it takes one at random. flip: how often training mirrors an image.
+    crop: of DETR's augmentation, dict(short=(400, 500, 600), side=(384, 600)): half the images are first resized to
     one of these and cut to a part whose sides are at random between those two; None: never.
-    keep_empty: whether training has pictures without boxes. max_bad: how many pictures that can't be read, or are not
+    keep_empty: whether training has images without boxes. max_bad: how many images that can't be read, or are not
     there, a run goes on without.
     Raises UserError for a json that can't be read, disagrees with itself or names files that are not there.
     """
 
-    img_size = None  # pictures differ in size
+    img_size = None  # images differ in size
 
     def __init__(
         self,
@@ -55,12 +56,12 @@ class Coco:
         val: Sequence[str] = VAL,
         test: Sequence[str] | None = None,
         masks: bool = True,
-        short: int | Sequence[int] = 800,
-        long: int = 1333,
-        flip: float = 0.5,
+        short: Count | Sequence[Count] = 800,
+        long: Count = 1333,
+        flip: Fraction = 0.5,
         crop: dict | None = None,
         keep_empty: bool = False,
-        max_bad: int = 0,
+        max_bad: NonNegativeInt = 0,
     ):
         self.root, self.masks, self.keep_empty, self.max_bad = Path(root), masks, keep_empty, max_bad
         self.short = (short,) if isinstance(short, int) else tuple(short)
@@ -77,19 +78,19 @@ class Coco:
         self._places = dict(train=train, val=val, test=val if test is None else test)
         for split, place in self._places.items():
             if len(place) != 2 or not all(isinstance(name, str) for name in place):
-                raise UserError(f"data.{split}={place!r} must be two names: a json file and a folder of pictures")
+                raise UserError(f"data.{split}={place!r} must be two names: a json file and a folder of images")
         self.bad: dict[str, tuple[str, int]] = {}
         self._truths: dict[tuple[str, str], dict[str, Any]] = {}
         self.categories = self._categories("val")  # the small file: that of train takes half a minute
         self.class_names = list(self.categories.values())
 
     def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-        """The model's own preprocessing; input_size is that of the largest picture in training."""
+        """Return the model's own preprocessing; input_size is that of the largest image in training."""
         inputs = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
         return inputs | dict(input_size=(inputs["input_size"][0], min(max(self.short), self.long), self.long))
 
     def truth(self, split: str) -> dict[str, Any]:
-        """What the split's json says, checked and with iscrowd and area filled in where it lacks them.
+        """Return the content of the split's json, checked and with iscrowd and area filled in where it lacks them.
 
         "annotations" is missing where the json has none.
         """
@@ -98,55 +99,74 @@ class Coco:
             self._truths[place] = read(self.root / place[0])
         return self._truths[place]
 
-    def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> "Pictures":
-        """The pictures of "train", "val" or "test"; see Pictures."""
+    def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> "CocoImages":
+        """Return the images of "train", "val" or "test", with each class's share of the boxes reported.
+
+        Raises UserError for a training split without a box, and for a missing mask that detections would be tested on.
+        """
         file, folder = (self.root / name for name in self._places[split])
         categories = self._categories(split)
         if categories != self.categories:
             number = next(n for n in {**categories, **self.categories} if categories.get(n) != self.categories.get(n))
-            said = [repr(c.get(number)) for c in (categories, self.categories)]
+            own, other = (repr(c.get(number)) for c in (categories, self.categories))
             raise UserError(
-                f"{file} names category {number} {said[0]}, and {self._places['val'][0]} {said[1]}: "
+                f"{file} names category {number} {own}, and {self._places['val'][0]} {other}: "
                 "all splits must have the same categories"
             )
         if training and "annotations" not in self.truth(split):
             raise UserError(f'{file} lacks "annotations": training needs them')
         truth = self.truth(split)
         self._find_files(file, folder, [image["file_name"] for image in truth["images"]])
+        without = [a["id"] for a in truth.get("annotations", ()) if self.masks and not has_mask(a.get("segmentation"))]
+        if without and not training:
+            raise UserError(
+                f"{file} has no mask (segmentation) for the annotations with id {first(list(map(str, without)), 3)}, "
+                "which the detector's masks would be tested on: add them, or train a detector of boxes"
+            )
         labels = {number: label for label, number in enumerate(self.categories, 1)}
-        made = Pictures(split, folder, truth, labels, self.transform if training else None, self.masks, self.keep_empty)
+        transform = self.transform if training else None
+        dataset = CocoImages(split, folder, truth, labels, transform, self.masks, self.keep_empty)
         if training:
             self._truths.pop(tuple(self._places[split]))  # gigabytes of Python objects, in COCO's case
-        if not len(made):
-            raise UserError(f"{file} lists no picture{' with a box' if training else ''}: the {split} split is empty")
-        return made
+        left_out = ", ".join(f"{count} {reason}" for reason, count in dataset.left_out.items() if count)
+        objects = np.bincount(dataset.labels[dataset.crowd == 0], minlength=len(labels) + 1)[1:]
+        if training and not objects.sum():
+            reasons = f": left out were {left_out}" if left_out else ""
+            raise UserError(f"{file} has no box to learn from{reasons}", DATA)
+        if left_out:
+            note(f"{split}: left out of training: {left_out}")
+        if "annotations" in truth:
+            note_classes(split, objects, self.class_names, "boxes", least=0)
+        note_conversions(lambda i: read_bytes(folder / dataset.names[i]), len(dataset), f"{split} images")
+        return dataset
 
     def _categories(self, split: str) -> dict[int, str]:
-        """id -> name, in the order of the ids, which is that of the labels 1 … K."""
+        """Return id -> name, in the order of the ids, which is that of the labels 1 … K."""
         return {c["id"]: c["name"] for c in sorted(self.truth(split)["categories"], key=lambda c: c["id"])}
 
     def _find_files(self, file: Path, folder: Path, names: list[str]) -> None:
         """Raise UserError where more files are missing than the budget has room for; reading will meet the others."""
         if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}, where the pictures of {file} should be")
+            raise UserError(f"there is no folder {folder}, where the images of {file} should be")
         there = {entry.name for entry in os.scandir(folder)}
         missing = [name for name in names if name not in there and not (folder / name).is_file()]
         if len(missing) > self.max_bad:
             budget = f" (data.max_bad={self.max_bad})" if self.max_bad else ""
-            raise UserError(f"{folder} lacks {_first(missing)} of the {len(names)} pictures in {file}{budget}")
+            raise UserError(f"{folder} lacks {first(missing, 3)} of the {len(names)} images in {file}{budget}")
 
 
-class Pictures(Dataset):
+class CocoImages(Dataset):
     """(image (3, H, W) float32, 0 to 1, not normalised; target) of each index.
 
-    In training the image is augmented and of its final size; otherwise it is the picture as it is.
+    In training the image is augmented and of its final size; otherwise it is as it is. An image whose EXIF data say
+    that it is to be turned stays as it is stored where that is the size that the json gives, and else is turned.
 
     target   boxes (n, 4) float32, x1 y1 x2 y2 in the image's pixels; labels (n,) int64, 1 … K; area (n,) float32, the
-             json's, in the picture's pixels; iscrowd (n,) int64; image_id (1,) int64; orig_size (2,) int64, the
-             picture's H and W; split. In training also masks (n, H, W) uint8, if wanted, decoded now.
+             json's, in the file's pixels; iscrowd (n,) int64; image_id (1,) int64; orig_size (2,) int64, the
+             file's H and W; split. In training also masks (n, H, W) uint8, if wanted, decoded now.
 
-    aspects (N,): height / width. truth: see Coco.truth. labels: of category ids. transform: of (image, target), or None
-    in evaluation.
+    aspects (N,): height / width. left_out: how many boxes training does without, by reason. truth: see Coco.truth.
+    labels: of category ids. transform: of (image, target), or None in evaluation.
     """
 
     def __init__(
@@ -169,21 +189,25 @@ class Pictures(Dataset):
         limits = np.array([size[i][::-1] * 2 for i in owner.tolist()]).reshape(-1, 4)
         crowd = np.array([a["iscrowd"] for a in annotations], bool)
         keep = np.ones(len(boxes), bool)
+        self.left_out: dict[str, int] = {}
         if transform is not None:
             boxes = boxes.clip(0, limits)
-            keep = ~crowd & ((boxes[:, 2:] - boxes[:, :2]) >= 1).all(1)
-            if self.masks:
-                keep &= np.array([has_mask(a.get("segmentation")) for a in annotations], bool)
+            small = ((boxes[:, 2:] - boxes[:, :2]) < 1).any(1)
+            masked = np.array([not self.masks or has_mask(a.get("segmentation")) for a in annotations], bool)
+            keep = ~crowd & ~small & masked
+            self.left_out["crowds"] = int(crowd.sum())
+            self.left_out["outside their image, or less than a pixel wide or high"] = int((small & ~crowd).sum())
+            self.left_out["without a mask"] = int((~masked & ~small & ~crowd).sum())
         kept = np.flatnonzero(keep)
         ids = np.array([image["id"] for image in images], np.int64)
         if transform is not None and not keep_empty:
             shown = np.isin(ids, owner[kept])
             images, ids = [image for image, there in zip(images, shown) if there], ids[shown]
         # Arrays, not objects: each worker process would come to hold its own copy of those.
-        position = {number: i for i, number in enumerate(ids.tolist())}
-        place = np.array([position.get(i, -1) for i in owner[kept].tolist()], np.int64)
-        kept = kept[np.argsort(place, kind="stable")]
-        self.ends = np.cumsum([0, *np.bincount(place, minlength=len(ids))])
+        index = {number: i for i, number in enumerate(ids.tolist())}
+        image_of = np.array([index[i] for i in owner[kept].tolist()], np.int64)
+        kept = kept[np.argsort(image_of, kind="stable")]
+        self.ends = np.cumsum([0, *np.bincount(image_of, minlength=len(ids))])
         self.ids, self.names = ids, Strings(image["file_name"] for image in images)
         self.sizes = np.array([size[i] for i in ids.tolist()], np.int64).reshape(-1, 2)
         self.aspects = self.sizes[:, 0] / self.sizes[:, 1]
@@ -199,15 +223,25 @@ class Pictures(Dataset):
         return self.names[index]
 
     def picture(self, image_id: int) -> Image.Image:
-        """The picture with that id. Raises BadImage."""
-        return read_image(self.folder / self.names[int(np.flatnonzero(self.ids == image_id)[0])])
+        """Return the image with that id. Raises BadImage."""
+        return self._read(int(np.flatnonzero(self.ids == image_id)[0]))
+
+    def _read(self, index: int) -> Image.Image:
+        """Return an image in the size that the json gives. Raises BadImage where the file has another."""
+        path, size = self.folder / self.names[index], tuple(self.sizes[index, ::-1].tolist())
+        image = open_image(read_bytes(path), lambda: str(path))
+        turn, stored = orientation(image), image.size
+        image = to_rgb(image, lambda: str(path))
+        if stored == size:
+            return image
+        if turn in SWAPS_SIDES and stored[::-1] == size:
+            return image.transpose(turn)
+        turned = f" ({stored[1]}x{stored[0]} turned as its EXIF data say)" if turn in SWAPS_SIDES else ""
+        raise BadImage(str(path), f"is {stored[0]}x{stored[1]}{turned}, and its json says {size[0]}x{size[1]}")
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
-        path = self.folder / self.names[index]
-        picture = read_image(path)
+        image = self._read(index)
         height, width = self.sizes[index].tolist()
-        if picture.size != (width, height):
-            raise BadImage(str(path), f"is {picture.width}x{picture.height}, and its json says {width}x{height}")
         mine = slice(self.ends[index], self.ends[index + 1])
         boxes = torch.from_numpy(self.boxes[mine].copy())
         target = dict(
@@ -221,7 +255,7 @@ class Pictures(Dataset):
             masks = [decode_mask(outline, height, width) for outline in outlines]
             masks = np.stack(masks) if masks else np.zeros((0, height, width), np.uint8)
             target["masks"] = tv_tensors.Mask(torch.from_numpy(masks))
-        image = v2.functional.pil_to_tensor(picture)
+        image = v2.functional.pil_to_tensor(image)
         if self.transform is not None:
             image, target = self.transform(tv_tensors.Image(image), target)
         target = {name: value.as_subclass(Tensor) for name, value in target.items()}
@@ -234,13 +268,13 @@ class Pictures(Dataset):
 
     @staticmethod
     def collate(samples: Sequence[tuple]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        """Images and targets; images differ in size, so that they are padded by whoever takes them."""
+        """Return images and targets, two lists: images differ in size, and the model pads them."""
         images, targets = zip(*samples)
         return list(images), list(targets)
 
 
 def augmentation(short: Sequence[int], long: int, flip: float, crop: dict | None) -> v2.Transform:
-    """Training's transform of (image, target): see Coco. Boxes that lose all but a pixel of a side go, and their masks.
+    """Return training's transform of (image, target), see Coco, which drops boxes and masks cut to less than a pixel.
 
     Bilinear without antialiasing, as torchvision's detectors resize in evaluation.
     """
@@ -256,9 +290,9 @@ def _per_box(inputs: tuple) -> tuple[Tensor, ...]:
 
 
 class RandomPart(v2.Transform):
-    """The picture with its shorter side at one of `short`, cut to a part of it (DETR, arXiv 2005.12872).
+    """Resize an image to one of `short` on its shorter side, and crop it (DETR, arXiv 2005.12872).
 
-    side: least and largest height and width of the part, each drawn at random; a picture that is smaller stays so.
+    side: least and largest height and width of the crop, each drawn at random; an image that is smaller stays so.
     """
 
     def __init__(self, short: Sequence[int], side: Sequence[int]):
@@ -274,127 +308,3 @@ class RandomPart(v2.Transform):
         height, width = (int(torch.randint(min(n, least), min(n, most) + 1, ())) for n in v2.functional.get_size(image))
         image, target = v2.RandomCrop((height, width))(image, target)
         return image, target
-
-
-def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """(height, width) uint8 of COCO's polygons, or of a run-length encoding, compressed or not."""
-    from pycocotools import mask as coder
-
-    if isinstance(segmentation, list):
-        encoded = coder.merge(coder.frPyObjects([p for p in segmentation if _is_polygon(p)], height, width))
-    elif isinstance(segmentation["counts"], list):
-        encoded = coder.frPyObjects(segmentation, height, width)
-    else:
-        encoded = segmentation
-    return np.asarray(coder.decode([encoded]))[:, :, 0]
-
-
-def _is_polygon(points: Any) -> bool:
-    return isinstance(points, list) and len(points) >= 6 and len(points) % 2 == 0
-
-
-def has_mask(segmentation: Any) -> bool:
-    """Whether it is something that decode_mask reads."""
-    if isinstance(segmentation, list):
-        return any(map(_is_polygon, segmentation))
-    return isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys()
-
-
-def read(file: Path) -> dict[str, Any]:
-    """The content of a json in COCO's format, its entries held to what they must say.
-
-    Raises UserError with the first that do not.
-    """
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise UserError(
-            f"{file} can't be read ({error.strerror}): set data.root and the names of its splits"
-        ) from error
-    except ValueError as error:
-        raise UserError(f"{file} is no whole json file ({error})") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} is not in COCO's format: it must hold an object, and holds {_kind(content)}")
-    for key in ("images", "categories"):
-        if not isinstance(content.get(key), list) or not content[key]:
-            raise UserError(f'{file} is not in COCO\'s format: it needs a list "{key}"{closest(key, content)}')
-    _check_entries(file, "images", content["images"], dict(id=int, file_name=str, height=int, width=int))
-    _check_entries(file, "categories", content["categories"], dict(id=int, name=str))
-    _check_unique(file, "images", content["images"])
-    _check_unique(file, "categories", content["categories"])
-    if "annotations" not in content:
-        return content
-    annotations = content["annotations"]
-    if not isinstance(annotations, list):
-        raise UserError(f'{file} is not in COCO\'s format: "annotations" must be a list, got {_kind(annotations)}')
-    _check_entries(file, "annotations", annotations, dict(id=int, image_id=int, category_id=int, bbox=list))
-    _check_unique(file, "annotations", annotations)
-    images, categories = ({entry["id"] for entry in content[key]} for key in ("images", "categories"))
-    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
-    wrong = []
-    for i, a in enumerate(annotations):
-        box = a["bbox"]
-        if a["image_id"] not in images:
-            wrong.append(f"annotations[{i}] is of image {a['image_id']}, which is not listed")
-        elif a["category_id"] not in categories:
-            wrong.append(f"annotations[{i}] is of category {a['category_id']}, which is not listed")
-        elif len(box) != 4 or not all(isinstance(x, (int, float)) and abs(x) < float("inf") for x in box):
-            wrong.append(f"annotations[{i}].bbox must be four numbers, is {str(box)[:60]}")
-        elif said := _wrong_mask(a.get("segmentation"), sizes[a["image_id"]]):
-            wrong.append(f"annotations[{i}].segmentation {said}")
-        else:
-            a.setdefault("iscrowd", 0)
-            a.setdefault("area", box[2] * box[3])
-    if wrong:
-        raise UserError(f"{file} is wrong: {_first(wrong, '; ')}")
-    return content
-
-
-def _check_entries(file: Path, key: str, entries: list, fields: dict[str, type]) -> None:
-    wrong = []
-    for i, entry in enumerate(entries):
-        if not isinstance(entry, dict):
-            wrong.append(f"{key}[{i}] is {_kind(entry)}")
-            continue
-        for name, kind in fields.items():
-            if name not in entry:
-                wrong.append(f"{key}[{i}] has no {name}")
-            elif not isinstance(entry[name], kind) or entry[name] is True or entry[name] is False:
-                wrong.append(f"{key}[{i}].{name} must be {_KINDS[kind]}, is {_kind(entry[name])}")
-            elif name in ("height", "width") and entry[name] < 1:
-                wrong.append(f"{key}[{i}].{name} must be 1 or more, is {entry[name]}")
-    if wrong:
-        raise UserError(f"{file} is wrong: {_first(wrong)}")
-
-
-def _check_unique(file: Path, key: str, entries: list[dict]) -> None:
-    seen: set[int] = set()
-    double = [f"{key}[{i}]" for i, e in enumerate(entries) if e["id"] in seen or seen.add(e["id"])]
-    if double:
-        raise UserError(f"{file} is wrong: {_first(double)} have ids that others have too")
-
-
-def _wrong_mask(segmentation: Any, size: list[int]) -> str | None:
-    """What is wrong with a mask of a picture of size [height, width]; a list of what are no polygons counts as none."""
-    if segmentation is None or isinstance(segmentation, list):
-        return None
-    if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
-        return f"must be polygons or an object with size and counts, is {_kind(segmentation)}"
-    if segmentation["size"] != size:
-        return f"is of size {segmentation['size']}, and its picture of {size}"
-    if isinstance(segmentation["counts"], list) and sum(segmentation["counts"]) != size[0] * size[1]:
-        return f"has counts that add up to {sum(segmentation['counts'])}, not to {size[0]} x {size[1]}"
-    return None
-
-
-_KINDS = {int: "a whole number", str: "a text", list: "a list", dict: "an object", float: "a number"}
-
-
-def _kind(value: Any) -> str:
-    return "null" if value is None else _KINDS.get(type(value), repr(value))
-
-
-def _first(offenders: list[str], between: str = ", ") -> str:
-    """The first few, and how many more."""
-    more = f" and {len(offenders) - OFFENDERS} more" if len(offenders) > OFFENDERS else ""
-    return between.join(offenders[:OFFENDERS]) + more

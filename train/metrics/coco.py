@@ -2,7 +2,7 @@
 
 The numbers are pycocotools', to the last digit; where faster-coco-eval is installed it computes them, several times as
 fast. In percent, as all of this project's. Beside them: every class's, precision against recall, and what went wrong on
-each picture.
+each image.
 """
 
 import importlib.util
@@ -17,7 +17,7 @@ import numpy as np
 import torch.distributed as dist
 from torch import Tensor
 
-from ..data.coco import has_mask
+from ..data.coco_json import encode_mask, has_mask
 from ..runtime.checkpoint import write_text
 from ..runtime.distributed import rank, sync_errors, world_size
 from ..runtime.errors import UserError
@@ -59,15 +59,15 @@ class CocoMetric:
         without = [a["id"] for a in truth.get("annotations", ()) if masks and not has_mask(a.get("segmentation"))]
         if without:
             raise UserError(
-                f"{len(without)} annotations that masks are to be held to have none, that with id {without[0]} among "
-                "them: mend the json, or train a detector of boxes"
+                f"{len(without)} annotations that masks would be tested on have none, that with id {without[0]} among "
+                "them: add their segmentation, or train a detector of boxes"
             )
-        self.seen: dict[int, list[dict[str, Any]]] = {}  # image id -> what was found, in COCO's submission format
+        self.seen: dict[int, list[dict[str, Any]]] = {}  # image id -> detections, in COCO's submission format
 
     def update(self, image_ids: Sequence[int] | Tensor, outputs: Sequence[dict[str, Tensor]]) -> None:
-        """Add what was found on some images.
+        """Add the detections on some images.
 
-        outputs: of each image boxes (n, 4) as x1 y1 x2 y2 in pixels of the picture itself, scores (n,), labels (n,)
+        outputs: of each image boxes (n, 4) as x1 y1 x2 y2 in pixels of the image itself, scores (n,), labels (n,)
         from 1 and, with masks, masks (n, 1, H, W) or (n, H, W), the pixels' probabilities; n may be 0. Masks are
         encoded at once, for they need a thousand times the memory.
         Raises UserError where boxes or scores are not finite.
@@ -81,21 +81,21 @@ class CocoMetric:
                 )
             boxes[:, 2:] -= boxes[:, :2]
             rows = zip(output["labels"].tolist(), boxes.tolist(), scores.tolist())
-            found = [
+            detections = [
                 dict(image_id=image_id, category_id=self.categories[label - 1], bbox=box, score=score)
                 for label, box, score in rows
             ]
             if self.masks:
-                for entry, mask in zip(found, output["masks"].flatten(0, -3).gt(0.5).cpu()):
+                for entry, mask in zip(detections, output["masks"].flatten(0, -3).gt(0.5).cpu()):
                     entry["segmentation"] = encode(mask)
-            self.seen[image_id] = found
+            self.seen[image_id] = detections
 
     def result(self) -> tuple[dict[str, float], dict[str, Any] | None]:
-        """({box_ap, box_ap50, …, mask_ap, …, images}, detail), of all processes, which must all call it.
+        """Return ({box_ap, box_ap50, …, mask_ap, …, images}, detail), of all processes, which must all call it.
 
-        Averages are over the images that were seen; those of which there is none (no large object, say) are left out.
+        Averages are over the images that were seen; NaN where there is nothing to average (no large object, say).
         detail, in process 0 alone (None in others):
-        results    what was found, in COCO's submission format (see write_results)
+        results    the detections, in COCO's submission format (see write_results)
         classes    a row for each class: class, images, objects, box_ap, box_ap50, …; see as_csv
         precision  box and mask: (10 IoUs, 101 recalls, K), -1 where a class has no object: IOUS and RECALLS
         pictures   what went wrong on each image, the worst first: see mistakes
@@ -108,7 +108,7 @@ class CocoMetric:
         metrics, detail = None, None
         with sync_errors():
             if rank() == 0:
-                metrics, detail = self._evaluate({image: found for part in parts for image, found in part.items()})
+                metrics, detail = self._evaluate({image: rows for part in parts for image, rows in part.items()})
         if world_size() > 1:
             shared = [metrics]
             dist.broadcast_object_list(shared)
@@ -131,13 +131,13 @@ class CocoMetric:
                 detail["precision"][kind] = evaluated["precision"][..., 0, 2]
                 for k, row in enumerate(detail["classes"]):
                     one = summary({name: evaluated[name][..., k : k + 1, :, :] for name in ("precision", "recall")})
-                    row |= {f"{kind}_{name}": one.get(name) for name in SUMMARY}
+                    row |= {f"{kind}_{name}": None if np.isnan(value) else value for name, value in one.items()}
             detail["pictures"] = mistakes(self.truth, seen)
         return metrics | dict(images=len(images)), detail
 
 
 def encode(mask: Tensor) -> dict[str, Any]:
-    """The pixels of a mask (H, W), of probabilities or bool, that are over one half, run-length encoded."""
+    """Return the pixels of a mask (H, W), of probabilities or bool, that are over one half, run-length encoded."""
     from pycocotools import mask as coder
 
     encoded = coder.encode(np.asfortranarray((mask > 0.5).cpu().numpy(), np.uint8))
@@ -147,7 +147,7 @@ def encode(mask: Tensor) -> dict[str, Any]:
 def evaluate(
     truth: dict[str, Any], results: list[dict[str, Any]], images: Sequence[int], kind: str, faster: bool
 ) -> dict[str, np.ndarray]:
-    """precision (10 IoUs, 101 recalls, K, 4 sizes, 3 counts of detections) and recall (the same without recalls).
+    """Return precision (10 IoUs, 101 recalls, K, 4 sizes, 3 counts of detections) and recall (without the 101).
 
     kind: bbox or segm. Sizes are all, small, medium, large; counts 1, 10, 100 an image.
     """
@@ -157,23 +157,20 @@ def evaluate(
     else:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
-    # They write into what they are given; and a result's box would give a mask's size.
-    truth = truth | dict(annotations=[dict(a) for a in truth["annotations"]])
-    results = [{k: v for k, v in r.items() if kind == "bbox" or k != "bbox"} for r in results]
-    results = [{k: v for k, v in r.items() if kind == "segm" or k != "segmentation"} for r in results]
+    truth, results, images = _renumber(truth, results, images, kind)
     with redirect_stdout(io.StringIO()):
-        real, found = COCO(), COCO()
+        real, predicted = COCO(), COCO()
         real.dataset = truth
         real.createIndex()
         if results:
-            found = real.loadRes(results)
+            predicted = real.loadRes(results)
         else:
-            found.dataset = truth | dict(annotations=[])
-            found.createIndex()
-        judge = COCOeval(real, found, kind)
-        judge.params.imgIds = list(images)
+            predicted.dataset = truth | dict(annotations=[])
+            predicted.createIndex()
+        judge = COCOeval(real, predicted, kind)
+        judge.params.imgIds = images
         if faster:
-            objects = _objects(truth, set(images), judge.params.areaRng)
+            objects = _objects(truth, judge.params.areaRng)
             judge.params.recThrs = np.union1d(RECALLS, 1.5 / objects)
         judge.evaluate()
         judge.accumulate()
@@ -188,29 +185,59 @@ def evaluate(
     return dict(precision=precision, recall=recall)
 
 
-def _objects(truth: dict[str, Any], images: set[int], sizes: Sequence[Sequence[float]]) -> np.ndarray:
-    """How many objects there are to find of each class and size, (K, 4); at least 1."""
-    mine = [a for a in truth["annotations"] if a["image_id"] in images and not a["iscrowd"]]
-    category, area = (np.array([a[name] for a in mine]) for name in ("category_id", "area"))
+def _renumber(
+    truth: dict[str, Any], results: list[dict[str, Any]], images: Sequence[int], kind: str
+) -> tuple[dict[str, Any], list[dict[str, Any]], list[int]]:
+    """Return copies with the ids 1, 2, … of images, categories and annotations, in the order of the ids that they had.
+
+    The evaluators take an annotation of id 0 for none and write into what they are given. Masks become run lengths, so
+    that nothing else reaches them; of results the other kind is left out, since a box would give a mask's size.
+    """
+    image_of = {old: new for new, old in enumerate(sorted(images), 1)}
+    category_of = {old: new for new, old in enumerate(sorted(c["id"] for c in truth["categories"]), 1)}
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth["images"] if image["id"] in image_of}
+
+    def renumbered(entry: dict[str, Any], *keys: str) -> dict[str, Any]:
+        ids = dict(image_id=image_of[entry["image_id"]], category_id=category_of[entry["category_id"]])
+        return ids | {key: entry[key] for key in keys}
+
+    annotations = []
+    for a in truth["annotations"]:
+        if a["image_id"] in image_of:
+            annotations.append(dict(id=len(annotations) + 1) | renumbered(a, "bbox", "area", "iscrowd"))
+            if kind == "segm":
+                annotations[-1]["segmentation"] = encode_mask(a["segmentation"], *sizes[a["image_id"]])
+    own = dict(
+        images=[dict(id=image_of[image], height=height, width=width) for image, (height, width) in sizes.items()],
+        categories=[dict(id=category_of[c["id"]], name=c["name"]) for c in truth["categories"]],
+        annotations=annotations,
+    )
+    key = "bbox" if kind == "bbox" else "segmentation"
+    return own, [renumbered(r, "score", key) for r in results], sorted(image_of.values())
+
+
+def _objects(truth: dict[str, Any], sizes: Sequence[Sequence[float]]) -> np.ndarray:
+    """Return how many objects there are to find of each class and size, (K, 4); at least 1."""
+    objects = [a for a in truth["annotations"] if not a["iscrowd"]]
+    category, area = (np.array([a[name] for a in objects]) for name in ("category_id", "area"))
     classes = sorted(c["id"] for c in truth["categories"])
     counts = [[((category == k) & (area >= low) & (area <= high)).sum() for low, high in sizes] for k in classes]
     return np.maximum(counts, 1)
 
 
 def summary(evaluated: dict[str, np.ndarray]) -> dict[str, float]:
-    """COCO's twelve numbers in percent, of what `evaluate` returned; without those that average nothing."""
-    found = {}
+    """Return COCO's twelve numbers in percent, of what `evaluate` returned; NaN for those that average nothing."""
+    numbers = {}
     for name, (table, iou, size, most) in SUMMARY.items():
         values = evaluated[table][..., size, most]
         values = values if iou is None else values[iou]
         values = values[values > -1]
-        if len(values):
-            found[name] = 100 * float(np.mean(values))
-    return found
+        numbers[name] = 100 * float(np.mean(values)) if len(values) else float("nan")
+    return numbers
 
 
 def mistakes(truth: dict[str, Any], seen: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """What went wrong on each image, the most mistakes first, by boxes, taking detections of score SURE or more.
+    """Return what went wrong on each image, the most mistakes first, by boxes, taking detections of score SURE or more.
 
     From the highest score on, a detection takes the object of its class that it overlaps most, by OVERLAP or more, and
     that is still free. Then any that overlaps an object of another class that no one has taken is confused with it;
@@ -260,7 +287,7 @@ def _boxes(entries: list[dict[str, Any]]) -> np.ndarray:
 
 
 def _best(overlap: np.ndarray, allowed: np.ndarray) -> int | None:
-    """The allowed object with the largest overlap, if that is OVERLAP or more."""
+    """Return the allowed object with the largest overlap, if that is OVERLAP or more."""
     if not allowed.any():
         return None
     place = int(np.where(allowed, overlap, -1).argmax())
@@ -268,5 +295,5 @@ def _best(overlap: np.ndarray, allowed: np.ndarray) -> int | None:
 
 
 def write_results(file: Path, results: list[dict[str, Any]]) -> None:
-    """What was found, as COCO's server takes it: [{"image_id", "category_id", "bbox", "score", "segmentation"}, …]."""
+    """Write the detections as COCO's server takes them: [{"image_id", "category_id", "bbox", "score", …}, …]."""
     write_text(file, json.dumps(results) + "\n")
