@@ -59,6 +59,9 @@ class Detect(Task):
     ):
         self.data, self.class_names, self.detector = data, list(data.class_names), detector
         self.masks = "mask" in detector
+        if self.masks and not getattr(data, "masks", True):
+            raise UserError(f"task.detector={detector} learns masks: set data.masks=True, or take a detector of boxes")
+        data.masks = self.masks  # boxes without a mask are for detectors of boxes
         self.scores = (*(("mask_ap", "mask_ap50") if self.masks else ()), "box_ap", "box_ap50")
         self.settings = dict(channels=channels, hidden=hidden, rois=rois, rpn_samples=rpn_samples, proposals=proposals)
         self.settings |= dict(anchor_scale=anchor_scale, test_size=tuple(test_size), score_thresh=score_thresh)
