@@ -5,8 +5,8 @@ Published code: LeapLabTHU/Agent-Attention@207ce3e, without a licence: what is h
 description, and copies nothing. Parameters map one to one (`checkpoint_filter_fn`), outputs are equal.
 
 Agents are a p x p grid of pooled queries; each attention adds biases that are learned for one size of map and a number
-of agents. On another map, and with other agents, they are resized as in the published detection backbones, so that any
-picture goes through. Inside, maps are tokens (B, h·w, C), row-major: the same memory as (B, h, w, C).
+of agents. On another map, and with other agents, they are resized as in the published detection backbones, so that
+images of any size are accepted. Inside, maps are tokens (B, h·w, C), row-major: the same memory as (B, h, w, C).
 """
 
 import math
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..ops import agent_attention, pool_agents, resize_agent_bias, window_attention
 from .base import Isotropic, Pyramid, TokenHead, checked_size, create_model, init_linear, make_cfg, map_norms
 from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last, must_pad, position_table, resize_positions
-from .published import Rules, complete, unwrap, rename_key
+from .published import Rules, complete, rename_key, unwrap
 
 TABLE = 7  # side of the tables of block biases, whatever the map
 
@@ -39,7 +39,7 @@ def square_root(agents: int) -> int:
     return math.isqrt(agents)
 
 
-# Shapes decide what runs, so an fx trace keeps the layer whole; as it does the others that look at sizes.
+# Control flow depends on shapes, so torch.fx treats this layer, and others like it, as a leaf.
 @register_notrace_module
 class AgentAttention(nn.Module):
     """Agent attention (paper, section 3.2) with its biases and depthwise convolution: (B, [1 +] h·w, C) -> same.
@@ -262,7 +262,7 @@ class Block(nn.Module):
 
 @register_notrace_module
 class Patches(nn.Module):
-    """A strided convolution, then LayerNorm where asked for: (B, C, H, W) -> (B, dim, h, w), channels-last in memory.
+    """A strided convolution, then LayerNorm if `norm`: (B, C, H, W) -> (B, dim, h, w), channels-last in memory.
 
     With `pad`, zeros on the right and the bottom make the sides multiples of the stride; without, what is left over is
     dropped, except that there is always one patch.
@@ -535,7 +535,7 @@ PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order
 
 
 def rename(key: str) -> str:
-    """Our name of a published state-dict key; ours stay as they are."""
+    """Return our name for a key of a published state dict; our own keys stay unchanged."""
     return rename_key(key, PUBLISHED_KEYS)
 
 
@@ -550,7 +550,7 @@ TABLES = {  # of biases, from the published layout to ours
 
 
 def _resized(key: str, given: dict[str, Tensor], own: dict[str, Tensor]) -> Tensor:
-    """given[key], resized as the published loader does it where it was learned at another resolution than own[key]."""
+    """Return given[key], resized as the published loader does if own[key] is for another resolution."""
     value, shape = given[key], own[key].shape
     first = key.removesuffix("pos_embed") + "blocks.0.attn.key_"
     if value.shape == shape:
@@ -566,7 +566,7 @@ def _resized(key: str, given: dict[str, Tensor], own: dict[str, Tensor]) -> Tens
 
 
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
-    """Weights under the published names (classification, detection or segmentation files) or ours, to ours.
+    """Convert weights under the published names (classification, detection or segmentation files) to ours.
 
     CSwin's published accuracy is that of 'state_dict_ema'. What is learned at another resolution is resized as the
     published loader does: biases of rows and columns linearly, relative and absolute position embeddings bicubically.
@@ -625,7 +625,7 @@ VARIANTS: dict[str, dict[str, Any]] = dict(
 )
 DENSE_AGENTS = dict(pvt=(144, 256, 784, 784), swin=(81, 144, 196, 49))  # of the published detection backbones
 README = "README of the published code"
-PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
+PUBLISHED = dict(  # ImageNet-1K top-1 and its source
     agent_deit_t=(74.9, README),
     agent_deit_s=(80.5, README),
     agent_deit_b=(82.0, README),

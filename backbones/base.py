@@ -1,7 +1,7 @@
-"""What timm asks of every model and what is the same in all of ours: heads, stages, intermediate maps, pruning.
+"""Base classes that implement timm's model interface: heads, stages, intermediate features, pruning.
 
-`Backbone` holds what depends on nothing but a head, `Pyramid` what a stem and stages of falling resolution have in
-common, `Isotropic` what a plain transformer's blocks have.
+`Backbone` needs only a head, `Pyramid` a stem and stages of decreasing resolution, `Isotropic` the blocks of a plain
+transformer.
 """
 
 from collections.abc import Callable, Iterable
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 class Backbone(nn.Module):
     """A model with a `head`, which `reset`s itself and whose `fc` is the classifier.
 
-    A subclass gives `forward_features` and sets `num_classes`, `num_features`, `head_hidden_size` and `feature_info`.
-    Its modules that can do so check point their gradients where their `grad_checkpointing` is true.
+    A subclass implements `forward_features` and sets `num_classes`, `num_features`, `head_hidden_size` and
+    `feature_info`. Modules with a `grad_checkpointing` attribute checkpoint their activations when it is true.
     """
 
     if TYPE_CHECKING:  # at run time torch.jit.script would read these
@@ -29,12 +29,15 @@ class Backbone(nn.Module):
         feature_info: list[dict[str, Any]]
         head: Any  # of any class that has `reset` and `fc`
 
+        def forward_features(self, x: Tensor) -> Tensor: ...
+
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
         return set()  # norms and biases are one-dimensional, which timm's optimisers exempt anyway
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
+        m: Any
         for m in self.modules():
             if hasattr(m, "grad_checkpointing"):
                 m.grad_checkpointing = enable
@@ -73,7 +76,7 @@ class Stage(nn.Module):
 
 
 def map_norms(dims: tuple[int, ...], eps: float, **dd) -> nn.ModuleList:
-    """A LayerNorm over the channels of each stage's map, as dense models have: the `out_norms` of a `Pyramid`."""
+    """Return a LayerNorm over the channels of each stage's map: the `out_norms` of a `Pyramid` for dense prediction."""
     return nn.ModuleList(LayerNorm2d(dim, eps=eps, **dd) for dim in dims)
 
 
@@ -86,7 +89,7 @@ class Pyramid(Backbone):
 
     if TYPE_CHECKING:
         stem: nn.Module
-        stages: nn.Sequential
+        stages: Any  # an nn.Sequential
         norm: nn.Module
         out_norms: nn.ModuleList | None
 
@@ -108,14 +111,14 @@ class Pyramid(Backbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stages' maps (timm's contract), each through its own norm where the model has `out_norms`.
+        """Return the stages' maps (timm's interface), normalized by `out_norms` if the model has them.
 
         Args:
             x: images (B, in_chans, H, W).
             indices: the last n stages if an int, these if a list, all if None.
             norm: apply the norm before the head to the last stage's map (only without `out_norms`; without effect
                 where the head pools first).
-            stop_early: run no stage after the last that is asked for.
+            stop_early: skip the stages after the last one requested.
             output_fmt: "NCHW", nothing else.
             intermediates_only: return the list of maps alone, not (final features, list).
         """
@@ -139,7 +142,7 @@ class Pyramid(Backbone):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the maps `indices` do not need: later stages, unused norms and (`prune_head`) the head."""
+        """Remove what the maps `indices` do not need: later stages, unused norms and, if `prune_head`, the head."""
         take, last_taken = feature_take_indices(len(self.stages), indices)
         shortened = last_taken < len(self.stages) - 1
         self.stages = self.stages[: last_taken + 1]
@@ -164,7 +167,7 @@ class Pyramid(Backbone):
 
 
 class TokenHead(nn.Module):
-    """Tokens (B, T + N, dim), T of them no part of the map and the first the class token, to logits."""
+    """Map tokens (B, T + N, dim) to logits; the first T are no part of the map, the first is the class token."""
 
     def __init__(self, dim: int, num_classes: int, pool_type: str, drop_rate: float, tokens: int = 1, **dd):
         super().__init__()
@@ -192,7 +195,7 @@ class TokenHead(nn.Module):
 class Isotropic(Backbone):
     """A plain transformer: `embed`s an image as tokens of a map behind a class token, `blocks`, a `norm`, a `head`.
 
-    A subclass gives `embed`, images -> (tokens (B, 1 + h·w, dim), (h, w)); a block takes both.
+    A subclass implements `embed`, images -> (tokens (B, 1 + h·w, dim), (h, w)); a block takes both.
     """
 
     if TYPE_CHECKING:
@@ -220,14 +223,14 @@ class Isotropic(Backbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list | tuple[Tensor, list]:
-        """The blocks' outputs (timm's contract).
+        """Return the blocks' outputs (timm's interface).
 
         Args:
             x: images (B, in_chans, H, W).
             indices: the last n blocks if an int, these if a list, all if None.
             return_prefix_tokens: return pairs of the output and the class token (B, 1, C).
             norm: apply the final LayerNorm to each.
-            stop_early: run no block after the last that is asked for.
+            stop_early: skip the blocks after the last one requested.
             output_fmt: "NCHW" for maps, "NLC" for tokens; both without the class token.
             intermediates_only: return the list alone, not (final tokens, list).
         """
@@ -247,7 +250,7 @@ class Isotropic(Backbone):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the outputs `indices` do not need: later blocks, the norm and the head where asked for."""
+        """Remove what the outputs `indices` do not need: later blocks and, if requested, the norm and the head."""
         take, last_taken = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last_taken + 1]
         if prune_norm:
@@ -265,7 +268,7 @@ class Isotropic(Backbone):
 
 
 def checked_size(img_size: int | tuple[int, int], stride: int) -> tuple[int, int]:
-    """img_size as (height, width), both multiples of `stride`."""
+    """Return img_size as (height, width) after checking that both are multiples of `stride`."""
     size = to_2tuple(img_size)
     if len(size) != 2 or any(n < stride or n % stride for n in size):
         raise ValueError(f"img_size must be a multiple of {stride}, got {img_size}")
@@ -273,7 +276,7 @@ def checked_size(img_size: int | tuple[int, int], stride: int) -> tuple[int, int
 
 
 def init_linear(model: nn.Module) -> None:
-    """Linear layers from a normal of std 0.02, biases 0; convolutions keep torch's default."""
+    """Initialize linear layers from a normal of std 0.02, biases with 0; convolutions keep PyTorch's default."""
     for m in model.modules():
         if isinstance(m, nn.Linear):
             trunc_normal_(m.weight, std=0.02)
@@ -282,7 +285,7 @@ def init_linear(model: nn.Module) -> None:
 
 
 def make_cfg(size: int = 224, stride: int = 32, **kwargs) -> dict[str, Any]:
-    """Return timm's pretrained configuration of an ImageNet-1K classifier; kwargs are further entries or others."""
+    """Return timm's pretrained configuration of an ImageNet-1K classifier; kwargs add or replace entries."""
     cells = -(-size // stride)
     return dict(
         num_classes=1000,

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from ..ops import bilevel_routing_attention, region_routing
 from .base import Pyramid, Stage, create_model, make_cfg, map_norms
 from .layers import CachedMlp, DepthwiseConv, at_least_one, at_most, channels_last, must_pad
-from .published import Rules, complete, unwrap, rename_key
+from .published import Rules, complete, rename_key, unwrap
 
 FULL, FULL_LEPE = -1, -2  # the published codes in `topks` for attention over the whole map, without and with LePE
 
 
-# Padding depends on the size, so an fx trace keeps the layer whole.
+# Padding depends on the size, so torch.fx treats this layer as a leaf.
 @register_notrace_module
 class RoutedAttention(nn.Module):
     """Bi-level routing attention (paper, section 3.2), with LePE: (B, H, W, C) -> (B, H, W, C).
@@ -68,7 +68,7 @@ class RoutedAttention(nn.Module):
         return f"heads={self.heads}, n_win={self.n_win}, topk={self.topk}"
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[int, int], tuple[int, int]]:
-        """(qkv padded, v for LePE, idx, regions per column and row, tokens per region's column and row)."""
+        """Return padded qkv, v for LePE, idx, regions per column and row, tokens per column and row of a region."""
         n = self.n_win
         H, W, C = x.shape[1], x.shape[2], x.shape[3]
         if self.pad_projected:
@@ -265,7 +265,7 @@ class BiFormer(Pyramid):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Linear layers from a normal of std 0.02, biases 0; convolutions keep torch's default (spec of the release).
+        """Initialize linear layers from a normal of std 0.02, biases with 0; convolutions keep PyTorch's default.
 
         The nchw flavour's projections and MLPs were 1x1 convolutions, so there torch's default stays too.
         """
@@ -279,7 +279,7 @@ class BiFormer(Pyramid):
     @torch.jit.ignore
     @torch.no_grad()
     def attended_regions(self, x: Tensor) -> dict[str, dict]:
-        """What each routed layer attends to on images x (B, in_chans, H, W), for pictures and analysis.
+        """Return what each routed layer attends to on images x (B, in_chans, H, W), for visualization and analysis.
 
         Returns, per layer name ('stages.0.blocks.0', …): `idx` (B, P, K), the regions chosen by each region, row-major
         over `grid` = (rows, columns) of regions, and `pixels`, the image pixels (height, width) that a region covers.
@@ -320,12 +320,12 @@ PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order
 
 
 def rename(key: str) -> str:
-    """Our name of a published state-dict key; ours stay as they are."""
+    """Return our name for a key of a published state dict; our own keys stay unchanged."""
     return rename_key(key, PUBLISHED_KEYS)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: BiFormer) -> dict[str, Tensor]:
-    """Weights under the published names (classification, detection or segmentation files) or ours, to ours."""
+    """Convert weights under the published names (classification, detection or segmentation files) to ours."""
     out = {}
     for key, value in unwrap(state_dict).items():
         key = rename(key)
@@ -344,7 +344,7 @@ VARIANTS: dict[str, dict[str, Any]] = dict(
     biformer_stl_nchw=dict(STL, pad_projected=True),
 )
 PAPER = "arXiv:2303.08810"
-PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
+PUBLISHED = dict(  # ImageNet-1K top-1 and its source
     biformer_t=(81.4, PAPER),
     biformer_s=(83.8, PAPER),
     biformer_b=(84.3, PAPER),

@@ -1,4 +1,4 @@
-"""DaViT: a four-stage pyramid whose blocks take turns: attention within windows, then attention between channels.
+"""DaViT: a four-stage pyramid whose blocks alternate between window attention and channel attention.
 
 Paper: "DaViT: Dual Attention Vision Transformers", ECCV 2022, arXiv 2204.03645.
 Published code: dingmyu/davit@fc79470 (MIT). Parameters map one to one (`checkpoint_filter_fn`), outputs are equal. The
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from ..ops import channel_attention, window_attention
 from .base import Pyramid, Stage, create_model, init_linear, make_cfg, map_norms
 from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last, must_pad
-from .published import Rules, complete, unwrap, rename_key
+from .published import Rules, complete, rename_key, unwrap
 
 EPS = 1e-5  # of every LayerNorm
 
 
-# The operators check shapes, so an fx trace keeps the layer whole; as it does the others that look at sizes.
+# The operators check shapes, so torch.fx treats this layer, and others like it, as a leaf.
 @register_notrace_module
 class WindowAttention(nn.Module):
     """Attention within windows of `window` x `window` tokens (paper, section 3.2): (B, H, W, C) -> (B, H, W, C).
@@ -241,12 +241,12 @@ PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order
 
 
 def rename(key: str) -> str:
-    """Our name of a published state-dict key; ours, which are timm's, stay as they are."""
+    """Return our name for a key of a published state dict; our own keys, which are timm's, stay unchanged."""
     return rename_key(key, PUBLISHED_KEYS)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: DaViT) -> dict[str, Tensor]:
-    """Weights under the published names (classification, detection or segmentation files), timm's or ours, to ours."""
+    """Convert weights under the published names (classification, detection or segmentation files) or timm's to ours."""
     return complete({rename(key): value for key, value in unwrap(state_dict).items()}, model)
 
 
@@ -261,7 +261,7 @@ VARIANTS: dict[str, dict[str, Any]] = dict(
 # Of davit_h and davit_g there is no code: overlapping patches give the paper's 362M and 1437M parameters, and windows
 # of 16 tokens at 512 pixels its 334 and 1038 GFLOPs, which 7, 8, 12 or 14 do not.
 PAPER = "arXiv:2204.03645"
-PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
+PUBLISHED = dict(  # ImageNet-1K top-1 and its source
     davit_t=(82.8, PAPER),
     davit_s=(84.2, PAPER),
     davit_b=(84.6, PAPER),

@@ -4,7 +4,7 @@ Paper: "DFA3D: 3D Deformable Attention For 2D-to-3D Feature Lifting", ICCV 2023,
 encoder (arXiv 2203.17270). Published code: IDEA-Research/3D-deformable-attention@cc38675, for non-commercial use only:
 this file is written from a description of it, and equals it in float64. The published weights of the encoder and the
 depth network load (`checkpoint_filter_fn`); the published image backbone, a ResNet-101 with deformable convolutions, is
-not in timm, and any other of timm's stands in its place.
+not in timm; any backbone of timm can replace it.
 
 Frames. The view's frame is the caller's, metres, z up: nuScenes' LiDAR has x to the right and y ahead. Cell (i, j) of
 the map (B, E, H, W), row i, column j, is the column of air over y_min + (i + 0.5) · (y_max - y_min) / H and
@@ -34,13 +34,13 @@ from ..ops.dispatch import is_saved_graph, is_transformed
 from ..ops.precision import full, no_autocast
 from .base import create_model
 from .dfa3d_depth import DepthHead, depth_bins, depth_target
-from .published import Rules, renamed
+from .published import Rules, rename_key
 
-NEAR = 1e-5  # metres before a camera, from which on a point is seen
+NEAR = 1e-5  # metres in front of a camera, beyond which a point is visible
 
 
-def pillars(bev_size: tuple[int, int], pc_range: Sequence[float], points: int, like: Tensor) -> Tensor:
-    """Points over the centre of every cell, from half a metre above the range's floor to as much below its top:
+def make_pillars(bev_size: tuple[int, int], pc_range: Sequence[float], points: int, like: Tensor) -> Tensor:
+    """Return points over the centre of every cell, from half a metre above the range's floor to as much below its top:
     (H · W, points, 3) in metres, in `like`'s type."""
     height, width = bev_size
     low, high = (torch.tensor(values, dtype=like.dtype, device=like.device) for values in (pc_range[:3], pc_range[3:]))
@@ -56,7 +56,7 @@ def pillars(bev_size: tuple[int, int], pc_range: Sequence[float], points: int, l
 def project(
     points: Tensor, lidar2img: Tensor, size: tuple[int, int], depth_bound: tuple[float, float, float]
 ) -> tuple[Tensor, Tensor]:
-    """Where the cameras see points.
+    """Project points into the cameras.
 
     points (Q, Z, 3) in metres, lidar2img (B, N, 4, 4) to (u · d, v · d, d, 1) in pixels and metres, size (H, W) of the
     images. Returns (u / W, v / H, (d - nearest) / (farthest - nearest)), (B, N, Q, Z, 3), and which are seen
@@ -71,15 +71,15 @@ def project(
         return torch.stack([u, v, (d - depth_bound[0]) / (depth_bound[1] - depth_bound[0])], -1), seen
 
 
-def directions(heads: int) -> Tensor:
-    """A direction a head, all around, with 1 as the larger coordinate: (heads, 2)."""
+def sampling_directions(heads: int) -> Tensor:
+    """Return one direction per head, evenly around the circle, with 1 as the larger coordinate: (heads, 2)."""
     angle = 2 * math.pi / heads * torch.arange(heads)
     grid = torch.stack([angle.cos(), angle.sin()], -1)
     return grid / grid.abs().amax(-1, keepdim=True)
 
 
 class DeformableAttention(nn.Module):
-    """Queries look at maps of several sizes, around their reference points; at depths too, where the maps have them.
+    """Deformable attention of queries to maps of several sizes, around reference points; in depth too if `depth`.
 
     Args:
         dim: E, of queries and maps.
@@ -104,7 +104,7 @@ class DeformableAttention(nn.Module):
     @torch.no_grad()
     def init_weights(self) -> None:
         far = torch.arange(1.0, self.points + 1)
-        grid = directions(self.heads)[:, None, None, :] * far[:, None]  # (M, 1, P, 2)
+        grid = sampling_directions(self.heads)[:, None, None, :] * far[:, None]  # (M, 1, P, 2)
         nn.init.zeros_(self.sampling_offsets.weight)
         self.sampling_offsets.bias.copy_(grid.expand(-1, self.levels, -1, -1).flatten())
         if self.sampling_offsets_depth is not None:
@@ -120,7 +120,7 @@ class DeformableAttention(nn.Module):
     def sample(
         self, query: Tensor, value: Tensor, depth: Tensor | None, shapes: list[tuple[int, int]], reference: Tensor
     ) -> tuple[Tensor, Tensor | None, list, Tensor, Tensor]:
-        """The operator's arguments; see `forward`."""
+        """Compute the operator's arguments; see `forward`."""
         split = (self.heads, self.levels, self.points)
         offsets = self.sampling_offsets(query).unflatten(-1, (*split, 2))
         sizes: list[tuple[int, ...]] = [(W, H) for H, W in shapes]
@@ -149,7 +149,7 @@ class DeformableAttention(nn.Module):
 
 
 class SpatialCrossAttention(nn.Module):
-    """Every cell of the view looks at the cameras that see something of the air above it.
+    """Attention of each cell of the view to the cameras that see part of the column of air above it.
 
     Only these queries are gathered, per sample and camera; what the cameras give is averaged over those that see.
     """
@@ -201,7 +201,7 @@ class SpatialCrossAttention(nn.Module):
 
 
 class TemporalSelfAttention(nn.Module):
-    """Every cell of the view looks around itself, in the view of before and in the present one."""
+    """Attention of each cell of the view to its surroundings in the previous view and in the current one."""
 
     def __init__(self, dim: int, heads: int, points: int, drop: float):
         super().__init__()
@@ -212,7 +212,7 @@ class TemporalSelfAttention(nn.Module):
         self.output_proj = nn.Linear(dim, dim)
         self.dropout = nn.Dropout(drop)
         with torch.no_grad():
-            grid = directions(heads)[:, None, None, :] * torch.arange(1.0, points + 1)[:, None]  # (M, 1, P, 2)
+            grid = sampling_directions(heads)[:, None, None, :] * torch.arange(1.0, points + 1)[:, None]  # (M, 1, P, 2)
             self.sampling_offsets.bias.copy_(grid.expand(-1, 2, -1, -1).flatten())
         nn.init.zeros_(self.sampling_offsets.weight)
         for layer in (self.attention_weights, self.value_proj, self.output_proj):
@@ -266,7 +266,7 @@ class EncoderLayer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """The view from the cameras' maps, layer by layer."""
+    """Compute the view from the cameras' maps, layer by layer."""
 
     def __init__(self, count: int, **layer: Any):
         super().__init__()
@@ -308,10 +308,10 @@ class Encoder(nn.Module):
 
 
 def align(view: Tensor, yaw: Tensor) -> Tensor:
-    """The view (B, E, H, W) as an ego sees it that has turned by yaw (B,) degrees since, anticlockwise seen from above
-    (x to the right, y ahead): by nearest neighbours, zero where nothing was, around the middle of the map, the ego.
+    """Rotate the view (B, E, H, W) for a vehicle that has turned by yaw (B,) degrees, anticlockwise seen from above.
 
-    The published code turns around cell (100, 100) whatever the size.
+    x points to the right, y ahead. The centre is the middle of the map; nearest neighbours, zero outside the old view.
+    The published code rotates around cell (100, 100) whatever the size.
     """
     H, W = view.shape[2:]
     cos, sin = yaw.to(view.dtype).deg2rad().cos(), yaw.to(view.dtype).deg2rad().sin()
@@ -321,8 +321,8 @@ def align(view: Tensor, yaw: Tensor) -> Tensor:
     return F.grid_sample(view, grid, mode="nearest", align_corners=False)
 
 
-class Halved(nn.Module):
-    """A further level of a pyramid: the last one, through a convolution of stride 2."""
+class ExtraLevel(nn.Module):
+    """An extra level of a feature pyramid: a convolution of stride 2 on the last one."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -333,7 +333,7 @@ class Halved(nn.Module):
 
 
 class BEVLifter(nn.Module):
-    """Images of cameras around an ego to its bird's-eye view.
+    """Map images of the cameras around a vehicle to its bird's-eye view.
 
     Args:
         backbone: a timm model with feature maps, by name; backbone_args: its arguments (drop_path_rate, …);
@@ -409,7 +409,7 @@ class BEVLifter(nn.Module):
             )
         self.backbone = timm.create_model(backbone, **arguments, out_indices=[reductions.index(s) for s in own])
         self.fpn = FeaturePyramidNetwork(self.backbone.feature_info.channels(), embed_dims)
-        self.extra = Halved(embed_dims) if len(own) < len(self.strides) else None
+        self.extra = ExtraLevel(embed_dims) if len(own) < len(self.strides) else None
 
         bins = depth_bins(self.depth_bound)
         self.depth_level = self.strides.index(depth_stride)
@@ -466,8 +466,8 @@ class BEVLifter(nn.Module):
         """images (B, N, in_chans, H, W) -> maps (B, N, E, H / stride, W / stride) of every level, and probabilities of
         the depth codes (B, N, codes, H / depth_stride, W / depth_stride) with which the depth loss is taken."""
         B, N = images.shape[:2]
-        found = self.backbone(images.flatten(0, 1))
-        maps = list(self.fpn({str(i): x for i, x in enumerate(found)}).values())
+        features = self.backbone(images.flatten(0, 1))
+        maps = list(self.fpn({str(i): x for i, x in enumerate(features)}).values())
         if self.extra is not None:
             maps.append(self.extra(maps[-1]))
         codes = None if self.depth is None else self.depth(maps[self.depth_level]).unflatten(0, (B, N))
@@ -500,7 +500,7 @@ class BEVLifter(nn.Module):
             depth = torch.cat([d.flatten(2).transpose(-2, -1) for d in depth], 1).unflatten(0, (B, N))
         with no_autocast(lidar2img):
             like = lidar2img.new_empty(0, dtype=full(lidar2img))
-            points = pillars(self.bev_size, self.pc_range, self.pillar, like)
+            points = make_pillars(self.bev_size, self.pc_range, self.pillar, like)
             reference, seen = project(points, lidar2img, size, self.depth_bound)
         if cameras is not None:
             seen = seen & cameras[:, :, None, None]
@@ -533,7 +533,7 @@ class BEVLifter(nn.Module):
         depth: Tensor | None = None,
         return_depth: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
-        """The view (B, E, H_bev, W_bev).
+        """Return the view (B, E, H_bev, W_bev).
 
         images     (B, N, in_chans, H, W) of N cameras, of any size, normalised as the backbone wants it.
         lidar2img  (B, N, 4, 4): from metres in the view's frame to (u · d, v · d, d, 1), with (u, v) in pixels of these
@@ -561,12 +561,12 @@ class BEVLifter(nn.Module):
         return (view, codes) if return_depth else view
 
     def depth_target(self, depth: Tensor, tolerance: int = 0) -> Tensor:
-        """Depth (B, N, H, W) in metres, 0 where it is not known, as a distribution (B, N, D, H / depth_stride, …)."""
+        """Convert depth (B, N, H, W) in metres, 0 if unknown, to a distribution (B, N, D, H / depth_stride, …)."""
         block = self.strides[self.depth_level]
         return depth_target(depth.flatten(0, 1), block, self.depth_bound, tolerance).unflatten(0, depth.shape[:2])
 
     def depth_codes(self, depth: Tensor) -> Tensor:
-        """What `maps`'s codes should be: (B, N, codes, H / depth_stride, W / depth_stride) of depth (B, N, H, W)."""
+        """Targets for `maps`'s codes: (B, N, codes, H / depth_stride, W / depth_stride) of depth (B, N, H, W)."""
         return self.depth.encode(self.depth_target(depth).flatten(0, 1)).unflatten(0, depth.shape[:2])
 
     def _check(self, images, lidar2img, prev_bev, motion, can_bus, cameras, depth) -> None:
@@ -606,12 +606,12 @@ PUBLISHED_KEYS: Rules = [
 
 
 def rename(key: str) -> str:
-    """Our name of a published state-dict key; ours stay as they are."""
-    return renamed(key, PUBLISHED_KEYS)
+    """Return our name for a key of a published state dict; our own keys stay unchanged."""
+    return rename_key(key, PUBLISHED_KEYS)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: BEVLifter) -> dict[str, Tensor]:
-    """Weights of a published detector, or ours, to ours.
+    """Convert weights of a published detector to ours.
 
     Of a published one the encoder and the depth network are taken and must fit; the rest (its image backbone is another
     network, its neck and embeddings are named otherwise) is the model's own.

@@ -1,4 +1,4 @@
-"""Depth of every cell of a feature map, as a distribution over bins: the network, and what a LiDAR makes of it.
+"""Depth of every cell of a feature map as a distribution over bins: the network, and targets from LiDAR.
 
 Of DFA3D's lifter (arXiv 2307.12972), after BEVDepth (arXiv 2206.10092). Written from a description of the published
 model, whose code is for non-commercial use only. Modules have the published names, so a state dict fits as it is.
@@ -43,13 +43,13 @@ class ASPP(nn.Module):
         self.bn1 = nn.BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = self.global_avg_pool(x).expand_as(x)
-        parts = [self.aspp1(x), self.aspp2(x), self.aspp3(x), self.aspp4(x), whole]
+        pooled = self.global_avg_pool(x).expand_as(x)
+        parts = [self.aspp1(x), self.aspp2(x), self.aspp3(x), self.aspp4(x), pooled]
         return self.bn1(self.conv1(torch.cat(parts, 1))).relu()
 
 
 class DeformConv(nn.Module):
-    """A 3x3 convolution (arXiv 1703.06211) whose nine taps lie where another one says: (B, C, H, W) -> same.
+    """A 3x3 convolution (arXiv 1703.06211) whose nine taps another one displaces: (B, C, H, W) -> same.
 
     By grid_sample and a product: torchvision's deform_conv2d, which is equal, takes several times as long on a CPU.
     """
@@ -61,7 +61,7 @@ class DeformConv(nn.Module):
         nn.init.kaiming_uniform_(self.weight, nonlinearity="relu")
         self.conv_offset = nn.Conv2d(dim, 18, 3, padding=1)  # (dy, dx) of each tap
         nn.init.zeros_(self.conv_offset.weight)
-        nn.init.zeros_(self.conv_offset.bias)
+        nn.init.zeros_(self.conv_offset.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         B, _, H, W = x.shape
@@ -106,7 +106,7 @@ class DepthHead(nn.Module):
             *(BasicBlock(dim, dim) for _ in range(3)),
             ASPP(dim),
             DeformConv(dim, groups=4),
-            nn.Conv2d(dim, len(self.of_code), 1),
+            nn.Conv2d(dim, self.of_code.numel(), 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,14 +114,14 @@ class DepthHead(nn.Module):
         return logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def decode(self, codes: Tensor) -> Tensor:
-        return codes if self.groups == (1,) else codes.repeat_interleave(self.of_code, 1, output_size=self.bins)
+        return codes if self.groups == (1,) else codes.repeat_interleave(self.of_code, 1, output_size=self.bins)  # type: ignore[arg-type]
 
     def encode(self, bins: Tensor) -> Tensor:
-        """Of a distribution (B, bins, H, W), the sum over each code's bins."""
+        """Sum a distribution (B, bins, H, W) over each code's bins."""
         if self.groups == (1,):
             return bins
-        code = torch.arange(len(self.of_code), device=bins.device).repeat_interleave(self.of_code)
-        return bins.new_zeros(len(bins), len(self.of_code), *bins.shape[2:]).index_add(1, code, bins)
+        code = torch.arange(self.of_code.numel(), device=bins.device).repeat_interleave(self.of_code)  # type: ignore[arg-type]
+        return bins.new_zeros(len(bins), self.of_code.numel(), *bins.shape[2:]).index_add(1, code, bins)
 
 
 def depth_target(

@@ -1,4 +1,4 @@
-"""ELA: the rows and the columns of a map, gated by what a 1-D convolution makes of their means.
+"""ELA: the rows and columns of a map, gated by a 1-D convolution of their means.
 
 Paper: "ELA: Efficient Local Attention for Deep Convolutional Neural Networks", arXiv 2403.01123.
 Published code: Xuwei86/ELA_Code@cd4594d (Apache-2.0 for MobileNetV2, no licence for the rest; written here from the
@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from ..ops import strip_gate
 from .base import create_model, make_cfg
 from .layers import can_fuse
-from .mobilenet import MobileNet, loaded
-from .published import fitted, opened, renamed
+from .mobilenet import MobileNet, map_state_dict
+from .published import complete, rename_key, unwrap
 
 VERSIONS = dict(t=(5, 1, 32), b=(7, 1, 16), s=(5, 8, 16), l=(7, 8, 16))  # kernel, channels a group, groups of the norm
 
@@ -93,7 +93,7 @@ class ELAResNet(ResNet):
     ):
         dd = dict(device=device, dtype=dtype)
         super().__init__(
-            block,
+            block,  # type: ignore[arg-type]
             layers,
             num_classes=num_classes,
             in_chans=in_chans,
@@ -138,7 +138,7 @@ class ELAMobileNetV2(MobileNet):
     ):
         dd = dict(device=device, dtype=dtype)
         super().__init__(2, width, in_chans, num_classes, global_pool, output_stride, drop_rate, drop_path_rate, **dd)
-        for stage in self.blocks[1:]:  # all but the first, which does not expand
+        for stage in self.blocks[1:]:  # type: ignore[attr-defined]  # all but the first, which does not expand
             for block in stage:
                 block.se = ELA(block.conv_dw.out_channels, version, residual, **dd)
 
@@ -148,15 +148,15 @@ OTHERS = {"0": "conv_pw", "1": "bn1", "3": "conv_dw", "4": "bn2", "6": "se", "7"
 
 
 def checkpoint_filter_fn(state_dict: dict, model: ELAResNet | ELAMobileNetV2) -> dict[str, Tensor]:
-    """Weights under the published names or ours, to ours. A file without classifier leaves the model's own."""
-    state_dict = opened(state_dict)
+    """Convert weights under the published names to ours. If the file has no classifier, the model's own is kept."""
+    state_dict = unwrap(state_dict)
     if isinstance(model, ELAMobileNetV2):
-        return loaded(state_dict, model, FIRST, OTHERS)
+        return map_state_dict(state_dict, model, FIRST, OTHERS)
     rules = [(r"\.feat0\.", ".se."), (r"\.feat1\.", ".aa.")]  # all else is torchvision's, and timm's
     out = {key: value for key, value in model.state_dict().items() if key.startswith("fc.")}
-    out |= {renamed(key, rules): value for key, value in state_dict.items()}
+    out |= {rename_key(key, rules): value for key, value in state_dict.items()}
     for layer in ("layer1.", "layer2.", "layer3.", "layer4."):
-        out = fitted(out, model, layer)
+        out = complete(out, model, layer)
     return out
 
 
@@ -168,13 +168,13 @@ VARIANTS: dict[str, dict[str, Any]] = dict(
     ela_mobilenetv2=dict(),
 )
 # The paper's tables name neither places nor versions beyond doubt. Each model has the version of the published file.
-PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
+PUBLISHED = dict(  # ImageNet-1K top-1 and its source
     ela_mobilenetv2=(71.9, "best of the published logs, which do not name the version"),
 )
 
 
 def _cfg(name: str) -> dict:
-    layers = dict(first_conv="conv1", classifier="fc")
+    layers: dict[str, Any] = dict(first_conv="conv1", classifier="fc")
     if "mobilenet" in name:  # of the published code, that for MobileNetV2 has a license
         layers = dict(first_conv="conv_stem", classifier="classifier", license="apache-2.0")
     return make_cfg(
@@ -189,7 +189,7 @@ def _cfg(name: str) -> dict:
 default_cfgs = generate_default_cfgs({f"{name}.untrained": _cfg(name) for name in VARIANTS})
 
 
-def _create(name: str, pretrained: bool, **kwargs) -> ELAResNet | ELAMobileNetV2:
+def _create(name: str, pretrained: bool, **kwargs) -> Any:
     kwargs = VARIANTS[name] | kwargs
     cls = ELAResNet if "layers" in kwargs else ELAMobileNetV2
     return create_model(cls, name, pretrained, checkpoint_filter_fn, None, (0, 1, 2, 3, 4), **kwargs)

@@ -35,10 +35,10 @@ from torch import Tensor, nn
 from ..ops import halo_attention
 from .base import Backbone, create_model, make_cfg
 from .layers import channels_last
-from .published import Rules, opened, renamed
+from .published import Rules, rename_key, unwrap
 
 
-# Padding depends on the size, so an fx trace keeps the layer whole.
+# Padding depends on the size, so torch.fx treats this layer as a leaf.
 @register_notrace_module
 class HaloAttention(nn.Module):
     """Blocks of `block` x `block` pixels attend to windows `halo` pixels wider on each side (paper, section 2.2).
@@ -150,7 +150,7 @@ class Bottleneck(nn.Module):
         if dim == dim_out and stride == 1:
             self.shortcut = nn.Identity()
         else:
-            self.shortcut = None if inverted else ConvNormAct(dim, dim_out, 1, stride, apply_act=False, **dd)
+            self.shortcut = None if inverted else ConvNormAct(dim, dim_out, 1, stride, apply_act=False, **dd)  # type: ignore[assignment]
         self.act = nn.Identity() if inverted else create_act_layer(act, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ class HaloNet(Backbone):
             attn = HaloAttention(width, values, n_heads, head_dim, block, halo, stride, scale_pos, **dd)
             return nn.Sequential(attn, BatchNormAct2d(values, act_layer=act_layer, **dd))
 
-        rates = calculate_drop_path_rates(drop_path_rate, [len(letters) for letters in blocks], stagewise=True)
+        rates: Any = calculate_drop_path_rates(drop_path_rate, [len(letters) for letters in blocks], stagewise=True)
         reduction, dilation = 2 if stem == "3x3" else 4, 1
         stages = []
         for i, letters in enumerate(blocks):
@@ -296,7 +296,7 @@ class HaloNet(Backbone):
                 dim = dims[i]
             stages.append(nn.Sequential(*stage))
             self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
-        self.stages = nn.Sequential(*stages)
+        self.stages: Any = nn.Sequential(*stages)
         self.final_conv: nn.Module = nn.Identity()
         if num_features:
             self.final_conv = ConvNormAct(dim, num_features, 1, act_layer=act_layer, **dd)
@@ -307,7 +307,7 @@ class HaloNet(Backbone):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """As timm's: convolutions by fan-out, the last norm of each block with a shortcut from zero."""
+        """Initialize as timm: convolutions by fan-out, the last norm of each block with a shortcut with zero."""
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 fan_out = m.out_channels * m.kernel_size[0] * m.kernel_size[1] // m.groups
@@ -337,13 +337,13 @@ class HaloNet(Backbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The stem's map of stride 2 and the stages' (timm's contract).
+        """Return the stem's map of stride 2 and the stages' maps (timm's interface).
 
         Args:
             x: images (B, in_chans, H, W).
             indices: the last n maps if an int, these if a list, all if None.
             norm: apply the final convolution, its norm and activation to the last map, as `features_only` does.
-            stop_early: run no stage after the last that is asked for.
+            stop_early: skip the stages after the last one requested.
             output_fmt: "NCHW", nothing else.
             intermediates_only: return the list of maps alone, not (final features, list).
         """
@@ -370,7 +370,7 @@ class HaloNet(Backbone):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the maps `indices` do not need: later stages and (`prune_head`) the head.
+        """Remove what the maps `indices` do not need: later stages and, if `prune_head`, the head.
 
         `prune_norm` takes the final convolution too, unless the head stays, which is made for its channels.
         """
@@ -378,7 +378,7 @@ class HaloNet(Backbone):
         shortened = last_taken < len(self.stages)
         self.stages = self.stages[:last_taken]
         if last_taken == 0:
-            self.stem = self.stem[: self.tap]
+            self.stem = self.stem[: self.tap]  # type: ignore[assignment]
         if shortened or (prune_norm and prune_head):
             self.final_conv = nn.Identity()
             self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
@@ -406,13 +406,13 @@ PUBLISHED_KEYS: Rules = [  # timm's name -> ours, applied in order
 
 
 def rename(key: str) -> str:
-    """Our name of a key of timm's; ours stay as they are."""
-    return renamed(key, PUBLISHED_KEYS)
+    """Return our name for a key of timm's; our own keys stay unchanged."""
+    return rename_key(key, PUBLISHED_KEYS)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: HaloNet) -> dict[str, Tensor]:
-    """Weights under timm's names or ours, alone or in a container ('state_dict' first, then 'model'), to ours."""
-    out = {rename(key): value for key, value in opened(state_dict).items()}
+    """Convert weights under timm's names, alone or in a container ('state_dict' first, then 'model'), to ours."""
+    out = {rename(key): value for key, value in unwrap(state_dict).items()}
     if not any(key.startswith("stages.0.0.conv1.") for key in out):
         raise ValueError(
             f"the weights are not a HaloNet's: they have no 'stages.0.0.conv1_1x1', but {next(iter(out), None)!r}"
@@ -427,7 +427,7 @@ def checkpoint_filter_fn(state_dict: dict, model: HaloNet) -> dict[str, Tensor]:
 
 
 def _paper(l3: int, b: int, h: int, r_v: float, r_b: float, d_f: int | None = None) -> dict:
-    """A row of the paper's table."""
+    """Return the arguments of a row of the paper's table."""
     dims = tuple(int(r_b * width) for width in (64, 128, 256, 512))
     blocks = ("AAA", "AAA", "A" * l3, "AAA")
     return dict(blocks=blocks, dims=dims, block=b, halo=h, value_ratio=r_v, num_features=d_f)
@@ -477,7 +477,7 @@ TRAINED = {  # our name: timm's name, its tag, and the file's name in timm's rel
     "halo_regnetz_b": ("haloregnetz_b", "ra3_in1k", "haloregnetz_c_raa_256-c8ad7616"),
 }
 PAPER, TIMM = "arXiv:2103.12731", "timm's results for its weights"
-PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
+PUBLISHED = dict(  # ImageNet-1K top-1 and its source
     halo_h0=(77.9, PAPER),
     halo_h1=(79.9, PAPER),
     halo_h2=(80.4, PAPER),

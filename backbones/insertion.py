@@ -16,7 +16,7 @@ LAYERS = dict(ela=ELA, ulsam=ULSAM)
 
 
 def insert(model: nn.Module, layer: str, where: str | re.Pattern | Iterable[str], **kwargs) -> nn.Module:
-    """Have a plug-in layer follow modules of a convolutional network; returns the model, which is changed in place.
+    """Insert a plug-in layer after modules of a convolutional network, in place; returns the model.
 
     Args:
         model: timm's, or any other, also wrapped for `features_only`.
@@ -50,7 +50,7 @@ def insert(model: nn.Module, layer: str, where: str | re.Pattern | Iterable[str]
     for module in fresh.values():
         module.add_module("inserted", nn.Sequential().train(module.training))
     try:
-        run = _outputs(model, {name: module.inserted for name, module in fresh.items()})
+        run = _outputs(model, {name: module.inserted for name, module in fresh.items()})  # type: ignore[misc]
     except Exception as error:  # of some module that runs all its children, but not one after the other
         for module in fresh.values():
             del module.inserted
@@ -80,7 +80,7 @@ def _matching(model: nn.Module, where: str | re.Pattern | Iterable[str]) -> dict
 
 
 def _outputs(model: nn.Module, modules: dict[str, nn.Module]) -> dict[str, object]:
-    """What each module that runs returns for a square image: a fake one, of which nothing is computed."""
+    """Return the output of each module that runs for a square image, on fake tensors."""
     outputs: dict[str, object] = {}
 
     def keep(name: str, module: nn.Module, args: tuple, y: object) -> None:

@@ -1,4 +1,4 @@
-"""Layers that several families share."""
+"""Layers and helpers shared by several families."""
 
 from collections.abc import Iterable
 
@@ -17,7 +17,7 @@ from ..ops.dispatch import is_transformed, use_definition
 
 
 def _tokens_at_once(x: Tensor, hidden: int) -> int:
-    """How many of the tokens x (..., C) an MLP takes at once, 0 for all: halves the time of PVT's first at batch 8."""
+    """Return how many of the tokens x (..., C) an MLP processes at once, 0 for all: half the time for PVT's."""
     token = hidden * x.element_size()
     if torch.is_grad_enabled() or use_definition(x) or x.device.type != "cpu":
         return 0
@@ -26,8 +26,9 @@ def _tokens_at_once(x: Tensor, hidden: int) -> int:
 
 @register_notrace_module
 class CachedMlp(nn.Module):
-    """Linear, GELU, linear: (..., C) -> same. Without gradients a CPU takes few tokens at a time, which stay in its
-    cache where they are widest. (With gradients the same, by a backward of its own, gained no time and 8 % of memory.)
+    """Linear, GELU, linear: (..., C) -> same.
+
+    Without gradients, a CPU processes a few tokens at a time, so that the hidden layer stays in its cache.
     """
 
     def __init__(self, dim: int, hidden: int, **dd):
@@ -47,7 +48,7 @@ class CachedMlp(nn.Module):
 
 
 class _Depthwise(torch.autograd.Function):
-    """A depthwise convolution of stride 1 that keeps the size; its weight's gradient is a sum for each tap."""
+    """A depthwise convolution of stride 1 that keeps the size; the weight's gradient is computed tap by tap."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -138,7 +139,7 @@ def position_table(tokens: int, dim: int, **dd) -> nn.Parameter:
 
 @register_notrace_function
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str) -> Tensor:
-    """Position embeddings (1, [1 +] h·w, C) of a map of size `old` to those of size `new`; the class token's stays."""
+    """Resize position embeddings (1, [1 +] h·w, C) from a map of size `old` to `new`; the class token's stays."""
     if old[0] == new[0] and old[1] == new[1]:
         return table
     tokens = table.shape[1] - old[0] * old[1]

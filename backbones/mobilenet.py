@@ -1,4 +1,4 @@
-"""MobileNetV1 and V2 as timm's EfficientNet builds them, of any width: the networks that ULSAM and ELA are put into."""
+"""MobileNetV1 and V2 as timm's EfficientNet builds them, of any width: the hosts of ULSAM and ELA."""
 
 import re
 from functools import partial
@@ -8,7 +8,7 @@ from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from torch import Tensor, nn
 
 from .layers import channels_last
-from .published import fitted, renamed
+from .published import complete, rename_key
 
 STAGES = {  # by generation; in timm's notation, a stage for each line of the papers' tables
     1: ("dsa_r1_k3_s1_c64", "dsa_r2_k3_s2_c128", "dsa_r2_k3_s2_c256", "dsa_r6_k3_s2_c512", "dsa_r2_k3_s2_c1024"),
@@ -25,7 +25,7 @@ STAGES = {  # by generation; in timm's notation, a stage for each line of the pa
 
 
 class Stem(nn.Conv2d):
-    """The first convolution, which takes the image channels-last: the maps that follow are, and pass faster."""
+    """The first convolution, on the image in channels-last memory format, which the maps after it keep."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(channels_last(x), self.weight, self.bias)
@@ -64,13 +64,15 @@ class MobileNet(EfficientNet):
         self.conv_stem.__class__ = Stem  # timm builds it, and offers no choice of its class
 
 
-def loaded(state_dict: dict[str, Tensor], model: MobileNet, first: dict, others: dict) -> dict[str, Tensor]:
-    """A published state dict for model: `first` and `others` are our names of the parts that the published blocks have
-    by number, the first block and the others. A file without classifier leaves the model's own.
+def map_state_dict(state_dict: dict[str, Tensor], model: MobileNet, first: dict, others: dict) -> dict[str, Tensor]:
+    """Convert a published state dict to the model's keys.
+
+    `first` and `others` map the published numbers of a block's parts to our names, in the first block and in the
+    others. If the file has no classifier, the model's own is kept.
 
     The published networks have stem, blocks and (torchvision's) head in one sequence: features.0, features.1 and so on.
     """
-    names = [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j in range(len(stage))]
+    names = [f"blocks.{i}.{j}" for i, stage in enumerate(model.blocks) for j in range(len(stage))]  # type: ignore[arg-type]
     ends = {"features.0.0": "conv_stem", "features.0.1": "bn1", "classifier.1": "classifier"}
     ends |= {f"features.{len(names) + 1}.0": "conv_head", f"features.{len(names) + 1}.1": "bn2"}
     ends |= {"conv.0": "conv_head", "conv.1": "bn2"}
@@ -79,4 +81,4 @@ def loaded(state_dict: dict[str, Tensor], model: MobileNet, first: dict, others:
     rules += [(rf"^(blocks\.0\.0)\.conv\.{re.escape(part)}\.", rf"\1.{ours}.") for part, ours in first.items()]
     rules += [(rf"\.conv\.{re.escape(part)}\.", f".{ours}.") for part, ours in others.items()]
     own = {key: value for key, value in model.state_dict().items() if key.startswith("classifier.")}
-    return fitted(own | {renamed(key, rules): value for key, value in state_dict.items()}, model, "blocks.")
+    return complete(own | {rename_key(key, rules): value for key, value in state_dict.items()}, model, "blocks.")

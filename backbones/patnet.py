@@ -1,4 +1,4 @@
-"""PATNet: a four-stage pyramid that convolves a quarter of the channels and lets attention see to the others.
+"""PATNet: a four-stage pyramid that convolves a quarter of the channels and applies attention to the others.
 
 Paper: "Partial Convolution Meets Visual Attention", arXiv 2503.03148.
 Published code: haiduo/PartialNet@679cfc0 (MIT), that of the follow-up, arXiv 2502.01303, with this network in it.
@@ -30,7 +30,7 @@ from ..ops.dispatch import use_definition
 from ..ops.relative_bias import buckets
 from .base import Pyramid, Stage, create_model, make_cfg
 from .layers import can_fuse, channels_last
-from .published import Rules, fitted, opened, renamed
+from .published import Rules, complete, rename_key, unwrap
 
 PARTS = 4  # one of which is convolved
 
@@ -44,19 +44,19 @@ def nhwc(x: Tensor) -> Tensor:
 
 
 def _count(*norms: nn.BatchNorm2d) -> None:
-    """As a BatchNorm does that runs by itself."""
+    """Count a training batch, as a BatchNorm does when it is called."""
     for norm in norms:
         if norm.training:
             norm.num_batches_tracked.add_(1)
 
 
 def _affine(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """(scale, shift) per channel of a BatchNorm at inference."""
+    """Return the scale and shift per channel of a BatchNorm at inference."""
     scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
     return scale, norm.bias - scale * norm.running_mean
 
 
-# Shapes decide what runs, so an fx trace keeps the layer whole; as it does the others that look at sizes or norms.
+# Control flow depends on shapes, so torch.fx treats this layer, and others like it, as a leaf.
 @register_notrace_module
 class GatedMixer(nn.Module):
     """PAT_ch: (B, H, W, C) -> same. A quarter of the channels is convolved; the others are gated by the means and
@@ -135,7 +135,7 @@ class RelativeAttention(nn.Module):
         return F.dropout(self.proj(y), self.drop, self.training)
 
     def dropped(self, qkv: Tensor) -> Tensor:
-        """With dropout of the probabilities, which the operator has not."""
+        """Compute attention with dropout of the probabilities, which the operator does not support."""
         B, H, W, _, C = qkv.shape
         q, k, v = qkv.view(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         rows, columns = torch.arange(H, device=qkv.device), torch.arange(W, device=qkv.device)
@@ -233,8 +233,10 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
 
 
 def _tokens_at_once(x: Tensor, hidden: int) -> int:
-    """How many of the tokens x (..., C) an MLP takes at once, 0 for all. A CPU is faster where they stay in its cache,
-    but not where they are so few that most of what it reads are weights."""
+    """Return how many of the tokens x (..., C) an MLP processes at once, 0 for all.
+
+    A CPU is faster if they stay in its cache, but not if they are so few that it mainly reads weights.
+    """
     if torch.is_grad_enabled() or use_definition(x) or x.device.type != "cpu":
         return 0
     at_once = 2**20 // (hidden * x.element_size())
@@ -299,7 +301,7 @@ class FusedBlock(nn.Module):
 
 @register_notrace_module
 class Patches(nn.Module):
-    """A convolution over patches side by side, then BatchNorm: NCHW -> NCHW, channels-last in memory.
+    """A convolution over non-overlapping patches, then BatchNorm: NCHW -> NCHW, channels-last in memory.
 
     What is left over on the right and the bottom is dropped, except that zeros make up a single patch.
     """
@@ -427,7 +429,7 @@ class PATNet(Pyramid):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """As every `Pyramid`'s; what the head has before its classifier is head too."""
+        """Prune as every `Pyramid`; the layers before the classifier are part of the head."""
         take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
         if prune_head:
             self.head_hidden_size = self.num_features
@@ -438,7 +440,7 @@ class PATNet(Pyramid):
     def fuse(self) -> "PATNet":
         """Merge BatchNorms, and the second linear layer of each MLP with PAT_sp, into equal layers for inference.
 
-        In place, and returns the model. What stays are the norms of the gates and the `out_norms`. Stored with timm's
+        In place; returns the model. The norms of the gates and the `out_norms` remain. Stored with timm's
         `save_for_hf`, the model loads again; weights alone load into a model made with `fused=True`.
         """
         if self.training:
@@ -479,14 +481,14 @@ PUBLISHED_KEYS: Rules = [  # published name -> ours, in order; published stages 
 
 
 def rename(key: str) -> str:
-    """Our name of a published state-dict key; ours stay as they are."""
-    return renamed(key, PUBLISHED_KEYS)
+    """Return our name for a key of a published state dict; our own keys stay unchanged."""
+    return rename_key(key, PUBLISHED_KEYS)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: PATNet) -> dict[str, Tensor]:
-    """Weights under the published names (training, classification or detection files) or ours, to ours."""
+    """Convert weights under the published names (training, classification or detection files) to ours."""
     own, out = model.state_dict(), {}
-    for key, value in opened(state_dict).items():
+    for key, value in unwrap(state_dict).items():
         key = rename(key.removeprefix("model."))  # of the trainer's module
         if key in own and value.ndim == 4 and own[key].ndim < 4:  # a linear layer written as a convolution
             value = value.flatten(own[key].ndim - 1)
@@ -497,7 +499,7 @@ def checkpoint_filter_fn(state_dict: dict, model: PATNet) -> dict[str, Tensor]:
             if fused
             else "the weights are not of a fused PATNet: load them with fused=False, then call fuse()"
         )
-    return fitted(out, model)
+    return complete(out, model)
 
 
 def _dims(dim: int) -> tuple[int, ...]:
@@ -505,7 +507,7 @@ def _dims(dim: int) -> tuple[int, ...]:
 
 
 # PAT_sp and four heads as the published configurations have it. The papers draw PAT_sp in every variant, and the code
-# knows six heads as well: which of these gave the published accuracies is not said.
+# knows six heads as well: the papers do not say which of these gave the published accuracies.
 VARIANTS: dict[str, dict[str, Any]] = dict(
     patnet_t0=dict(depths=(1, 2, 8, 2), dims=_dims(32)),
     patnet_t1=dict(depths=(1, 2, 8, 2), dims=_dims(48), spatial_attn=True),
@@ -515,7 +517,7 @@ VARIANTS: dict[str, dict[str, Any]] = dict(
     patnet_l=dict(depths=(2, 3, 20, 4), dims=_dims(160), act_layer="relu"),
 )
 FIGURE = "read off a figure of the published code's README"
-PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
+PUBLISHED = dict(  # ImageNet-1K top-1 and its source
     patnet_t0=(73.9, FIGURE),
     patnet_t1=(78.1, FIGURE),
     patnet_t2=(80.2, FIGURE),

@@ -1,4 +1,4 @@
-"""Published files, whatever their container and their keys, to the state dict of one of our models."""
+"""Convert published checkpoints, whatever their container and keys, to state dicts of our models."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 Rules = Iterable[tuple[str, str | Callable[[re.Match], str]]]  # patterns and what replaces them, applied in order
 
 
-def renamed(key: str, rules: Rules) -> str:
+def rename_key(key: str, rules: Rules) -> str:
     for pattern, ours in rules:
         key = re.sub(pattern, ours, key)
     return key
 
 
-def opened(state_dict: dict, containers: tuple[str, ...] = ("state_dict", "model")) -> dict[str, Tensor]:
-    """The weights in a file: containers opened in this order, 'module.' stripped, and of a whole detector or segmentor
-    the `backbone.` part."""
+def unwrap(state_dict: dict, containers: tuple[str, ...] = ("state_dict", "model")) -> dict[str, Tensor]:
+    """Return the weights of a checkpoint: from the first of `containers` that it has, without the prefix 'module.', and
+    of a detector or segmenter only the `backbone.` part."""
     for container in containers:
         if isinstance(state_dict.get(container), dict):
             state_dict = state_dict[container]
@@ -26,15 +26,15 @@ def opened(state_dict: dict, containers: tuple[str, ...] = ("state_dict", "model
     return state_dict
 
 
-def fitted(state_dict: dict[str, Tensor], model: nn.Module, body: str = "stages.") -> dict[str, Tensor]:
-    """state_dict, under our names, for model: what a file may lack is the model's own.
+def complete(state_dict: dict[str, Tensor], model: nn.Module, body: str = "stages.") -> dict[str, Tensor]:
+    """Complete a state dict under our names with the model's own values for what a file may lack.
 
-    A dense model's file lacks the head and the last norm, a classification file the `out_norms`, which are left out
-    where the model has none; old files lack the counts of BatchNorm's batches. All other keys that start with `body`
-    must be there and have the model's shapes.
+    A dense model's file lacks the head and the last norm, a classification file the `out_norms`; old files lack
+    BatchNorm's batch counts. `out_norms` that the model does not have are dropped. All other keys that start with
+    `body` must be present with the model's shapes.
 
     Raises:
-        ValueError: a weight of the body is missing, left over or of another shape.
+        ValueError: if a weight of the body is missing, unexpected or has another shape.
     """
     own = model.state_dict()
     out = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | state_dict

@@ -25,7 +25,7 @@ from ..ops import connectivity, predict_mask, sparse_attention, sparse_mask, unp
 from ..ops.precision import no_autocast
 from .base import Isotropic, TokenHead, checked_size, create_model, init_linear, make_cfg
 from .layers import CachedMlp, can_fuse, channels_last, mark_unused, position_table, resize_positions
-from .published import Rules, fitted, opened, renamed
+from .published import Rules, complete, rename_key, unwrap
 
 STRIDE = 16  # of the tokens' map
 
@@ -158,17 +158,17 @@ class MaskPredictor(nn.Module):
         return coef @ basis.masked_fill(basis <= self.basis_threshold, 0.0)[:, None]
 
 
-# The operators check shapes, so an fx trace keeps the layer whole.
+# The operators check shapes, so torch.fx treats this layer as a leaf.
 @register_notrace_module
 class SparseAttention(nn.Module):
-    """Attention of each query to the keys that the predictor chooses for it; it may choose the tokens that go on.
+    """Attention of each query to the keys that the predictor chooses for it; it may also choose the tokens to keep.
 
     Args:
         dim: channels.
         heads: their number.
         tokens: their number, with the class token, before any was removed.
         qkv_bias: whether the projection to queries, keys and values has one.
-        keep: patches that go on after this layer, those that the class token attends to most; None for all.
+        keep: number of patches kept after this layer, those that the class token attends to most; None for all.
         predictor: arguments of the MaskPredictor.
     """
 
@@ -238,12 +238,12 @@ def _take(x: Tensor, index: Tensor) -> Tensor:  # (B, n, C), (B, m) -> (B, m, C)
 
 
 def _put(x: Tensor, index: Tensor, size: int, dim: int) -> Tensor:
-    """x where `index` (B, n) says along `dim`, and zeros elsewhere, `size` in all."""
+    """Scatter x to the positions `index` (B, n) along `dim` of a tensor of zeros of that `size`."""
     shape = [1] * x.dim()
     shape[0], shape[dim] = index.shape[0], index.shape[1]
-    whole = list(x.shape)
-    whole[dim] = size
-    return x.new_zeros(whole).scatter(dim, index.view(shape).expand(x.shape), x)
+    shape_out = list(x.shape)
+    shape_out[dim] = size
+    return x.new_zeros(shape_out).scatter(dim, index.view(shape).expand(x.shape), x)
 
 
 class Block(nn.Module):
@@ -397,7 +397,7 @@ class Sparsifiner(Isotropic):
         for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
             chosen = predictor | dict(budget=budgets[i])
             attn = SparseAttention(dim, heads, patches + 1, not lvvit, keeps.get(i), chosen, **dd)
-            blocks.append(Block(dim, attn, mlp_ratio, eps, skip, rate, **dd))
+            blocks.append(Block(dim, attn, mlp_ratio, eps, skip, rate, **dd))  # type: ignore[arg-type]
         self.blocks = nn.ModuleList(blocks)
         self.feature_info = [dict(num_chs=dim, reduction=STRIDE, module=f"blocks.{i}") for i in range(depth)]
         self.norm = nn.LayerNorm(dim, eps=eps, **dd)
@@ -428,8 +428,8 @@ class Sparsifiner(Isotropic):
         """Mark what learns by `distill` alone: the predictors, whose masks are discrete, and LV-ViT's second head."""
         return mark_unused(x, (p for n, p in self.named_parameters() if ".predictor." in n or n.startswith("aux.")))
 
-    def whole(self, x: Tensor, kept: Tensor | None) -> Tensor:
-        """Tokens (B, n, C) among zeros where others were removed, (B, N, C)."""
+    def restore_removed(self, x: Tensor, kept: Tensor | None) -> Tensor:
+        """Return tokens (B, n, C) as (B, N, C), with zeros for those that were removed."""
         return x if kept is None else _put(x, kept, self.pos_embed.shape[1], 1)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -439,7 +439,7 @@ class Sparsifiner(Isotropic):
         kept: Tensor | None = None
         for block in self.blocks:
             x, kept = block(x, kept)
-        return self.norm(self.whole(x, kept))
+        return self.norm(self.restore_removed(x, kept))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         out = self.head(x, pre_logits=pre_logits)
@@ -457,7 +457,7 @@ class Sparsifiner(Isotropic):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list | tuple[Tensor, list]:
-        """The blocks' outputs, as Isotropic's; removed tokens are zeros in them, before any norm."""
+        """Return the blocks' outputs as `Isotropic` does; removed tokens are zeros in them, before any norm."""
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
         take, last_taken = feature_take_indices(len(self.blocks), indices)
@@ -466,22 +466,23 @@ class Sparsifiner(Isotropic):
         for i, block in enumerate(self.blocks if not stop_early else self.blocks[: last_taken + 1]):
             x, kept = block(x, kept)
             if i in take:
-                y = self.whole(x, kept)
+                y = self.restore_removed(x, kept)
                 y = self.norm(y) if norm else y
                 out = y[:, 1:].unflatten(1, size).permute(0, 3, 1, 2) if output_fmt == "NCHW" else y[:, 1:]
                 intermediates.append((out, y[:, :1]) if return_prefix_tokens else out)
-        return intermediates if intermediates_only else (self.norm(self.whole(x, kept)), intermediates)
+        return intermediates if intermediates_only else (self.norm(self.restore_removed(x, kept)), intermediates)
 
     @torch.jit.ignore
     def distill(self, x: Tensor, recon: bool = False) -> Distillation:
-        """The logits and what else the losses of the published training read, all with gradients.
+        """Return the logits and everything else that the losses of the published training read, with gradients.
 
         With `recon`, the form of its first phase: the predictors' basis keeps its sign and all of its entries, all
         coefficients count, and so that only the predictors learn from the scores, attention is dense and every token
         stays. A model with a dense parent's weights is that parent then, the teacher.
         """
         x, _ = self.embed(x)
-        kept, layers, N = None, [], x.shape[1]
+        kept: Any = None
+        layers, N = [], x.shape[1]
         for block in self.blocks:
             before = kept
             record = block.attn.record = block.attn.predictor.record = Record(recon)
@@ -491,26 +492,26 @@ class Sparsifiner(Isotropic):
                 block.attn.record = block.attn.predictor.record = None
             S, A, M = record.connectivity, record.attention, record.mask
             if before is not None:
-                S = _put(_put(S, before[:, 1:] - 1, N - 1, 2), before, N, 3)
-                A, M = (_put(_put(t, before, N, 2), before, N, 3) for t in (A, M))
+                S = _put(_put(S, before[:, 1:] - 1, N - 1, 2), before, N, 3)  # type: ignore[arg-type]
+                A, M = (_put(_put(t, before, N, 2), before, N, 3) for t in (A, M))  # type: ignore[arg-type]
             layers.append((S, A, M))
         alive = x.new_ones(x.shape[:2], dtype=torch.bool)
         if kept is not None:
             alive = _put(alive, kept, N, 1)
-        x = self.norm(self.whole(x, kept))
+        x = self.norm(self.restore_removed(x, kept))
         features = x[:, 1:] if self.aux is None else self.aux(x[:, 1:])
         return Distillation(self.head(x), features, alive[:, 1:], *map(list, zip(*layers)))
 
     @torch.jit.ignore
     @torch.no_grad()
     def kept_keys(self, x: Tensor) -> list[Tensor]:
-        """Per layer, which keys each query keeps, (B, heads, N, N) bool; none of and for a token that was removed."""
+        """Return for each layer which keys each query keeps, (B, heads, N, N) bool; none of and for removed tokens."""
         return self.distill(x).mask
 
     @torch.jit.ignore
     @torch.no_grad()
     def attention_macs(self, x: Tensor) -> dict[str, float]:
-        """Multiply-accumulates of all layers' attention, the mean over images x, as the paper counts them.
+        """Count the multiply-accumulates of all layers' attention as the paper does, averaged over images x.
 
         `sparse`: logits and values of the keys that are kept. `predictor`: the estimate that chooses them, where zeros
         of the basis cost nothing. `dense`: logits and values of all keys, which the parent needs. Projections to
@@ -533,8 +534,11 @@ class Sparsifiner(Isotropic):
     @torch.jit.ignore
     @torch.no_grad()
     def attended_regions(self, x: Tensor) -> dict[str, dict]:
-        """What each layer attends to on images x, for pictures: per layer name ('blocks.0', …) `share` (B, P, P), the
-        share of the heads in which a patch keeps another as key, the `grid` of patches, and their size in `pixels`."""
+        """Return what each layer attends to on images x, for visualization.
+
+        Per layer name ('blocks.0', …): `share` (B, P, P), the share of the heads in which a patch keeps another as key,
+        the `grid` of patches, and their size in `pixels`.
+        """
         return {
             f"blocks.{i}": dict(share=mask[:, :, 1:, 1:].float().mean(1), grid=self.size, pixels=(STRIDE, STRIDE))
             for i, mask in enumerate(self.kept_keys(x))
@@ -542,7 +546,7 @@ class Sparsifiner(Isotropic):
 
 
 def _budgets(keep_rate: float | Sequence[float], depth: int, tokens: int) -> list[int]:
-    """Keys that a query keeps, of each block."""
+    """Return the number of keys that a query keeps in each block."""
     rates = [keep_rate] * depth if isinstance(keep_rate, int | float) else list(keep_rate)
     if len(rates) != depth or not all(0 < rate <= 1 for rate in rates):
         raise ValueError(f"keep_rate must be above 0 and at most 1, one number or {depth}, got {keep_rate}")
@@ -550,7 +554,7 @@ def _budgets(keep_rate: float | Sequence[float], depth: int, tokens: int) -> lis
 
 
 def _keeps(token_keep_rate: float, host: str, depth: int, patches: int) -> dict[int, int]:
-    """Block -> patches that go on after its attention."""
+    """Return the number of patches that are kept after the attention of each pruning block."""
     if token_keep_rate == 1:
         return {}
     if host != "deit":
@@ -579,17 +583,17 @@ PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order
 
 
 def rename(key: str) -> str:
-    """Our name of a published state-dict key; ours stay as they are."""
-    return renamed(key, PUBLISHED_KEYS)
+    """Return our name for a key of a published state dict; our own keys stay unchanged."""
+    return rename_key(key, PUBLISHED_KEYS)
 
 
 def checkpoint_filter_fn(state_dict: dict, model: Sparsifiner) -> dict[str, Tensor]:
-    """Weights of a published Sparsifiner, of its dense parent (timm's deit_*_patch16_224, LV-ViT) or ours, to ours.
+    """Convert weights of a published Sparsifiner or of its dense parent (timm's deit_*_patch16_224, LV-ViT) to ours.
 
     A parent has no mask predictors: the model's own keep their values, as the method begins. Position embeddings of
     another resolution are resized as the published loader does, bicubically, from a square; predictors cannot be.
     """
-    out = {rename(key): value for key, value in opened(state_dict).items()}
+    out = {rename(key): value for key, value in unwrap(state_dict).items()}
     own = model.state_dict()
     if not any(".predictor." in key for key in out):
         out |= {key: value for key, value in own.items() if ".predictor." in key}
@@ -607,7 +611,7 @@ def checkpoint_filter_fn(state_dict: dict, model: Sparsifiner) -> dict[str, Tens
         side = math.isqrt(positions.shape[1] - 1)
         if positions.shape[1] == 1 + side * side and positions.shape[2] == own["pos_embed"].shape[2]:
             out["pos_embed"] = resize_positions(positions, (side, side), model.size, "bicubic")
-    return fitted(out, model, "blocks.")
+    return complete(out, model, "blocks.")
 
 
 VARIANTS: dict[str, dict[str, Any]] = dict(

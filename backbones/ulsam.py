@@ -3,8 +3,8 @@
 Paper: "ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks", WACV 2020,
 arXiv 2006.15102.
 Published code: Nandan91/ULSAM@9a07d68 (no licence; written here from the paper), of the layer alone. Parameters map to
-ours (`joined`), outputs are equal. `saccade.backbones.insert` puts the layer into any network; the models here are
-timm's MobileNets with layers replaced by it, or followed by it.
+ours (`merge_subspaces`), outputs are equal. `saccade.backbones.insert` puts the layer into any network; the models here
+are timm's MobileNets with layers replaced by it, or followed by it.
 """
 
 import re
@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..ops import subspace_gate
 from .base import create_model, make_cfg
 from .layers import can_fuse
-from .mobilenet import MobileNet, loaded
-from .published import opened
+from .mobilenet import MobileNet, map_state_dict
+from .published import unwrap
 
 
 @register_notrace_module
@@ -53,7 +53,7 @@ class ULSAM(nn.Module):
         return x + (x.unflatten(1, [s.shape[1], -1]) * a.unsqueeze(2)).flatten(1, 2)
 
     def feature_info(self, location: str) -> dict:
-        """What timm's EfficientNet asks of its blocks."""
+        """Return what timm's EfficientNet asks of its blocks."""
         return dict(module="", num_chs=self.conv.out_channels)
 
     @torch.jit.unused
@@ -65,11 +65,11 @@ class ULSAM(nn.Module):
         return subspace_gate(
             x,
             conv.weight.flatten(),
-            conv.bias,
+            conv.bias,  # type: ignore[arg-type]
             norm.weight,
             norm.bias,
             point.weight.flatten(),
-            point.bias,
+            point.bias,  # type: ignore[arg-type]
             point_norm.weight,
             point_norm.bias,
             norm.running_mean,
@@ -77,13 +77,13 @@ class ULSAM(nn.Module):
             point_norm.running_mean,
             point_norm.running_var,
             norm.training,
-            norm.momentum,
+            norm.momentum,  # type: ignore[arg-type]
             norm.eps,
         )
 
 
 class ULSAMMobileNet(MobileNet):
-    """timm's MobileNetV1 or V2 with ULSAM in the place of some layers, or after them. Layers are counted as the paper
+    """timm's MobileNetV1 or V2 with ULSAM in place of some layers, or after them. Layers are counted as the paper
     does, from the stem as 1.
 
     Args:
@@ -120,7 +120,7 @@ class ULSAMMobileNet(MobileNet):
         number, replaceable = 1, []
         for i, stage in enumerate(self.blocks):
             blocks = []
-            for j, block in enumerate(stage):
+            for j, block in enumerate(stage):  # type: ignore[arg-type, var-annotated]
                 number += 1
                 dim = block.feature_info("")["num_chs"]
                 if j:  # the first layer of a stage changes width or resolution
@@ -138,8 +138,8 @@ class ULSAMMobileNet(MobileNet):
 PARTS = {"conv_dws": "conv", "bn_dws": "norm", "conv_point": "point", "bn_point": "point_norm"}
 
 
-def joined(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict with our ULSAM's keys for the published one's, which has a module for each subspace."""
+def merge_subspaces(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Convert the keys of published ULSAMs, which have a module for each subspace, to ours."""
     out: dict[str, Tensor] = {}
     for key, value in state_dict.items():  # subspace by subspace, in their order
         if match := re.fullmatch(rf"(.*?)subspaces\.\d+\.({'|'.join(PARTS)})\.(\w+)", key):
@@ -160,8 +160,8 @@ OTHERS = {"0.0": "conv_pw", "0.1": "bn1", "1.0": "conv_dw", "1.1": "bn2", "2": "
 
 
 def checkpoint_filter_fn(state_dict: dict, model: ULSAMMobileNet) -> dict[str, Tensor]:
-    """Weights to ours: of torchvision's or timm's MobileNet with the published layer, or our own."""
-    return loaded(joined(opened(state_dict)), model, FIRST, OTHERS)
+    """Convert weights of torchvision's or timm's MobileNet with the published layer to ours."""
+    return map_state_dict(merge_subspaces(unwrap(state_dict)), model, FIRST, OTHERS)
 
 
 VARIANTS: dict[str, dict[str, Any]] = dict(  # the rows a to f of the paper's table, of which e is the plain name
@@ -178,7 +178,7 @@ VARIANTS: dict[str, dict[str, Any]] = dict(  # the rows a to f of the paper's ta
 # The paper names the replaced layers of V2, but for c one of several equal choices. Of V1's five equal layers, 8 to 12,
 # it does not say which.
 POSTER = "poster of the published code, 4 subspaces"
-PUBLISHED = dict(  # ImageNet-1K top-1, and where it is said
+PUBLISHED = dict(  # ImageNet-1K top-1 and its source
     ulsam_mobilenet_v1=(70.43, POSTER),
     ulsam_mobilenet_v1_075=(67.81, POSTER),
     ulsam_mobilenet_v1_050=(63.25, POSTER),

@@ -3,9 +3,9 @@
     custom_imports = dict(imports=["saccade.integrations.mmdet"])
     model = dict(backbone=dict(type="SaccadeBackbone", name="biformer_t"), neck=dict(in_channels=[64, 128, 256, 512]))
 
-It stands in mmengine's own registry, where all of them look. Where mmcv has no compiled extension (mmcv-lite), this
-module puts one in its place that computes NMS and RoIAlign by torchvision, on any device; all its other operators say
-that they are not there. Import it before mmdet.models or mmseg.models.
+It is registered with mmengine, which all of them use. If mmcv has no compiled extension (mmcv-lite), this module
+provides a replacement that computes NMS and RoIAlign with torchvision, on any device, and raises for all other
+operators. Import it before mmdet.models or mmseg.models.
 """
 
 import sys
@@ -28,7 +28,7 @@ from torchvision.ops import nms
 
 @MODELS.register_module()
 class SaccadeBackbone(BaseModule):
-    """The maps of a timm model's stages: images (B, 3, H, W) to a tuple of (B, C, H / s, W / s).
+    """Return the maps of a timm model's stages: images (B, 3, H, W) to a tuple of (B, C, H / s, W / s).
 
     name, kwargs: of timm.create_model; what is None there is left to the model. out_indices: the stages wanted; None:
     all that it has. checkpoint: a file of weights that timm loads, of the whole classifier; pretrained: those timm
@@ -47,15 +47,17 @@ class SaccadeBackbone(BaseModule):
     ):
         if init_cfg is not None:
             raise ValueError(f"init_cfg must be None, got {init_cfg}: weights come by checkpoint or pretrained")
-        if not isinstance(pretrained, bool):  # the segmentors' own `pretrained`, which they hand on
+        if not isinstance(pretrained, bool):  # the segmentors' own `pretrained`, which they pass on
             raise ValueError(f"pretrained must be True or False, got {pretrained!r}: set the model's pretrained=None")
         if checkpoint is not None and not Path(checkpoint).is_file():
             raise ValueError(f"checkpoint must be a file of weights, and there is no {checkpoint}")
         super().__init__()
-        wanted = {} if out_indices is None else dict(out_indices=tuple(out_indices))
+        wanted: dict[str, Any] = {} if out_indices is None else dict(out_indices=tuple(out_indices))
         # As timm takes a whole model's file; -1: whatever its number of classes, the classifier is not here.
-        overlay = dict(pretrained_cfg_overlay=dict(file=str(checkpoint), num_classes=-1)) if checkpoint else {}
-        given = dict(features_only=True, pretrained=pretrained or checkpoint is not None)
+        overlay: dict[str, Any] = {}
+        if checkpoint is not None:
+            overlay = dict(pretrained_cfg_overlay=dict(file=str(checkpoint), num_classes=-1))
+        given: dict[str, Any] = dict(features_only=True, pretrained=pretrained or checkpoint is not None)
         self.body = timm.create_model(name, **given, **wanted, **overlay, **kwargs)
         self.channels: list[int] = self.body.feature_info.channels()
         self.strides: list[int] = self.body.feature_info.reduction()
@@ -63,7 +65,7 @@ class SaccadeBackbone(BaseModule):
         self.norm_eval = norm_eval
 
     def init_weights(self) -> None:
-        """The model has its weights already, and mmengine's would replace them."""
+        """Keep the weights that the model has; mmengine's initialization would replace them."""
 
     def train(self, mode: bool = True) -> "SaccadeBackbone":
         super().train(mode)
@@ -77,8 +79,8 @@ class SaccadeBackbone(BaseModule):
         return tuple(y.permute(0, 3, 1, 2) if self.channels_last else y for y in self.body(x))
 
 
-def stand_in() -> ModuleType:
-    """What mmcv's operators call where its compiled extension is missing."""
+def make_extension() -> ModuleType:
+    """Return a replacement for mmcv's compiled extension, for mmcv's operators to call."""
 
     def nms_(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
         if offset:
@@ -111,7 +113,7 @@ def stand_in() -> ModuleType:
 
         return call
 
-    module = ModuleType("mmcv._ext")
+    module: Any = ModuleType("mmcv._ext")
     module.__spec__ = ModuleSpec("mmcv._ext", None)  # mmengine looks for it
     module.nms, module.roi_align_forward, module.roi_align_backward = nms_, forward, backward
     module.__getattr__ = missing
@@ -119,4 +121,4 @@ def stand_in() -> ModuleType:
 
 
 if find_spec("mmcv") is not None and find_spec("mmcv._ext") is None:
-    sys.modules["mmcv._ext"] = stand_in()
+    sys.modules["mmcv._ext"] = make_extension()

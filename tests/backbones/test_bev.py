@@ -20,7 +20,7 @@ from saccade.backbones.dfa3d import (
     rename,
 )
 from saccade.backbones.dfa3d_depth import DeformConv, DepthHead, depth_bins, depth_target
-from saccade.backbones.published import renamed
+from saccade.backbones.published import rename_key
 from saccade.ops import dfa3d
 from saccade.train.tasks.lift import depth_loss
 from support import parity
@@ -124,7 +124,7 @@ def encoder(fixture: dict) -> Encoder:
 
 
 def encoder_key(key: str) -> str:
-    return renamed(key, ENCODER_KEYS)
+    return rename_key(key, ENCODER_KEYS)
 
 
 def test_equals_published_encoder():

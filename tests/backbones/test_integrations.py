@@ -184,11 +184,11 @@ def test_backbone_is_timm_s_model_with_the_file_s_weights(build, tmp_path):
 
 
 @installed(OURS, "mmengine")
-def test_stand_in_computes_what_torchvision_does():
-    from saccade.integrations.mmdet import stand_in
+def test_extension_computes_what_torchvision_does():
+    from saccade.integrations.mmdet import make_extension
     from torchvision.ops import nms, roi_align
 
-    module, g = stand_in(), torch.Generator().manual_seed(0)
+    module, g = make_extension(), torch.Generator().manual_seed(0)
     corner, sides = torch.rand(40, 2, generator=g) * 20, torch.rand(40, 2, generator=g) * 12 + 1
     boxes, scores = torch.cat([corner, corner + sides], 1), torch.rand(40, generator=g)
     assert torch.equal(module.nms(boxes, scores, iou_threshold=0.4, offset=0), nms(boxes, scores, 0.4))

@@ -6,7 +6,7 @@ import pytest
 import saccade.backbones  # noqa: F401  (registers the models)
 import timm
 import torch
-from saccade.backbones.ulsam import PARTS, ULSAM, checkpoint_filter_fn, joined
+from saccade.backbones.ulsam import PARTS, ULSAM, checkpoint_filter_fn, merge_subspaces
 from saccade.train.runtime import measure
 from support import parity
 from support.gradients import assert_gradients
@@ -36,7 +36,7 @@ def test_equals_published_layer(name, subspaces, definition):
     want = parity.load("ulsam", name)
 
     def ours(state: dict) -> dict:
-        return joined({key.removeprefix("m."): value for key, value in state.items()})
+        return merge_subspaces({key.removeprefix("m."): value for key, value in state.items()})
 
     layer = ULSAM(want["input"]["shape"][1], subspaces)
     layer.load_state_dict(ours(parity.weights(want)), strict=False)  # which has no counts of batches
