@@ -9,10 +9,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..runtime.errors import UserError, closest
+from .published import read_published
 
 
 def read_class_names(weights: Path) -> list[str] | None:
-    """Return the classes of a run's folder, its model.safetensors or a checkpoint; None where nothing names them."""
+    """Return the classes of a run's folder, a checkpoint or an OpenMMLab file; None where nothing names them."""
+    if weights.suffix in (".pth", ".pt") and weights.is_file():
+        try:
+            classes = read_published(weights).classes
+        except UserError:  # whoever loads the weights says what is wrong
+            return None
+        return [name.strip() for name in classes] if classes else None
     if weights.suffix == ".safetensors" and weights.is_file():
         try:
             with safe_open(weights, "pt") as file:

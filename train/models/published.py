@@ -191,6 +191,11 @@ def load_published(
         path = Path(__file__).parents[2] / "configs" / f"{config}.py"
     settings = configs.load(path)
     published = read_published(file)
+    if not is_dense(published.tensors):
+        raise UserError(
+            f"checkpoint {file} is of {describe(published.tensors)}, not of a whole detector or segmenter: give it as "
+            "checkpoint=… for the backbone"
+        )
     names = published.classes
     if num_classes is not None and (names is None or len(names) != num_classes):
         names = None
