@@ -27,6 +27,14 @@ def test_model(name):
     recipes.compare_model(name, TABLE)
 
 
+def test_cascades_are_the_published_ones():
+    """A box for each class, in all three stages, and 2,000 proposals in training."""
+    net = recipes.model("coco/cascade_mask_rcnn_agent_swin_t_1x")
+    boxes = [layer for name, layer in net.named_modules() if name.endswith(".fc_reg")]
+    assert [layer.out_features for layer in boxes] == [4 * 80] * 3
+    assert net.rpn_head.of_cascade and 2 * net.rpn_head.proposals == 2000
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     out = tmp_path_factory.mktemp("scenes") / "new"
