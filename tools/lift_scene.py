@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from saccade.backbones.dfa3d import SpatialCrossAttention, pillars, project
+from saccade.backbones.dfa3d import SpatialCrossAttention, make_pillars, project
 from saccade.backbones.dfa3d_depth import depth_target
 from saccade.train.data.bev_scenes import CAMERAS, LIDAR, BevScenes, Frame
 from torch import Tensor
@@ -33,7 +33,7 @@ def lift_colours(frame: Frame) -> Tensor:  # (rows, columns, 3) from 0 to 1, whi
         layer.weight.data.copy_(torch.eye(4))
 
     side = round(2 * REACH / CELL)
-    points = pillars((side, side), (-REACH, -REACH, 0, REACH, REACH, 1), 1, depth).expand(-1, POINTS, -1).clone()
+    points = make_pillars((side, side), (-REACH, -REACH, 0, REACH, REACH, 1), 1, depth).expand(-1, POINTS, -1).clone()
     points[..., 2] = torch.linspace(-LIDAR, HEIGHT - LIDAR, POINTS)
     reference, seen = project(points, matrices[None], SIZE, BOUND)
     with torch.no_grad():
