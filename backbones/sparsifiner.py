@@ -314,6 +314,9 @@ class Distillation(NamedTuple):
 class Sparsifiner(Isotropic):
     """Sparsifiner: images (B, in_chans, *img_size) to logits (B, num_classes), or to maps of stride 16.
 
+    The mask predictors learn by `distill` alone: a loss on the logits gives them no gradient. Plain
+    DistributedDataParallel takes the model as it is; compiled with torch.compile, it needs `static_graph=True`.
+
     Args:
         host: "deit" or "lvvit". LV-ViT has a stem of four convolutions, no bias of queries, keys and values, halved
             residuals, and in evaluation adds to the logits half of the patches' largest scores.

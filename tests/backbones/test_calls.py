@@ -105,9 +105,15 @@ FUSED = (
 )
 
 
+EACH_ONCE = [
+    pytest.param(name, kind, marks=() if j == i % len(KINDS) else pytest.mark.exhaustive)
+    for i, name in enumerate(FUSED)
+    for j, kind in enumerate(KINDS)
+]
+
+
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.parametrize(("name", "kind"), EACH_ONCE)
 def test_reparametrized_layers_train(name, kind):
     """Two steps; then the model computes what it does with plain layers of the weights that they have by then."""
     model, x = build(name), images(name)
