@@ -67,7 +67,7 @@ def test_killed_run_resumes_to_the_same_end(start, tmp_path, records, wait_for, 
     step = state(killed)[1]["step"]
     assert 4 <= step < 20, "killed too late"
     out = finish(start(processes, *arguments, "--run-dir", killed, "--resume"))
-    assert f"going on after step {step}" in out
+    assert f"resuming after step {step}" in out
     assert_same_end(whole, killed)
     assert records(whole) == records(killed)
     assert not list((killed / "checkpoints").glob(".*"))
@@ -101,7 +101,7 @@ def test_asked_to_stop(start, tmp_path, records, wait_for, number):
     run.send_signal(number)
     out = finish(run, 75)
     step = state(tmp_path)[1]["step"]
-    assert f"stopped: step {step} of 9000 is saved in" in out and "--resume goes on" in out and "Traceback" not in out
+    assert f"stopped: step {step} of 9000 is saved in" in out and "--resume continues" in out and "Traceback" not in out
     assert records(tmp_path)[-1]["step"] == step
 
 
@@ -127,7 +127,7 @@ def test_torchrun_restarts_resume(start, tmp_path, records, wait_for, children):
     process = start(2, *arguments, "--run-dir", run, torchrun=("--max-restarts=1",))
     wait_for(lambda: (run / "log.jsonl").exists() and len(records(run)) > 3, process)
     os.kill(children(process)[1], signal.SIGKILL)
-    assert "going on after step" in finish(process)
+    assert "resuming after step" in finish(process)
     assert records(run) == records(whole)
     assert_same_end(run, whole)
 

@@ -1,6 +1,7 @@
 """A run from beginning to end, in this process: what it leaves behind, and its switches."""
 
 import json
+import shutil
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ from saccade.train.data.folder import ImageFolder
 from saccade.train.models import build as model
 from saccade.train.runtime import checkpoint, config, distributed
 
-DIGITS = config.__file__.replace("train/config.py", "configs/digits/resnet18.py")
+DIGITS = config.__file__.replace("train/runtime/config.py", "configs/digits/resnet18.py")
 SGD = ["optimizer.opt=sgd", "optimizer.lr=0.05"]
 
 
@@ -85,7 +86,7 @@ def test_what_a_run_leaves(tiny, command, tmp_path, records):
     assert command("train", *arguments)[0] == 0
     assert same_state(run, tmp_path / "again")
     code, out, err = command("train", *arguments, "--resume")
-    assert code == 0 and "going on after step 18" in out and same_state(run, tmp_path / "again")
+    assert code == 0 and "resuming after step 18" in out and same_state(run, tmp_path / "again")
 
 
 def test_folder_in_use(tiny, tmp_path):
@@ -100,7 +101,7 @@ def test_folder_in_use(tiny, tmp_path):
     assert tiny(run, "epochs=1")[0] == 0
     (run / "notes.txt").write_text("mine")
     code, _, err = tiny(run, "epochs=1")
-    assert code == 2 and "holds a run: go on with --resume, or start again with --overwrite" in err
+    assert code == 2 and "holds a run: continue it with --resume, or start again with --overwrite" in err
     assert tiny(run, "epochs=1", "--overwrite")[0] == 0
     assert (run / "notes.txt").exists()
     for stale in (".config.py.77.tmp", "checkpoints/.last.safetensors.77.tmp", "checkpoints/.tmpAbC123"):
@@ -109,24 +110,20 @@ def test_folder_in_use(tiny, tmp_path):
     assert not list(run.rglob(".*"))
 
 
-def test_resume_notices_what_changed(tiny, tmp_path):
+def test_resume_of_nothing(tiny, tmp_path):
     assert "nothing saved yet: starting from the beginning" in tiny(tmp_path, "epochs=1", "--resume")[1]
-    code, out, err = tiny(tmp_path, "epochs=1", "--resume", "optimizer.lr=1e-4")
-    assert code == 0 and "configuration changed since the checkpoint: optimizer = dict(opt='adamw', lr=0.0001" in out
-    code, out, err = tiny(tmp_path, "epochs=1", "--resume", "model.name=test_vit", "model.img_size=16")
-    assert code == 2 and "is of another model or optimiser" in err
 
 
-def test_torn_checkpoint(tiny, tmp_path, records):
-    """The previous good one is used, that is said, and the end is the same."""
+def test_truncated_checkpoint(tiny, tmp_path, records):
+    """The previous good one is used, with a message, and the end is the same."""
     assert tiny(tmp_path / "whole")[0] == 0
-    assert tiny(tmp_path / "torn")[0] == 0
-    last = tmp_path / "torn/checkpoints" / checkpoint.LAST
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    last = tmp_path / "cut/checkpoints" / checkpoint.LAST
     last.write_bytes(last.read_bytes()[:-100])
-    code, out, _ = tiny(tmp_path / "torn", "--resume")
-    assert code == 0 and "last.safetensors can't be read" in out and "going on after step 9" in out
-    assert same_state(tmp_path / "whole", tmp_path / "torn")
-    assert records(tmp_path / "whole") == records(tmp_path / "torn")
+    code, out, _ = tiny(tmp_path / "cut", "--resume")
+    assert code == 0 and "last.safetensors can't be read" in out and "resuming after step 9" in out
+    assert same_state(tmp_path / "whole", tmp_path / "cut")
+    assert records(tmp_path / "whole") == records(tmp_path / "cut")
 
 
 def test_accumulation_is_one_batch(tiny, tmp_path, records):
@@ -233,7 +230,7 @@ def test_finetune_a_folder(command, tmp_path):
         "epochs=2",
     ]
     arguments += ["data.img_size=32", "batch_size=32", "workers=0", "device=cpu"]
-    config_file = config.__file__.replace("train/config.py", "configs/finetune/folder.py")
+    config_file = config.__file__.replace("train/runtime/config.py", "configs/finetune/folder.py")
     code, _, err = command("train", config_file, *arguments, "--run-dir", tmp_path / "run")
     assert (code, err) == (0, "")
     exported = json.loads((tmp_path / "run/config.json").read_text())

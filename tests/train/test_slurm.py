@@ -47,5 +47,5 @@ def test_time_is_up(submit, tmp_path, records, wait_for):
 
     job = submit(*arguments[:1], f"epochs={step // 10 + 1}", arguments[2])
     out = job.communicate(timeout=120)[0]
-    assert job.returncode == 0 and f"going on after step {step}" in out
+    assert job.returncode == 0 and f"resuming after step {step}" in out
     assert calls.read_text() == "requeue 7\n"  # it ended of itself

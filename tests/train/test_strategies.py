@@ -51,7 +51,7 @@ def test_trackers_get_what_the_log_gets(tiny, tmp_path, records, monkeypatch):
     code, _, err = tiny(tmp_path, trackers, "epochs=1")
     assert code == 0, err
     code, out, err = tiny(tmp_path, trackers, "epochs=2", "--resume")
-    assert code == 0 and "going on after step 9" in out, err
+    assert code == 0 and "resuming after step 9" in out, err
     lines = {line["step"]: line for line in records(tmp_path, "train")}
     assert sorted(lines) == list(range(1, 19))
 
