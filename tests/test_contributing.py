@@ -1,4 +1,4 @@
-"""The worked examples of CONTRIBUTING.md, written to a folder and run: their tests, then the training."""
+"""The worked examples of CONTRIBUTING.md run in a folder of their own; every fixture has a source and a licence."""
 
 import os
 import re
@@ -33,6 +33,14 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 def files_of(page: str) -> dict[str, str]:
     """Return the code blocks that follow the name of their file."""
     return dict(re.findall(r"(?ms)^`([\w/]+\.py)`\n\n```python\n(.*?)^```$", page))
+
+
+def test_every_fixture_has_its_source():
+    folders = {folder.name for folder in (ROOT / "tests" / "fixtures").iterdir() if folder.is_dir()}
+    rows = re.findall(
+        r"(?m)^\| `(\w+)` \| .*\w.* \| .*\w.* \|$", (ROOT / "tests" / "fixtures" / "README.md").read_text()
+    )
+    assert set(rows) == folders
 
 
 @pytest.mark.slow
