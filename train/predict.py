@@ -14,7 +14,7 @@ from .data.bad_images import BadImage, printable
 from .data.files import Skipped, image_files
 from .data.images import read_image
 from .runtime import config
-from .runtime.checkpoint import atomic_write, write_text
+from .runtime.checkpoint import atomic_write, to_json, write_text
 from .runtime.distributed import choose_device
 from .runtime.errors import DATA, UserError
 from .tasks.classify import Classify
@@ -226,10 +226,11 @@ def _holds_predictions(file: Path) -> bool:
 def write(predictions: Sequence[Prediction], file: Path, coco: Predictor | None = None) -> None:
     """Write predictions as JSON: [{"image": path, … the record}, …], or in COCO's format as the predictor has it."""
     if coco is not None:
-        content: Any = coco.to_coco([one[:3] for one in predictions]) | dict(info=dict(description=AUTHOR))
+        text = to_json(coco.to_coco([one[:3] for one in predictions]) | dict(info=dict(description=AUTHOR)))
     else:
-        content = [
+        entries = [
             dict(image=str(one.path), **(dict(written=str(one.written)) if one.written else {}), **one.record)
             for one in predictions
         ]
-    write_text(file, json.dumps(content, indent=1) + "\n")
+        text = "[\n" + ",\n".join(map(to_json, entries)) + "\n]"  # a line for each image
+    write_text(file, text + "\n")

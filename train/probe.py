@@ -5,7 +5,6 @@ tests. All processes compute them, each image once.
 """
 
 import inspect
-import json
 import sys
 import time
 import warnings
@@ -23,7 +22,7 @@ from .data.loader import EvaluationOrder, batches
 from .engine import autocasting
 from .models.build import create
 from .models.build import probe as check_input_size
-from .runtime.checkpoint import write_text
+from .runtime.checkpoint import write_json
 from .runtime.config import Count, NonNegativeInt, Positive, build, check, check_typed, load
 from .runtime.distributed import all_reduce_sum, choose_device, rank, sync_errors, world_size
 from .runtime.errors import UserError
@@ -149,8 +148,7 @@ def run(
     if rank() == 0:
         metrics = {"images": len(splits[2][1]), **metrics, "seconds": round(time.perf_counter() - start_time, 3)}
         sizes = dict(train_images=len(splits[0][1]), features=splits[0][0].shape[1])
-        content = dict(probe=type(judge).__name__, **metrics, **sizes)
-        write_text(out / "metrics.json", json.dumps(content, indent=2) + "\n")
+        write_json(out / "metrics.json", dict(probe=type(judge).__name__, **metrics, **sizes))
         numbers = {k: v for k, v in metrics.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
         print(f"test: {metrics['images']} images {format_metrics(numbers)}\n  {out / 'metrics.json'}")
         if metrics.get("converged") is False:

@@ -1,7 +1,6 @@
 """Test a trained model: on a split of the data or, of a classifier, on another folder of images."""
 
 import copy
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from .engine import autocasting, evaluate, where
 from .metrics.real import Accepted
 from .metrics.speed import Speed
 from .models.class_names import match_classes, read_class_names, rename_classes
-from .runtime.checkpoint import write_text
+from .runtime.checkpoint import write_json
 from .runtime.config import build
 from .runtime.distributed import choose_device, rank, sync_errors, world_size
 from .runtime.errors import UserError
@@ -78,8 +77,7 @@ def test(
             entries, lines = task.report(out, detail)
             keys = ("input_size", "crop_pct", "interpolation")
             settings = {key: inputs[key] for key in keys if key in inputs} | dict(precision=precision)
-            content = dict(split=tested_on, **metrics, **settings, **entries)
-            write_text(out / "metrics.json", json.dumps(content, indent=2) + "\n")
+            write_json(out / "metrics.json", dict(split=tested_on, **metrics, **settings, **entries))
     if rank() == 0:
         task.draw_results(out, net, dataset, detail)
         if sorted(indices) == list(range(len(indices))) and indices != sorted(indices):

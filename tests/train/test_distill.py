@@ -1,6 +1,7 @@
 """The losses of Sparsifiner's training equal the published ones, and their gradients."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import saccade.backbones  # noqa: F401  (registers the models)
@@ -9,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from saccade.backbones.sparsifiner import checkpoint_filter_fn, rename
 from saccade.train.runtime import checkpoint
-from saccade.train.tasks.distill import distillation_loss, reconstruction_loss
+from saccade.train.runtime.errors import UserError
+from saccade.train.tasks.distill import Distill, distillation_loss, reconstruction_loss
 from safetensors.torch import load_file
 from support import parity
 
@@ -96,9 +98,13 @@ def test_two_phases_teach_what_they_say(command, tmp_path, records, monkeypatch)
         tensors, _ = checkpoint.read(folder / "checkpoints" / checkpoint.LAST)
         return {k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")}
 
-    parent = run(dense, "sparsifiner_1_dense.py", "model.embed_dim=32", "model.depth=2", "model.num_heads=2")
+    parent = run(
+        dense, "sparsifiner_1_dense.py", "epochs=1", "model.embed_dim=32", "model.depth=2", "model.num_heads=2"
+    )
     first = run(predictors, "sparsifiner_2_predictors.py", *host, f"checkpoint={dense}")
-    second = run(sparse, "sparsifiner_3_sparse.py", *host, f"checkpoint={predictors}", f"task.teacher={dense}")
+    second = run(
+        sparse, "sparsifiner_3_sparse.py", *host, f"checkpoint={predictors}", f"task.teacher={dense}", "epochs=1"
+    )
 
     own = checkpoint_filter_fn(parent, timm.create_model("sparsifiner_deit_t", **SMALL))
     assert own.keys() == first.keys() == second.keys()
@@ -113,6 +119,21 @@ def test_two_phases_teach_what_they_say(command, tmp_path, records, monkeypatch)
     losses = [line["loss"] for line in records(predictors, "train")]
     assert losses[-1] < 0.8 * losses[0]
     assert {"labels", "logits", "tokens"} <= records(sparse, "train")[0].keys()
+
+    # The teacher's classes are compared with the data's.
+    names = list("abcdefghij")
+    task = Distill(SimpleNamespace(class_names=names, img_size=64), phase="sparse", teacher=str(dense))
+    sizes = {k: v for k, v in SMALL.items() if k not in ("img_size", "num_classes")}
+    with pytest.raises(UserError, match=r"task\.teacher=.* is of other classes than the data's"):
+        task.trained(task.model("sparsifiner_deit_t", **sizes))
+    images = torch.rand(2, 3, 64, 64)
+    logits = []
+    for names in (list("0123456789"), list("9876543210")):
+        task = Distill(SimpleNamespace(class_names=names, img_size=64), phase="sparse", teacher=str(dense))
+        torch.manual_seed(0)  # the teacher's file has no mask predictors
+        task.trained(task.model("sparsifiner_deit_t", **sizes))
+        logits.append(task._teacher(images).detach())
+    assert torch.equal(logits[0], logits[1].flip(1))
 
 
 SMALL = dict(img_size=64, num_classes=10, dim=32, depth=2, heads=2, reduce_n=4, coef_topk=2)

@@ -18,6 +18,7 @@ from ..metrics.topk import TopK
 from ..models.build import create, export
 from ..models.class_names import fit_head
 from ..runtime.checkpoint import label_names, write_text
+from ..runtime.config import BelowOne, Fraction, NonNegative
 from ..runtime.errors import UserError
 from ..visual.contact_sheet import save_contact_sheet
 from .task import Predictor, Task, format_counts
@@ -37,13 +38,13 @@ class Classify(Task):
         self,
         data: Any,
         /,
-        smoothing: float = 0.0,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        mix_prob: float = 1.0,
-        switch_prob: float = 0.5,
+        smoothing: BelowOne = 0.0,
+        mixup: NonNegative = 0.0,
+        cutmix: NonNegative = 0.0,
+        mix_prob: Fraction = 1.0,
+        switch_prob: Fraction = 0.5,
         bce: bool = False,
-        bce_threshold: float | None = None,
+        bce_threshold: BelowOne | None = None,
     ):
         self.class_names: list[str] = data.class_names
         self.img_size: int | None = data.img_size

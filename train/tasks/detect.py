@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
+from ..data.bad_images import BadImage
 from ..metrics.coco import SURE, CocoMetric, encode, write_results
 from ..metrics.confusion import as_csv
 from ..models import detectors, legacy, published
@@ -172,13 +174,17 @@ class Detect(Task):
         tiles = []
         for image_id in ids[:: max(1, len(ids) // MAX_TILES)][:MAX_TILES]:
             objects = [_to_object(names[r["category_id"]], r) for r in detections.get(image_id, ())]
-            drawn = boxes.draw_detections(dataset.picture(image_id), objects, self.class_names, legend=False)
-            tiles.append((drawn, f"image {image_id}: {len(objects)} detections"))
+            with suppress(BadImage):
+                drawn = boxes.draw_detections(dataset.picture(image_id), objects, self.class_names, legend=False)
+                tiles.append((drawn, f"image {image_id}: {len(objects)} detections"))
         if tiles:
             files.append(boxes.save_tiles(tiles, figures / "detections.png"))
-        rows = [row for row in detail["pictures"] if row["missed"] or row["false"] or row["confused"]][:MAX_TILES]
-        if rows:
-            tiles = [boxes.draw_mistakes(dataset.picture(row["image_id"]), row, names) for row in rows]
+        rows = [row for row in detail["pictures"] if row["missed"] or row["false"] or row["confused"]]
+        tiles = []
+        for row in rows[:MAX_TILES]:
+            with suppress(BadImage):
+                tiles.append(boxes.draw_mistakes(dataset.picture(row["image_id"]), row, names))
+        if tiles:
             files.append(boxes.save_tiles(tiles, figures / "worst.png"))
         if detail["precision"]:
             file = figures / "precision_recall.png"

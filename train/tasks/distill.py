@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..runtime.config import BelowOne, Fraction, NonNegative
 from ..runtime.errors import UserError
 from .classify import Classify
 
@@ -69,14 +70,14 @@ class Distill(Classify):
         /,
         phase: Literal["predictors", "sparse"],
         teacher: str | None = None,
-        reconstruction: float = 0.01,
-        logits: float = 0.5,
-        tokens: float = 0.5,
-        smoothing: float = 0.0,
-        mixup: float = 0.0,
-        cutmix: float = 0.0,
-        mix_prob: float = 1.0,
-        switch_prob: float = 0.5,
+        reconstruction: NonNegative = 0.01,
+        logits: NonNegative = 0.5,
+        tokens: NonNegative = 0.5,
+        smoothing: BelowOne = 0.0,
+        mixup: NonNegative = 0.0,
+        cutmix: NonNegative = 0.0,
+        mix_prob: Fraction = 1.0,
+        switch_prob: Fraction = 0.5,
     ):
         super().__init__(data, smoothing, mixup, cutmix, mix_prob, switch_prob)
         if phase == "sparse" and teacher is None:

@@ -1,6 +1,5 @@
 """Detection in a bird's-eye view: several cameras' images to boxes around the ego."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +12,8 @@ from ..models.bev import BevDetector, make_head
 from ..models.body import load_whole
 from ..models.build import create, read_weights
 from ..models.class_names import class_sized, find_labels, fit_head
-from ..runtime.checkpoint import write_text
+from ..runtime.checkpoint import write_json, write_text
+from ..runtime.config import Fraction, NonNegative
 from ..runtime.errors import UserError
 from .task import Predictor, Task
 
@@ -38,9 +38,9 @@ class Lift(Task):
         /,
         head: Literal["centre", "decoder"] = "centre",
         head_args: dict[str, Any] | None = None,
-        depth_weight: float = 0.5,
+        depth_weight: NonNegative = 0.5,
         known_depth: bool = False,
-        min_score: float = 0.3,
+        min_score: Fraction = 0.3,
     ):
         self.data, self.class_names = data, list(data.class_names)
         self.head, self.head_args = head, head_args or {}
@@ -137,7 +137,7 @@ class Lift(Task):
             lines.append(f"  {name}: " + ", ".join(f"{v:.1f} % at {d} m" for d, v in one["ap"].items()))
         write_text(folder / "classes.csv", "".join(",".join(row) + "\n" for row in rows))
         if hasattr(self.data, "submission"):
-            write_text(folder / "results_nusc.json", json.dumps(self.data.submission(detail["detections"])))
+            write_json(folder / "results_nusc.json", self.data.submission(detail["detections"]))
         return dict(
             classes={name: dict(ap=one["ap"], errors=one["errors"]) for name, one in detail["classes"].items()}
         ), lines
