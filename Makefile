@@ -68,6 +68,7 @@ lint: setup
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/lint-imports
+	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/saccade  # mypy does not follow the editable install
 	$(VENV)/bin/mypy
 
 setup: $(VENV)/.ready
