@@ -1,4 +1,4 @@
-"""What tests of several folders ask for."""
+"""Fixtures of several folders."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture
 def double():
-    """float64 as the default type, in which golden values are compared."""
+    """Make float64 the default dtype, in which golden values are compared."""
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)

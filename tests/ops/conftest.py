@@ -1,4 +1,4 @@
-"""Triton's interpreter for the kernels where there is no GPU, before anything imports one."""
+"""Run kernels by Triton's interpreter where there is no GPU, before anything imports one."""
 
 from support.ops import interpret
 

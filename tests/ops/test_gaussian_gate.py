@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from saccade.ops import gaussian_gate
 from saccade.ops.gaussian_gate import eager, kernel, op, reference
 from support import parity
+from support.budget import assert_close
 from support.gates import LAYOUTS, MODES, Gate
 from support.ops import DEVICE, DTYPES, FULL, agree, check, far_apart, forced, grid, rand, refuses, registers
 
@@ -77,10 +78,10 @@ def test_reference_is_the_definition(training):
     running = None if training else statistics(4, dtype=torch.float64)
     expected = loops(x, *params[:3], running)
     f = run(reference.gaussian_gate, training, False)
-    torch.testing.assert_close(f(x, *params[:3]), expected)
+    assert_close(f(x, *params[:3]), expected)
     out_running = [None] * 2 if training else running[2:]
     expected = F.batch_norm(expected, *out_running, *params[3:], training)
-    torch.testing.assert_close(run(reference.gaussian_gate, training)(x, *params), expected)
+    assert_close(run(reference.gaussian_gate, training)(x, *params), expected)
 
 
 def srm(f, x, state, gate, out_norm=None):
@@ -131,7 +132,13 @@ def test_eager_matches_reference(shape, layout, training, normed):
     agree(run(plain, training, normed), run(reference.gaussian_gate, training, normed), *args)
 
 
-@grid(shape=SHAPES, layout=BOTH_LAYOUTS, training=[True, False], dtype=DTYPES)
+@grid(
+    also=[(SHAPES[2], torch.channels_last, True, torch.float32)],
+    shape=SHAPES,
+    layout=BOTH_LAYOUTS,
+    training=[True, False],
+    dtype=DTYPES,
+)
 def test_triton_matches_the_definition(shape, layout, training, dtype):
     """On a map in half precision and parameters in float32, as usual."""
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from saccade.ops import halo_attention
 from saccade.ops.halo_attention import eager, op, reference
 from support import parity
+from support.budget import assert_close
 from support.ops import (
     COMPILED,
     DEVICE,
@@ -89,7 +90,7 @@ def loops(q, kv, height_rel, width_rel, heads, block, halo, stride, scale, scale
 )
 def test_reference_is_the_definition(shape, scale_pos):
     args = [z.cpu() if torch.is_tensor(z) else z for z in (*inputs(shape, torch.float64), 0.7, scale_pos)]
-    torch.testing.assert_close(reference.halo_attention(*args), loops(*args))
+    assert_close(reference.halo_attention(*args), loops(*args))
 
 
 class Published(torch.nn.Module):
@@ -145,7 +146,7 @@ def test_triton_matches_reference(shape, dtype):
     check(triton, reference.halo_attention, *inputs(shape, dtype))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize("layout", [LAYOUTS[1], pytest.param(LAYOUTS[0], marks=pytest.mark.exhaustive)], ids=str)
 def test_triton_with_several_tiles_a_block(layout):
     check(triton, reference.halo_attention, *inputs(LARGE, torch.float32, layout))
 
@@ -163,7 +164,7 @@ def test_eager_errs_no_more_than_reference(shape, dtype):
 def test_a_map_that_blocks_do_not_divide_is_one_with_zeros_below_and_to_the_right():
     q, kv, *rest = inputs(SHAPES[1], torch.float64)
     padded = reference.halo_attention(F.pad(q, (0, 3, 0, 1)), F.pad(kv, (0, 3, 0, 1)), *rest)
-    torch.testing.assert_close(plain(q, kv, *rest), padded[:, :, :7, :5])
+    assert_close(plain(q, kv, *rest), padded[:, :, :7, :5])
 
 
 @grid(shape=[SHAPES[1], SHAPES[0]], layout=LAYOUTS, f=[plain, triton])
@@ -219,8 +220,8 @@ def test_nan_in_a_query_stays_in_its_row(f):
     assert out[1, :16, 2, 5].isnan().all()
     hit = torch.zeros_like(out, dtype=torch.bool)
     hit[1, :16, 2, 5] = True
-    torch.testing.assert_close(out[~hit], clean[0][~hit])
-    torch.testing.assert_close(dq[~hit], clean[1][~hit])
+    assert_close(out[~hit], clean[0][~hit])
+    assert_close(dq[~hit], clean[1][~hit])
     assert dq[1, :16, 2, 5].isnan().all()
 
 
@@ -330,7 +331,7 @@ def test_tables_of_another_type():
     for f in (plain, triton):
         leaves = [z.requires_grad_() for z in (q.half(), kv.half(), *(z.clone() for z in tables))]
         out = f(*leaves, *rest)
-        torch.testing.assert_close(out.float(), plain(q, kv, *tables, *rest), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(out.float(), plain(q, kv, *tables, *rest), rtol=1e-2, atol=1e-2)  # inputs in float16
         out.sum().backward()
         assert [z.grad.dtype for z in leaves] == [torch.float16] * 2 + [torch.float32] * 2
 
@@ -357,7 +358,7 @@ def test_scripts():
     scripted = torch.jit.script(halo_attention)
     for layout in LAYOUTS:
         args = inputs(SHAPES[2], layout=layout)
-        torch.testing.assert_close(scripted(*args), plain(*args))
+        assert_close(scripted(*args), plain(*args))
 
 
 def test_meta_tensors_have_shapes():
@@ -375,7 +376,7 @@ def test_autocast(f):
     with torch.autocast(DEVICE, torch.float16):
         out = f(*inputs(SMALL))
     assert out.dtype == torch.float16
-    torch.testing.assert_close(out, f(*(z.half() if torch.is_tensor(z) else z for z in inputs(SMALL))))
+    assert_close(out, f(*(z.half() if torch.is_tensor(z) else z for z in inputs(SMALL))))
 
 
 def test_flops_are_those_of_the_windows():
@@ -393,7 +394,7 @@ def test_flops_are_those_of_the_windows():
 
 def test_logits_and_windows_are_not_in_memory():
     """A map of 64 x 64 with 4 heads of 16 channels: its logits alone are 12 maps of q for each image, its windows 6."""
-    q, kv, *rest = inputs((4, 64, 64, 4, 16, 16, 8, 3, 1))
+    q, kv, *rest = inputs((2, 64, 64, 4, 16, 16, 8, 3, 1))
     size = q.numel() * q.element_size()
     args = [z.requires_grad_() for z in (q, kv, *rest[:2])]
     with torch.no_grad():

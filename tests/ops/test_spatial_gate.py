@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from saccade.ops import gaussian_gate, spatial_gate
 from saccade.ops.spatial_gate import eager, kernel, op, reference
 from support import parity
+from support.budget import assert_close
 from support.gates import LAYOUTS, MODES, Gate
 from support.ops import DTYPES, FULL, agree, check, far_apart, forced, grid, rand, refuses, registers
 
@@ -64,7 +65,7 @@ def loops(x, weight, norm_weight, norm_bias, running, eps=1e-5):
 def test_reference_is_the_definition(training):
     args = inputs((2, 4, 3, 2), torch.float64)
     expected = loops(*args, None if training else statistics(4, torch.float64))
-    torch.testing.assert_close(run(reference.spatial_gate, training)(*args), expected)
+    assert_close(run(reference.spatial_gate, training)(*args), expected)
 
 
 def halves(f, x, state, prefix=""):
@@ -115,7 +116,13 @@ def test_eager_matches_reference(shape, layout, training):
     agree(run(plain, training), run(reference.spatial_gate, training), *inputs(shape, torch.float64, layout))
 
 
-@grid(shape=SHAPES[:2], layout=BOTH_LAYOUTS, training=[True, False], dtype=DTYPES)
+@grid(
+    also=[(SHAPES[1], torch.channels_last, True, torch.float32)],
+    shape=SHAPES[:2],
+    layout=BOTH_LAYOUTS,
+    training=[True, False],
+    dtype=DTYPES,
+)
 def test_triton_matches_the_definition(shape, layout, training, dtype):
     """On a map in half precision and parameters in float32, as usual."""
 

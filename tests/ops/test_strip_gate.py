@@ -7,6 +7,7 @@ import torch
 from saccade.ops import strip_gate
 from saccade.ops.strip_gate import eager, kernel, op, reference
 from support import parity
+from support.budget import assert_close
 from support.ops import (
     COMPILED,
     DEVICE,
@@ -96,7 +97,7 @@ def loops(x, weight, norm_weight, norm_bias, groups, eps=1e-5):
 def test_reference_is_the_definition(shape, residual):
     x, *rest = inputs(shape, torch.float64)
     expected = loops(x, *rest) + residual * x
-    torch.testing.assert_close(reference.strip_gate(x, *rest, residual=residual), expected)
+    assert_close(reference.strip_gate(x, *rest, residual=residual), expected)
 
 
 @pytest.mark.parametrize("f", [reference.strip_gate, plain], ids=["reference", "eager"])
@@ -122,7 +123,7 @@ def test_eager_matches_reference(shape, layout, residual):
     agree(plain, reference.strip_gate, *inputs(shape, torch.float64, layout), 1e-5, residual)
 
 
-@grid(shape=SHAPES, layout=LAYOUTS, dtype=DTYPES)
+@grid(also=[(SHAPES[-1], LAYOUTS[1], DTYPES[0])], shape=SHAPES, layout=LAYOUTS, dtype=DTYPES)
 def test_triton_matches_reference(shape, layout, dtype):
     check(triton, reference.strip_gate, *inputs(shape, dtype, layout))
 
@@ -142,7 +143,7 @@ def test_parameters_of_another_type(f):
     x, *rest = inputs(SHAPES[0])
     args = [x.half().requires_grad_(), *(p.requires_grad_() for p in rest[:-1]), rest[-1]]
     out = f(*args)
-    torch.testing.assert_close(out.float(), plain(x, *rest), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(out.float(), plain(x, *rest), rtol=2e-3, atol=2e-3)  # x rounded to float16
     out.sum().backward()
     assert [p.grad.dtype for p in args[:-1]] == [torch.float16, *[torch.float32] * 3]
 
@@ -204,7 +205,7 @@ def test_nan_stays_in_its_image(f, layout):
 def test_a_group_of_one_value_is_its_bias(B, f):
     x, *rest = inputs((B, 8, 1, 1, 1, 5, 8))
     out = f(x, *rest)
-    torch.testing.assert_close(out, x * rest[2].sigmoid().square()[:, None, None])
+    assert_close(out, x * rest[2].sigmoid().square()[:, None, None])
 
 
 BAD = {
@@ -281,8 +282,8 @@ def test_frozen_parameters_and_frozen_map():
     dy = rand(x.shape, torch.float16, 1234).double()
     (dx,) = torch.autograd.grad(plain(x.requires_grad_(), weight, *rest), x, dy)
     (dweight,) = torch.autograd.grad(plain(x.detach(), weight.requires_grad_(), *rest), weight, dy)
-    torch.testing.assert_close(dx, whole[1])
-    torch.testing.assert_close(dweight, whole[2])
+    assert_close(dx, whole[1])
+    assert_close(dweight, whole[2])
 
 
 @COMPILED

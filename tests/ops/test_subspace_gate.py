@@ -7,6 +7,7 @@ import torch
 from saccade.ops import backend, subspace_gate
 from saccade.ops.subspace_gate import eager, kernel, op, reference
 from support import budget, parity
+from support.budget import assert_close
 from support.ops import (
     COMPILED,
     DEVICE,
@@ -101,7 +102,7 @@ def check_results(f, args, training: bool) -> None:
         exact=definition([t.double() for t in args]),
         samples=budget.simulate(lambda mode: definition(wide, mode)),
         plain=definition(wide),
-        u=torch.finfo(args[0].dtype).eps / 2,
+        u=torch.finfo(args[0].dtype).eps,  # running statistics are rounded twice
     )
 
 
@@ -135,7 +136,7 @@ def loops(x, w, b, nw, nb, pw, pb, pnw, pnb, rm, rv, prm, prv, training, eps=1e-
 def test_reference_is_the_definition(shape, training):
     args = inputs(shape, torch.float64)
     expected = loops(*(t.cpu() for t in args), training)
-    torch.testing.assert_close(with_statistics(reference.subspace_gate, training)(*args).cpu(), expected)
+    assert_close(with_statistics(reference.subspace_gate, training)(*args).cpu(), expected)
 
 
 @pytest.mark.parametrize("f", [reference.subspace_gate, plain], ids=["reference", "eager"])
@@ -180,10 +181,10 @@ def test_published_values(name, layout, f):
 def test_eager_matches_reference(shape, layout, training):
     args = inputs(shape, torch.float64, layout)
     for ours, exact in zip(results(plain, args, training), results(reference.subspace_gate, args, training)):
-        torch.testing.assert_close(ours, exact)
+        assert_close(ours, exact)
 
 
-@grid(shape=SHAPES, layout=LAYOUTS, training=[True, False])
+@grid(also=[(SHAPES[-1], LAYOUTS[1], True)], shape=SHAPES, layout=LAYOUTS, training=[True, False])
 def test_triton_matches_reference(shape, layout, training):
     check_results(triton, inputs(shape, torch.float32, layout), training)
 
@@ -198,7 +199,7 @@ def halves(shape, dtype, layout):
 
 @grid(dtype=[t for t in DTYPES if t != torch.float32], training=[True, False], layout=LAYOUTS, f=[triton, plain])
 def test_half_precision(training, layout, f, dtype):
-    check_results(f, halves(SHAPES[-1], dtype, layout), training)
+    check_results(f, halves(SHAPES[0], dtype, layout), training)
 
 
 @pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
@@ -206,7 +207,7 @@ def test_the_first_of_equal_maxima_gets_the_gradient(f):
     args = inputs((1, 3, 6, 5, 1), torch.float32)
     x = (rand((1, 3, 6, 5)) * 2).round() / 2  # many ties
     for ours, exact in zip(results(f, (x, *args[1:]), False), results(reference.subspace_gate, (x, *args[1:]), False)):
-        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)  # a tie decided otherwise is off by far more
 
 
 @pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
@@ -216,7 +217,7 @@ def test_parameters_of_another_type(training, f):
     x = x.half().float()
     exact, ours = results(f, (x, *rest), training), results(f, (x.half(), *rest), training)
     for got, expected in zip(ours, exact):
-        torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)
+        torch.testing.assert_close(got, expected, rtol=2e-3, atol=2e-3)  # x and y rounded to float16
     leaf = rest[0].clone().requires_grad_()
     y = f(x.half(), leaf, *rest[1:], training)
     y.sum().backward()
@@ -281,7 +282,7 @@ def test_nan_stays_in_its_image(f):
 def test_one_position_is_doubled(f):
     args = inputs((3, 8, 1, 1, 2))
     out, _, *others = results(f, args, False)
-    torch.testing.assert_close(out, 2 * args[0].double())
+    assert_close(out, 2 * args[0].double())
     assert not any(d.any() for d in others[:8])
 
 
@@ -293,7 +294,7 @@ def test_running_statistics_are_optional_and_keep_their_type():
     full = plain_running = [t.clone() for t in rest[8:]]
     plain(x, *rest[:8], *full, True, momentum=1.0)
     for new, old, batch in zip(running, rest[8:], plain_running):
-        torch.testing.assert_close(new, 0.75 * old + 0.25 * batch)
+        assert_close(new, 0.75 * old + 0.25 * batch)
     assert all(torch.equal(a, b) for a, b in zip(rest[8:], inputs(SHAPES[0])[9:]))
 
 
@@ -405,11 +406,11 @@ def test_compiles_in_one_graph(name, dynamic, training):
     with backend(name):
         compiled = torch.compile(ours, fullgraph=True, dynamic=dynamic, backend="aot_eager")
         for got, expected in zip(evaluate(compiled, (x,)), evaluate(exact, (x,)), strict=True):
-            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)  # in training gradients cancel
         if dynamic:
-            torch.testing.assert_close(compiled(x[:1]), exact(x[:1]), rtol=1e-4, atol=1e-5)
+            assert_close(compiled(x[:1]), exact(x[:1]))
     for got, expected in zip(ours.buffers(), exact.buffers()):
-        torch.testing.assert_close(got, expected)
+        assert_close(got, expected)
 
 
 @pytest.mark.parametrize("name", ["torch", "triton"])
@@ -417,7 +418,7 @@ def test_exports(name):
     model, x, y = Module().to(DEVICE).eval(), rand((2, 12, 5, 7)), rand((3, 12, 5, 7), seed=1)
     with backend(name):
         program = torch.export.export(model, (x,), dynamic_shapes=[{0: torch.export.Dim("batch")}])
-        torch.testing.assert_close(program.module()(y), model(y))
+        assert_close(program.module()(y), model(y))
         called = any("subspace_gate_fwd" in str(node.target) for node in program.graph.nodes)
         assert called == (name == "triton")
 
@@ -426,9 +427,9 @@ def test_exports(name):
 def test_scripts(training):
     args = inputs(SHAPES[0])
     copies = [t.clone() for t in args]
-    torch.testing.assert_close(torch.jit.script(subspace_gate)(*args, training), plain(*copies, training))
+    assert_close(torch.jit.script(subspace_gate)(*args, training), plain(*copies, training))
     for ours, exact in zip(args, copies):
-        torch.testing.assert_close(ours, exact)
+        assert_close(ours, exact)
 
 
 def test_meta_tensors_have_shapes():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from saccade.ops import backend, window_attention
 from saccade.ops.window_attention import eager, kernel, op, reference
 from support import parity
+from support.budget import assert_close
 from support.ops import (
     COMPILED,
     DEVICE,
@@ -100,7 +101,7 @@ def loops(qkv, heads, window, shift, bias, pad):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_reference_is_the_definition(shape):
     args = [t.cpu() if torch.is_tensor(t) else t for t in inputs(shape, torch.float64)]
-    torch.testing.assert_close(reference.window_attention(*args), loops(*args))
+    assert_close(reference.window_attention(*args), loops(*args))
 
 
 def attention(x, state, f, window=(7, 7), heads=2):  # (B, H, W, C)
@@ -274,7 +275,7 @@ def test_parameters_of_another_type(f):
     leaves = [qkv.half().requires_grad_(), bias.requires_grad_(), pad.requires_grad_()]
     out = f(leaves[0], heads, window, shift, *leaves[1:])
     assert out.dtype == torch.float16
-    torch.testing.assert_close(out.float(), plain(*inputs(SHAPES[1])), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(out.float(), plain(*inputs(SHAPES[1])), rtol=1e-2, atol=1e-2)  # inputs in float16
     out.sum().backward()
     assert [t.grad.dtype for t in leaves] == [torch.float16, torch.float32, torch.float32]
 
@@ -382,7 +383,7 @@ def test_kernels_hold_little(walking):
 def test_diagonals(n):
     x = rand((2, n, n))
     expected = torch.stack([x.diagonal(-d, 1, 2).sum(-1) for d in range(1 - n, n)], -1)
-    torch.testing.assert_close(eager.skewed(x), expected)
+    assert_close(eager.skewed(x), expected)
 
 
 def test_backend_is_left_as_it_was():

@@ -169,3 +169,20 @@ def assert_within(ours: list[Tensor], exact: list[Tensor], samples: list[list[Te
             assert error <= allowed, (
                 f"result {i} (outputs, then gradients): {name} error {error:.3g}, budget {allowed:.3g}"
             )
+
+
+# Two runs of one arithmetic may sum in another order: a few sums of up to a hundred terms, at 20 units of their largest
+# each. In half precision only the last rounding differs, as sums are in float32; float64 is compared as PyTorch does.
+UNITS = {torch.float32: 256, torch.float16: 4, torch.bfloat16: 4}
+
+
+def assert_close(ours, exact) -> None:
+    """Check that tensors, or lists of them, have equal shapes, dtypes and values, but for the order of sums."""
+    ours, exact = ([x] if isinstance(x, Tensor) else list(x) for x in (ours, exact))
+    for got, want in zip(ours, exact, strict=True):
+        if want.dtype not in UNITS or not want.numel():
+            torch.testing.assert_close(got, want)
+        else:
+            scale = want.detach().abs().nan_to_num(0, 0, 0).max().item()
+            atol = UNITS[want.dtype] * torch.finfo(want.dtype).eps / 2 * scale
+            torch.testing.assert_close(got, want, rtol=0, atol=atol)

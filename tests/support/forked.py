@@ -1,4 +1,4 @@
-"""Processes that work together, forked from the test's own: nothing is imported again. None can compute gradients."""
+"""Process groups forked from the test's own process: nothing is imported again. They cannot compute gradients."""
 
 import multiprocessing
 import os
@@ -14,7 +14,7 @@ TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
 def in_processes(count: int, function: Callable[[int], int]) -> list[int]:
-    """What function(rank) returns, as exit codes, in that many processes as torchrun would start them."""
+    """Run function(rank) in `count` processes with torchrun's environment; return what it returns, as exit codes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -36,7 +36,7 @@ def in_processes(count: int, function: Callable[[int], int]) -> list[int]:
 
 
 def forked(processes: int, tool: str, *arguments) -> list[int]:
-    """The exit codes of a tool's command line in that many processes."""
+    """Run a tool's command line in that many processes; return their exit codes."""
 
     def run(rank: int) -> int:
         from saccade.train.runtime.errors import run

@@ -1,12 +1,15 @@
-"""Gradients against a golden fixture, where a published parameter is a part of one of ours, or named by its place."""
+"""Compare gradients with a golden fixture where a published parameter is a part of one of ours, or has another name."""
 
 import torch
 from torch import nn
 
 
 def assert_gradients(model: nn.Module, fixture: dict, ours, rtol: float = 1e-7) -> None:
-    """As parity.assert_gradients. `ours` makes our state dict of a published one: it is given the published keys'
-    numbers for values, and so says which element of ours is whose."""
+    """Check the norms of gradients, as parity.assert_gradients does.
+
+    ours: makes our state dict of a published one. Given the published keys' numbers as values, its result shows which
+    element of ours belongs to which key.
+    """
     want, params = fixture["grads"], dict(model.named_parameters())
     keys = [key for key, _, _ in fixture["state"]]
     norms = {}

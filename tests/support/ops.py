@@ -1,5 +1,5 @@
-"""What the operators' tests share: a kernel against its reference, the contract that every operator keeps, and Triton
-on a machine without a GPU."""
+"""What the operators' tests share: a kernel against its reference, the contract of every operator, and Triton's
+interpreter where there is no GPU."""
 
 import contextlib
 import functools
@@ -15,6 +15,7 @@ from torch.library import opcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import budget
+from .budget import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter computes bfloat16 wrongly: a GPU alone can test it.
@@ -34,7 +35,7 @@ FULL = pytest.mark.parametrize("full", [False, pytest.param(True, marks=pytest.m
 
 
 def interpret() -> None:
-    """Have Triton's interpreter run the kernels where there is no GPU. To be called before any kernel is imported."""
+    """Run kernels by Triton's interpreter where there is no GPU. Call it before any kernel is imported."""
     if DEVICE == "cuda" or hasattr(interpret, "done"):
         return
     interpret.done = True
@@ -92,22 +93,18 @@ def check(op, reference, *args) -> None:
     )
 
 
-def grid(indirect=False, **axes):
+def grid(indirect=False, also=(), **axes):
     """Parametrize a test over all combinations of the named values.
 
-    Combinations that differ from the first values on more than one axis are exhaustive: every value runs in make test.
+    Combinations that differ from the first values on more than one axis are exhaustive, apart from those listed in
+    `also`: every value runs in make test.
     """
-    values = [
-        pytest.param(*combination, marks=[pytest.mark.exhaustive] if changed > 1 else [], id="-".join(map(str, names)))
-        for combination, names, changed in (
-            (
-                [v for _, v in picked],
-                [getattr(v, "__name__", v) for _, v in picked],
-                sum(i > 0 for i, _ in picked),
-            )
-            for picked in itertools.product(*(list(enumerate(axis)) for axis in axes.values()))
-        )
-    ]
+    values = []
+    for picked in itertools.product(*(enumerate(axis) for axis in axes.values())):
+        combination = tuple(value for _, value in picked)
+        quick = sum(i > 0 for i, _ in picked) <= 1 or combination in also
+        name = "-".join(str(getattr(value, "__name__", value)) for value in combination)
+        values.append(pytest.param(*combination, marks=() if quick else pytest.mark.exhaustive, id=name))
     return pytest.mark.parametrize(", ".join(axes), values, indirect=indirect)
 
 
@@ -173,11 +170,11 @@ def flops(f, *args) -> tuple[int, int]:
 
 def scripts(operator, form, *args) -> None:
     """Check that torch.jit.script of the operator computes what the form computes."""
-    torch.testing.assert_close(torch.jit.script(operator)(*args), form(*args))
+    assert_close(torch.jit.script(operator)(*args), form(*args))
 
 
 def forced(f, name: str):
-    """f with one form of every operator forced: "torch" or "triton"."""
+    """Return f with one form of every operator forced, "torch" or "triton"."""
     from saccade.ops import backend
 
     @functools.wraps(f)
@@ -190,27 +187,27 @@ def forced(f, name: str):
 
 
 def agree(f, reference, *args) -> None:
-    """In float64: outputs and all gradients of f and of reference are equal but for rounding."""
+    """Check on float64 args that outputs and all gradients of f and of reference are equal but for rounding."""
     for ours, exact in zip(evaluate(f, args), evaluate(reference, args), strict=True):
-        torch.testing.assert_close(ours, exact)
+        assert_close(ours, exact)
 
 
 def repeats(f, *args) -> None:
-    """Outputs and gradients of three runs are equal to the bit."""
+    """Check that outputs and gradients of three runs are equal to the bit."""
     first, *others = (evaluate(f, args) for _ in range(3))
     for other in others:
         assert all(map(torch.equal, first, other))
 
 
 def gradients_are_right(f, *args, twice: bool = True) -> None:
-    """gradcheck and, unless twice is False, gradgradcheck, on float64 args."""
+    """Run gradcheck and, unless twice is False, gradgradcheck, on float64 args."""
     leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
     assert torch.autograd.gradcheck(f, leaves)
     assert not twice or torch.autograd.gradgradcheck(f, leaves)
 
 
 def refuses_second_derivative(f, *args) -> None:
-    """The Triton form says in one sentence that it has none, and what to use."""
+    """Check that the Triton form raises one sentence that names the form with a second derivative."""
     leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in args]
     out = f(*leaves)
     first = next(x for x in leaves if isinstance(x, Tensor) and x.requires_grad)
@@ -220,13 +217,17 @@ def refuses_second_derivative(f, *args) -> None:
 
 
 def compiles(f, *args, name: str, dynamic: bool | None = False, others: tuple = ()) -> None:
-    """In one graph, forward and backward, with one form forced; `others`: further argument lists for the same f."""
+    """Check torch.compile in one graph, forward and backward, with one form forced.
+
+    others: further arguments for the same compiled f.
+    """
     torch.compiler.reset()
     f = forced(f, name)
     compiled = torch.compile(f, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    dtype = next(x.dtype for x in args if isinstance(x, Tensor) and x.is_floating_point())
     for given in (args, *others):
         for ours, exact in zip(evaluate(compiled, given), evaluate(f, given), strict=True):
-            torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+            assert_close(ours.to(dtype), exact.to(dtype))
 
 
 class _Module(torch.nn.Module):
@@ -238,29 +239,33 @@ class _Module(torch.nn.Module):
         return self.f(*args)
 
 
-def exports(f, args, others, name: str, operator: str, batched: tuple[int, ...] = (0,)) -> None:
-    """torch.export of f on tensors args with a dynamic batch, run on `others` of another batch; with the kernels forced
-    the program calls the custom operator by that name. `batched`: which of args have a batch, on axis 0."""
+def exports(f, args, others, name: str, *operators: str, batched: tuple[int, ...] = (0,)) -> None:
+    """Check torch.export of f with a dynamic batch, traced on tensors args and run on `others` of another batch.
+
+    operators: names of the custom operators that the program calls exactly where the kernels are forced.
+    batched: which of args have a batch, on axis 0.
+    """
     model, batch = _Module(f), torch.export.Dim("batch")
     shapes = (tuple({0: batch} if i in batched else {} for i in range(len(args))),)
     run = forced(torch.export.export, name)
     program = run(model, tuple(args), dynamic_shapes=shapes)
     ours, exact = forced(program.module(), name)(*others), forced(f, name)(*others)
-    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-5)
+    assert_close(ours, exact)
     graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
-    called = any(operator in str(node.target) for graph in graphs for node in graph.nodes)  # nested, in a no_grad too
-    assert called == (name == "triton")
+    called = [str(node.target) for graph in graphs for node in graph.nodes]  # nested, in a no_grad too
+    for operator in operators:
+        assert any(operator in target for target in called) == (name == "triton")
 
 
 def autocast_changes_nothing(f, *args) -> None:
-    """Under bfloat16 autocast: the same bits in output and gradients."""
+    """Check that bfloat16 autocast changes no bit of output and gradients."""
     with torch.autocast(DEVICE, torch.bfloat16):
         under = evaluate(f, args)
     assert all(map(torch.equal, under, evaluate(f, args)))
 
 
 def refuses(f, message: str, *args, error=ValueError, **kwargs) -> None:
-    """f(*args) raises `error` with one sentence that matches message."""
+    """Check that f(*args) raises `error` with one sentence that matches message."""
     with pytest.raises(error, match=message) as caught:
         f(*args, **kwargs)
     assert "\n" not in str(caught.value)
@@ -268,7 +273,7 @@ def refuses(f, message: str, *args, error=ValueError, **kwargs) -> None:
 
 
 def peak_bytes(step) -> int:
-    """The most bytes that PyTorch has allocated at once within step(): also inside custom operators."""
+    """Return the peak bytes that PyTorch allocates within step(), also inside custom operators."""
     from saccade.train.runtime.measure import peak_allocated
 
     return peak_allocated(step, torch.device(DEVICE))

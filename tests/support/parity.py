@@ -22,7 +22,7 @@ def load(system: str, name: str) -> dict:
 
 
 def seeded(seed: int, shape) -> Tensor:
-    """Standard normal float64 values of `shape` from NumPy's PCG64."""
+    """Return standard normal float64 values of `shape` from NumPy's PCG64."""
     return torch.from_numpy(np.random.Generator(np.random.PCG64(seed)).standard_normal(tuple(shape)))
 
 
@@ -56,7 +56,7 @@ def image(fixture: dict) -> Tensor:
 
 
 def assert_equal(name: str, got: Tensor, want: dict, rtol: float = 1e-9) -> None:
-    """`got` has the recorded shape, mean, std, norm and samples, relative to the recorded root mean square."""
+    """Check shape, mean, std, norm and samples against the recorded ones, relative to the recorded root mean square."""
     assert list(got.shape) == want["shape"], name
     flat = got.detach().double().flatten()
     rms = want["l2"] / math.sqrt(max(1, flat.numel()))
@@ -75,7 +75,7 @@ def assert_equal(name: str, got: Tensor, want: dict, rtol: float = 1e-9) -> None
 
 
 def assert_gradients(model, want: dict, rename, rtol: float = 1e-7) -> None:
-    """Norms of the parameters' gradients equal the recorded ones; `rename` maps published keys to ours."""
+    """Check the norms of the parameters' gradients; `rename` maps published keys to ours."""
     params = dict(model.named_parameters())
     largest = max(v for v in want.values() if v is not None)
     assert {rename(k) for k in want} == set(params)
