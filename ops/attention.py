@@ -59,7 +59,7 @@ class FlashOnCpu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        if wants_definition_gradients():
+        if wants_definition_gradients(dout):
             return _second_derivative(ctx, dout)
         q, k, v, mask, out, lse = ctx.saved_tensors
         dout = dout if dout.stride(-1) == 1 else dout.contiguous()
@@ -78,7 +78,7 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        if wants_definition_gradients():
+        if wants_definition_gradients(dout):
             return _second_derivative(ctx, dout)
         *tensors, mask = ctx.saved_tensors
         with torch.enable_grad():

@@ -119,6 +119,7 @@ def definition_gradients(
     return tuple(next(remaining) if n else None for n in needed)
 
 
-def wants_definition_gradients() -> bool:
-    """Return whether a backward must be differentiable (create_graph=True) or runs under a transform."""
-    return torch.is_grad_enabled() or is_transformed()
+def wants_definition_gradients(dy: Tensor) -> bool:
+    """Return whether the backward of dy must be differentiable (create_graph=True), or runs under a transform or for
+    many gradients at once (is_grads_batched=True)."""
+    return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(dy)

@@ -97,7 +97,7 @@ class AgentAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        if wants_definition_gradients():
+        if wants_definition_gradients(dout):
             f = partial(_definition, rest=ctx.rest)
             return *definition_gradients(f, ctx.saved_tensors, ctx.needs_input_grad[:8], dout), None, None, None
         with no_autocast(dout):

@@ -38,7 +38,7 @@ class ChannelAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout: Tensor) -> tuple[Tensor, None, None]:
         (qkv, a), heads, scale = ctx.saved_tensors, ctx.heads, ctx.scale
-        if wants_definition_gradients():
+        if wants_definition_gradients(dout):
             with no_autocast(qkv):
                 f = partial(reference.channel_attention, heads=heads, scale=scale)
                 return *definition_gradients(f, (qkv,), (True,), dout), None, None

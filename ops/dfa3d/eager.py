@@ -63,7 +63,7 @@ class DeformAttn(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         value, depth, locations, weights = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        if wants_definition_gradients():
+        if wants_definition_gradients(dout):
 
             def f(value: Tensor, depth: Tensor | None, locations: Tensor, weights: Tensor) -> Tensor:
                 with no_autocast(value):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import definition_gradients, wants_definition_gradients
-from ..precision import full, no_autocast
+from ..precision import copy_back, full, no_autocast
 from . import reference
 
 
@@ -23,8 +23,12 @@ def gaussian_gate(x: Tensor, *args) -> tuple[Tensor, ...]:
 def definition(x: Tensor, *args, **kwargs) -> Tensor:
     """The definition, computed in float32 at least, in the type of x. It updates the running statistics."""
     with no_autocast(x):
-        parameters = (None if p is None else p.to(full(x)) for p in args[:5])
-        return reference.gaussian_gate(x.to(full(x)), *parameters, *args[5:], **kwargs).to(x.dtype)
+        given = args[:9]
+        wide = [None if t is None else t.to(full(x)) for t in given]
+        y = reference.gaussian_gate(x.to(full(x)), *wide, *args[9:], **kwargs).to(x.dtype)
+        if args[9]:  # training
+            copy_back(wide[5:], given[5:])
+        return y
 
 
 class GaussianGate(torch.autograd.Function):
@@ -46,7 +50,7 @@ class GaussianGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, *_):
         x, *args = ctx.saved_tensors
-        if wants_definition_gradients():
+        if wants_definition_gradients(dy):
 
             def f(*tensors: Tensor) -> Tensor:
                 return definition(*tensors, *args[5:], ctx.training, eps=ctx.eps)

@@ -62,7 +62,7 @@ class HaloAttention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        if wants_definition_gradients():
+        if wants_definition_gradients(dout):
 
             def f(*tensors: Tensor) -> Tensor:
                 with no_autocast(dout):

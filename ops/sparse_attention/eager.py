@@ -216,7 +216,7 @@ class SparseAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (qkv, mask, out, lse), (heads, scale) = ctx.saved_tensors, ctx.rest
-        if wants_definition_gradients():
+        if wants_definition_gradients(dout):
             f = partial(reference.sparse_attention, mask=mask, heads=heads, scale=scale)
             return *definition_gradients(f, (qkv,), (True,), dout), None, None, None
         dout = dout.contiguous().unflatten(2, (heads, -1)).transpose(1, 2)

@@ -95,7 +95,7 @@ def sparse_mask(
     return pack(torch.cat((cls, M), 2))
 
 
-# Sums and quotients in place of shifts: ONNX shifts no signed integers. 1 << 32, as 2**32 is a float in TorchScript.
+# Sums and remainders in place of shifts: ONNX shifts no signed integers, and divides integers in float32. 1 << 32, as 2**32 is a float in TorchScript.
 
 
 def pack(M: Tensor) -> Tensor:  # (..., N) bool -> (..., ceil(N / 32)) int32
@@ -105,10 +105,8 @@ def pack(M: Tensor) -> Tensor:  # (..., N) bool -> (..., ceil(N / 32)) int32
 
 
 def unpack(mask: Tensor, N: int) -> Tensor:  # (..., ceil(N / 32)) int32 -> (..., N) bool
-    word = mask.long()
-    word = torch.where(word < 0, word + (1 << 32), word).unsqueeze(-1)
-    bits = torch.div(word, 2 ** torch.arange(32, device=mask.device), rounding_mode="floor") % 2
-    return (bits != 0).flatten(-2)[..., :N]
+    bit = 2 ** torch.arange(32, device=mask.device)
+    return (mask.long().unsqueeze(-1) % (2 * bit) >= bit).flatten(-2)[..., :N]
 
 
 def sparse_attention(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..dispatch import definition_gradients, wants_definition_gradients
 from ..gaussian_gate.eager import lying
 from ..gaussian_gate.reference import SIXTH
-from ..precision import full, no_autocast
+from ..precision import copy_back, full, no_autocast
 from . import reference
 
 
@@ -23,8 +23,12 @@ def spatial_gate(x: Tensor, *args) -> tuple[Tensor, ...]:
 def definition(x: Tensor, *args, **kwargs) -> Tensor:
     """The definition, computed in float32 at least, in the type of x. It updates the running statistics."""
     with no_autocast(x):
-        parameters = (p.to(full(x)) for p in args[:3])
-        return reference.spatial_gate(x.to(full(x)), *parameters, *args[3:], **kwargs).to(x.dtype)
+        given = args[:5]
+        wide = [None if t is None else t.to(full(x)) for t in given]
+        y = reference.spatial_gate(x.to(full(x)), *wide, *args[5:], **kwargs).to(x.dtype)
+        if args[5]:  # training
+            copy_back(wide[3:], given[3:])
+        return y
 
 
 class SpatialGate(torch.autograd.Function):
@@ -48,7 +52,7 @@ class SpatialGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, *_):
         x, *tensors, g, mean, rstd = ctx.saved_tensors
-        if wants_definition_gradients():
+        if wants_definition_gradients(dy):
 
             def f(*args: Tensor) -> Tensor:
                 return definition(*args, *tensors[3:], ctx.training, eps=ctx.eps)

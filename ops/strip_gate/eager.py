@@ -61,7 +61,7 @@ class StripGate(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, norm_weight, norm_bias = ctx.saved_tensors
         norm_groups, eps, residual = ctx.rest
-        if wants_definition_gradients():
+        if wants_definition_gradients(dy):
             rest = dict(norm_groups=norm_groups, eps=eps, residual=residual)
             tensors = x, weight, norm_weight, norm_bias
             needed = ctx.needs_input_grad[:4]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ..dispatch import definition_gradients, wants_definition_gradients
-from ..precision import full, no_autocast
+from ..precision import copy_back, full, no_autocast
 from . import reference
 
 
@@ -27,8 +27,12 @@ def subspace_gate(x: Tensor, *args) -> tuple[Tensor, ...]:
 def definition(x: Tensor, *args, **kwargs) -> Tensor:
     """The definition, computed in float32 at least, in the type of x. It updates the running statistics."""
     with no_autocast(x):
-        parameters = (p.to(full(x)) for p in args[:8])
-        return reference.subspace_gate(x.to(full(x)), *parameters, *args[8:], **kwargs).to(x.dtype)
+        given = args[:12]
+        wide = [None if t is None else t.to(full(x)) for t in given]
+        y = reference.subspace_gate(x.to(full(x)), *wide, *args[12:], **kwargs).to(x.dtype)
+        if args[12]:  # training
+            copy_back(wide[8:], given[8:])
+        return y
 
 
 class SubspaceGate(torch.autograd.Function):
@@ -52,7 +56,7 @@ class SubspaceGate(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy: Tensor, *_):
         x, *args = ctx.saved_tensors
-        if wants_definition_gradients():
+        if wants_definition_gradients(dy):
             running = [None] * 4 if ctx.training else args[8:]
 
             def f(*tensors: Tensor) -> Tensor:

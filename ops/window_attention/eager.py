@@ -88,7 +88,7 @@ class WindowAttention(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, bias, pad = ctx.saved_tensors
         *rest, scale, run = ctx.rest
-        if wants_definition_gradients():
+        if wants_definition_gradients(dout):
             heads, window, shift = rest
             f = partial(definition, heads=heads, window=window, shift=shift, scale=scale)
             needed = [ctx.needs_input_grad[i] for i in (0, 4, 5)]
