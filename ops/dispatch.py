@@ -112,8 +112,10 @@ def definition_gradients(
     """
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        y = definition(*tensors)
-        leaves: list[Any] = [t for t, n in zip(tensors, needed) if n]
+        # Aliases: where one tensor was computed from another, the other's gradient must not pass through it.
+        inputs = [t.view_as(t) if n and t is not None else t for t, n in zip(tensors, needed)]
+        y = definition(*inputs)
+        leaves: list[Any] = [t for t, n in zip(inputs, needed) if n]
         grads = torch.autograd.grad(y, leaves, dy, create_graph=differentiable, allow_unused=True)
     remaining = iter(grads)
     return tuple(next(remaining) if n else None for n in needed)

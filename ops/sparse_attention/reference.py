@@ -95,7 +95,8 @@ def sparse_mask(
     return pack(torch.cat((cls, M), 2))
 
 
-# Sums and remainders in place of shifts: ONNX shifts no signed integers, and divides integers in float32. 1 << 32, as 2**32 is a float in TorchScript.
+# Sums and remainders in place of shifts: ONNX shifts no signed integers, and divides integers in float32. In
+# TorchScript 2**32 is a float, and 1 << 32 is not.
 
 
 def pack(M: Tensor) -> Tensor:  # (..., N) bool -> (..., ceil(N / 32)) int32
