@@ -52,6 +52,10 @@ def test_perfect_and_nothing():
     empty.update(0, (torch.zeros(0, 9), torch.zeros(0), torch.zeros(0)), truth[:1], labels[:1])
     metrics, _ = empty.result()
     assert metrics["mAP"] == 0 and metrics["NDS"] == 0 and metrics["mATE"] == 1
+    blank = NuScenesMetric(["car"])
+    blank.update(0, found([(box(5, 5), 0.9)]), torch.zeros(0, 9), torch.zeros(0))
+    metrics, _ = blank.result()
+    assert metrics.pop("images") == 1 and np.isnan(list(metrics.values())).all()
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,9 @@
 """ImageNet in all its layouts: the same images and labels, read whole or with what is bad in them named."""
 
+import io
 import json
 import os
+import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -70,7 +72,7 @@ def be(monkeypatch):
     """be(world, rank) makes this process one of many, as far as the loader sees."""
 
     def change(world: int, rank: int) -> None:
-        monkeypatch.setattr(loader, "world", lambda: world)
+        monkeypatch.setattr(loader, "world_size", lambda: world)
         monkeypatch.setattr(loader, "rank", lambda: rank)
 
     return change
@@ -241,6 +243,43 @@ def test_labels_of_shards(tmp_path):
     assert len(source.images("train")[0]) == 1
     said = {name.rpartition("!")[2]: reason for name, (reason, _) in source.bad.items()}
     assert said == {"a.jpg": "has no label", "b.png": "has no label", "c": "has a label and no image"}
+
+
+def test_samples_that_are_lost_have_names(tmp_path, capsys):
+    """Two images or labels under one key, dots in keys, members that make no sample; labels that are no number."""
+    data = imagenet.picture(0)
+    members = [("a.jpg", data), ("a.cls", b"\xef\xbb\xbf1\r\n"), ("a.txt", b"a caption"), ("a.depth.png", data)]
+    members += [("a.jpg", data), ("a.png", data), ("a.cls", b"1"), ("a.cls", b"2")]  # the third label is a's own
+    members += [("b.v2.jpg", data), ("b.cls", b"0"), ("c.jpg", data), ("c.json", b'{"label": 2.0}')]
+    members += [("d.jpg", data), ("d.json", b'{"label": 2.5}'), ("e.jpg", data), ("e.json", b'{"label": true}')]
+    members += [("f.tif", data), ("f.cls", b"0"), ("notes.txt", b""), ("deep/._a.jpg", b""), ("README", b"")]
+    members += [("g.jpg", data), ("g.cls", b"9" * 30), ("h.jpg", data), ("h.json", b'{"label": "3"}')]
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as shard:
+        for name, content in members:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            shard.addfile(header, io.BytesIO(content))
+    (tmp_path / "odd.tar").write_bytes(file.getvalue())
+    for _ in range(2):  # from the tar, and from what is kept of it
+        source = ImageNet(train=str(tmp_path / "odd.tar"), val=str(tmp_path / "odd.tar"), classes=4)
+        files, labels = source.images("train")
+        assert {files.base(i): int(labels[i]) for i in range(len(files))} == {"a.jpg": 1, "c.jpg": 2, "h.jpg": 3}
+        lost = {name.rpartition("!")[2].partition(" at ")[0]: reason for name, (reason, _) in source.bad.items()}
+        assert len(source.bad) == sum(count for _, count in source.bad.values()) == 9
+        assert lost == {
+            "a.jpg": "is a second image under the key a, after a.jpg",
+            "a.png": "is a second image under the key a, after a.jpg",
+            "a.cls": "is a second label, 2, under the key a",
+            "b.v2.jpg": "has no label (its key is b: a key ends at the first dot)",
+            "b": "has a label and no image",
+            "d.jpg": "has no label",
+            "e.jpg": "has no label",
+            "f": "has a label and no image",
+            "g.jpg": "has no label",
+        }
+        out = capsys.readouterr().out
+        assert "passed over: 2 .json, 1 .tif, 1 .txt, 1 hidden, 1 without an ending\n" in out
 
 
 def test_devkit(tmp_path):

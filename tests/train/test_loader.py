@@ -17,7 +17,7 @@ def ranks(monkeypatch):
     """ranks(world, rank) makes this process one of many, as far as the loader sees."""
 
     def be(world: int, rank: int) -> None:
-        monkeypatch.setattr(loader, "world", lambda: world)
+        monkeypatch.setattr(loader, "world_size", lambda: world)
         monkeypatch.setattr(loader, "rank", lambda: rank)
 
     return be

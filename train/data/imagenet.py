@@ -4,13 +4,16 @@ import io
 import json
 import re
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..runtime.config import Count, NonNegativeInt
 from ..runtime.errors import DATA, UserError
+from .files import note
 from .folder import ImageFolder
 from .images import Files, Source
 from .tar import Members, Samples, cache_folder, expand, fetch, index, is_stream
@@ -41,12 +44,12 @@ class ImageNet(Source):
         val: str | Sequence | None = None,
         test: str | Sequence | None = None,
         index: str | None = None,
-        classes: int | None = None,
+        classes: Count | None = None,
         cache_dir: str | None = None,
-        img_size: int | None = None,
+        img_size: Count | None = None,
         augment: dict | None = None,
         sizes: dict | None = None,
-        max_bad: int = 0,
+        max_bad: NonNegativeInt = 0,
     ):
         super().__init__(img_size, sizes, augment, max_bad)
         patterns = {split: given for split, given in dict(train=train, val=val, test=test).items() if given}
@@ -75,6 +78,12 @@ class ImageNet(Source):
             why = [f": {name} {reason}" for name, (reason, _) in self.bad.items()][:1]
             raise UserError("".join([f"the {split} split holds no images", *why]), DATA)
         return files, labels
+
+    @classmethod
+    def scanned(cls, root: str | None = None, **_: object) -> list[Path]:
+        """Return the folders all of whose images are taken as data: no run may write there."""
+        packed = root is None or any(Path(root, name).is_file() for name in (TRAIN, VAL, INDEX))
+        return [] if packed else ImageFolder.scanned(root)
 
 
 class _Tars:
@@ -114,7 +123,7 @@ class _Tars:
 
 
 def _classes(meta: bytes) -> dict[int, str]:
-    """The WordNet number of each class, by its number in the development kit; synsets that have children are none."""
+    """Return the WordNet number of each class, by its number in the development kit; synsets with children are none."""
     from scipy.io import loadmat
 
     synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
@@ -148,41 +157,47 @@ class _Shards:
             fetch(name, self.cache, entry.get("bytes"), entry.get("sha256")) if is_stream(name) else Path(name)
             for name, entry in zip(names, entries)
         ]
-        found = index(paths, "shard")
-        for path, name, samples, entry in zip(paths, names, found, entries):
-            said = f"{path} ({name})" if is_stream(name) else name
-            self.bad |= _missing(said, samples, entry.get("samples"))
+        indexed = index(paths, "shard")
+        unused = sum((Counter(samples.unused) for samples in indexed), Counter())
+        if unused:
+            parts = ", ".join(f"{count} {ending}" for ending, count in sorted(unused.items()))
+            note(f"{split}: members of shards that are no part of a sample, passed over: {parts}")
+        for path, name, samples, entry in zip(paths, names, indexed, entries):
+            shard = f"{path} ({name})" if is_stream(name) else name
+            self.bad |= _missing(shard, samples, entry.get("samples"))
             beyond = np.flatnonzero((samples.labels < 0) | (samples.labels >= len(self.class_names)))
             if len(beyond):
                 first = int(beyond[0])
                 raise UserError(
-                    f"{said}!{samples.names[first]} has label {samples.labels[first]}, "
+                    f"{shard}!{samples.names[first]} has label {samples.labels[first]}, "
                     f"and there are {len(self.class_names)} classes: labels are 0 … {len(self.class_names) - 1}"
                 )
-        return Members(list(zip(paths, found))), np.concatenate([samples.labels for samples in found])
+        return Members(list(zip(paths, indexed))), np.concatenate([samples.labels for samples in indexed])
 
     def _entry(self, name: str) -> dict[str, Any]:
-        """What the index says of a shard; of a stream, the shard that it names."""
+        """Return the index's entry of a shard; of a stream, that of the shard that it names."""
         words = re.split(r"[/\s'\"?&=]+", name) if is_stream(name) else [Path(name).name]
         return next((self.listed[word] for word in words if word in self.listed), {})
 
 
 def _missing(name: str, samples: Samples, expected: int | None) -> dict[str, tuple[str, int]]:
-    """What a tar has lost, name -> (reason, samples); where nobody knows how many there were, one at least."""
-    found = len(samples.names)
+    """Return what a tar has lost, name -> (reason, samples); where nobody knows how many there were, one at least."""
+    count = len(samples.names)
     torn = f": it {samples.torn}" if samples.torn else ""
-    if expected is not None and found > expected:
-        raise UserError(f"{name} has {found} samples where {expected} are listed: it is another file", DATA)
+    if expected is not None and count > expected:
+        raise UserError(f"{name} has {count} samples where {expected} are listed: it is another file", DATA)
+    if expected is not None and not torn and expected - count == len(samples.half):
+        expected = None  # each that is lost has a name
     if expected is not None:
-        return {name: (f"has {found} of {expected} samples{torn}", expected - found)} if found < expected else {}
-    bad = {f"{name}!{member}": (said, 1) for member, said in samples.half.items()}
+        return {name: (f"has {count} of {expected} samples{torn}", expected - count)} if count < expected else {}
+    bad = {f"{name}!{member}": (reason, 1) for member, reason in samples.half.items()}
     if samples.torn and not bad:
         bad[name] = f"{samples.torn}, how many samples are lost is not known", 1
     return bad
 
 
 def _listed(root: Path) -> dict[str, list[str]]:
-    """The shards of each split that a folder's index lists."""
+    """Return the shards of each split that a folder's index lists."""
     splits: dict[str, list[str]] = {}
     for name in sorted(read_index(root / INDEX)["shards"]):
         splits.setdefault(name.rpartition("-")[0], []).append(str(root / name))
@@ -192,7 +207,7 @@ def _listed(root: Path) -> dict[str, list[str]]:
 def read_index(path: Path) -> dict[str, Any]:
     """Read an index.json; raises UserError for a file that is none."""
     try:
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = json.loads(path.read_bytes())
         classes, shards = known["classes"], known["shards"]
         if not all(isinstance(name, str) for name in classes) or not all(isinstance(v, dict) for v in shards.values()):
             raise TypeError("wrong types")

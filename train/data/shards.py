@@ -19,7 +19,7 @@ from PIL import Image
 from ..runtime.checkpoint import atomic_write, write_text
 from ..runtime.errors import DATA, UserError, from_os
 from .imagenet import INDEX, read_index
-from .images import Source, Strings, decode
+from .images import Source, Strings, decode, note_conversions
 from .tar import IMAGE, checksum, index
 
 Progress = Callable[[int, int], None]
@@ -46,6 +46,8 @@ def write(
     if samples < 1 or workers < 1 or (resize is not None and resize < 1):
         raise UserError(f"samples={samples}, workers={workers} and resize={resize} must be 1 or more")
     files, labels = source.images(split)
+    if resize:
+        note_conversions(files.read, len(files), f"{split} images")
     for name, (reason, _) in source.bad.items():
         raise UserError(f"{name} {reason}: shards are written of whole data only", DATA)
     order = np.arange(len(files))

@@ -9,10 +9,11 @@ import hashlib
 import io
 import json
 import os
+import re
 import sys
 import tarfile
 import tempfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,7 +28,7 @@ from ..runtime.checkpoint import atomic_write
 from ..runtime.errors import DATA, UserError, from_os
 from .images import Strings
 
-VERSION = 1  # of what is kept
+VERSION = 2  # of what is kept
 IMAGE = ("jpg", "jpeg", "png", "webp")  # endings of a shard's images
 OPEN = 64  # tars that a process keeps open
 Kind = Literal["files", "tars", "shard"]
@@ -37,8 +38,9 @@ Kind = Literal["files", "tars", "shard"]
 class Samples:
     """What is in a tar: names of the images (member, or tar/member), their places and sizes in bytes, and labels.
 
-    labels: of a shard's samples, else -1. half: samples that lack their image or label, name -> what is wrong.
-    torn: how the tar ends before its end, or nothing.
+    labels: of a shard's samples, else -1. half: samples that are lost, for the lack of an image, a label or a key of
+    their own, name -> what is wrong. torn: how the tar ends before its end, or nothing. unused: how many members are no
+    part of a sample, by ending.
     """
 
     names: Strings
@@ -47,6 +49,7 @@ class Samples:
     labels: np.ndarray  # (N,) int64
     half: dict[str, str]
     torn: str
+    unused: dict[str, int]
 
 
 class Members:
@@ -139,7 +142,7 @@ def _digest(path: Path) -> str:
 
 
 def _store(path: Path, samples: Samples, stamp: str) -> None:
-    beside = json.dumps([stamp, samples.half, samples.torn])
+    beside = json.dumps([stamp, samples.half, samples.torn, samples.unused])
     arrays = dict(offsets=samples.offsets, sizes=samples.sizes, labels=samples.labels)
     names = dict(text=samples.names.text, ends=samples.names.ends)
     with open(path, "wb") as file:
@@ -149,11 +152,11 @@ def _store(path: Path, samples: Samples, stamp: str) -> None:
 def _load(places: Sequence[Path], stamp: str) -> Samples | None:
     for place in places:
         with suppress(Exception), np.load(place, allow_pickle=False) as kept:  # not there, or torn: it is made again
-            stamped, half, torn = json.loads(kept["beside"].tobytes())
+            stamped, *rest = json.loads(kept["beside"].tobytes())
             if stamped == stamp:
                 names = Strings(())
                 names.text, names.ends = kept["text"], kept["ends"]
-                return Samples(names, kept["offsets"], kept["sizes"], kept["labels"], half, torn)
+                return Samples(names, kept["offsets"], kept["sizes"], kept["labels"], *rest)
     return None
 
 
@@ -173,7 +176,7 @@ def _scan(tar: Path, kind: Kind) -> Samples:
             members = inner
     names, offsets, sizes = zip(*members) if members else ((), (), ())
     places = np.array(offsets, np.int64), np.array(sizes, np.int64)
-    return Samples(Strings(names), *places, np.full(len(names), -1, np.int64), {}, torn)
+    return Samples(Strings(names), *places, np.full(len(names), -1, np.int64), {}, torn, {})
 
 
 def _members(file: io.BufferedReader, begin: int, end: int) -> tuple[list[tuple[str, int, int]], str]:
@@ -236,29 +239,59 @@ def key_and_ending(name: str) -> tuple[str, str]:
 
 
 def _grouped(file: io.BufferedReader, members: list[tuple[str, int, int]], torn: str) -> Samples:
+    """Return a shard's samples: of each key an image and its label."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int | None] = {}
+    lost: dict[str, str] = {}
+    others: list[tuple[str, str, str]] = []  # member, key, ending
+    unused: Counter[str] = Counter()
     for name, offset, size in members:
         key, ending = key_and_ending(name)
-        if ending in IMAGE:
-            images[key] = name, offset, size
+        if name.rpartition("/")[2].startswith("."):  # as macOS adds to tars
+            unused["hidden"] += 1
+        elif ending in IMAGE:
+            if key in images:
+                lost[f"{name} at byte {offset}"] = f"is a second image under the key {key}, after {images[key][0]}"
+            else:
+                images[key] = name, offset, size
         elif ending in ("cls", "json"):
             file.seek(offset)
-            if (label := _label(file.read(size), ending)) is not None or ending == "cls":
+            label = _label(file.read(size), ending)
+            if label is None and ending == "json":
+                others.append((name, key, ending))
+            elif key in labels and labels[key] != label:
+                lost[f"{name} at byte {offset}"] = f"is a second label, {label}, under the key {key}"
+            else:
                 labels[key] = label
+        else:
+            others.append((name, key, ending))
     whole = [key for key in images if labels.get(key) is not None]
-    half = {images[key][0]: "has no label" for key in images if labels.get(key) is None}
-    half |= {key: "has a label and no image" for key in labels if key not in images}
+    lost |= {images[key][0]: "has no label" for key in images if labels.get(key) is None}
+    lost |= {key: "has a label and no image" for key in labels if key not in images}
+    known = set(whole)
+    for name, key, ending in others:
+        if key in known:
+            continue  # a caption, say, or a depth map, beside the sample's image
+        if ending.rpartition(".")[2] in IMAGE:  # more than one dot
+            lost[name] = f"has no label (its key is {key}: a key ends at the first dot)"
+        else:
+            unused[f".{ending}" if ending else "without an ending"] += 1
     names, offsets, sizes = zip(*(images[key] for key in whole)) if whole else ((), (), ())
     places = np.array(offsets, np.int64), np.array(sizes, np.int64)
-    return Samples(Strings(names), *places, np.array([labels[key] for key in whole], np.int64), half, torn)
+    numbers = np.array([labels[key] for key in whole], np.int64)
+    return Samples(Strings(names), *places, numbers, lost, torn, dict(unused))
 
 
 def _label(text: bytes, ending: str) -> int | None:
+    """Return the number in a .cls member, or the "label" of a .json one; None where there is no whole number."""
     try:
-        return int(text) if ending == "cls" else int(json.loads(text)["label"])
+        label = text.decode("utf-8-sig").strip() if ending == "cls" else json.loads(text)["label"]
     except (ValueError, KeyError, TypeError):
         return None
+    if isinstance(label, float) and label.is_integer():
+        label = int(label)
+    number = str(label)  # not a bool's
+    return int(number) if re.fullmatch(r"-?\d{1,9}", number, re.ASCII) else None
 
 
 def fetch(url: str, folder: Path, size: int | None = None, sha256: str | None = None) -> Path:

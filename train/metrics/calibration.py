@@ -15,18 +15,21 @@ class Calibration:
 
     def __init__(self, device: torch.device, bins: int = 15):
         self.edges = torch.arange(1, bins, dtype=torch.float64, device=device) / bins  # between the bins
-        self.sums = torch.zeros(3, bins, dtype=torch.float64, device=device)  # images, right ones, confidence
+        self.sums = torch.zeros(3, bins, dtype=torch.float64, device=device)  # images, correct ones, confidence
 
     def update(self, logits: Tensor, labels: Tensor) -> None:
         """Count a batch: logits (B, classes), labels (B,)."""
-        confidence, said = logits.double().softmax(1).max(1)
-        counted = torch.stack([torch.ones_like(confidence), (said == labels).double(), confidence])
+        confidence, predicted = logits.double().softmax(1).max(1)
+        counted = torch.stack([torch.ones_like(confidence), (predicted == labels).double(), confidence])
         self.sums.index_add_(1, torch.bucketize(confidence, self.edges), counted)
 
     def result(self) -> tuple[float, list[dict[str, float]]]:
-        """The error in percent; of each bin with images: `low` and `high`, `images`, `top1`, `confidence` (percent)."""
+        """Return the error in percent, NaN without images, and a row for each bin that has images.
+
+        A row: `low` and `high`, `images`, `top1`, `confidence` (percent).
+        """
         images, right, confidence = all_reduce_sum(self.sums).cpu()
-        error = 100 * float((right - confidence).abs().sum() / images.sum().clamp_min(1))
+        error = 100 * float((right - confidence).abs().sum() / images.sum())
         rows = [
             dict(
                 low=100 * i / len(images),

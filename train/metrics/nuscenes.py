@@ -1,5 +1,5 @@
-"""nuScenes' detection metric (arXiv 1903.11027): average precision by the distance of centres, five errors of what was
-found, and their sum, the nuScenes detection score. As nuscenes-devkit computes it, on boxes in the view's frame.
+"""nuScenes' detection metric (arXiv 1903.11027): average precision by the distance of centres, five errors of the
+matches, and their sum, the nuScenes detection score. As nuscenes-devkit computes it, on boxes in the view's frame.
 
 A box is (x, y, z of its middle, length, width, height, yaw, velocity x, y).
 """
@@ -45,7 +45,7 @@ class NuScenesMetric:
         self.samples[int(index)] = (*arrays, kinds)
 
     def gathered(self) -> list[tuple[ndarray, ...]]:
-        """The samples of all processes, in the split's order; one that several have counts once."""
+        """Return the samples of all processes, in the split's order; one that several have counts once."""
         parts = [self.samples]
         if world_size() > 1:
             parts = [{}] * world_size()
@@ -54,8 +54,11 @@ class NuScenesMetric:
         return [whole[index] for index in sorted(whole)]
 
     def result(self) -> tuple[dict[str, float], dict]:
-        """(mAP, of all distances and at each, and NDS in percent, mean errors as nuScenes names them, images; detail:
-        per class `ap` and `errors`, and the curves: precision at 101 recalls at each distance)."""
+        """Return (mAP, of all distances and at each, and NDS in percent, mean errors as nuScenes names them, images;
+        detail: per class `ap` and `errors`, and the curves: precision at 101 recalls at each distance).
+
+        Without a true box in any sample the metrics are NaN.
+        """
         samples = self.gathered()
         detail, table = {}, []
         for label, name in enumerate(self.class_names):
@@ -74,13 +77,16 @@ class NuScenesMetric:
         score = (5 * aps.mean() + sum(max(0.0, 1 - e) for e in mean_errors)) / 10
         metrics = dict(mAP=100 * float(aps.mean()), NDS=100 * float(score))
         metrics |= {f"mAP_{d:g}m": 100 * float(ap) for d, ap in zip(DISTANCES, aps.mean(0))}
-        return metrics | dict(zip(ERRORS, mean_errors)) | dict(images=len(samples)), detail
+        metrics |= dict(zip(ERRORS, mean_errors))
+        if not any(len(truth) for *_, truth, _ in samples):
+            metrics = dict.fromkeys(metrics, float("nan"))
+        return metrics | dict(images=len(samples)), detail
 
 
 def accumulate(samples: Sequence[tuple[ndarray, ...]], label: int, name: str, distance: float) -> dict[str, ndarray]:
-    """Match what was found to what is there, best scores first, each to the nearest that is left within `distance`.
+    """Match predicted boxes to the true ones, best scores first, each to the nearest that is left within `distance`.
 
-    Returns precision and confidence at 101 recalls, and there the mean errors of what was matched so far.
+    Returns precision and confidence at 101 recalls, and there the mean errors of the matches so far.
     """
     far = RANGES.get(name, max(RANGES.values()))
     kept, there, kinds = [], [], []
@@ -122,7 +128,7 @@ def accumulate(samples: Sequence[tuple[ndarray, ...]], label: int, name: str, di
 
 
 def errors_of(box: ndarray, truth: ndarray, kind: float, name: str) -> tuple[float, ...]:
-    """In the order of ERRORS: metres, 1 - IoU of the sizes, radians, m/s, and whether the attribute is wrong."""
+    """Return, in ERRORS' order: metres, 1 - IoU of the sizes, radians, m/s, and whether the attribute is wrong."""
     least = np.minimum(box[3:6], truth[3:6]).prod()
     overlap = least / (box[3:6].prod() + truth[3:6].prod() - least)
     period = np.pi if name == "barrier" else 2 * np.pi  # a barrier has no front
@@ -135,7 +141,7 @@ def errors_of(box: ndarray, truth: ndarray, kind: float, name: str) -> tuple[flo
 
 
 def running_mean(values: ndarray) -> ndarray:
-    """The mean of all so far that are not NaN; 1 where none is at all, 0 before the first."""
+    """Return the mean of all so far that are not NaN; 1 where none is at all, 0 before the first."""
     known = ~np.isnan(values)
     if not known.any():
         return np.ones(len(values))
@@ -148,7 +154,7 @@ def average_precision(curve: dict[str, ndarray]) -> float:
 
 
 def error(curve: dict[str, ndarray], kind: str) -> float:
-    """The mean from the least recall that counts to the largest that was reached."""
+    """Return the mean from the least recall that counts to the largest that was reached."""
     reached = np.flatnonzero(curve["confidence"])
     last = reached[-1] if len(reached) else 0
     return float(curve[kind][FIRST : last + 1].mean()) if last >= FIRST else 1.0

@@ -12,17 +12,17 @@ from ..runtime.distributed import all_reduce_sum, world_size
 class Confusion:
     """Counts pixels (true class, predicted) over a split; every process adds its own, `result` sums them.
 
-    Pixels whose label is `ignored` do not count. worst: how many pictures `result` names.
+    Pixels whose label is `ignored` do not count. worst: how many images `result` names.
     """
 
     def __init__(self, classes: int, device: torch.device, ignored: int = 255, worst: int = 12):
         self.counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
         self.ignored, self.worst = ignored, worst
         self.images = torch.zeros((), dtype=torch.int64, device=device)
-        self._rows: list[tuple[float, int]] = []  # (mean IoU, index) of the worst pictures
+        self._rows: list[tuple[float, int]] = []  # (mean IoU, index) of the worst images
 
     def update(self, labels: Tensor, predicted: Tensor, index: int) -> None:
-        """Count a picture: labels and predicted classes, both (H, W) int64; index: which picture of the split."""
+        """Count an image: labels and predicted classes, both (H, W) int64; index: which image of the split."""
         counts = confusion(labels, predicted, len(self.counts), self.ignored)
         self.counts += counts
         self.images += 1
@@ -31,17 +31,18 @@ class Confusion:
             self._rows = sorted([*self._rows, (float(iou.nanmean()), index)])[: self.worst]
 
     def result(self) -> tuple[dict[str, float], dict[str, object]]:
-        """({miou, macc, aacc (percent), images}, {confusion: counts, worst: indices of pictures, the worst first})."""
+        """Return ({miou, macc, aacc (percent), images}, {confusion: counts, worst: indices of images, worst first}).
+
+        What is not defined, for lack of a labelled pixel, is NaN.
+        """
         counts, images = all_reduce_sum(self.counts).cpu(), int(all_reduce_sum(self.images))
-        found = per_class(counts)
-        labelled = max(int(counts.sum()), 1)
-        metrics = dict(
-            miou=_mean(found["iou"]), macc=_mean(found["acc"]), aacc=100 * int(counts.trace()) / labelled, images=images
-        )
+        classes, pixels = per_class(counts), int(counts.sum())
+        aacc = 100 * int(counts.trace()) / pixels if pixels else float("nan")
+        metrics = dict(miou=_mean(classes["iou"]), macc=_mean(classes["acc"]), aacc=aacc, images=images)
         return metrics, dict(confusion=counts, worst=[index for _, index in self._all_rows()])
 
     def _all_rows(self) -> list[tuple[float, int]]:
-        """The worst pictures of all processes."""
+        """Return the worst images of all processes."""
         rows = torch.full((self.worst, 2), float("inf"), dtype=torch.float64)
         if self._rows:
             rows[: len(self._rows)] = torch.tensor(self._rows, dtype=torch.float64)
@@ -51,7 +52,7 @@ class Confusion:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """The rows of all processes, after each other."""
+    """Return the rows of all processes, after each other."""
     if world_size() == 1:
         return rows
     found = [torch.empty_like(rows) for _ in range(world_size())]
@@ -60,13 +61,13 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int, ignored: int = 255) -> Tensor:
-    """Pixels by (true class, predicted)."""
+    """Return the pixels by (true class, predicted)."""
     kept = labels != ignored
     return torch.bincount(labels[kept] * classes + predicted[kept], minlength=classes**2).view(classes, classes)
 
 
 def per_class(counts: Tensor) -> dict[str, Tensor]:
-    """Of counts (true class, predicted): iou and acc (recall) of each class in float64, 0 … 1, and its pixels.
+    """Return, of counts (true class, predicted), iou and acc (recall) of each class in float64, 0 … 1, and its pixels.
 
     NaN where a class is neither labelled nor predicted (iou) or not labelled (acc).
     """
@@ -75,7 +76,7 @@ def per_class(counts: Tensor) -> dict[str, Tensor]:
 
 
 def table(counts: Tensor, names: Sequence[str]) -> list[dict]:
-    """For each class: class, iou and acc (percent; None where undefined), pixels, and what it is mostly taken for."""
+    """Return a row for each class: class, iou and acc (percent; None where undefined), pixels, taken_for most often."""
     found = per_class(counts)
     rows = []
     for i, name in enumerate(names):
@@ -89,6 +90,5 @@ def table(counts: Tensor, names: Sequence[str]) -> list[dict]:
 
 
 def _mean(values: Tensor) -> float:
-    """Percent, of the classes where it is defined; 0 where there is none."""
-    mean = float(values.nanmean())
-    return 0.0 if mean != mean else 100 * mean
+    """Return the mean in percent of the classes where it is defined; NaN where there is none."""
+    return 100 * float(values.nanmean())

@@ -26,12 +26,14 @@ class TopK:
         self.loss += cross_entropy(logits, labels, reduction="sum").double()
 
     def result(self) -> tuple[dict[str, float], Tensor]:
-        """(top1 and top5 in percent, mean cross-entropy loss, images) and confusion counts (true class, predicted).
+        """Return (top1 and top5 in percent, mean cross-entropy loss, images), confusion counts (true class, predicted).
 
-        Raises UserError where the model's outputs are not finite.
+        Without images the metrics are NaN. Raises UserError where the model's outputs are not finite.
         """
         confusion, top5, loss = all_reduce_sum(self.confusion), all_reduce_sum(self.top5), all_reduce_sum(self.loss)
-        images = max(int(confusion.sum()), 1)  # none yet where the evaluation was cut short
+        images = int(confusion.sum())
+        if not images:  # all of them can't be read, or the evaluation was cut short
+            return dict.fromkeys(("top1", "top5", "loss"), float("nan")) | dict(images=0), confusion.cpu()
         if not torch.isfinite(loss):
             raise UserError(
                 "the model's outputs are not finite numbers: evaluate with precision=fp32 or train it again"
