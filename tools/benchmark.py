@@ -19,6 +19,34 @@ import statistics
 import sys
 from pathlib import Path
 
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", default=["biformer_t"], help="NAME or NAME,argument=value,…,fuse")
+    parser.add_argument("--vs", nargs="+", default=["published"], help="'published' or a timm name, or one each")
+    parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
+    parser.add_argument(
+        "--dtypes",
+        nargs="+",
+        default=["float32"],
+        choices=["float32", "bfloat16", "float16"],
+        help="others run by autocast",
+    )
+    parser.add_argument("--batch", type=int, default=8, help="images per inference step")
+    parser.add_argument("--train-batch", type=int, default=4, help="images per training step")
+    parser.add_argument("--size", type=int, help="pixels a side (default: the model's own)")
+    parser.add_argument("--runs", type=int, default=15, help="counted runs of each")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--device", help="default: cuda if available, else cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    return parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+    make_parser().parse_args()  # before the imports below, which take seconds
+
+
 import saccade.backbones  # noqa: F401  (registers the models)
 import timm
 import torch
@@ -161,19 +189,10 @@ def draw(rows: list[dict], file: Path, title: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=["biformer_t"], help="NAME or NAME,argument=value,…,fuse")
-    parser.add_argument("--vs", nargs="+", default=["published"], help="'published' or a timm name, or one each")
-    parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
-    parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=list(DTYPES), help="others run by autocast")
-    parser.add_argument("--batch", type=int, default=8, help="images per inference step")
-    parser.add_argument("--train-batch", type=int, default=4, help="images per training step")
-    parser.add_argument("--size", type=int, help="pixels a side (default: the model's own)")
-    parser.add_argument("--runs", type=int, default=15, help="counted runs of each")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
+    parser = make_parser()
     args = parser.parse_args()
+    args.threads = args.threads or torch.get_num_threads()
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_num_threads(args.threads)
     device, console = torch.device(args.device), Console(width=None if sys.stdout.isatty() else 130)
     known = set(timm.list_models())

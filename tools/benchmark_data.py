@@ -18,10 +18,31 @@ import gc
 import io
 import json
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="a folder of class folders of JPEGs")
+    parser.add_argument("--images", type=int, default=512, help="to make, without --data")
+    parser.add_argument("--size", type=int, default=224, help="pixels a side")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--workers", type=int, default=2, help="processes that load, in each")
+    parser.add_argument("--batches", type=int, default=8, help="in a run of each")
+    parser.add_argument("--runs", type=int, default=11, help="counted runs of each")
+    parser.add_argument("--augment", nargs="*", default=[], metavar="key=value", help="of timm's create_transform")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_data"))
+    return parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+    make_parser().parse_args()  # before the imports below, which take seconds
+
 
 import numpy as np
 import torch
@@ -85,16 +106,7 @@ def endless(loader: DataLoader) -> Iterator:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="a folder of class folders of JPEGs")
-    parser.add_argument("--images", type=int, default=512, help="to make, without --data")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2, help="processes that load, in each")
-    parser.add_argument("--batches", type=int, default=8, help="in a run of each")
-    parser.add_argument("--runs", type=int, default=11, help="counted runs of each")
-    parser.add_argument("--augment", nargs="*", default=[], metavar="key=value", help="of timm's create_transform")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_data"))
+    parser = make_parser()
     args = parser.parse_args()
     try:
         augment = {key: _literal(value) for key, value in (given.split("=", 1) for given in args.augment)}

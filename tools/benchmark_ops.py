@@ -16,23 +16,14 @@ operators.png (roofline) into --out.
 import argparse
 import importlib
 import json
-import pkgutil
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import operators
-import torch
-from rich.console import Console
-from rich.table import Table
-from saccade.train.runtime import measure
-
-ROOT = Path(__file__).parents[1]
-OPERATORS = sorted(module.name for module in pkgutil.iter_modules(operators.__path__))
+OPERATORS = sorted(file.stem for file in Path(__file__).with_name("operators").glob("[!_]*.py"))
 MODES = ("forward", "forward+backward")
-MOST_SETS = 16
 
 
 def image(text: str) -> tuple[int, int, int]:
@@ -41,6 +32,37 @@ def image(text: str) -> tuple[int, int, int]:
     except ValueError:
         raise argparse.ArgumentTypeError(f"must be BATCHxHEIGHTxWIDTH, as in 8x224x224, got {text!r}") from None
     return batch, height, width
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--operators", nargs="+", default=OPERATORS, choices=OPERATORS, metavar="NAME")
+    parser.add_argument(
+        "--images", nargs="+", type=image, metavar="BxHxW", help="the images that the models are thought to be given"
+    )
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtypes", nargs="+", choices=dtypes, help="default: bfloat16 on CUDA, else float32")
+    parser.add_argument("--runs", type=int, default=11, help="counted runs of each")
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--device", help="default: cuda if available, else cpu")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_ops"))
+    return parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+    make_parser().parse_args()  # before the imports below, which take seconds
+
+
+import operators
+import torch
+from rich.console import Console
+from rich.table import Table
+from saccade.train.runtime import measure
+
+ROOT = Path(__file__).parents[1]
+MOST_SETS = 16
 
 
 def tested(operator: str) -> bool:
@@ -176,26 +198,15 @@ def draw(rows: list[dict], rates: dict[str, dict], file: Path, title: str) -> No
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cuda = torch.cuda.is_available()
-    parser.add_argument("--operators", nargs="+", default=OPERATORS, choices=OPERATORS, metavar="NAME")
-    parser.add_argument(
-        "--images",
-        nargs="+",
-        type=image,
-        default=[image(t) for t in (("1x224x224", "32x224x224", "128x224x224") if cuda else ("1x224x224", "8x224x224"))]
-        + ([image("1x800x1333"), image("1x512x2048")] if cuda else []),
-        metavar="BxHxW",
-        help="the images that the models are thought to be given",
-    )
-    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
-    dtypes = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"] if cuda else ["float32"], choices=dtypes)
-    parser.add_argument("--runs", type=int, default=11, help="counted runs of each")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--out", type=Path, default=Path("runs/benchmark_ops"))
+    parser = make_parser()
     args = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    sizes = ("1x224x224", "32x224x224", "128x224x224") if cuda else ("1x224x224", "8x224x224")
+    sizes += ("1x800x1333", "1x512x2048") if cuda else ()
+    args.images = args.images or [image(text) for text in sizes]
+    args.dtypes = args.dtypes or ["bfloat16" if cuda else "float32"]
+    args.threads = args.threads or torch.get_num_threads()
+    args.device = args.device or ("cuda" if cuda else "cpu")
     torch.set_num_threads(args.threads)
     device, console = torch.device(args.device), Console(width=None if sys.stdout.isatty() else 170)
 

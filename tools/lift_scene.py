@@ -7,7 +7,21 @@ lifts the colours: one sample per point, no offsets, nothing learned.
 """
 
 import argparse
+import sys
 from pathlib import Path
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--scene", type=int, default=5, help="number of the scene (default 5)")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "bev_lift.png")
+    return parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+    make_parser().parse_args()  # before the imports below, which take seconds
+
 
 import torch
 from PIL import Image
@@ -43,10 +57,7 @@ def lift_colours(frame: Frame) -> Tensor:  # (rows, columns, 3) from 0 to 1, whi
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scene", type=int, default=5, help="number of the scene (default 5)")
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "bev_lift.png")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     frame = BevScenes(img_size=SIZE, radius=REACH).world("test", args.scene).frame(0.0, SIZE)
     above = Image.fromarray((255 * lift_colours(frame)).byte().numpy())
     height, width = 3 * SIZE[0], 2 * SIZE[1]

@@ -7,9 +7,6 @@ python tools/make_imagenet.py /tmp/imagenet --layout tars          the three ori
 import argparse
 from pathlib import Path
 
-from saccade.train.data import made_imagenet as standin
-from timm.data import ImageNetInfo
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -19,6 +16,9 @@ def main() -> None:
     parser.add_argument("--val", type=int, default=500, help="val images")
     parser.add_argument("--size", type=int, nargs=2, default=(500, 375), metavar=("WIDTH", "HEIGHT"), help="in pixels")
     args = parser.parse_args()
+    from saccade.train.data import made_imagenet as standin  # here, so that --help answers at once
+    from timm.data import ImageNetInfo
+
     if args.out.exists() and any(args.out.iterdir()):
         parser.error(f"{args.out} is not empty: choose another folder")
     for name in ("per_class", "val", "size"):

@@ -1,6 +1,6 @@
 """Write scenes to detect and segment, from pictures that ship with scikit-learn and scikit-image.
 
-  python tools/make_scenes.py runs/data/scenes                   digits on photographs: 600 to train on, 60 val, 150 test
+  python tools/make_scenes.py runs/data/scenes                   digits on photographs: 600 for training, 60 val, 150 test
   python tools/make_scenes.py runs/data/coins --coins            24 coins: the left half trains, the right half tests
   python tools/make_scenes.py runs/data/coloured --ink any       digits in any colour, over one another: a harder task
   python tools/make_scenes.py runs/data/large --size 320 --train 5000 --seed 1
@@ -14,31 +14,32 @@ import json
 import sys
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from saccade.train.data import scenes
-from saccade.train.runtime.errors import UserError, run
+COUNTS = dict(train=600, val=60, test=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="a folder that is empty or not there")
-    parser.add_argument("--format", choices=[*scenes.FORMATS, "both"], default="both")
-    for split, count in scenes.COUNTS.items():
+    parser.add_argument("--format", choices=["coco", "ade20k", "both"], default="both")
+    for split, count in COUNTS.items():
         parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} scenes (default: {count})")
     parser.add_argument("--size", type=int, default=160, help="pixels a side (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="other scenes for another number (default: %(default)s)")
     parser.add_argument(
-        "--ink", choices=list(scenes.INKS), default="light", help="colours of digits (default: %(default)s)"
+        "--ink", choices=["light", "any"], default="light", help="colours of digits (default: %(default)s)"
     )
     parser.add_argument("--coins", action="store_true", help="scikit-image's coins in place of digits")
     args = parser.parse_args()
     for name, least in dict(train=1, val=1, test=1, size=32, seed=0).items():
         if getattr(args, name) < least:
             parser.error(f"--{name} must be {least} or more, got {getattr(args, name)}")
+    # Imported here, so that --help answers at once.
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from saccade.train.data import scenes
+    from saccade.train.runtime.errors import UserError
+
     if args.coins:  # one picture, cut in two: there is nothing to choose
-        vain = [
-            name for name in (*scenes.COUNTS, "size", "seed", "ink") if getattr(args, name) != parser.get_default(name)
-        ]
+        vain = [name for name in (*COUNTS, "size", "seed", "ink") if getattr(args, name) != parser.get_default(name)]
         if vain:
             raise UserError(f"--{vain[0]} is for scenes of digits and has no meaning with --coins")
     asked = json.dumps({key: value for key, value in vars(args).items() if key != "out"})
@@ -50,7 +51,7 @@ def main() -> None:
     if args.coins:
         scenes.write_coins(args.out, formats, asked)
     else:
-        counts = {split: getattr(args, split) for split in scenes.COUNTS}
+        counts = {split: getattr(args, split) for split in COUNTS}
         with Progress(BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), expand=True) as bar:
             task = bar.add_task("", total=None)
             scenes.write(
@@ -67,4 +68,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from saccade.train.runtime.errors import run
+
     sys.exit(run(main))

@@ -14,11 +14,6 @@ import os
 import sys
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-from saccade.train.data import shards
-from saccade.train.data.imagenet import ImageNet
-from saccade.train.runtime.errors import run
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -30,6 +25,11 @@ def main() -> None:
     parser.add_argument("--shuffle", type=int, metavar="SEED", help="mix the images; readers in sequence want it")
     parser.add_argument("--resize", type=int, metavar="PIXELS", help="make the shorter side of larger images this long")
     args = parser.parse_args()
+    # Imported here, so that --help answers at once.
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+    from saccade.train.data import shards
+    from saccade.train.data.imagenet import ImageNet
+
     bar = Progress(BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), expand=True)
     with bar:
         task = bar.add_task("", total=None)
@@ -47,4 +47,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    from saccade.train.runtime.errors import run
+
     sys.exit(run(main))

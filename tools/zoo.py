@@ -21,6 +21,18 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
 
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail if docs/zoo.md is stale; write nothing")
+    return parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+    make_parser().parse_args()  # before the imports below, which take seconds
+
+
 import saccade.backbones
 import timm
 import torch
@@ -210,9 +222,7 @@ def make_table(rows: list[Row]) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail if docs/zoo.md is stale; write nothing")
-    args = parser.parse_args()
+    args = make_parser().parse_args()
     rows, rtol = measure_all()
     text = format_page(rows, rtol)
     if args.check:
