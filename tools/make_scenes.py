@@ -1,6 +1,6 @@
 """Write scenes to detect and segment, from pictures that ship with scikit-learn and scikit-image.
 
-  python tools/make_scenes.py runs/data/scenes                   digits on photographs: 600 for training, 60 val, 150 test
+  python tools/make_scenes.py runs/data/scenes                   digits on photographs: 600 train, 60 val, 150 test
   python tools/make_scenes.py runs/data/coins --coins            24 coins: the left half trains, the right half tests
   python tools/make_scenes.py runs/data/coloured --ink any       digits in any colour, over one another: a harder task
   python tools/make_scenes.py runs/data/large --size 320 --train 5000 --seed 1
