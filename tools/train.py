@@ -33,6 +33,7 @@ def main() -> None:
 
     # Imported here, so that --help answers at once.
     from saccade.train import engine
+    from saccade.train.data.files import refuse_data_folder
     from saccade.train.runtime import config
     from saccade.train.runtime.distributed import process_group, sync_errors
     from saccade.train.runtime.errors import UserError
@@ -53,6 +54,7 @@ def main() -> None:
                 run_dir = folder
             elif run_dir is None:
                 run_dir = Path("runs", path.resolve().parent.name, path.stem)
+            refuse_data_folder(run_dir, settings["data"])
         with removed_if_empty(run_dir):
             engine.prepare_folder(run_dir, resume, args.overwrite)
             engine.train(run_dir, resume, **settings)

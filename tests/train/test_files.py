@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 from PIL import Image
 from saccade.train.data.ade20k import Folders
-from saccade.train.data.files import Skipped, image_files, split_of
+from saccade.train.data.coco import Coco
+from saccade.train.data.files import Skipped, image_files, refuse_data_folder, split_of
 from saccade.train.data.folder import ImageFolder
+from saccade.train.data.imagenet import ImageNet
 from saccade.train.runtime.errors import UserError
+from saccade.train.runtime.run_folder import HEADER
 
 INPUTS = dict(mean=(0.5,) * 3, std=(1,) * 3)
 
@@ -70,12 +73,31 @@ def test_links_are_followed_once(pets, tmp_path, capsys):
 def test_folders_of_runs_are_no_classes(pets, capsys):
     for run in ("run", "runs/a", "cat/run"):
         image(pets / run / "pictures/batch.png")
-        (pets / run / "config.py").touch()
-        (pets / run / "environment.json").touch()
+        (pets / run / "config.py").write_text(HEADER)
     data = ImageFolder(str(pets))
     assert data.class_names == ["cat", "dog"] and len(used(data)) == 8
     assert capsys.readouterr().out.count("being the folder of a run") == 3
-    assert ImageFolder.scanned(str(pets)) == [pets]
+    refuse_data_folder(pets / "run", dict(type=ImageFolder, root=str(pets)))  # to resume it
+    refuse_data_folder(pets.parent / "pets_run", dict(type=ImageFolder, root=str(pets)))
+
+
+@pytest.mark.parametrize("kind", [ImageFolder, ImageNet])
+def test_no_run_is_written_among_the_images(tmp_path, pets, kind):
+    data = dict(type=kind, root=str(pets))
+    for run in (pets / "new", pets / "runs/new", pets / "cat"):
+        with pytest.raises(UserError, match=r"--run-dir .* lies in .*pets, all of whose images are data: choose"):
+            refuse_data_folder(run, data)
+    for split in ("train", "val"):
+        image(tmp_path / f"split/{split}/cat/0.png")
+    data = dict(type=kind, root=str(tmp_path / "split"))
+    refuse_data_folder(tmp_path / "split/run", data)  # which is neither split
+    with pytest.raises(UserError, match=r"lies in .*split/val, all of"):
+        refuse_data_folder(tmp_path / "split/val/run", data)
+    maps = dict(type=Folders, root=str(tmp_path), labels="masks")
+    refuse_data_folder(tmp_path / "run", maps)
+    with pytest.raises(UserError, match=r"lies in .*masks, all of"):
+        refuse_data_folder(tmp_path / "masks/run", maps)
+    refuse_data_folder(pets / "run", dict(type=Coco, root=str(pets)))  # its json lists the images
 
 
 @pytest.mark.parametrize(

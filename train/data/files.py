@@ -3,14 +3,16 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from ..runtime.distributed import rank
 from ..runtime.errors import DATA, UserError
+from ..runtime.run_folder import is_run
 
 # Pillow registers these formats without being able to decode them here, or with other programs' help only.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
@@ -51,11 +53,6 @@ def note(text: str) -> None:
 def is_hidden(name: str) -> bool:
     """Whether a file or folder is hidden, or one that a system made for itself."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS | SYSTEM_FILES
-
-
-def is_run(folder: str | Path) -> bool:
-    """Whether a folder is that of a run of this project, whose figures are no data."""
-    return all(os.path.isfile(os.path.join(folder, name)) for name in ("config.py", "environment.json"))
 
 
 class Skipped:
@@ -126,7 +123,7 @@ def _files(folder: str, root: str, skipped: Skipped, above: tuple[str, ...] = ()
             skipped.hidden += 1
         elif entry.is_symlink() and _is_read_already(entry.path, root, (*above, real)):
             skipped.links.append(entry.path)
-        elif is_run(entry.path):
+        elif is_run(Path(entry.path)):
             skipped.runs.append(entry.path)
         else:
             yield from _files(entry.path, root, skipped, (*above, real))
@@ -163,6 +160,21 @@ def split_folders(folder: Path, accept: Iterable[str] | None = None) -> dict[str
             raise UserError(f"{found[split]} and {path} are both {split} splits: leave one of them in {folder}", DATA)
         found[split] = path
     return found
+
+
+def refuse_data_folder(run_dir: Path, data: Mapping[str, Any]) -> None:
+    """Raise UserError for a run folder where its images would be taken for data.
+
+    data: the config's section, whose `type` may say with scanned(**arguments) which folders it reads all images of.
+    """
+    if data.get("root") is None or is_run(run_dir):  # the folders of runs are passed over
+        return
+    scanned = getattr(data["type"], "scanned", None)
+    for folder in scanned(**{key: value for key, value in data.items() if key != "type"}) if scanned else ():
+        if _is_within(os.path.realpath(run_dir), os.path.realpath(folder)):
+            raise UserError(
+                f"--run-dir {run_dir} lies in {folder}, all of whose images are data: choose a folder elsewhere"
+            )
 
 
 def read_text(file: Path) -> str:

@@ -9,7 +9,8 @@ import torch
 from ..runtime.config import Count, NonNegativeInt
 from ..runtime.distributed import derive_seed
 from ..runtime.errors import UserError
-from .files import Skipped, image_files, is_hidden, is_run, split_folders, split_of
+from ..runtime.run_folder import is_run
+from .files import Skipped, image_files, is_hidden, split_folders, split_of
 from .images import Files, Source
 
 
@@ -111,7 +112,7 @@ def scan_classes(folder: Path, skipped: Skipped) -> dict[str, list[str]]:
     for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
         if not entry.is_dir() or is_hidden(entry.name):
             continue
-        if is_run(entry.path):
+        if is_run(Path(entry.path)):
             skipped.runs.append(entry.path)
             continue
         target = os.path.realpath(entry.path)

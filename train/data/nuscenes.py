@@ -22,7 +22,9 @@ from ..runtime.errors import UserError
 from .bad_images import BadImage
 from .bev_frames import ATTRIBUTES, RANGES, attribute, collate
 from .bev_scenes import moved, quaternion
+from .files import note_classes
 from .images import read_image
+from .nuscenes_tables import check_tables
 
 CAMERAS = ("CAM_FRONT", "CAM_FRONT_RIGHT", "CAM_FRONT_LEFT", "CAM_BACK", "CAM_BACK_LEFT", "CAM_BACK_RIGHT")
 SPLITS = {"v1.0-trainval": ("train", "val"), "v1.0-mini": ("mini_train", "mini_val"), "v1.0-test": ("test", "test")}
@@ -60,15 +62,18 @@ class NuScenes:
             raise UserError(f"data.root={root} has no folder {version}: give the folder nuScenes was unpacked in")
         try:
             self.tables = Tables(version, str(root), verbose=False)
-        except (OSError, ValueError, KeyError, AssertionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise UserError(
                 f"the tables in {Path(root, version)} can't be read ({error}): unpack them again"
             ) from error
+        check_tables({name: getattr(self.tables, name) for name in self.tables.table_names}, Path(root, version))
         self.root, self.version, self.scale, self.frames = str(root), version, scale, frames
         self.augmentation = dict(skip=skip, distort=distort, grid_mask=grid_mask)
         self.max_bad, self.bad = max_bad, {}
         self.class_names = list(RANGES)
-        first = next(row for row in self.tables.sample_data if row["width"])
+        first = next((row for row in self.tables.sample_data if row["width"] and row["height"]), None)
+        if first is None:
+            raise UserError(f"{Path(root, version)}/sample_data.json lists no image with a width and a height")
         self.img_size = tuple(32 * -(-round(scale * first[side]) // 32) for side in ("height", "width"))
 
     def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
@@ -94,7 +99,22 @@ class NuScenes:
 
     def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> Dataset:
         self.evaluated = self.tokens(split)
+        if self.version != "v1.0-test":  # which has no annotations
+            note_classes(split, self.count(self.evaluated), self.class_names, "boxes", least=int(training))
         return Samples(self, self.evaluated, inputs, self.augmentation if training else None)
+
+    def count(self, tokens: list[str]) -> list[int]:
+        """Return how many boxes of each class the samples have that a LiDAR or radar point has hit."""
+        from nuscenes.eval.detection.utils import category_to_detection_name
+
+        counts = dict.fromkeys(self.class_names, 0)
+        for token in tokens:
+            for annotation in self.tables.get("sample", token)["anns"]:
+                row = self.tables.get("sample_annotation", annotation)
+                name = category_to_detection_name(row["category_name"])
+                if name is not None and row["num_lidar_pts"] + row["num_radar_pts"]:
+                    counts[name] += 1
+        return list(counts.values())
 
     def submission(self, found: dict[int, tuple[Tensor, Tensor, Tensor]]) -> dict[str, Any]:
         """What was found on the samples of the split of the last `dataset`, as nuScenes' evaluator takes it: boxes in
