@@ -250,7 +250,7 @@ def test_whole_run_and_its_export(tmp_path):
     beside, said = job.report(folder, detail)
     assert set(beside["classes"]) == set(job.class_names) and len(said) == 4
     assert (folder / "classes.csv").read_text().startswith("class,AP_0.5m,AP_1.0m,AP_2.0m,AP_4.0m,ATE")
-    drawn = job.pictures(folder, net, dataset, detail)
+    drawn = job.draw_results(folder, net, dataset, detail)
     assert [file.name for file in drawn] == ["sample_0.png", "sample_1.png"] and all(file.exists() for file in drawn)
     tensors, _ = read(folder / "checkpoints" / "best.safetensors")
     best = {key.removeprefix("model."): value for key, value in tensors.items() if key.startswith("model.")}
