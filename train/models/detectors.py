@@ -20,6 +20,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from ..runtime.checkpoint import atomic_write
+from ..runtime.errors import UserError
 from .anchor_heads import Anchors, RetinaHead, RPNHead
 from .body import OnBody, freeze_batchnorm, to_full_precision
 from .fpn import FPN
@@ -39,8 +40,8 @@ class Detector(OnBody):
     """A backbone and a feature pyramid: what all detectors share.
 
     test_size: in evaluation an image's shorter side, unless the longer one would exceed the second number.
-    divisor: what padded sides are multiples of. pad_to: (height, width) that images are padded to in evaluation, at
-    least; with it an image's result does not depend on the sizes of the others in its batch.
+    divisor: what padded sides are multiples of. pad_to: (height, width) that images are padded to in evaluation;
+    with it an image's result does not depend on the sizes of the others in its batch.
     norm_eval: the body's BatchNorms use their running statistics in training too. no_decay: see OnBody.
     """
 
@@ -98,7 +99,14 @@ class Detector(OnBody):
         """Normalise images (3, h, w), 0 … 255, pad them to multiples of the divisor, and stack them."""
         sizes = [tuple(image.shape[1:]) for image in images]
         padded = [tuple(-(-side // self.divisor) * self.divisor for side in size) for size in sizes]
-        height, width = (max(sides) for sides in zip(*padded, *([pad_to] if pad_to else [])))
+        height, width = map(max, zip(*padded))
+        if pad_to:
+            if height > pad_to[0] or width > pad_to[1]:
+                raise UserError(
+                    f"task.pad_to={pad_to} must be at least the padded size of every image, and one has "
+                    f"{(height, width)}: give a larger one, such as test_size rounded up to multiples of {self.divisor}"
+                )
+            height, width = pad_to
         stack = [
             F.pad((image.to(self.mean) - self.mean) / self.std, (0, width - w, 0, height - h))
             for image, (h, w) in zip(images, sizes)

@@ -361,6 +361,9 @@ def test_padding_of_neighbours():
         with torch.no_grad():
             (alone,), (beside, _) = model([small_one]), model([small_one, wide])
         assert torch.allclose(alone["boxes"], beside["boxes"], atol=1e-3) == (pad_to is not None)
+    model = small("retinanet", pad_to=(64, 64)).eval()
+    with pytest.raises(UserError, match=r"pad_to=\(64, 64\) must be at least the padded size .* one has \(64, 128\)"):
+        model([wide])
 
 
 @pytest.mark.parametrize(
