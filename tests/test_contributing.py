@@ -6,8 +6,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[1]
 # The files of the examples come behind those of the project: saccade.ops.bias_softmax, saccade.backbones.windownet.
 CONFTEST = """
@@ -43,7 +41,6 @@ def test_every_fixture_has_its_source():
     assert set(rows) == folders
 
 
-@pytest.mark.slow
 def test_examples(tmp_path):
     page = (ROOT / "CONTRIBUTING.md").read_text()
     files = files_of(page)

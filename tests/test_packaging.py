@@ -27,7 +27,6 @@ def modules() -> set[str]:
     }
 
 
-@pytest.mark.slow
 def test_wheel_holds_the_folders_as_saccade(tmp_path):
     command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -14,7 +14,7 @@ HERE = Path(__file__).parent
 SUITE = Path(sys.prefix) / "src" / f"timm-{version('timm')}"
 
 
-@pytest.mark.slow
+@pytest.mark.both_cores
 @pytest.mark.timeout(1200)
 def test_timms_own_suite():
     if not (SUITE / "tests" / "test_models.py").exists():

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.both_cores
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -15,7 +17,6 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.slow
 def test_compares_with_the_published_form(tmp_path):
     small = ["--size", "112", "--batch", "1", "--train-batch", "1", "--runs", "1", "--out", str(tmp_path)]
     done = benchmark("--models", "biformer_t", "--vs", "published", "--dtypes", "float32", "bfloat16", *small)
@@ -36,7 +37,6 @@ def test_unknown_model_is_one_sentence():
     assert "unknown model 'biformer_x'" in done.stderr and "Traceback" not in done.stderr
 
 
-@pytest.mark.slow
 def test_compares_a_fused_model_with_the_form_it_came_from(tmp_path):
     small = ["--size", "64", "--batch", "1", "--runs", "1", "--out", str(tmp_path)]
     done = benchmark("--models", "patnet_t0,spatial_attn=False,fuse", "--vs", "patnet_t0", *small)

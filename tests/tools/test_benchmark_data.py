@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+pytestmark = pytest.mark.both_cores
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -16,7 +18,6 @@ def benchmark(*arguments) -> subprocess.CompletedProcess:
     return subprocess.run(command, capture_output=True, text=True)
 
 
-@pytest.mark.slow
 def test_times_every_loader(tmp_path):
     small = ["--images", 20, "--size", 32, "--batch", 4, "--workers", 1, "--batches", 2, "--runs", 1, "--out", tmp_path]
     done = benchmark(*small, "--augment", "auto_augment=rand-m5-inc1", "hflip=0.1")

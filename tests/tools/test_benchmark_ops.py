@@ -36,7 +36,6 @@ def test_every_operator_with_kernels_is_compared(tool):
     assert set(OPERATORS) <= set(tool.OPERATORS)
 
 
-@pytest.mark.slow
 def test_published_forms_compute_the_same(run, tool):
     """Forward and gradients, of every operator at every shape of its models on a small image."""
     status, result = run("--images", "1x64x96", "--threads", str(torch.get_num_threads()))

@@ -14,6 +14,8 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from sklearn.datasets import load_digits
 
+pytestmark = pytest.mark.both_cores
+
 ROOT = Path(__file__).parents[2]
 FILES = ["model.safetensors", "config.json", "config.py", "environment.json", "log.txt", "log.jsonl"]
 
@@ -25,7 +27,6 @@ def tool(name: str, *arguments: object) -> str:
     return done.stdout
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_demo(tmp_path):
     run = tmp_path / "demo"
@@ -50,7 +51,6 @@ def test_demo(tmp_path):
     assert model((x - mean) / std).argmax().item() == load_digits().target[0]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_own_folder(tmp_path):
     """docs/start.md, section 3: a folder of pictures, from fine-tuning to predictions."""

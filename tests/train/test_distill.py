@@ -83,7 +83,6 @@ def test_layers_must_be_equally_many():
         reconstruction_loss([torch.zeros(1, 1, 1, 2)], [])
 
 
-@pytest.mark.slow
 def test_two_phases_teach_what_they_say(command, tmp_path, records, monkeypatch):
     """Dense, predictors, sparse: three runs of the digits' configs, made small."""
     torch.set_default_dtype(torch.float32)

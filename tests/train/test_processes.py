@@ -17,6 +17,8 @@ from PIL import Image
 from saccade.train.data.folder import ImageFolder
 from support.runs import SGD, finish, state
 
+pytestmark = pytest.mark.both_cores
+
 
 def assert_same_end(a, b):
     (tensors, meta), (others, other_meta) = state(a), state(b)

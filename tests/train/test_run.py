@@ -194,7 +194,6 @@ def test_iterations(tiny, tmp_path, records):
     assert [line["step"] for line in records(tmp_path / "each", "val")] == [9, 11]  # every pass over 1,257 images
 
 
-@pytest.mark.slow
 def test_compile(tiny, tmp_path, records):
     arguments = ["epochs=1", *SGD, "model.name=test_vit", "model.img_size=16"]
     assert tiny(tmp_path / "eager", *arguments)[0] == 0

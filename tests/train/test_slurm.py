@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from saccade.train.runtime import checkpoint
 
+pytestmark = pytest.mark.both_cores
+
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ["configs/digits/resnet18.py", "model.name=test_resnet", "data.img_size=16", "device=cpu", "log_every=1"]
 STAND_INS = {

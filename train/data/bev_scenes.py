@@ -29,6 +29,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..runtime.config import BelowOne, Count, NonNegative, NonNegativeInt, Positive
 from ..runtime.distributed import derive_seed
 from ..runtime.errors import UserError, run
 from .bev_frames import ATTRIBUTES, attribute, collate
@@ -282,17 +283,17 @@ class BevScenes:
 
     def __init__(
         self,
-        train: int = 400,
-        val: int = 40,
-        test: int = 100,
-        img_size: tuple[int, int] = (64, 112),
-        radius: float = 16.0,
-        most: int = 12,
-        frames: int = 1,
-        seed: int = 0,
-        turn: float = 45.0,
+        train: Count = 400,
+        val: Count = 40,
+        test: Count = 100,
+        img_size: tuple[Count, Count] = (64, 112),
+        radius: Positive = 16.0,
+        most: Count = 12,
+        frames: Count = 1,
+        seed: NonNegativeInt = 0,
+        turn: NonNegative = 45.0,
         mirror: bool = True,
-        light: float = 0.3,
+        light: BelowOne = 0.3,
     ):
         if frames < 1 or most < 1:
             raise UserError(f"data.frames and data.most must be 1 or more, got {frames} and {most}")
