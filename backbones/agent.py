@@ -27,7 +27,16 @@ from torch import Tensor, nn
 
 from ..ops import agent_attention, pool_agents, resize_agent_bias, window_attention
 from .base import Isotropic, Pyramid, TokenHead, checked_size, create_model, init_linear, make_cfg, map_norms
-from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last, must_pad, position_table, resize_positions
+from .layers import (
+    CachedMlp,
+    DepthwiseConv,
+    can_fuse,
+    channels_last,
+    is_traced,
+    must_pad,
+    position_table,
+    resize_positions,
+)
 from .published import Rules, complete, rename_key, unwrap
 
 TABLE = 7  # side of the tables of block biases, whatever the map
@@ -91,7 +100,7 @@ class AgentAttention(nn.Module):
         agents = pool_agents(q[:, self.tokens :].unflatten(1, size), self.grid)
         key_bias = (self.key_block, self.key_rows, self.key_columns)
         query_bias = (self.query_block, self.query_rows, self.query_columns)
-        if self.resize_agents or size[0] != self.size[0] or size[1] != self.size[1]:
+        if self.resize_agents or size[0] != self.size[0] or size[1] != self.size[1] or is_traced():
             key_bias = resize_agent_bias(key_bias, size, self.grid)  # type: ignore[assignment]
             query_bias = resize_agent_bias(query_bias, size, self.grid)  # type: ignore[assignment]
         token_bias: tuple[Tensor, Tensor] | None = None

@@ -71,6 +71,14 @@ def project(
         return torch.stack([u, v, (d - depth_bound[0]) / (depth_bound[1] - depth_bound[0])], -1), seen
 
 
+def as_tensor(sizes: list[tuple[int, ...]], like: Tensor) -> Tensor:
+    """Return sizes as a tensor, in float32 at least; in a traced graph they stay those of the image."""
+    dd = dict(dtype=full(like), device=like.device)
+    if torch.jit.is_tracing():
+        return torch.stack([torch.stack([torch.as_tensor(n).to(**dd) for n in size]) for size in sizes])
+    return torch.tensor(sizes, **dd)
+
+
 def sampling_directions(heads: int) -> Tensor:
     """Return one direction per head, evenly around the circle, with 1 as the larger coordinate: (heads, 2)."""
     angle = 2 * math.pi / heads * torch.arange(heads)
@@ -130,7 +138,7 @@ class DeformableAttention(nn.Module):
         dims = offsets.shape[-1]
         Z = reference.shape[2]
         # In float32 at least: a bfloat16 coordinate is off by whole cells.
-        offsets = offsets.to(full(offsets)) / torch.tensor(sizes, dtype=full(offsets), device=query.device)[:, None]
+        offsets = offsets.to(full(offsets)) / as_tensor(sizes, offsets)[:, None]
         around = reference[:, :, None, None, None, :, :dims]  # point p goes with anchor p mod Z
         locations = (offsets.unflatten(-2, (-1, Z)) + around).flatten(-3, -2)
         weights = self.attention_weights(query).unflatten(-1, (self.heads, -1)).softmax(-1).unflatten(-1, split[1:])

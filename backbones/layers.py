@@ -106,6 +106,14 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def is_traced() -> bool:
+    """Return whether torch.jit.trace records: its graph serves other sizes too, so no choice may depend on the size."""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch.jit.is_tracing()
+
+
 def must_pad(down: int, right: int) -> bool:
     """Return whether to pad a map by this much: always in a traced graph, which serves other sizes too."""
     if torch.jit.is_scripting():
@@ -140,7 +148,7 @@ def position_table(tokens: int, dim: int, **dd) -> nn.Parameter:
 @register_notrace_function
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str) -> Tensor:
     """Resize position embeddings (1, [1 +] h·w, C) from a map of size `old` to `new`; the class token's stays."""
-    if old[0] == new[0] and old[1] == new[1]:
+    if old[0] == new[0] and old[1] == new[1] and not is_traced():
         return table
     tokens = table.shape[1] - old[0] * old[1]
     x = table[:, tokens:].transpose(1, 2).unflatten(2, old)

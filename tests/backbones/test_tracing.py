@@ -1,0 +1,132 @@
+"""Every family in torch.jit.trace, both ONNX exporters and a saved torch.export program: right at other batches, and at
+other sizes where the family takes them."""
+
+import contextlib
+import io
+import subprocess
+import sys
+import warnings
+
+import pytest
+import saccade.backbones  # noqa: F401 (registers the models)
+import torch
+from support.families import SMALL, build, images
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+families = pytest.mark.parametrize("name", SMALL)
+FIXED = [name for name in SMALL if name.startswith("sparsifiner")]  # of one image size
+BATCHES = 1, 2, 5
+
+
+def agrees(ours, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    with torch.no_grad():
+        expected = model(*inputs)
+        torch.testing.assert_close(ours(*inputs), expected, rtol=1e-3, atol=1e-4 * max(1, expected.abs().max().item()))
+
+
+@families
+def test_traces(name):
+    """Traced at an even size, saved and loaded; run at other batches and at sizes that need padding."""
+    model, file = build(name).eval(), io.BytesIO()
+    with torch.no_grad():
+        torch.jit.save(torch.jit.trace(model, images(name, 2), check_trace=False), file)
+    file.seek(0)
+    traced = torch.jit.load(file)
+    for batch in BATCHES:
+        agrees(traced, model, images(name, batch, seed=batch))
+    if name in FIXED:
+        with pytest.raises((RuntimeError, ValueError)):
+            traced(*images(name, 2, (96, 64)))
+        return
+    for size in [(96, 128)] if name.startswith("dfa3d") else [(96, 64), (75, 101)]:
+        agrees(traced, model, images(name, 3, size))
+
+
+@families
+def test_frozen_traces(name):
+    model = build(name).eval()
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images(name, 2), check_trace=False)
+        frozen = torch.jit.freeze(traced)
+    agrees(frozen, model, images(name, 5))
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if not name.startswith("dfa3d")])
+def test_legacy_onnx(name):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, file = build(name).eval(), io.BytesIO()
+    with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            model, images(name, 2), file, dynamo=False, opset_version=17, input_names=["x"], output_names=["y"],
+            dynamic_axes={"x": {0: "batch"}, "y": {0: "batch"}},
+        )  # fmt: skip
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    for batch in BATCHES:
+        agrees(
+            lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0]), model, images(name, batch, seed=batch)
+        )
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", [name for name in SMALL if not name.startswith("dfa3d")])
+def test_onnx(name):
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, file = build(name).eval(), io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        shapes = ({0: torch.export.Dim("batch", min=1, max=64)},)
+        torch.onnx.export(model, images(name, 2), dynamo=True, dynamic_shapes=shapes, verbose=False).save(file)
+    session = onnxruntime.InferenceSession(file.getvalue(), providers=["CPUExecutionProvider"])
+    key = session.get_inputs()[0].name
+    for batch in BATCHES:
+        agrees(
+            lambda x: torch.from_numpy(session.run(None, {key: x.numpy()})[0]), model, images(name, batch, seed=batch)
+        )
+
+
+@pytest.mark.exhaustive
+@families
+def test_exported_programs_need_no_saccade(name, tmp_path):
+    """Loaded where saccade cannot be imported, at another batch."""
+    model, inputs = build(name).eval(), images(name, 2)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    program = torch.export.export(model, inputs, dynamic_shapes=tuple({0: batch} for _ in inputs))
+    graphs = [m.graph for m in program.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
+    assert not [node for graph in graphs for node in graph.nodes if "saccade" in str(node.target)]
+    torch.export.save(program, tmp_path / "model.pt2")
+    more = images(name, 5, seed=1)
+    torch.save(more, tmp_path / "inputs")
+    code = (
+        "import sys, torch; sys.modules['saccade'] = None; folder = sys.argv[1]\n"
+        "out = torch.export.load(folder + '/model.pt2').module()(*torch.load(folder + '/inputs'))\n"
+        "torch.save(out.detach(), folder + '/out')"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
+    agrees(lambda *_: torch.load(tmp_path / "out"), model, more)
+
+
+@families
+def test_func(name):
+    """Functional gradients equal those of backward(), and each image's own follow from vmap."""
+    model = build(name).eval().double()
+    inputs = tuple(x.double() for x in images(name, 2))
+    params = {key: p.detach() for key, p in model.named_parameters() if p.requires_grad}
+
+    def loss(p: dict[str, Tensor], *x: Tensor) -> Tensor:
+        return functional_call(model, p, x).square().mean()
+
+    ours = grad(loss)(params, *inputs)
+    model(*inputs).square().mean().backward()
+    for key, p in model.named_parameters():
+        if p.grad is not None:
+            scale = max(p.grad.abs().max().item(), 1e-6)
+            torch.testing.assert_close(ours[key] / scale, p.grad / scale, rtol=1e-6, atol=1e-7)
+    per_sample = vmap(lambda *x: grad(loss)(params, *(t[None] for t in x)), (0,) * len(inputs), randomness="different")(
+        *inputs
+    )
+    for key, g in per_sample.items():
+        assert g.shape == (2, *params[key].shape) and g.isfinite().all()
