@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from ..ops import connectivity, predict_mask, sparse_attention, sparse_mask, unpack_mask
 from ..ops.precision import no_autocast
 from .base import Isotropic, TokenHead, checked_size, create_model, init_linear, make_cfg
-from .layers import CachedMlp, can_fuse, channels_last, mark_unused, position_table, resize_positions
+from .layers import CachedMlp, can_fuse, channels_last, is_traced, mark_unused, position_table, resize_positions
 from .published import Rules, complete, rename_key, unwrap
 
 STRIDE = 16  # of the tokens' map
@@ -228,7 +228,10 @@ class SparseAttention(nn.Module):
         if self.keep is None:
             return self.proj(out), None
         weights = (logits.detach().softmax(-1) * share.detach())[:, :, 1:].mean(1)
-        order = weights.sort(stable=True, dim=-1, descending=True)[1][:, : self.keep]
+        if is_traced():  # ONNX has no stable sort, but of equal values its top-k takes the first
+            order = weights.topk(self.keep, -1)[1]
+        else:
+            order = weights.sort(stable=True, dim=-1, descending=True)[1][:, : self.keep]
         left = torch.cat((torch.zeros_like(order[:, :1]), order.sort(-1)[0] + 1), 1)
         return self.proj(_take(out, left)), left
 
