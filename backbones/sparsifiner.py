@@ -210,7 +210,8 @@ class SparseAttention(nn.Module):
         return self.finish(sparse_attention(qkv, mask, self.heads), q, k)
 
     def split(self, qkv: Tensor) -> list[Tensor]:
-        return qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        B, N, C3 = qkv.shape  # no unflatten, after which ONNX has one batch size
+        return qkv.reshape(B, N, 3, self.heads, C3 // 3 // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
 
     def finish(self, out: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         removed = self.tokens - q.shape[2]
@@ -223,7 +224,7 @@ class SparseAttention(nn.Module):
             # In the published form, where removed tokens are zeros, the class token still attends to them, with logits
             # of 0. This is the share of its attention that falls on the others.
             share = (logits.logsumexp(-1, keepdim=True) - math.log(removed)).sigmoid()
-            cls = out[:, :1].unflatten(2, (self.heads, -1)) * share[:, None].to(out.dtype)
+            cls = out[:, :1].reshape(out.shape[0], 1, self.heads, -1) * share[:, None].to(out.dtype)
             out = torch.cat((cls.flatten(2), out[:, 1:]), 1)
         if self.keep is None:
             return self.proj(out), None
