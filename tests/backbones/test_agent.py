@@ -34,11 +34,11 @@ def gradients(fixture: dict) -> dict[str, float]:
 
 WHOLE = [
     ("agent_deit_tiny_224", "agent_deit_t"),
-    ("agent_deit_tiny_320", "agent_deit_t"),
-    ("agent_pvt_tiny_224", "agent_pvt_t"),
+    pytest.param("agent_deit_tiny_320", "agent_deit_t", marks=pytest.mark.exhaustive),
+    pytest.param("agent_pvt_tiny_224", "agent_pvt_t", marks=pytest.mark.exhaustive),
     ("agent_pvt_tiny_256", "agent_pvt_t"),
     ("agent_swin_tiny_224", "agent_swin_t"),
-    ("agent_swin_tiny_288", "agent_swin_t"),
+    pytest.param("agent_swin_tiny_288", "agent_swin_t", marks=pytest.mark.exhaustive),
     ("agent_cswin_tiny_224", "agent_cswin_t"),
 ]
 
@@ -70,7 +70,10 @@ def forward_all(model, x):
 
 @pytest.mark.parametrize(
     ("fixture", "name"),
-    [("downstream_pvt_tiny_256x320", "agent_pvt_t"), ("downstream_swin_tiny_256x320", "agent_swin_t")],
+    [
+        ("downstream_pvt_tiny_256x320", "agent_pvt_t"),
+        pytest.param("downstream_swin_tiny_256x320", "agent_swin_t", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_equals_published_dense_backbone(tmp_path, fixture, name):
     """`features_only` is the form of the published detection backbones; Swin's has norms behind its stages."""
@@ -88,7 +91,10 @@ def test_equals_published_dense_backbone(tmp_path, fixture, name):
 
 @pytest.mark.parametrize(
     ("fixture", "name"),
-    [("transfer_deit_tiny_224to448", "agent_deit_t"), ("transfer_swin_tiny_224to288", "agent_swin_t")],
+    [
+        ("transfer_deit_tiny_224to448", "agent_deit_t"),
+        pytest.param("transfer_swin_tiny_224to288", "agent_swin_t", marks=pytest.mark.exhaustive),
+    ],
 )
 def test_resizes_weights_as_the_published_loader(tmp_path, fixture, name):
     want = parity.load("agent", fixture)
@@ -330,7 +336,15 @@ def test_bfloat16_autocast_is_close(name):
     assert (low.double() - exact).norm() / exact.norm() < 0.05
 
 
-@FAMILIES
+@pytest.mark.parametrize(
+    "name",
+    [
+        "agent_deit_t",
+        "agent_swin_t",
+        pytest.param("agent_pvt_t", marks=pytest.mark.exhaustive),
+        pytest.param("agent_cswin_t", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_compiles_and_exports(name):
     torch.set_default_dtype(torch.float32)
     depths = dict(depth=2, agent_blocks=1) if name == "agent_deit_t" else dict(depths=(1, 1, 1, 1))
