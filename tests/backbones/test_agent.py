@@ -17,6 +17,7 @@ from saccade.backbones.agent import (
 from saccade.train.runtime import measure
 from support import parity
 from support.graphs import compiles_and_exports
+from support.levels import exhaustive
 from support.parity import load_file
 from torch import nn
 
@@ -34,11 +35,11 @@ def gradients(fixture: dict) -> dict[str, float]:
 
 WHOLE = [
     ("agent_deit_tiny_224", "agent_deit_t"),
-    pytest.param("agent_deit_tiny_320", "agent_deit_t", marks=pytest.mark.exhaustive),
-    pytest.param("agent_pvt_tiny_224", "agent_pvt_t", marks=pytest.mark.exhaustive),
+    exhaustive("agent_deit_tiny_320", "agent_deit_t"),
+    exhaustive("agent_pvt_tiny_224", "agent_pvt_t"),
     ("agent_pvt_tiny_256", "agent_pvt_t"),
     ("agent_swin_tiny_224", "agent_swin_t"),
-    pytest.param("agent_swin_tiny_288", "agent_swin_t", marks=pytest.mark.exhaustive),
+    exhaustive("agent_swin_tiny_288", "agent_swin_t"),
     ("agent_cswin_tiny_224", "agent_cswin_t"),
 ]
 
@@ -72,7 +73,7 @@ def forward_all(model, x):
     ("fixture", "name"),
     [
         ("downstream_pvt_tiny_256x320", "agent_pvt_t"),
-        pytest.param("downstream_swin_tiny_256x320", "agent_swin_t", marks=pytest.mark.exhaustive),
+        exhaustive("downstream_swin_tiny_256x320", "agent_swin_t"),
     ],
 )
 def test_equals_published_dense_backbone(tmp_path, fixture, name):
@@ -93,7 +94,7 @@ def test_equals_published_dense_backbone(tmp_path, fixture, name):
     ("fixture", "name"),
     [
         ("transfer_deit_tiny_224to448", "agent_deit_t"),
-        pytest.param("transfer_swin_tiny_224to288", "agent_swin_t", marks=pytest.mark.exhaustive),
+        exhaustive("transfer_swin_tiny_224to288", "agent_swin_t"),
     ],
 )
 def test_resizes_weights_as_the_published_loader(tmp_path, fixture, name):
@@ -341,8 +342,8 @@ def test_bfloat16_autocast_is_close(name):
     [
         "agent_deit_t",
         "agent_swin_t",
-        pytest.param("agent_pvt_t", marks=pytest.mark.exhaustive),
-        pytest.param("agent_cswin_t", marks=pytest.mark.exhaustive),
+        exhaustive("agent_pvt_t"),
+        exhaustive("agent_cswin_t"),
     ],
 )
 def test_compiles_and_exports(name):

@@ -7,6 +7,7 @@ import torch
 from saccade.backbones.biformer import Block, FullAttention, RoutedAttention, rename
 from support import parity
 from support.graphs import BACKENDS, compiles_and_exports
+from support.levels import exhaustive
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("double")  # as default type
@@ -22,7 +23,11 @@ def published(tmp_path, fixture: dict, name: str, container: str | None = "model
 
 @pytest.mark.parametrize(
     ("fixture", "name"),
-    [("biformer_tiny", "biformer_t"), ("biformer_tiny_pad_192x160", "biformer_t"), ("biformer_stl", "biformer_stl")],
+    [
+        exhaustive("biformer_tiny", "biformer_t"),
+        ("biformer_tiny_pad_192x160", "biformer_t"),
+        exhaustive("biformer_stl", "biformer_stl"),
+    ],
 )
 def test_equals_published_model(tmp_path, fixture, name):
     want = parity.load("biformer", fixture)

@@ -13,13 +13,14 @@ from saccade.backbones.davit import Block, ChannelAttention, ConvPosEnc, Downsam
 from saccade.train.runtime import measure
 from support import parity
 from support.graphs import BACKENDS, compiles_and_exports
+from support.levels import exhaustive
 from support.parity import load_file
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("double")  # as default type
 
 
-@pytest.mark.parametrize(("fixture", "name"), [("davit_tiny", "davit_t"), ("davit_tiny_150x198", "davit_t")])
+@pytest.mark.parametrize(("fixture", "name"), [exhaustive("davit_tiny", "davit_t"), ("davit_tiny_150x198", "davit_t")])
 def test_equals_published_model(tmp_path, fixture, name):
     want = parity.load("davit", fixture)
     model = load_file(tmp_path, {"state_dict": parity.weights(want)}, name)

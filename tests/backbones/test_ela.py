@@ -11,6 +11,7 @@ from saccade.train.runtime import measure
 from support import parity
 from support.gradients import assert_gradients
 from support.graphs import compiles_and_exports
+from support.levels import exhaustive
 from support.parity import load_file
 from timm.layers import create_attn
 from torch import nn
@@ -291,7 +292,7 @@ def test_on_the_meta_device(name):
     assert model(torch.empty(2, 3, 64, 64, device="meta", dtype=torch.bfloat16)).shape == (2, 7)
 
 
-@every_kind
+@pytest.mark.parametrize("name", [name if name == "ela_resnet18" else exhaustive(name) for name in SMALL])
 def test_compiles_and_exports(name):
     torch.set_default_dtype(torch.float32)
     compiles_and_exports(small(name), (32, 48))

@@ -12,6 +12,7 @@ from saccade.backbones import halonet
 from saccade.backbones.halonet import HaloAttention, checkpoint_filter_fn, rename
 from support import parity
 from support.graphs import BACKENDS, compiles_and_exports
+from support.levels import exhaustive
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("double")  # as default type
@@ -29,9 +30,9 @@ def load_file(tmp_path, weights: dict, name: str, container: str | None = None, 
     ("fixture", "name", "kwargs"),
     [
         ("halonet_h0_paper", "halo_h0", {}),
-        ("halonet_h1", "halo_h1", dict(heads=(8, 8, 8, 8))),
-        ("halonet_h3_paper", "halo_h3", {}),
-        ("halonet_h5_paper", "halo_h5", {}),
+        exhaustive("halonet_h1", "halo_h1", dict(heads=(8, 8, 8, 8))),
+        exhaustive("halonet_h3_paper", "halo_h3", {}),
+        exhaustive("halonet_h5_paper", "halo_h5", {}),
         ("halonet26t", "halo_26t", {}),
         ("eca_halonext26ts", "halo_eca26ts", {}),
     ],
@@ -71,8 +72,8 @@ def shake(model: nn.Module) -> None:
                 x.add_(torch.rand(x.shape, generator=generator) - 0.2)
 
 
-@pytest.mark.parametrize("output_stride", [32, 8])
-@pytest.mark.parametrize("theirs", HYBRIDS)
+@pytest.mark.parametrize("output_stride", [exhaustive(32), 8])
+@pytest.mark.parametrize("theirs", [name if name == "halonet26t" else exhaustive(name) for name in HYBRIDS])
 def test_timms_model_is_the_same_function(tmp_path, theirs, output_stride):
     """Its weights load and give its maps; gradients too. At the size and stride that timm's blocks divide."""
     ours, size = HYBRIDS[theirs]

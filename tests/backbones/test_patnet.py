@@ -22,6 +22,7 @@ from saccade.train.runtime import measure
 from saccade.train.runtime.distributed import SyncBatchNorm
 from support import parity
 from support.graphs import BACKENDS, compiles_and_exports
+from support.levels import exhaustive
 from support.parity import load_file
 from timm.models import reparameterize_model, save_for_hf
 from torch import nn
@@ -29,8 +30,9 @@ from torch import nn
 pytestmark = pytest.mark.usefixtures("double")  # as default type
 
 
-FIXTURES = [("patnet_t0", "patnet_t0"), ("patnet_t0_256x192", "patnet_t0"), ("patnet_t0_sp", "patnet_t0")]
-FIXTURES += [("patnet_t0_sp_6heads", "patnet_t0"), ("patnet_t1", "patnet_t1"), ("patnet_t1_6heads", "patnet_t1")]
+FIXTURES = [("patnet_t0_256x192", "patnet_t0"), ("patnet_t0_sp_6heads", "patnet_t0")]
+FIXTURES += [exhaustive("patnet_t0", "patnet_t0"), exhaustive("patnet_t0_sp", "patnet_t0")]
+FIXTURES += [exhaustive("patnet_t1", "patnet_t1"), exhaustive("patnet_t1_6heads", "patnet_t1")]
 
 
 @pytest.mark.parametrize(("fixture", "name"), FIXTURES)

@@ -12,6 +12,7 @@ from saccade.backbones.sparsifiner import MaskPredictor, Record, SparseAttention
 from saccade.ops import unpack_mask
 from support import parity
 from support.graphs import compiles_and_exports
+from support.levels import exhaustive
 from support.parity import load_file
 from torch import nn
 
@@ -19,11 +20,11 @@ pytestmark = pytest.mark.usefixtures("double")  # as default type
 
 
 WHOLE = [
-    ("sparsifiner_t_keep25_b2", "sparsifiner_deit_t"),
+    exhaustive("sparsifiner_t_keep25_b2", "sparsifiner_deit_t"),
     ("sparsifiner_t_keep10_160", "sparsifiner_deit_t"),
     ("sparsifiner_t_token70", "sparsifiner_deit_t"),
-    ("sparsifiner_s_keep25", "sparsifiner_deit_s"),
-    ("sparsifiner_lvvit_s_keep25", "sparsifiner_lvvit_s"),
+    exhaustive("sparsifiner_s_keep25", "sparsifiner_deit_s"),
+    exhaustive("sparsifiner_lvvit_s_keep25", "sparsifiner_lvvit_s"),
 ]
 ARGUMENTS = dict(
     sparsifiner_t_keep10_160=dict(img_size=160, keep_rate=0.1), sparsifiner_t_token70=dict(token_keep_rate=0.7)
