@@ -15,7 +15,7 @@ from saccade.backbones.dfa3d import (
     SpatialCrossAttention,
     TemporalSelfAttention,
     align,
-    pillars,
+    make_pillars,
     project,
     rename,
 )
@@ -71,7 +71,7 @@ def assert_module(fixture, module, given, outputs, rename=lambda key: key) -> No
 
 def geometry(c: dict) -> tuple[Tensor, Tensor]:
     """(reference (1, N, Q, Z, 3), seen) of a fixture's cameras."""
-    points = pillars(tuple(c["bev"]), c["pc_range"], c["num_points_in_pillar"], torch.empty(0))
+    points = make_pillars(tuple(c["bev"]), c["pc_range"], c["num_points_in_pillar"], torch.empty(0))
     return project(points, torch.tensor(c["lidar2img"])[None], tuple(c["img_shape"]), tuple(c["d_bound"]))
 
 
@@ -111,7 +111,7 @@ def test_equals_published_attention_over_time(fixture):
     fixture = parity.load("dfa3d", fixture)
     c, given = fixture["constants"], inputs(fixture)
     module = filled(TemporalSelfAttention(32, c["num_heads"], c["num_points"], 0.1), fixture)
-    cells = pillars(tuple(c["bev"]), [0, 0, 0, 1, 1, 1], 1, torch.empty(0))[None, :, 0, :2]
+    cells = make_pillars(tuple(c["bev"]), [0, 0, 0, 1, 1, 1], 1, torch.empty(0))[None, :, 0, :2]
     frames = (given["prev_bev"], given["query"]) if "prev_bev" in given else None
     out = module(given["query"], given["bev_pos"], frames, tuple(c["bev"]), cells + torch.tensor(c["shift"]))
     assert_module(fixture, module, given, dict(output=out))
@@ -314,7 +314,7 @@ def lifted(matrices: Tensor, lit: list[tuple[int, int, int]], bins: list[int], s
     for (n, row, column), bin in zip(lit, bins):
         value[0, n, row * shape[1] + column] = 1
         depth[0, n, row * shape[1] + column, bin] = 1
-    points = pillars((side, side), (-16, -16, -0.5, 16, 16, 0.5), 1, torch.empty(0))
+    points = make_pillars((side, side), (-16, -16, -0.5, 16, 16, 0.5), 1, torch.empty(0))
     reference, visible = project(points, matrices[None], (48, 80), (2.0, 16.0, 0.5))
     return module(torch.zeros(1, side**2, 1), value, depth, [shape], reference, visible).view(side, side).detach()
 
@@ -368,7 +368,7 @@ def test_previous_view_is_where_it_was():
     for layer in (module.value_proj, module.output_proj):
         layer.weight.data.copy_(torch.eye(4))
     before, present = torch.randn(1, H * W, 4), torch.zeros(1, H * W, 4)
-    cells = pillars((H, W), (0, 0, 0, 1, 1, 1), 1, torch.empty(0))[None, :, 0, :2]
+    cells = make_pillars((H, W), (0, 0, 0, 1, 1, 1), 1, torch.empty(0))[None, :, 0, :2]
     where = cells + torch.tensor([0.0, 2 / H])
     out = 2 * module(torch.zeros(1, H * W, 4), torch.zeros(H * W, 4), (before, present), (H, W), where)
     out, before = out.view(H, W, 4), before.view(H, W, 4)
