@@ -73,7 +73,7 @@ def project(
 
 def as_tensor(sizes: list[tuple[int, ...]], like: Tensor) -> Tensor:
     """Return sizes as a tensor, in float32 at least; in a traced graph they stay those of the image."""
-    dd = dict(dtype=full(like), device=like.device)
+    dd: dict[str, Any] = dict(dtype=full(like), device=like.device)
     if torch.jit.is_tracing():
         return torch.stack([torch.stack([torch.as_tensor(n).to(**dd) for n in size]) for size in sizes])
     return torch.tensor(sizes, **dd)

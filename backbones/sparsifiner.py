@@ -211,7 +211,7 @@ class SparseAttention(nn.Module):
 
     def split(self, qkv: Tensor) -> list[Tensor]:
         B, N, C3 = qkv.shape  # no unflatten, after which ONNX has one batch size
-        return qkv.reshape(B, N, 3, self.heads, C3 // 3 // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return qkv.reshape(B, N, 3, self.heads, C3 // 3 // self.heads).permute(2, 0, 3, 1, 4).unbind(0)  # type: ignore[return-value]
 
     def finish(self, out: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         removed = self.tokens - q.shape[2]
