@@ -13,6 +13,7 @@ from saccade.train.runtime.checkpoint import read
 from saccade.train.runtime.errors import UserError
 from saccade.train.tasks.lift import Lift, depth_loss
 from support.forked import forked
+from support.levels import exhaustive
 from support.runs import assert_same_end, dies_and_goes_on, finish, records, train
 
 from .conftest import ROOT
@@ -316,7 +317,7 @@ def test_two_processes_measure_as_one(tmp_path):
     assert results[0] == pytest.approx(results[1], rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize("strategy", ["ddp", exhaustive("fsdp")])
 def test_two_processes_train(strategy, start, tmp_path):
     """In bf16, accumulated, over two frames, with BatchNorm over both; tested again, one process finds the same."""
     small = "frames=2 train=4 val=3 test=2 img_size=(32,48)"

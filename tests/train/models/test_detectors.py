@@ -11,6 +11,7 @@ from saccade.train.models import detectors, legacy, roi_heads
 from saccade.train.models.build import create, create_features
 from saccade.train.models.published import load_heads
 from saccade.train.runtime.errors import UserError
+from support.levels import exhaustive
 from timm.optim import create_optimizer_v2
 from torchvision.ops import box_iou
 
@@ -109,7 +110,7 @@ LEARNING = dict(
 )
 
 
-@pytest.mark.parametrize("detector", LEARNING)
+@pytest.mark.parametrize("detector", [name if name == "mask_rcnn" else exhaustive(name) for name in LEARNING])
 def test_learns(detector):
     """Trained on one picture, it finds both objects on that picture as large again, in that one's own pixels."""
     torch.manual_seed(0)

@@ -321,6 +321,7 @@ print(next(line.split()[1] for line in open("/proc/self/status") if line.startsw
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(sys.platform != "linux", reason="reads a process's largest memory from /proc")
 @pytest.mark.parametrize(("kind", "channels"), [("whole", 512), ("windows", 64)])
 def test_large_pictures_in_three_gigabytes(kind, channels):
