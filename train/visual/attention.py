@@ -1,5 +1,6 @@
 """Figures of what a model attends to."""
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,28 @@ def plot_attention(model: nn.Module, images: Any, names: list[str], file: Path, 
             if len(chosen) < rows:
                 chosen.setdefault(label, image)
     labels, x = list(chosen), torch.stack(list(chosen.values())).to(device)
+    predicted = model.eval()(x).argmax(1).tolist()
+    captions = []
+    for label, other in zip(labels, predicted):
+        name = figure_text(names[label])
+        captions.append(name if label == other else f"{name}, taken for {figure_text(names[other])}")
+    return plot_attended_regions(model, x, captions, file, [a != b for a, b in zip(labels, predicted)])
+
+
+@torch.no_grad()
+def plot_attended_regions(
+    model: nn.Module, x: torch.Tensor, captions: Sequence[str], file: Path, wrong: Sequence[bool] = ()
+) -> Path:
+    """Plot what a model with `attended_regions` attends to on images x (B, 3, H, W), a row per image.
+
+    wrong: of which rows the caption is red.
+    """
     layers = model.eval().attended_regions(x)
     last = {name.rsplit(".blocks.", 1)[0]: layer for name, layer in layers.items()}  # of each stage
     if len(last) > 4:
         last = {
             name: last[name] for name in (list(last)[i] for i in np.linspace(0, len(last) - 1, 4).round().astype(int))
         }
-    predicted = model(x).argmax(1).tolist()
     low, high = x.amin((1, 2, 3), keepdim=True), x.amax((1, 2, 3), keepdim=True)
     pixels = ((x - low) / (high - low).clamp_min(1e-6)).permute(0, 2, 3, 1).cpu().numpy()
 
@@ -47,11 +63,7 @@ def plot_attention(model: nn.Module, images: Any, names: list[str], file: Path, 
     figure, axes = plt.subplots(len(x), 1 + len(last), figsize=size, squeeze=False, layout="constrained")
     for b, row in enumerate(axes):
         row[0].imshow(pixels[b], interpolation="nearest")
-        right = predicted[b] == labels[b]
-        name, other = (figure_text(names[label]) for label in (labels[b], predicted[b]))
-        row[0].set_ylabel(
-            name if right else f"{name}, taken for {other}", color="black" if right else "#c0392b", fontsize=9
-        )
+        row[0].set_ylabel(captions[b], color="#c0392b" if any(wrong[b : b + 1]) else "black", fontsize=9)
         for axis, (stage, layer) in zip(row[1:], last.items()):
             _plot_regions(axis, pixels[b], attention_shares(layer, b), layer["grid"], layer["pixels"])
             if b == 0:
