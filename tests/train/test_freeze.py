@@ -176,4 +176,4 @@ def test_command_line(tiny, tmp_path):
     code, _, err = tiny(tmp_path / "run", "freeze=layre1")
     assert code == 2 and "freeze: 'layre1' matches no part of the model with weights, did you mean layer1" in err
     code, _, err = tiny(tmp_path / "run", "freeze=(1, 2)")
-    assert code == 2 and "freeze must be a whole number or text or a list, each item text or None; got (1, 2)" in err
+    assert code == 2 and "freeze must be a whole number, or text, or a list, each item text, or None; got (1, 2)" in err

@@ -66,7 +66,10 @@ def test_damaged_files(weights, tmp_path):
     for suffix in (".safetensors", ".pth"):
         _, file = weights(num_classes=3, suffix=suffix)
         file.write_bytes(file.read_bytes()[:-1000])
-        with pytest.raises(UserError, match=r"checkpoint .*test_resnet.* can't be read .*: fetch or convert it again"):
+        with pytest.raises(
+            UserError,
+            match=r"checkpoint .*test_resnet.* can't be read .*: it is damaged .*; download or convert it again",
+        ):
             create("test_resnet", 3, checkpoint=file)
     with pytest.raises(UserError, match="there is no checkpoint"):
         create("test_resnet", 3, checkpoint=tmp_path / "none.pth")
@@ -78,7 +81,7 @@ def test_no_code_from_files(tmp_path):
             return print, ("executed",)
 
     torch.save(dict(state_dict=Evil()), tmp_path / "evil.pth")
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match=r"holds Python objects .* which are not loaded as they can run code"):
         create("test_resnet", 3, checkpoint=tmp_path / "evil.pth")
 
 

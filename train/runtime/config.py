@@ -175,7 +175,8 @@ def _override(settings: Section, override: str) -> None:
         section[key] = _plain(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         section[key] = expand_path(text)
-    section.spelled[key] = expand_path(text)
+    if not isinstance(section[key], (list, tuple, dict)):  # a number that may be meant as text, such as a folder's name
+        section.spelled[key] = expand_path(text)
     other = ALTERNATIVES.get(path)
     if other in settings and section[key] is not None and other not in settings.spelled:
         settings[other] = None
