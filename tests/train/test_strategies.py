@@ -99,5 +99,5 @@ def test_unknown_tracker_is_one_sentence(tiny, tmp_path):
 
 def test_fsdp_refuses_channels_last(tiny, tmp_path):
     code, _, err = tiny(tmp_path / "run", "strategy=fsdp", "channels_last=True")
-    assert code == 2 and "channels_last=True does not go with strategy=fsdp" in err
+    assert code == 2 and "channels_last=True can't be combined with strategy=fsdp" in err
     assert not (tmp_path / "run").exists()
