@@ -67,7 +67,9 @@ def test_own_folder(tmp_path):
     said = tool("predict.py", run, pictures / "digit_3", "--top", "2", "--json", out)
     found = json.loads(out.read_text())
     files = sorted((pictures / "digit_3").iterdir())
-    assert [row["image"] for row in found] == [str(f) for f in files] and len(said.splitlines()) == len(files)
+    assert [row["image"] for row in found] == [str(f) for f in files]
+    *lines, summary = said.splitlines()  # a line per image, then a count
+    assert len(lines) == len(files) and summary.startswith(f"{len(files)} images: ")
     for row in found:
         assert [c["name"].startswith("digit_") for c in row["classes"]] == [True, True]
         assert 1 >= row["classes"][0]["probability"] >= row["classes"][1]["probability"] >= 0
@@ -76,4 +78,4 @@ def test_own_folder(tmp_path):
 def test_predict_says_what_is_missing(tmp_path):
     command = [sys.executable, str(ROOT / "tools" / "predict.py"), str(tmp_path), str(tmp_path / "none.png")]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "there is no picture" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2 and "there is no image" in done.stderr and "Traceback" not in done.stderr
