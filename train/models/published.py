@@ -32,7 +32,6 @@ class Published(NamedTuple):
 
     tensors: dict[str, Tensor]
     classes: tuple[str, ...] | None  # in label order, where the file names them
-    version: str  # "mmdet 2.25.3", or "" where the file does not say
 
 
 # Tensors of heads whose shape depends on the number of classes.
@@ -60,10 +59,7 @@ def read_published(file: str | Path) -> Published:
     # EMAHook keeps a second copy under flattened names; the averaged weights are those under the plain names.
     tensors = {k.removeprefix("module."): t for k, t in tensors.items() if not k.startswith("ema_")}
     names = meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
-    version = next(
-        (f"{kind} {meta[f'{kind}_version']}" for kind in ("mmdet", "mmseg") if f"{kind}_version" in meta), ""
-    )
-    return Published(tensors, tuple(map(str, names)) if names else None, version)
+    return Published(tensors, tuple(map(str, names)) if names else None)
 
 
 def is_dense(tensors: dict[str, Tensor]) -> bool:
@@ -181,7 +177,7 @@ def load_published(
     file: the authors' .pth, `meta` with `state_dict` as OpenMMLab writes it, or a bare state dict; of files with
     averaged weights those. num_classes: of the head (None: as many as the file names, or its head has).
     task, model: settings that replace those of the config's sections of these names; a segmenter's task may have
-    `scale` too, in place of data.scale.
+    `scale` too, instead of data.scale.
 
     Parameters are made in torch's default dtype. The model has `class_names`, from the file or "class 0", …. Raises
     UserError, in one sentence, where the file is another model's or can't be read.

@@ -10,14 +10,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..data.images import fit_size
+
 
 def scaled_size(height: int, width: int, scale: Sequence[float]) -> tuple[int, int]:
     """Return the largest (height, width) of the same aspect ratio within `scale`, which has a short and a long side.
 
     The sides are rounded half up, each on its own, so the two axes may get slightly different factors.
     """
-    factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
-    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+    height, width = fit_size(height, width, scale)
+    return max(1, int(height + 0.5)), max(1, int(width + 0.5))
 
 
 def resize_uint8(image: Tensor, size: Sequence[int]) -> Tensor:
