@@ -1,7 +1,13 @@
 """Fixtures of several folders."""
 
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -10,3 +16,22 @@ def double():
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture
+def command(monkeypatch, capfd):
+    """command("train", *arguments) -> (exit code, stdout, stderr) of a tool, run in this process."""
+
+    from saccade.train.runtime.errors import run
+    from support.runs import own_signals
+
+    def call(tool: str, *arguments) -> tuple[int, str, str]:
+        script = str(ROOT / f"tools/{tool}.py")
+        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+        main = runpy.run_path(script)["main"]
+        capfd.readouterr()
+        with own_signals():
+            code = run(main)
+        return code, *capfd.readouterr()
+
+    return call

@@ -11,6 +11,7 @@ import pytest
 import torch
 from saccade.train import engine
 from saccade.train.runtime import checkpoint
+from support.jobs import Job
 
 # Plain SGD follows its gradients without magnifying their rounding, as Adam does where they are near zero.
 SGD = ["optimizer.opt=sgd", "optimizer.lr=0.005", "schedule.warmup_epochs=0"]
@@ -35,10 +36,11 @@ def train(folder: Path, settings: dict) -> Path:
     return folder
 
 
-def finish(process: subprocess.Popen, code: int = 0) -> str:
-    """What a process printed, once it has ended with this exit code."""
+def finish(process: Job | subprocess.Popen, code: int = 0) -> str:
+    """What a process printed, once it has ended with this exit code; all processes of a job end with it."""
     out = process.communicate(timeout=200)[0]
     assert process.returncode == code, out
+    assert not isinstance(process, Job) or set(process.codes) == {code}, (process.codes, out)
     return out
 
 

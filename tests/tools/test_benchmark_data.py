@@ -1,27 +1,14 @@
 """tools/benchmark_data.py feeds all loaders the same files; its figures are nobody's business here."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
 from PIL import Image
 
-pytestmark = pytest.mark.both_cores
 
-ROOT = Path(__file__).parents[2]
-
-
-def benchmark(*arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "tools" / "benchmark_data.py"), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
-
-
-def test_times_every_loader(tmp_path):
+def test_times_every_loader(command, tmp_path):
     small = ["--images", 20, "--size", 32, "--batch", 4, "--workers", 1, "--batches", 2, "--runs", 1, "--out", tmp_path]
-    done = benchmark(*small, "--augment", "auto_augment=rand-m5-inc1", "hflip=0.1")
-    assert done.returncode == 0, done.stderr
+    code, _, err = command("benchmark_data", *small, "--augment", "auto_augment=rand-m5-inc1", "hflip=0.1")
+    assert code == 0, err
     result = json.loads((tmp_path / "benchmark_data.json").read_text())
     assert result["augment"] == dict(color_jitter=0.0, auto_augment="rand-m5-inc1", hflip=0.1)
     rows = {row["loader"]: row for row in result["rows"]}
@@ -32,11 +19,11 @@ def test_times_every_loader(tmp_path):
     assert 1.0 in (rows["decoding (torchvision)"]["of_decoding"], rows["decoding (PIL)"]["of_decoding"])
 
 
-def test_own_images(tmp_path):
+def test_own_images(command, tmp_path):
     for i in range(3):
         (tmp_path / "a").mkdir(exist_ok=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "a" / f"{i}.jpg")
-    done = benchmark("--data", tmp_path, "--batch", 4)
-    assert done.returncode == 2 and "has 3 JPEGs in its class folders, fewer than --batch 4" in done.stderr
-    done = benchmark("--augment", "hflip")
-    assert done.returncode == 2 and "--augment takes key=value, got hflip" in done.stderr
+    code, _, err = command("benchmark_data", "--data", tmp_path, "--batch", 4)
+    assert code == 2 and "has 3 JPEGs in its class folders, fewer than --batch 4" in err
+    code, _, err = command("benchmark_data", "--augment", "hflip")
+    assert code == 2 and "--augment takes key=value, got hflip" in err

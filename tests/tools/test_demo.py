@@ -14,8 +14,6 @@ from matplotlib import pyplot as plt
 from PIL import Image
 from sklearn.datasets import load_digits
 
-pytestmark = pytest.mark.both_cores
-
 ROOT = Path(__file__).parents[2]
 FILES = ["model.safetensors", "config.json", "config.py", "environment.json", "log.txt", "log.jsonl"]
 
@@ -27,6 +25,7 @@ def tool(name: str, *arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.both_cores
 @pytest.mark.timeout(900)
 def test_demo(tmp_path):
     run = tmp_path / "demo"
@@ -51,8 +50,7 @@ def test_demo(tmp_path):
     assert model((x - mean) / std).argmax().item() == load_digits().target[0]
 
 
-@pytest.mark.timeout(900)
-def test_own_folder(tmp_path):
+def test_own_folder(command, tmp_path):
     """docs/start.md, section 3: a folder of pictures, from fine-tuning to predictions."""
     digits, pictures, run = load_digits(), tmp_path / "pictures", tmp_path / "run"
     for i in range(240):
@@ -60,11 +58,17 @@ def test_own_folder(tmp_path):
         folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray((digits.images[i] * 15.9).astype("uint8")).resize((32, 32)).save(folder / f"{i}.png")
     small = ["data.img_size=32", "model.n_win=2", "model.topks=(1,2,4,-2)", "epochs=1", "batch_size=16"]
-    tool("train.py", "configs/finetune/folder.py", f"data.root={pictures}", *small, "--run-dir", run)
-    tool("test.py", run)
+
+    def tool(name: str, *arguments: object) -> str:
+        code, out, err = command(name, *arguments)
+        assert code == 0, err
+        return out
+
+    tool("train", ROOT / "configs/finetune/folder.py", f"data.root={pictures}", *small, "--run-dir", run)
+    tool("test", run)
     assert 40 <= json.loads((run / "metrics.json").read_text())["images"] <= 56  # a fifth of each class
     out = tmp_path / "out.json"
-    said = tool("predict.py", run, pictures / "digit_3", "--top", "2", "--json", out)
+    said = tool("predict", run, pictures / "digit_3", "--top", "2", "--json", out)
     found = json.loads(out.read_text())
     files = sorted((pictures / "digit_3").iterdir())
     assert [row["image"] for row in found] == [str(f) for f in files]
@@ -75,7 +79,6 @@ def test_own_folder(tmp_path):
         assert 1 >= row["classes"][0]["probability"] >= row["classes"][1]["probability"] >= 0
 
 
-def test_predict_says_what_is_missing(tmp_path):
-    command = [sys.executable, str(ROOT / "tools" / "predict.py"), str(tmp_path), str(tmp_path / "none.png")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2 and "there is no image" in done.stderr and "Traceback" not in done.stderr
+def test_predict_says_what_is_missing(command, tmp_path):
+    code, _, err = command("predict", tmp_path, tmp_path / "none.png")
+    assert code == 2 and "there is no image" in err

@@ -2,7 +2,6 @@
 
 import json
 import os
-import runpy
 import signal
 import subprocess
 import sys
@@ -14,30 +13,15 @@ from filelock import FileLock
 from saccade.train import engine
 from saccade.train.data import scenes as made_scenes
 from saccade.train.runtime import config
-from saccade.train.runtime.errors import run
-from support.runs import own_signals, train
+from support.jobs import Job
+from support.runs import train
 
 ROOT = Path(__file__).resolve().parents[2]
 DIGITS = ROOT / "configs/digits/resnet18.py"
+TRAIN = ROOT / "tools/train.py"
 # Seconds a run: 0.1 M parameters, BatchNorm, images of 16x16.
 TINY = ["model.name=test_resnet", "data.img_size=16", "epochs=2", "batch_size=128"]
 TINY += ["log_every=1", "eval_every=1", "device=cpu"]
-
-
-@pytest.fixture
-def command(monkeypatch, capfd):
-    """command("train", *arguments) -> (exit code, stdout, stderr) of a tool, run in this process."""
-
-    def call(tool: str, *arguments) -> tuple[int, str, str]:
-        script = str(ROOT / f"tools/{tool}.py")
-        monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
-        main = runpy.run_path(script)["main"]
-        capfd.readouterr()
-        with own_signals():
-            code = run(main)
-        return code, *capfd.readouterr()
-
-    return call
 
 
 @pytest.fixture
@@ -48,23 +32,27 @@ def tiny(command):
 
 @pytest.fixture
 def start():
-    """start(processes, *arguments) -> a run as of `tiny`, under torchrun if processes > 0; ended after the test.
+    """start(processes, *arguments) -> a run as of `tiny`, in a process group if processes > 0; ended after the test.
 
-    For another config give its `settings` too, in the place of those that make digits a matter of seconds."""
+    With torchrun=(its options) or options of subprocess.Popen it is the real command, else a `Job`. For another config
+    give its `settings` too, instead of those that make digits a matter of seconds."""
     started = []
 
     def call(
-        processes: int, *arguments, torchrun: tuple[str, ...] = (), config: Path = DIGITS, settings=TINY, **options
-    ) -> subprocess.Popen:
+        processes: int, *arguments, torchrun=None, config: Path = DIGITS, settings=TINY, file_size=None, **options
+    ) -> Job | subprocess.Popen:
+        line = [str(TRAIN), str(config), *settings, *map(str, arguments)]
+        if torchrun is None and not options:
+            started.append(Job(*line, processes=processes, file_size=file_size))
+            return started[-1]
         prefix = [sys.executable]
         if processes:
             # Each on a port of its own, unless the test has them meet.
             meet = () if any("rdzv" in argument for argument in torchrun) else ("--standalone",)
             prefix += ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", *meet, *torchrun]
-        line = [*prefix, str(ROOT / "tools/train.py"), str(config), *settings, *map(str, arguments)]
         env = os.environ | {"OMP_NUM_THREADS": "1"}
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-        started.append(subprocess.Popen(line, **pipes | options))
+        started.append(subprocess.Popen([*prefix, *line], **pipes | options))
         return started[-1]
 
     yield call
@@ -73,17 +61,19 @@ def start():
             for child in children(process):
                 os.kill(child, signal.SIGKILL)
             process.kill()
-        if process.stdout:
+        if isinstance(process, subprocess.Popen) and process.stdout:
             process.stdout.close()
 
 
-def children(process: subprocess.Popen) -> list[int]:
+def children(process: Job | subprocess.Popen) -> list[int]:
+    if isinstance(process, Job):
+        return process.pids
     return list(map(int, Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()))
 
 
 @pytest.fixture(name="children")
 def _children():
-    """children(process) -> the numbers of the processes that a process has started."""
+    """children(run) -> the numbers of a job's processes, or of those that torchrun has started."""
     return children
 
 
@@ -103,11 +93,11 @@ def records():
 def wait_for():
     """wait_for(condition, process=None, seconds=60): until the condition holds; fails when the process ends before."""
 
-    def wait(condition, process: subprocess.Popen | None = None, seconds: float = 60) -> None:
+    def wait(condition, process: Job | subprocess.Popen | None = None, seconds: float = 60) -> None:
         end = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < end, "waited too long"
-            assert process is None or process.poll() is None, process.stdout.read()
+            assert process is None or process.poll() is None, process.communicate()[0]
             time.sleep(0.02)
 
     return wait

@@ -103,7 +103,6 @@ def test_resume_is_bit_identical(run, tiny, tmp_path, monkeypatch):
     assert_same_end(run, folder)
 
 
-@pytest.mark.both_cores
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.exhaustive)])
 def test_two_processes(strategy, tiny, command, start, tmp_path):
     """In bf16, accumulated, with BatchNorm over both: a run whose last evaluation one process repeats."""

@@ -1,7 +1,6 @@
 """What is frozen stays as it was to the bit, statistics included, and all the rest learns."""
 
 import re
-import subprocess
 
 import pytest
 import saccade.backbones  # noqa: F401  (registers the models)
@@ -12,6 +11,7 @@ from saccade.train.models.build import create, create_features
 from saccade.train.models.freeze import freeze
 from saccade.train.runtime import checkpoint, distributed
 from saccade.train.runtime.errors import UserError
+from support.runs import finish
 from torch import nn
 
 
@@ -165,10 +165,7 @@ def test_processes(start, tmp_path, weights):
     """Two processes: DistributedDataParallel waits for no gradient that does not come."""
     file, before = weights
     arguments = ["freeze=2", f"checkpoint={file}", "epochs=1", "--run-dir", tmp_path / "run"]
-    process = start(2, *arguments, torchrun=("--standalone",), stderr=subprocess.PIPE)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "unused" not in out + err
+    assert "unused" not in finish(start(2, *arguments))
     assert_frozen(tmp_path / "run", before)
 
 

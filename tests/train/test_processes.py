@@ -1,23 +1,26 @@
-"""Real processes: torchrun on the CPU, and runs that are killed."""
+"""Processes: groups of them on the CPU, by themselves and under torchrun, and runs that are killed."""
 
 import contextlib
 import os
 import pty
 import re
-import resource
 import signal
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from saccade.train.data.folder import ImageFolder
-from support.runs import SGD, finish, state
+from saccade.train.runtime import config
+from support.jobs import Job
+from support.runs import SGD, finish, state, train
 
-pytestmark = pytest.mark.both_cores
+ROOT = Path(__file__).parents[2]
+DIGITS = ROOT / "configs/digits/resnet18.py"
+TINY = ["model.name=test_resnet", "data.img_size=16", "log_every=1", "eval_every=1", "device=cpu"]
+EPOCH = ["batch_size=120", "epochs=1"]
 
 
 def assert_same_end(a, b):
@@ -26,31 +29,41 @@ def assert_same_end(a, b):
     assert all(torch.equal(tensors[k], others[k]) for k in tensors)
 
 
-def test_processes_equal_one(start, tmp_path, records):
-    """Two, and two of two torchrun agents: as one, BatchNorm and evaluation included."""
+@pytest.fixture
+def one(once):
+    """The folder of an epoch of digits in one process."""
+    return once("sgd", lambda folder: train(folder, config.load(DIGITS, [*TINY, *SGD, *EPOCH])))
+
+
+def assert_as_one(run: Path, one: Path, records) -> None:
+    expected = records(one)
+    assert len(expected) == 11
+    for mine, line in zip(records(run), expected, strict=True):
+        assert mine.keys() == line.keys()
+        assert mine["loss"] == pytest.approx(line["loss"], rel=1e-4), line["step"]
+        assert mine.get("images") == line.get("images")
+    tensors, others = state(run)[0], state(one)[0]
+    for key in ("model.bn1.running_mean", "model.layer4.0.bn1.running_var"):
+        assert torch.allclose(tensors[key], others[key], rtol=1e-3, atol=1e-5), key
+
+
+def test_two_processes_equal_one(start, tmp_path, records, one):
+    """BatchNorm and evaluation included."""
+    finish(start(2, *SGD, *EPOCH, "workers=1", "--run-dir", tmp_path))
+    assert_as_one(tmp_path, one, records)
+
+
+@pytest.mark.exhaustive
+def test_two_agents_equal_one(start, tmp_path, records, one):
+    """Two of two torchrun agents, as on two nodes."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     meet = ("--nnodes=2", "--rdzv_backend=c10d", f"--rdzv_endpoint=localhost:{port}", "--rdzv_id=test")
-    sizes = ["batch_size=120", "epochs=1"]
-    runs = {name: tmp_path / name for name in ("one", "two", "agents")}
-    finish(start(0, *SGD, *sizes, "--run-dir", runs["one"]))
-    finish(start(2, *SGD, *sizes, "workers=1", "--run-dir", runs["two"]))
-    agents = [start(1, *SGD, *sizes, "--run-dir", runs["agents"], torchrun=meet) for _ in range(2)]
+    agents = [start(1, *SGD, *EPOCH, "--run-dir", tmp_path, torchrun=meet) for _ in range(2)]
     for agent in agents:
         finish(agent)
-    expected = records(runs["one"])
-    assert len(expected) == 11
-    for name, run in runs.items():
-        for mine, line in zip(records(run), expected):
-            assert mine.keys() == line.keys()
-            assert mine["loss"] == pytest.approx(line["loss"], rel=1e-4), (name, line["step"])
-            assert mine.get("images") == line.get("images")
-        tensors, others = state(run)[0], state(runs["one"])[0]
-        for key in ("model.bn1.running_mean", "model.layer4.0.bn1.running_var"):
-            assert torch.allclose(tensors[key], others[key], rtol=1e-3, atol=1e-5), (name, key)
-    for name, tensor in state(runs["two"])[0].items():
-        assert torch.equal(state(runs["agents"])[0][name], tensor)
+    assert_as_one(tmp_path, one, records)
 
 
 @pytest.mark.parametrize("processes", [0, 3])
@@ -110,21 +123,20 @@ def test_asked_to_stop(start, tmp_path, records, wait_for, number):
 @pytest.mark.parametrize("target", ["torchrun", "one process"])
 def test_processes_agree_to_stop(start, tmp_path, records, wait_for, children, target):
     """torchrun passes SIGTERM on to its processes; one process that is asked alone stops all, at the same step."""
-    run = start(2, *SGD, "epochs=1000", "--run-dir", tmp_path)
+    torchrun = () if target == "torchrun" else None
+    run = start(2, *SGD, "epochs=1000", "--run-dir", tmp_path, torchrun=torchrun)
     wait_for(lambda: (tmp_path / "log.jsonl").exists() and len(records(tmp_path)) > 3, run)
     os.kill(run.pid if target == "torchrun" else children(run)[1], signal.SIGTERM)
-    out = finish(run, 1)  # torchrun's own exit code
+    out = finish(run, 1 if target == "torchrun" else 75)
     step = state(tmp_path)[1]["step"]
     assert out.count(f"stopped: step {step} of 9000 is saved in") == 1
     assert records(tmp_path)[-1]["step"] == step
-    if target != "torchrun":
-        assert re.search(r"exitcode *: 75 ", out)
 
 
 def test_torchrun_restarts_resume(start, tmp_path, records, wait_for, children):
     """With --max-restarts, processes that torchrun starts again, as one of them has died, go on without being told."""
     whole, run = tmp_path / "whole", tmp_path / "run"
-    arguments = [*SGD, "save_every=1", "epochs=3"]
+    arguments = [*SGD, "save_every=1", "epochs=2"]
     finish(start(2, *arguments, "--run-dir", whole))
     process = start(2, *arguments, "--run-dir", run, torchrun=("--max-restarts=1",))
     wait_for(lambda: (run / "log.jsonl").exists() and len(records(run)) > 3, process)
@@ -137,23 +149,17 @@ def test_torchrun_restarts_resume(start, tmp_path, records, wait_for, children):
 def test_disk_full_for_one_of_two(start, tmp_path):
     """The process that writes says so, the other does not hang, and nothing is half-written."""
 
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-
-    run = start(2, *SGD, "--run-dir", tmp_path, preexec_fn=limit)
-    out = finish(run, 1)  # torchrun's own exit code
+    run = start(2, *SGD, "--run-dir", tmp_path, file_size=100_000)
+    out = finish(run, 74)
     assert out.count("error: saving ") == 1 and "File too large" in out and "free some space" in out
-    assert re.search(r"exitcode *: 74 ", out) and "engine.py" not in out
+    assert "engine.py" not in out
     assert not list((tmp_path / "checkpoints").iterdir())
 
 
 @pytest.mark.parametrize("processes", [2, 3])
 def test_synchronised_batchnorm(processes):
     """In float64, training steps over processes are those of one process to the last digits."""
-    script = Path(__file__).with_name("sync_batchnorm.py")
-    line = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", str(script)]
-    done = subprocess.run(line, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-3000:]
+    finish(Job(Path(__file__).with_name("sync_batchnorm.py"), processes=processes))
 
 
 def test_broken_images(start, tmp_path):
@@ -175,16 +181,16 @@ def test_broken_images(start, tmp_path):
         "--run-dir",
         tmp_path / "run",
         config=folder,
-        torchrun=("--standalone",),
+        settings=[],
     )
-    out = finish(run, 1)
+    out = finish(run, 65)
     assert all(out.count(f"{path} can't be read as an image") == 1 for path in broken)
     assert "repair or remove them" in out and "data.max_bad=1 is less than 2" in out
-    assert re.search(r"exitcode *: 65 ", out) and "engine.py" not in out
+    assert "engine.py" not in out
 
 
 def test_mistakes_are_said_once(start, tmp_path):
-    out = finish(start(2, "epoch=3", "--run-dir", tmp_path / "run"), 1)
+    out = finish(start(2, "epoch=3", "--run-dir", tmp_path / "run", torchrun=()), 1)  # torchrun's own exit code
     assert out.count("error: unknown key epoch, did you mean epochs") == 1
     assert re.search(r"exitcode *: 2 ", out)
     assert not (tmp_path / "run").exists()

@@ -120,7 +120,6 @@ def test_resume_is_bit_identical(run, tiny, tmp_path, monkeypatch):
     assert_same_end(run, folder)
 
 
-@pytest.mark.both_cores
 @pytest.mark.exhaustive
 def test_two_processes_are_as_one(tiny, start, tmp_path):
     """Losses, BatchNorm over both, evaluation of pictures that they can't share equally."""

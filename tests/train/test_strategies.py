@@ -9,8 +9,6 @@ import pytest
 import torch
 from support.runs import SGD, finish, state
 
-pytestmark = pytest.mark.both_cores
-
 
 def test_fsdp_trains_as_ddp(start, tmp_path, records):
     """Losses, evaluations (of processes with unequal numbers of images), averages and the names of all that is kept."""

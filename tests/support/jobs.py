@@ -1,0 +1,107 @@
+"""Command lines as processes of their own, forked from one that has imported everything, so that each starts at once.
+
+That process computes nothing, so that its copies can compute gradients. Tests whose subject is the real command or
+torchrun itself start those.
+"""
+
+import multiprocessing
+import os
+import resource
+import runpy
+import signal
+import socket
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOLS = ROOT / "tools"
+# What the commands import at their start.
+PRELOAD = ["torch", "torchvision", "timm", "saccade.backbones", "saccade.train.engine", "saccade.train.test"]
+PRELOAD += ["saccade.train.models.build", "saccade.train.tasks", "torch.distributed.run", "torch.nn.parallel"]
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOAD)
+
+
+def _main(script: str, arguments: list[str], environment: dict[str, str], output: str, file_size: int | None) -> None:
+    file = os.open(output, os.O_WRONLY | os.O_APPEND)
+    os.dup2(file, 1), os.dup2(file, 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    if file_size is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    from saccade.train.runtime.errors import run
+
+    sys.argv = [script, *arguments]
+    main = runpy.run_path(script)
+    code = run(main["main"]) if "main" in main else 0
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(code)  # as an interpreter does at its end, without the handlers of the process it is a copy of
+
+
+class Job:
+    """A command line in one or more processes; the part of subprocess.Popen that tests use."""
+
+    def __init__(self, script: Path, *arguments: object, processes: int = 0, file_size: int | None = None):
+        """processes: more than 0 are a group, as torchrun would start it; file_size: the most bytes of a file."""
+        self.output = tempfile.NamedTemporaryFile("r", suffix=".out")  # noqa: SIM115 (lives as long as the job)
+        environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+        if processes:
+            with socket.socket() as free:
+                free.bind(("localhost", 0))
+                port = free.getsockname()[1]
+            environment |= dict(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(processes))
+        self.processes = []
+        for rank in range(max(processes, 1)):
+            own = dict(RANK=str(rank), LOCAL_RANK=str(rank)) if processes else {}
+            line = (str(script), list(map(str, arguments)), environment | own, self.output.name, file_size)
+            self.processes.append(_context.Process(target=_main, args=line))
+            self.processes[-1].start()
+
+    @property
+    def pids(self) -> list[int]:
+        return [process.pid for process in self.processes]
+
+    @property
+    def pid(self) -> int:
+        return self.pids[0]
+
+    @property
+    def codes(self) -> list[int | None]:
+        return [process.exitcode for process in self.processes]
+
+    @property
+    def returncode(self) -> int | None:
+        return None if None in self.codes else next((code for code in self.codes if code), 0)
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout: float) -> int:
+        end = time.monotonic() + timeout
+        for process in self.processes:
+            process.join(max(end - time.monotonic(), 0))
+        if None in self.codes:
+            self.kill()
+            raise TimeoutError(f"the job took longer than {timeout} s:\n{self.text()}")
+        return self.returncode
+
+    def communicate(self, timeout: float = 60) -> tuple[str, None]:
+        self.wait(timeout)
+        return self.text(), None
+
+    def text(self) -> str:
+        """What all processes have printed so far, on stdout and stderr."""
+        return Path(self.output.name).read_text(errors="replace")
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        for process in self.processes:
+            if process.exitcode is None:
+                process.kill()
+                process.join()
