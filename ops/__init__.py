@@ -10,6 +10,7 @@ from .dfa3d import dfa3d, ms_deform_attn
 from .dispatch import backend
 from .gaussian_gate import gaussian_gate
 from .halo_attention import halo_attention
+from .neighborhood_attention import neighborhood_attention
 from .relative_bias import relative_bias_attention
 from .sparse_attention import connectivity, predict_mask, sparse_attention, sparse_mask, unpack_mask
 from .spatial_gate import spatial_gate
@@ -27,6 +28,7 @@ __all__ = [
     "gaussian_gate",
     "halo_attention",
     "ms_deform_attn",
+    "neighborhood_attention",
     "pool_agents",
     "predict_mask",
     "region_routing",
