@@ -1,16 +1,16 @@
-"""What every kernel costs on every supported card, found without one: `python -m saccade.ops.aot [--json]`.
+"""Report the resource usage of every kernel on every supported GPU, without one: `python -m saccade.ops.aot [--json]`.
 
-Compiles ahead of time and reads the registers of a thread, the bytes it spills and the shared memory of a program: off
-the cubin on NVIDIA, with the cuobjdump that Triton ships; off the assembly on AMD. The exit status is 1 if a kernel
-spills on sm_90 or needs more shared memory than a card has.
+Kernels are compiled ahead of time. Registers and spilled bytes per thread and shared memory per program are read from
+the cubin on NVIDIA, with the cuobjdump that Triton ships, and from the assembly on AMD. The exit status is 1 if a
+kernel spills on sm_90 or needs more shared memory than a GPU has.
 
-An operator takes part by its name in OPERATORS and, in its kernel.py, a function
+An operator is included if OPERATORS has its name and its kernel.py a function
 
     def aot(dtype: str, hip: bool) -> Iterator[tuple[JITFunction, dict, dict]]
 
-that yields, for each tile it may launch on tensors of "fp32", "fp16" or "bf16": the kernel, the types of those pointers
-that do not point to dtype ({"lse_ptr": "*fp32"}), and the keyword arguments of the launch (constexprs, num_warps, …).
-Of the rest, stride_* count as divisible by 16, magic_* as 64-bit, scale as fp32, and what remains as plain integers.
+that yields, for each tile it may launch on tensors of dtype ("fp32", "fp16" or "bf16"): the kernel, the types of the
+pointers to other dtypes ({"lse_ptr": "*fp32"}), and the keyword arguments of the launch (constexprs, num_warps, …).
+Of the other arguments, stride_* are taken to be divisible by 16, magic_* are int64, scale is fp32, the rest are int32.
 """
 
 import argparse
@@ -45,7 +45,7 @@ class Card(NamedTuple):
     backend: str
     arch: int | str
     warp: int
-    shared: int  # bytes a program may have; on CUDA, a kilobyte less than a multiprocessor has
+    shared: int  # limit per program in bytes; on CUDA, 1 KB less than a multiprocessor has
 
 
 CARDS = {
@@ -54,7 +54,7 @@ CARDS = {
     "sm_100": Card("cuda", 100, 32, 227 << 10),
     "gfx942": Card("hip", "gfx942", 64, 64 << 10),
 }
-WARPS, REGISTERS, PROGRAMS = 64, 65536, 32  # that a CUDA multiprocessor of these cards holds at a time
+WARPS, REGISTERS, PROGRAMS = 64, 65536, 32  # limits per multiprocessor of these CUDA GPUs
 
 
 class Usage(NamedTuple):
@@ -64,40 +64,42 @@ class Usage(NamedTuple):
     card: str
     tile: str
     registers: int
-    spills: int  # bytes a thread
-    shared: int  # bytes a program
-    warps: int  # of a program
+    spills: int  # bytes per thread
+    shared: int  # bytes per program
+    warps: int  # per program
 
     @property
     def problem(self) -> str:
         if self.shared > CARDS[self.card].shared:
-            return f"{CARDS[self.card].shared} bytes of shared memory is all there is"
+            return f"more than the {CARDS[self.card].shared} bytes of shared memory per program"
         return "spills" if self.spills and self.card == "sm_90" else ""
 
     @property
     def occupancy(self) -> float | None:
-        """Warps that a CUDA multiprocessor holds at a time, of those it could: an estimate, by what a program takes."""
+        """Estimate the occupancy of a CUDA multiprocessor: resident warps over their maximum."""
         if CARDS[self.card].backend != "cuda":
             return None
-        registers = -(-self.registers // 8) * 8 * 32 * self.warps  # given out by 8 a thread
-        shared = (CARDS[self.card].shared + 1024) // (self.shared + 1024)  # of which the system takes 1024 a program
+        registers = -(-self.registers // 8) * 8 * 32 * self.warps  # allocated 8 per thread at a time
+        shared = (CARDS[self.card].shared + 1024) // (self.shared + 1024)  # the system reserves 1024 per program
         return min(REGISTERS // registers, shared, WARPS // self.warps, PROGRAMS) * self.warps / WARPS
 
 
 def build(kernel, dtype: str, pointers: dict, options: dict, card: str):
-    """The kernel compiled for card, as it would be launched with these options on tensors of dtype."""
+    """Compile a kernel for a GPU, as it would be launched with these options on tensors of dtype."""
     import triton
     from triton.backends.compiler import GPUTarget
 
     if not isinstance(kernel, triton.runtime.JITFunction):
-        raise RuntimeError("nothing can be compiled under TRITON_INTERPRET=1: unset it, in a process of its own")
+        raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it and use a new process")
     const = {name: options[name] for name in kernel.arg_names if name in options}
 
     def typed(name: str) -> str:
         if name in const:
             return "constexpr"
+        if name in pointers:
+            return pointers[name]
         if name.endswith("_ptr"):
-            return pointers.get(name, f"*{dtype}")
+            return f"*{dtype}"
         return "i64" if name.startswith("magic_") else "fp32" if name == "scale" else "i32"
 
     aligned = [i for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name.startswith("stride_")]
@@ -119,7 +121,7 @@ def _cuobjdump() -> str:
 
 
 def measure(compiled) -> tuple[int, int, int]:
-    """Registers of a thread, bytes it spills, bytes of shared memory of a program."""
+    """Return registers and spilled bytes per thread, and bytes of shared memory per program."""
     if "cubin" not in compiled.asm:
         counts = {key: int(n) for key, n in re.findall(r"\.(\w+):\s+(\d+)$", compiled.asm["amdgcn"], re.MULTILINE)}
         return counts["vgpr_count"], counts["private_segment_fixed_size"], compiled.metadata.shared
@@ -131,12 +133,12 @@ def measure(compiled) -> tuple[int, int, int]:
             [_cuobjdump(), "--dump-resource-usage", path], check=True, capture_output=True, text=True
         ).stdout
     counts = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
-    # No kernel here has arrays of its own: what stands on its stack was spilled.
+    # No kernel here has local arrays: its stack holds only spilled registers.
     return counts["REG"], counts["STACK"] + counts["LOCAL"], compiled.metadata.shared
 
 
 def usage(operators=tuple(OPERATORS), cards=tuple(CARDS), dtypes=tuple(DTYPES), quick=False) -> Iterator[Usage]:
-    """Compile every tile of the operators' kernels, or if quick only the first tile of each kernel."""
+    """Compile every tile of the operators' kernels, or only the first tile of each kernel if quick."""
     for operator in operators:
         module = importlib.import_module(f"{__package__}.{operator}.kernel")
         for card in cards:
@@ -157,8 +159,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--operators", nargs="+", choices=OPERATORS, default=OPERATORS)
     parser.add_argument("--cards", nargs="+", choices=CARDS, default=list(CARDS))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
-    parser.add_argument("--quick", action="store_true", help="only the first tile of each kernel")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    parser.add_argument("--quick", action="store_true", help="compile only the first tile of each kernel")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
     args = parser.parse_args(argv)
     problems = 0
     for row in usage(args.operators, args.cards, args.dtypes, args.quick):

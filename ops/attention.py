@@ -1,4 +1,4 @@
-"""PyTorch's scaled_dot_product_attention, which has no second derivative, with one."""
+"""scaled_dot_product_attention with a second derivative, which PyTorch's lacks."""
 
 from typing import Any
 
@@ -10,8 +10,8 @@ from .dispatch import definition_gradients, use_definition, wants_definition_gra
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """softmax(scale · q kᵀ) v, of (..., heads, N, D), over the keys that the boolean mask has, or plus a floating-point
-    mask that gets no gradient. Twice differentiable; under autocast in autocast's type."""
+    """softmax(scale · q kᵀ) v of (..., heads, N, D). A boolean mask selects keys, a floating-point one is added to the
+    logits; the mask gets no gradient. Twice differentiable. Runs in autocast's dtype under autocast."""
     if torch.jit.is_scripting():
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     else:
@@ -68,7 +68,7 @@ class FlashOnCpu(torch.autograd.Function):
 
 
 class Recomputed(torch.autograd.Function):
-    """On any device: the backward runs PyTorch's attention once more."""
+    """For any device: the backward pass runs PyTorch's attention again."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Choose the form of an operator: its Triton kernels, PyTorch for speed, or its definition in plain PyTorch."""
+"""Choose the implementation of an operator: Triton kernels, fast PyTorch, or the reference in plain PyTorch."""
 
 import importlib.util
 import os
@@ -26,16 +26,25 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-# Plain globals, which torch.compile and torch.export guard on or fold; a context variable they could not.
+# A plain global, since torch.compile and torch.export can guard on it or fold it, unlike a context variable.
 _backend = _checked(os.environ.get("SACCADE_BACKEND", "auto"), "SACCADE_BACKEND")
 _interpreted = _interpreting()
+_recording = False  # True while saccade.ops.launches records the kernels that CPU tensors would launch on a GPU
+
+
+@torch.compiler.assume_constant_result
+def _is_below_sm_80(index: int | None) -> bool:
+    """Return whether this is an NVIDIA card older than sm_80, whose tensor cores the kernels cannot use."""
+    if torch.version.hip is not None or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(index) < (8, 0)
 
 
 class backend:
-    """`with backend("torch"):` forces one form of every operator, in the whole process, until the block ends.
+    """Force one backend for all operators: `with backend("torch"): ...`. It applies to the whole process.
 
-    "triton" runs the kernels or raises, naming everything that they cannot take; "torch" never runs them; "auto", the
-    default unless the environment variable SACCADE_BACKEND says otherwise, runs them where they can run.
+    "triton" runs the kernels, or raises a RuntimeError that lists why it cannot; "torch" never runs them; "auto" runs
+    them wherever it can. The default is "auto", or the value of the environment variable SACCADE_BACKEND.
     """
 
     def __init__(self, name: str):
@@ -52,10 +61,11 @@ class backend:
 
 
 def use_triton(*tensors: Tensor, cannot: Sequence[str] = ()) -> bool:
-    """Return whether to run the kernels on these tensors; `cannot` lists what the operator knows they can't take.
+    """Return whether to run the kernels on these tensors; `cannot` lists the operator's own reasons not to.
 
-    Triton's interpreter runs kernels under backend("triton") alone: it is a thousand times slower than PyTorch. A graph
-    that is saved for other programs (torch.export, torch.jit.trace) holds kernels under backend("triton") alone too.
+    In Triton's interpreter, kernels run only under backend("triton"), since they are a thousand times slower than
+    PyTorch there. A graph that is saved for other programs (torch.export, torch.jit.trace) also contains kernels only
+    under backend("triton").
     """
     if _backend == "torch" or (_backend == "auto" and is_saved_graph()):
         return False
@@ -64,37 +74,38 @@ def use_triton(*tensors: Tensor, cannot: Sequence[str] = ()) -> bool:
         reasons.append("Triton is not installed")
     if is_transformed():
         reasons.append("transforms of torch.func and forward-mode derivatives")
+    interprets = _recording or (_interpreted and _backend == "triton")
     for x in tensors:
-        if x.device.type != "cuda" and not (_interpreted and _backend == "triton" and x.device.type == "cpu"):
-            reasons.append(f"a tensor on {x.device.type}, where no kernel runs")
+        if x.device.type != "cuda" and not (interprets and x.device.type == "cpu"):
+            reasons.append(f"a tensor on {x.device.type}, where kernels do not run")
+        elif x.device.type == "cuda" and _is_below_sm_80(x.device.index):
+            reasons.append("a GPU older than compute capability 8.0")
         elif x.dtype.is_floating_point and x.dtype not in DTYPES:
             reasons.append(f"a tensor of {x.dtype}; kernels take float32, float16 and bfloat16")
     if reasons and _backend == "triton":
-        raise RuntimeError(
-            f"backend 'triton' was asked for by name, but it cannot take: {'; '.join(dict.fromkeys(reasons))}"
-        )
+        raise RuntimeError(f"backend 'triton' is set, but the kernels cannot run: {'; '.join(dict.fromkeys(reasons))}")
     return not reasons
 
 
 def is_saved_graph() -> bool:
-    """Return whether a graph is recorded that may run without saccade: by torch.export, torch.jit.trace, or by what
-    calls one of them (both ONNX exporters, TensorBoard, fvcore, OpenVINO)."""
+    """Return whether a graph is being recorded that may run without saccade: by torch.export or torch.jit.trace, or by
+    anything that calls them (both ONNX exporters, TensorBoard, fvcore, OpenVINO)."""
     return torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
 
 
 def is_transformed() -> bool:
     """Return whether torch.func transforms (grad, vmap, jvp, functionalize) or forward-mode derivatives are active."""
-    if torch.compiler.is_compiling():  # which takes transforms apart itself, and cannot read these states
+    if torch.compiler.is_compiling():  # it handles transforms itself, and cannot trace the calls below
         return False
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def use_definition(*tensors: Tensor) -> bool:
-    """Return whether an operator must consist of out-of-place PyTorch operators alone.
+    """Return whether an operator must use only out-of-place PyTorch operators.
 
-    True for graphs (torch.compile, torch.export, torch.jit.trace, make_fx), which record loops over the batch as many
-    times as they ran and know no autograd.Function; for transforms and forward-mode derivatives, which need every
-    step's own rule; and for tensors without values (meta and fake ones).
+    True while a graph is recorded (torch.compile, torch.export, torch.jit.trace, make_fx), since that would unroll
+    loops over the batch and does not support our autograd.Functions; under transforms and forward-mode derivatives,
+    which need a rule for every step; and for meta and fake tensors, which have no values.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or is_transformed():
         return True
@@ -106,13 +117,13 @@ def use_definition(*tensors: Tensor) -> bool:
 def definition_gradients(
     definition: Callable[..., Tensor], tensors: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Differentiate definition(*tensors): the gradients of the `needed` tensors, themselves differentiable.
+    """Return the gradients of definition(*tensors) for the `needed` tensors; they are themselves differentiable.
 
-    For the backward of an autograd.Function when a second derivative is wanted, or when it runs under a transform.
+    Used in the backward pass of an autograd.Function for second derivatives and under transforms.
     """
     differentiable = torch.is_grad_enabled()
     with torch.enable_grad():
-        # Aliases: where one tensor was computed from another, the other's gradient must not pass through it.
+        # Aliases cut the graph between the tensors: one may have been computed from another.
         inputs = [t.view_as(t) if n and t is not None else t for t, n in zip(tensors, needed)]
         y = definition(*inputs)
         leaves: list[Any] = [t for t, n in zip(inputs, needed) if n]
@@ -122,6 +133,6 @@ def definition_gradients(
 
 
 def wants_definition_gradients(dy: Tensor) -> bool:
-    """Return whether the backward of dy must be differentiable (create_graph=True), or runs under a transform or for
-    many gradients at once (is_grads_batched=True)."""
+    """Return whether the backward pass of dy must be differentiable (create_graph=True), or runs under a transform or
+    on batched gradients (is_grads_batched=True)."""
     return torch.is_grad_enabled() or is_transformed() or torch._C._functorch.is_legacy_batchedtensor(dy)

@@ -1,4 +1,4 @@
-"""In what precision an operator computes, whatever the type of its map and whatever autocast says."""
+"""The precision that operators compute in, independent of the dtype of their inputs and of autocast."""
 
 import contextlib
 from collections.abc import Sequence
@@ -8,20 +8,20 @@ from torch import Tensor
 
 
 def full(x: Tensor) -> torch.dtype:
-    """At least float32: what statistics, logits, sums and everything else that is small is computed in."""
+    """Return float32, or the dtype of x if that is wider: for statistics, logits, sums and other small tensors."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
-    """A context in which every tensor keeps the type that it has. Nothing where autocast is off anyway: a region of its
-    own would stand in exported graphs."""
+    """Return a context manager that disables autocast. It does nothing if autocast is already off, so that exported
+    graphs contain no autocast region."""
     device = "cpu" if x.is_meta else x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
 @torch.no_grad()
 def copy_back(updated: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
-    """Copy running statistics that were updated in another type to the tensors that were given."""
+    """Copy running statistics that were updated in another dtype back to the given tensors."""
     for new, old in zip(updated, given):
         if new is not None and old is not None and new is not old:
             old.copy_(new)

@@ -1,21 +1,21 @@
-"""What the operators' registrations with PyTorch say alike."""
+"""Shared parts of the operators' registrations with PyTorch."""
 
 import torch
 from torch.library import CustomOpDef
 
 
 def no_second_derivative(name: str, *backwards: CustomOpDef) -> None:
-    """To differentiate these, the backward operators of `name` in Triton, is an error that says what to do."""
+    """Make differentiating the backward operators of `name` an error that names the alternative."""
 
     def refuse(ctx, *_):
-        raise RuntimeError(f"{name} has no second derivative in Triton: use saccade.ops.backend('torch') for it")
+        raise RuntimeError(f"{name} has no second derivative in Triton: use saccade.ops.backend('torch')")
 
     for backward in backwards:
         backward.register_autograd(refuse)
 
 
 def autocast_as_attention(qualified: str, fwd: CustomOpDef) -> None:
-    """Under autocast this operator, of that name, runs in autocast's type whatever it is given, as PyTorch's own."""
+    """Make the operator run in autocast's dtype under autocast, whatever its inputs, like PyTorch's own attention."""
 
     def rule(device: str):
         def run(qkv, *args):

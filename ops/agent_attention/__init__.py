@@ -1,4 +1,4 @@
-"""Agent attention (arXiv 2312.08874): agents gather from all keys, and every query reads from the agents."""
+"""Agent attention (arXiv 2312.08874): a few agent tokens attend to all keys, and every query attends to the agents."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ from .tables import Factors
 
 __all__ = ["agent_attention", "pool_agents", "resize_agent_bias"]
 
-MAX_HEAD_DIM = 64  # of the kernels
+MAX_HEAD_DIM = 64  # that the kernels support
 
 
 def agent_attention(
@@ -29,23 +29,24 @@ def agent_attention(
     dwc_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale · q Aᵀ + B2) softmax(scale · A kᵀ + B1) v of each head, A its agents, plus a depthwise convolution.
+    """softmax(scale · q Aᵀ + B2) softmax(scale · A kᵀ + B1) v per head, A the agents, plus a depthwise convolution.
 
-    q           (B, N, C), k and v (B, M, C): tokens, row-major over a map; head j owns channels j·D to (j+1)·D. Views
-                of packed projections are read where they lie if their last axis has stride 1; if not, the kernels copy.
-    agents      (B, a, C): `pool_agents` of q, as a rule.
-    key_bias    (block, rows, columns): the factors of B1, in any floating type: block (heads, a, S, S), resized
-                bilinearly to the h x w map of the keys, rows (heads, a, h) and columns (heads, a, w); M = h·w.
-    query_bias  the same of B2, for the map of the queries: another one where keys come from a smaller map.
-    heads       their number, which divides C.
-    token_bias  two of (heads, a), with a class token before both maps (N = 1 + h·w, M alike): its entries of B1 and B2.
-    dwc_weight  (C, 1, 3, 3) and dwc_bias (C,): the depthwise convolution of v, zero padding 1, that is added to the
-                output; not of the class token, and not to it. Values of a smaller map are resized bilinearly first.
-    scale       of the logits; D ** -0.5 if None.
+    q           (B, N, C), k and v (B, M, C): tokens, row-major over a map; head j has channels j·D to (j+1)·D. The
+                kernels read views of packed projections in place if their last axis has stride 1, else they copy.
+    agents      (B, a, C), usually `pool_agents` of q.
+    key_bias    (block, rows, columns): the factors of B1, in any floating-point dtype. block (heads, a, S, S) is
+                resized bilinearly to the h x w map of the keys, rows are (heads, a, h), columns (heads, a, w); M = h·w.
+    query_bias  the factors of B2, for the map of the queries. It is another map where keys come from a smaller one.
+    heads       the number of heads, which divides C.
+    token_bias  the class token's entries of B1 and B2, each (heads, a), if a class token precedes both maps
+                (N = 1 + h·w, and likewise M).
+    dwc_weight  (C, 1, 3, 3) and dwc_bias (C,): a depthwise convolution of v with zero padding 1, added to the output.
+                The class token takes no part in it. Values of a smaller map are resized bilinearly first.
+    scale       factor of the logits; D ** -0.5 if None.
 
-    Returns (B, N, C), contiguous. Gradients go to all tensors, and are the same in every run. Softmaxes and sums are in
-    float32 in the kernels; autocast changes nothing. A NaN in a query stays in its row; one in an agent, key or value
-    reaches its image.
+    Returns (B, N, C), contiguous. All tensors get gradients, and these are deterministic. The kernels compute softmaxes
+    and sums in float32; autocast has no effect. A NaN in a query affects only its row of the output; one in an agent,
+    key or value affects its whole image.
     """
     if torch.jit.is_scripting():
         return reference.agent_attention(
@@ -54,7 +55,7 @@ def agent_attention(
     else:
         _check(q, k, v, agents, key_bias, query_bias, heads, token_bias, dwc_weight, dwc_bias)
         parameters = _parameters(key_bias, query_bias, token_bias, dwc_weight, dwc_bias)
-        if q.numel() == 0:  # with a graph to everything
+        if q.numel() == 0:  # an empty result that depends on every input, for autograd
             total: Any = sum(x.sum() for x in (k, v, agents, *parameters))
             return q + total.to(q.dtype)
         D = q.shape[2] // heads
@@ -98,7 +99,7 @@ def _triton(
     dwc_bias: Tensor | None,
     scale: float,
 ) -> Tensor:
-    from . import op  # and with it Triton: only now
+    from . import op  # imports Triton, so not at the top of the file
 
     key_token, query_token = token_bias or (None, None)
     b1, b2 = tables.for_kernels(key_bias, key_token), tables.for_kernels(query_bias, query_token)
@@ -106,12 +107,12 @@ def _triton(
 
 
 def pool_agents(q: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The agents of a map of queries: adaptive average pooling, with bins that overlap where the grid does not divide.
+    """Pool the agents from a map of queries, by adaptive average pooling: bins overlap where the grid does not divide.
 
-    q     (B, h, w, C): a view of packed projections is read where it lies.
+    q     (B, h, w, C); a view of packed projections is not copied.
     grid  (p_h, p_w).
 
-    Returns (B, p_h·p_w, C), row-major over the grid. The gradient is the same in every run.
+    Returns (B, p_h·p_w, C), row-major over the grid. The gradient is deterministic.
     """
     if not torch.jit.is_scripting():
         if q.dim() != 4 or not q.dtype.is_floating_point:
@@ -124,17 +125,21 @@ def pool_agents(q: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def resize_agent_bias(factors: Factors, size: tuple[int, int], grid: tuple[int, int]) -> Factors:
-    """The factors of a bias for a map and a grid of agents other than those that they were learned on.
+    """Resize the factors of a bias to another map and another grid of agents.
 
-    factors  (block, rows, columns) as above, of a = p·p agents; what they resize to is B1 or B2 resized bilinearly over
-             the map, and its agents over the p x p grid: linear in each, so that the factors can be resized instead.
-    size     (h, w) of the map.
-    grid     (p_h, p_w) of the agents.
+    The bias is linear in its factors, so resizing them is the same as resizing the bias: bilinearly over the map, and
+    its agents bilinearly over their grid.
+
+    factors  (block, rows, columns) as in agent_attention, for a = p·p agents.
+    size     (h, w) of the new map.
+    grid     (p_h, p_w) of the new agents.
+
+    Returns the new (block, rows, columns).
     """
     if not torch.jit.is_scripting():
         _check_factors("factors", factors, factors[0].shape[0], factors[0].shape[1])
         if tables.root(factors[0].shape[1]) ** 2 != factors[0].shape[1]:
-            raise ValueError(f"factors must be of a square number of agents, got {factors[0].shape[1]}")
+            raise ValueError(f"factors must have a square number of agents, got {factors[0].shape[1]}")
         if min(*size, *grid) < 1:
             raise ValueError(f"size and grid must be at least 1 x 1, got {size} and {grid}")
         with no_autocast(factors[0]):
@@ -184,23 +189,25 @@ def _check(
         raise ValueError(f"v must be {tuple(k.shape)} as k is, got {tuple(v.shape)}")
     a = agents.shape[1]
     if a < 1:
-        raise ValueError("agents must be at least one, got none")
+        raise ValueError("agents must have at least one token, got none")
     T = 0 if token_bias is None else 1
     for name, bias, of, x in (("key_bias", key_bias, "k", k), ("query_bias", query_bias, "q", q)):
         _check_factors(name, bias, heads, a)
         h, w = _size(bias)
         if x.shape[1] != T + h * w:
             raise ValueError(
-                f"{name} must be for the {x.shape[1]} tokens of {of}{', the first a class token' if T else ''}, "
-                f"got one for a map of {h} x {w}"
+                f"{name} must fit the {x.shape[1]} tokens of {of}{', the first a class token' if T else ''}, "
+                f"got a bias for a map of {h} x {w}"
             )
     if q.numel() and not k.numel():
-        raise ValueError("k must have tokens where q has, got none")
+        raise ValueError("k must have tokens if q has, got none")
     if token_bias is not None and (len(token_bias) != 2 or any(x.shape != (heads, a) for x in token_bias)):
-        raise ValueError(f"token_bias must be two of ({heads}, {a}), got {[tuple(x.shape) for x in token_bias]}")
+        raise ValueError(
+            f"token_bias must be two tensors of shape ({heads}, {a}), got {[tuple(x.shape) for x in token_bias]}"
+        )
     if dwc_weight is None:
         if dwc_bias is not None:
-            raise ValueError("dwc_bias must be None where dwc_weight is")
+            raise ValueError("dwc_bias must be None if dwc_weight is None, got a tensor")
     elif dwc_weight.shape != (C, 1, 3, 3):
         raise ValueError(f"dwc_weight must be ({C}, 1, 3, 3), got {tuple(dwc_weight.shape)}")
     if dwc_bias is not None and dwc_bias.shape != (C,):

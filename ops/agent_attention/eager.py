@@ -1,7 +1,7 @@
-"""The plain-PyTorch form for speed: what runs where Triton does not, above all on a CPU.
+"""Fast PyTorch implementation, used where the Triton kernels cannot run (mainly on CPUs).
 
-The biases are (heads, a, N) tensors without a batch. Images go through few at a time, so that nothing of the size
-B·heads·a·N is ever there, and what is there stays in the cache. The backward pass makes the probabilities again.
+The biases are (heads, a, N) tensors, shared by the batch. A few images are processed at a time, so that no tensor of
+B·heads·a·N elements is allocated and the working set stays in cache. The backward pass recomputes the probabilities.
 """
 
 from functools import partial
@@ -16,9 +16,9 @@ from ..precision import no_autocast
 from . import reference
 from .tables import Factors, whole
 
-CHUNK_BYTES = 3 << 20  # of the queries of the images that go through together: measured, of 1 to 10 MB
-# With fewer agents than this, logits have agents before tokens, whichever of the two the softmax runs over: a row of
-# 3136 tokens makes better products and sums than 3136 rows of nine agents, twice as fast as PyTorch's flash attention.
+CHUNK_BYTES = 3 << 20  # of queries per chunk of images: the fastest measured between 1 and 10 MB
+# With fewer agents than this, logits are stored agents by tokens whichever axis the softmax runs over: one row of 3136
+# tokens makes faster products and sums than 3136 rows of nine agents, twice as fast as PyTorch's flash attention.
 FLASH_AGENTS = 32
 
 
@@ -35,7 +35,7 @@ def agent_attention(
     dwc_bias: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """See saccade.ops.agent_attention, which checks the arguments. Here both maps are of one size if convolved."""
+    """See saccade.ops.agent_attention, which checks the arguments. With dwc_weight, both maps must have one size."""
     b1, b2 = whole(key_bias), whole(query_bias)
     if token_bias is not None:
         b1, b2 = (torch.cat((t.unsqueeze(2).to(b.dtype), b), 2) for t, b in zip(token_bias, (b1, b2)))

@@ -1,22 +1,22 @@
-"""Triton kernels of agent attention, forward and backward, and what launches them.
+"""Triton kernels of agent attention, forward and backward, and their launchers.
 
-    gather_kernel   P1 V: a tile of agents walks its share of the keys; merge_kernel joins the shares
-    read_kernel     P2 (P1 V) and the convolution: a tile of queries walks the agents, most often a single tile of them
+    gather_kernel   P1 V: a tile of agents loops over a range of the keys; merge_kernel combines the ranges
+    read_kernel     P2 (P1 V) and the convolution: a tile of queries loops over the agents, usually one tile of them
 
-Backward, either softmax is a matrix P of tokens (the queries of P2, the keys of P1) by agents, with the gradient
-dS = P · (dP − delta) at its logits, and is summed in three ways, each by programs that own the result:
+In the backward pass, either softmax is a matrix P of tokens (the queries of P2, the keys of P1) by agents. The gradient
+of its logits, dS = P · (dP − delta), is summed in three ways, each by programs that own their part of the result:
 
-    tokens_kernel   over the agents, into dq; into dk and dv, with the convolution's part of dv and its parameters'
-    agents_kernel   over the tokens, into the gradients of the agents and of P1 V
-    bias_kernel     over the batch, into the gradient of the bias; tokens_kernel does this too while it holds all agents
+    tokens_kernel   over the agents: dq; or dk and dv, including the convolution's part of dv and its parameters
+    agents_kernel   over the tokens: the gradients of the agents and of P1 V
+    bias_kernel     over the batch: the gradient of the bias; tokens_kernel does it if one tile holds all agents
 
-A bias is a sum of small tables, made anew in registers: its factors are interpolated along y before (`along_rows` in
-tables.py), which leaves three look-ups a logit, of which the neighbours of a tile share most. Written out, a bias of
-heads·a values a token would be read from L2 for each image: 196 bytes a token and head for 49 agents, with keys and
-values 128 bytes in half precision at D = 32; and written to memory twice the map at a batch of one. Its gradient is
-(heads, tokens, a) without a batch, in a few parts (`_chunks`), reduced to the tables by PyTorch.
+A bias is a sum of small tables, computed in registers. Its factors are interpolated along y beforehand (`along_rows` in
+tables.py), which leaves three lookups per logit, most of them shared within a tile. A materialised bias has heads·a
+values per token and would be read from L2 for every image: 196 bytes per token and head for 49 agents, where the key
+and value take 128 bytes in half precision at D = 32. The gradient of a bias is (heads, tokens, a), summed over the
+batch in a few chunks (`_chunk`); PyTorch reduces it to the tables.
 
-Offsets to tokens are 64-bit. Nothing is summed with atomics.
+Offsets to tokens are 64-bit. There are no atomics.
 """
 
 from collections.abc import Iterator
@@ -29,13 +29,13 @@ from torch import Tensor
 from ..tiles import FLOOR, LOG2E, softmax_step
 from .tables import resizing
 
-# Arguments that change from one image size to the next are not specialised on: no recompilation for a divisible one.
+# Not specialised on, since they change with the image size: a divisible size would recompile the kernel.
 SIZES = ["B", "heads", "N", "a", "h", "w", "S", "share", "images", "splits", "total"]
 
 
 @triton.jit
 def bias(rows_ptr, columns_ptr, token_ptr, head, n, m, ok, a, h, w, S, T: tl.constexpr):
-    """Of tokens n and agents m, one of them along each side of the tile; in base 2."""
+    """Return the bias of tokens n and agents m, times log2(e). One of them is a column of the tile, the other a row."""
     i = tl.maximum(n - T, 0)
     y, x = i // w, i % w
     s = tl.minimum(tl.maximum(((2 * x + 1) * S - w).to(tl.float32) / (2 * w), 0.0), (S - 1).to(tl.float32))
@@ -52,7 +52,7 @@ def bias(rows_ptr, columns_ptr, token_ptr, head, n, m, ok, a, h, w, S, T: tl.con
 
 @triton.jit
 def load(x_ptr, n, stride_n, ok, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows n of D values each."""
+    """Load rows n of D values each."""
     d = tl.arange(0, BLOCK_D)
     return tl.load(x_ptr + n.to(tl.int64)[:, None] * stride_n + d[None, :], ok[:, None] & (d < D)[None, :], 0.0)
 
@@ -66,7 +66,7 @@ def store(x_ptr, n, stride_n, ok, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def neighbours(x_ptr, n, stride_n, dy, dx, h, w, T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The tokens dy rows and dx columns from tokens n, zero off the map."""
+    """Load the tokens dy rows and dx columns from tokens n; zero outside the map."""
     y, x = (n - T) // w + dy, (n - T) % w + dx
     ok = (n >= T) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
     return load(x_ptr, T + y * w + x, stride_n, ok, D, BLOCK_D).to(tl.float32)
@@ -114,7 +114,7 @@ def merge_kernel(
     part_ptr, parts_ptr, va_ptr, lse_ptr, total, splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_A: tl.constexpr,
 ):  # fmt: skip
-    """Of the total = B·heads·a agents, a tile: their shares' outputs part and log-sum-exps parts into va and lse."""
+    """Combine a tile of the total = B·heads·a agents: partial outputs and log-sum-exps per split, into va and lse."""
     m = (tl.program_id(0) * BLOCK_A + tl.arange(0, BLOCK_A)).to(tl.int64)
     ok = m < total
     top = tl.load(parts_ptr + m, ok, 0.0)
@@ -164,7 +164,7 @@ def read_kernel(
         top, l, acc = softmax_step(tl.where(ok[None, :], s, float("-inf")), va, top, l, acc)
     tl.store(lse_ptr + (b * heads + head) * N + n, top + tl.log2(l), mine)
     out = acc / l[:, None]
-    if CONV:  # weight (10, C): nine taps and the bias
+    if CONV:  # weight is (10, C): nine taps and the bias
         c = head * D + tl.arange(0, BLOCK_D)
         has = tl.arange(0, BLOCK_D) < D
         v_ptr += b * stride_vb + head * D
@@ -177,7 +177,7 @@ def read_kernel(
 
 @triton.jit
 def pairs(x, y, agents, z, b, lse, ok, scale):
-    """P and dP of a tile: logits of x with agents, gradients at them from y with z."""
+    """Return P and dP of a tile: softmax of the logits of x and agents, and its gradient from y and z."""
     p = tl.exp2(tl.dot(x, tl.trans(agents), input_precision="ieee") * (scale * LOG2E) + b - lse)
     return tl.where(ok, p, 0.0), tl.dot(y, tl.trans(z), input_precision="ieee")
 
@@ -191,7 +191,7 @@ def tokens_kernel(
     T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
     KEYS: tl.constexpr, CONV: tl.constexpr, SINGLE: tl.constexpr,
 ):  # fmt: skip
-    """x, y, z are q, dout, P1 V with the softmax over the agents; with KEYS k, v, d(P1 V) and that over the tokens."""
+    """Without KEYS x, y, z are q, dout and P1 V, the softmax over agents; with KEYS k, v and d(P1 V), over tokens."""
     pid = tl.program_id(0)
     head = pid % heads
     pid = pid // heads
@@ -214,7 +214,7 @@ def tokens_kernel(
         b = tl.full((), i, tl.int64)
         x = load(x_ptr + b * stride_xb + c, n, stride_xn, mine, D, BLOCK_D)
         y = load(y_ptr + b * stride_yb + c, n, stride_yn, mine, D, BLOCK_D)
-        first = (b * heads + head) * a  # of the agents
+        first = (b * heads + head) * a  # agent
         if not KEYS:
             token = (b * heads + head) * N + n
             lse = tl.load(lse_ptr + token, mine, 0.0)[:, None]
@@ -364,15 +364,15 @@ def bias_kernel(
     tl.store(dbias_ptr, dbias, ok)
 
 
-# By bytes of an element and head dim: tokens and agents of a tile at most, warps, stages. Chosen by registers and
-# shared memory from ahead-of-time compilation (saccade.ops.aot), not yet timed on a GPU: what spills nothing on sm_90.
+# By element size in bytes and head dim: most tokens and agents per tile, warps, stages. Chosen for no spills on sm_90,
+# from the registers and shared memory of ahead-of-time compilation (saccade.ops.aot); not yet timed on a GPU.
 TILES = {
     (2, 32): (32, 32, 8, 2),
     (2, 64): (32, 64, 8, 2),
     (4, 32): (16, 32, 8, 2),
     (4, 64): (32, 32, 8, 2),
 }
-# Fill the largest card a few times over: where tiles are fewer, tokens or images are shared out.
+# Enough to fill the largest GPU several times: with fewer tiles, the tokens or images are split among programs.
 PROGRAMS = 512
 HIP = torch.version.hip is not None
 
@@ -381,18 +381,18 @@ def tile(itemsize: int, D: int, a: int, hip: bool) -> dict:
     BLOCK_D = max(16, triton.next_power_of_2(D))
     tokens, agents, warps, stages = TILES[itemsize, max(32, BLOCK_D)]
     agents = max(16, min(agents, triton.next_power_of_2(a)))
-    stages = 1 if hip else stages  # with two, Triton 3.6 does not translate tokens_kernel for gfx942
+    stages = 1 if hip else stages  # with two, Triton 3.6 fails to compile tokens_kernel for gfx942
     return dict(D=D, BLOCK_D=BLOCK_D, BLOCK_N=tokens, BLOCK_A=agents, num_warps=warps, num_stages=stages)
 
 
 def _share(N: int, programs: int, block: int) -> int:
-    """Tokens that one of several programs walks: four tiles at least, so that the parts stay small beside the map."""
+    """Return the tokens per split: at least four tiles, so that partial results stay small compared with the map."""
     most = triton.cdiv(N, 4 * block)
     return triton.cdiv(N, block * min(most, triton.cdiv(PROGRAMS, programs))) * block
 
 
 def _chunk(B: int, programs: int) -> int:
-    """Images that one program goes through: four at least, so that a bias' gradient has fewer parts than images."""
+    """Return the images per program: at least four, so that partial bias gradients are fewer than images."""
     return triton.cdiv(B, min(max(1, B // 4), triton.cdiv(PROGRAMS, programs)))
 
 
@@ -401,13 +401,13 @@ def _readable(x: Tensor) -> Tensor:
 
 
 def _tables(rows: Tensor, columns: Tensor, token: Tensor | None) -> tuple[tuple, tuple, int]:
-    """Pointers, sizes a, h, w, S, and whether there is a class token."""
+    """Return pointers, the sizes a, h, w, S, and whether there is a class token."""
     _, h, S, a = rows.shape
     return (rows, columns, rows if token is None else token), (a, h, columns.shape[1], S), int(token is not None)
 
 
 def _taps(weight: Tensor | None, bias: Tensor | None, C: int) -> Tensor | None:
-    """(10, C): nine taps and the bias, in float32."""
+    """Return (10, C): nine taps and the bias, in float32."""
     if weight is None:
         return None
     bias = weight.new_zeros(C) if bias is None else bias
@@ -426,8 +426,8 @@ def fwd(
     heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The output (B, N, C) and, for the backward, P1 V (B, heads, a, D) and the base-2 log-sum-exps of both softmaxes,
-    (B, heads, a) and (B, heads, N)."""
+    """Return the output (B, N, C) and, for the backward pass, P1 V (B, heads, a, D) and the base-2 log-sum-exps of both
+    softmaxes, (B, heads, a) and (B, heads, N)."""
     (B, N, C), M, a = q.shape, k.shape[1], agents.shape[1]
     q, k, v, agents = _readable(q), _readable(k), _readable(v), agents.contiguous()
     options = tile(q.element_size(), C // heads, a, HIP)
@@ -475,8 +475,8 @@ def bwd(
     heads: int,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    """Gradients to q, k, v and agents; to rows, columns and class token of either bias; to the taps and bias (10, C).
-    Those of what is not there are empty."""
+    """Return the gradients of q, k, v and agents; of rows, columns and class token of either bias; and of the taps and
+    bias (10, C). The gradient of an argument that is None is an empty tensor."""
     C = q.shape[2]
     q, k, v, dout = map(_readable, (q, k, v, dout))
     agents = agents.contiguous()
@@ -497,7 +497,7 @@ def bwd(
 
 
 def _tokens(x, y, agents, z, tables, lse, delta, dout, weight, heads, scale, dx, dy, keys):
-    """tokens_kernel and, with many agents, bias_kernel: the gradients of the bias (heads, N, a) and of the taps."""
+    """Run tokens_kernel and, with many agents, bias_kernel. Return the gradients of the bias (heads, N, a) and taps."""
     (B, N, C), a = x.shape, agents.shape[1]
     options = tile(x.element_size(), C // heads, a, HIP)
     pointers, sizes, T = _tables(*tables)
@@ -524,7 +524,7 @@ def _tokens(x, y, agents, z, tables, lse, delta, dout, weight, heads, scale, dx,
 
 
 def _agents(x, y, agents, z, tables, lse, delta, heads, scale, keys):
-    """The gradients of the agents and of z, (B, heads, a, D) in float32."""
+    """Return the gradients of the agents and of z, (B, heads, a, D) in float32."""
     (B, N, C), a = x.shape, agents.shape[1]
     options = tile(x.element_size(), C // heads, a, HIP)
     pointers, sizes, T = _tables(*tables)
@@ -540,7 +540,7 @@ def _agents(x, y, agents, z, tables, lse, delta, heads, scale, keys):
 
 
 def _factors(dbias: Tensor, tables: tuple[Tensor, Tensor, Tensor | None]) -> tuple[Tensor, Tensor, Tensor]:
-    """From the gradient of a bias (heads, N, a), those of its tables."""
+    """Return the gradients of a bias' tables from its own (heads, N, a)."""
     rows, columns, token = tables
     dtoken = dbias.new_empty(0)
     if token is not None:
@@ -550,7 +550,7 @@ def _factors(dbias: Tensor, tables: tuple[Tensor, Tensor, Tensor | None]) -> tup
 
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
-    """For saccade.ops.aot: every tile of TILES, with few and with many agents."""
+    """Yield every tile of TILES for saccade.ops.aot, with few and with many agents."""
     itemsize = 4 if dtype == "fp32" else 2
     names = "rows", "columns", "token", "weight", "lse", "parts", "delta", "dbias", "dweight", "dagents", "dz"
     floats = {f"{name}_ptr": "*fp32" for name in names}

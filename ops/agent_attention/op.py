@@ -1,4 +1,4 @@
-"""Registration of the Triton form with PyTorch: fakes, autograd and FLOP formulas."""
+"""Registration of the Triton kernels with PyTorch: fake kernels, autograd and FLOP formulas."""
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ def bwd(
     heads: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to q … query_token, and to the taps and bias (10, C); those of what is not there are empty."""
+    """Return the gradients of q … query_token, and of the taps and bias (10, C). For None they are empty tensors."""
     key_tables, query_tables = (key_rows, key_columns, key_token), (query_rows, query_columns, query_token)
     with no_autocast(q):
         return kernel.bwd(
@@ -98,7 +98,7 @@ fwd.register_autograd(_backward, setup_context=_save)
 no_second_derivative("agent_attention", bwd)
 
 
-# As PyTorch counts its own attention: two matrix products forward and five backward for each softmax.
+# Counted as PyTorch counts its own attention: two matrix products forward and five backward, per softmax.
 @register_flop_formula(torch.ops.saccade.agent_attention_fwd)
 def fwd_flop(q_shape, k_shape, v_shape, agents_shape, *args, **kwargs) -> int:
     B, N, C = q_shape

@@ -1,17 +1,17 @@
-"""Agent attention as its definition reads (arXiv 2312.08874, equations 3 to 6).
+"""Reference implementation of agent attention (arXiv 2312.08874, equations 3 to 6).
 
 With agents A (a, D), queries Q (N, D), keys K and values V (M, D) of one head:
 
-    P1 = softmax(scale · A Kᵀ + B1)          (a, M): each agent gathers from all keys
-    P2 = softmax(scale · Q Aᵀ + B2)          (N, a): each query reads from all agents
+    P1 = softmax(scale · A Kᵀ + B1)          (a, M): each agent attends to all keys
+    P2 = softmax(scale · Q Aᵀ + B2)          (N, a): each query attends to all agents
     O  = P2 (P1 V) + depthwise 3 x 3 convolution of V
 
 Both biases are sums of small factors. For B1, with agent m and the key at row y and column x of its map,
 
     B1[m, (y, x)] = I(block[m])[y, x] + rows[m, y] + columns[m, x]
 
-where I resizes a small square table bilinearly to the map. Here biases, logits and probabilities are tensors in memory,
-the last two for each image; the other forms exist to avoid exactly these.
+where I resizes a small square table bilinearly to the map. This implementation materialises biases, logits and
+probabilities, the last two for every image; the other implementations avoid that.
 """
 
 import torch
@@ -40,7 +40,7 @@ def agent_attention(
     out = attend(q, k, v, agents, b1, b2, heads, (C // heads) ** -0.5 if scale is None else scale)
     if dwc_weight is None:
         return out
-    T = 0 if token_bias is None else 1  # a class token is no part of the map
+    T = 0 if token_bias is None else 1  # a class token is not part of the map
     x = v[:, T:].transpose(1, 2).unflatten(2, (key_bias[1].shape[2], key_bias[2].shape[2]))
     size = (query_bias[1].shape[2], query_bias[2].shape[2])
     if x.shape[2:] != size:

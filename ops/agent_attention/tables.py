@@ -1,7 +1,7 @@
-"""The small factors of the biases, and the agents: linear maps with few outputs, the same PyTorch in every form.
+"""The factors of the biases, and the pooling of agents: small linear maps that all implementations share.
 
-All of them are products with matrices made of sizes alone: PyTorch's own resizing and adaptive pooling sum with atomics
-on a GPU, so that their gradients change from run to run, and copy a map that is a view of a packed one.
+They are products with constant matrices: PyTorch's own resizing and adaptive pooling sum with atomics on a GPU, which
+makes their gradients nondeterministic, and they copy a map that is a view of a packed one.
 """
 
 import torch
@@ -14,7 +14,7 @@ Factors = tuple[Tensor, Tensor, Tensor]
 
 
 class Product(torch.autograd.Function):
-    """constant @ x, whose gradient is computed without autocast too."""
+    """constant @ x. Autocast affects neither it nor its gradient."""
 
     @staticmethod
     def forward(ctx, constant: Tensor, x: Tensor) -> Tensor:
@@ -36,15 +36,15 @@ def product(constant: Tensor, x: Tensor) -> Tensor:
 
 
 def resizing(length: int, size: int, like: Tensor) -> Tensor:
-    """(length, size): bilinear interpolation from size points to length points, of which each reads two."""
-    # (x + ½) size / length − ½ in whole numbers: exactly the identity where the sizes are equal.
+    """Return the (length, size) matrix of linear interpolation from size points to length points."""
+    # (x + ½) size / length − ½ in integers: exactly the identity if the sizes are equal.
     x = torch.arange(length, device=like.device).unsqueeze(1)
     s = (((2 * x + 1) * size - length).to(like.dtype) / (2 * length)).clamp(0, size - 1)
     return (1 - (s - torch.arange(size, device=like.device)).abs()).clamp(min=0)
 
 
 def pooling(length: int, bins: int, like: Tensor) -> Tensor:
-    """(bins, length): the mean over floor(i·length / bins) … ceil((i + 1)·length / bins) − 1, in float32 at least."""
+    """Return (bins, length): means over floor(i·length / bins) … ceil((i + 1)·length / bins) − 1, at least float32."""
     i = torch.arange(bins, device=like.device).unsqueeze(1)
     x = torch.arange(length, device=like.device)
     start, end = i * length // bins, ((i + 1) * length + bins - 1) // bins
@@ -53,28 +53,29 @@ def pooling(length: int, bins: int, like: Tensor) -> Tensor:
 
 
 def along_rows(factors: Factors) -> Tensor:
-    """(heads, a, h, S): block resized along y, and the row's bias: the weights along x sum to one, so it fits in."""
+    """Return block resized along y plus the rows' bias, (heads, a, h, S). The interpolation along x may come after this
+    sum, since its weights sum to one."""
     block, rows, _ = factors
     return product(resizing(rows.shape[2], block.shape[2], block), block) + rows.unsqueeze(3)
 
 
 def whole(factors: Factors) -> Tensor:
-    """(heads, a, h·w): the bias itself, shared by the batch."""
+    """Return the whole bias, (heads, a, h·w), shared by the batch."""
     columns = factors[2]
     along = resizing(columns.shape[2], factors[0].shape[3], columns)
     return (product(along, along_rows(factors).transpose(-2, -1)).transpose(-2, -1) + columns.unsqueeze(2)).flatten(2)
 
 
 def for_kernels(factors: Factors, token: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As the kernels look them up, in float32 and with the agents side by side: `along_rows` (heads, h, S, a), columns
-    (heads, w, a), and the class token's (heads, a). Small: 7 (h + w) / (h·w) of the bias itself or less."""
+    """Return the tables that the kernels read, in float32 with the agents innermost: `along_rows` (heads, h, S, a),
+    columns (heads, w, a), and the class token's bias (heads, a). At most 7 (h + w) / (h·w) of the bias' size."""
     factors = (factors[0].float(), factors[1].float(), factors[2].float())
     rows = along_rows(factors).permute(0, 2, 3, 1).contiguous()
     return rows, factors[2].transpose(-2, -1).contiguous(), None if token is None else token.float().contiguous()
 
 
 def root(a: int) -> int:
-    """The smallest p with p·p >= a; in whole numbers, which torch.compile and torch.jit follow."""
+    """Return the smallest p with p·p >= a; in integer arithmetic, which torch.compile and torch.jit can trace."""
     p = 1
     while p * p < a:
         p += 1
@@ -105,7 +106,7 @@ def pool_agents(q: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def resize(x: Tensor, source: tuple[int, int], size: tuple[int, int]) -> Tensor:
-    """(B, [1 +] h·w, C) of a map of `source` bilinearly to (B, *size, C), without a class token."""
+    """Resize a map of `source` pixels, (B, [1 +] h·w, C), bilinearly to (B, *size, C), without its class token."""
     x = x[:, x.shape[1] - source[0] * source[1] :].unflatten(1, source)
     rows, columns = (resizing(to, of, x) for to, of in zip(size, source))
     return product(columns, product(rows, x.flatten(2)).unflatten(2, x.shape[2:]))

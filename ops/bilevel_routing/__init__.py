@@ -1,4 +1,4 @@
-"""Bi-level routing attention (BiFormer, arXiv 2303.08810): every region's tokens attend to the tokens of K regions."""
+"""Bi-level routing attention (BiFormer, arXiv 2303.08810): the tokens of a region attend to the tokens of K regions."""
 
 import torch
 import torch.nn.functional as F
@@ -10,26 +10,26 @@ from . import eager, reference
 
 __all__ = ["bilevel_routing_attention", "region_routing"]
 
-MAX_HEAD_DIM = 128  # of the kernels
+MAX_HEAD_DIM = 128  # that the kernels support
 
 
 def bilevel_routing_attention(
     qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale: float | None = None
 ) -> Tensor:
-    """Attention of each region's tokens to the tokens of the K regions that `idx` lists for it.
+    """Let the tokens of each region attend to the tokens of the K regions that `idx` lists for it.
 
-    qkv      (B, H, W, 3C): q | k | v on the last axis; head m owns channels m·D to (m+1)·D of each. If the last axis
-             has stride 1, a view of a bigger map is read where it lies; if not, the kernels take a copy.
+    qkv      (B, H, W, 3C): q | k | v on the last axis; head m has channels m·D to (m+1)·D of each. The kernels read a
+             view of a larger map in place if its last axis has stride 1, else they copy it.
     idx      (B, P, K), int32 or int64: the key regions of each query region, row-major over the grid of P = R_h · R_w
-             regions; distinct within a row. One outside 0 … P-1 raises in plain PyTorch; the kernels, which cannot look
-             without waiting for the GPU, turn the outputs of that region's queries to NaN, and all that their gradients
-             reach.
+             regions; distinct within a row. In PyTorch, an index outside 0 … P-1 raises an IndexError. The kernels
+             cannot check this without synchronising with the GPU: they make the outputs of that region's queries NaN,
+             and with them the gradients.
     regions  (R_h, R_w), which divide H and W.
-    scale    of the logits; C ** -0.5 if None (by the full width, as published: not by the head dimension).
+    scale    factor of the logits; C ** -0.5 if None (as published, by all channels and not by the head dimension).
 
-    Returns (B, H, W, C), contiguous. The gradient goes to qkv only, and is the same in every run. A NaN among the
-    queries stays where it is; among the keys and values it reaches the queries that see it and, where the kernels take
-    the dense form (kernel.py: small regions), the others of its image too.
+    Returns (B, H, W, C), contiguous. Only qkv gets a gradient, and it is deterministic. A NaN in a query affects only
+    that query; one in a key or value affects the queries that attend to it and, in the kernels' dense variant (for
+    small regions, see kernel.py), the others of its image too.
     """
     if torch.jit.is_scripting():
         return eager.bilevel_routing_attention(qkv, idx, heads, regions, scale)
@@ -48,7 +48,7 @@ def bilevel_routing_attention(
             cannot.append(f"{K} regions of {t} tokens each")
         if use_triton(qkv, idx, cannot=cannot):
             return _triton(qkv, idx, heads, regions, scale)
-        if is_transformed():  # whose rules PyTorch's attention lacks
+        if is_transformed():  # PyTorch's attention lacks their rules
             with no_autocast(qkv):
                 return reference.bilevel_routing_attention(qkv, idx, heads, regions, scale)
         _check_range(idx)
@@ -56,7 +56,7 @@ def bilevel_routing_attention(
 
 
 def _triton(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale: float) -> Tensor:
-    from . import op  # and with it Triton: only now
+    from . import op  # imports Triton, so not at the top of the file
 
     return op.fwd(qkv, idx, heads, regions[0], regions[1], scale)[0]
 
@@ -87,24 +87,24 @@ def _check(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int]) -> No
 
 def _check_range(idx: Tensor) -> None:
     if use_definition(idx):
-        return  # no values to look at
+        return  # the tensor may have no values
     low, high = idx.aminmax()
     if low < 0 or high >= idx.shape[1]:
         raise IndexError(f"idx must be from 0 to {idx.shape[1] - 1}, got {low.item()} to {high.item()}")
 
 
 def region_routing(qkv: Tensor, region_size: tuple[int, int], topk: int) -> Tensor:
-    """The regions that each region attends to: top-k by the dot product of the mean query and the mean keys.
+    """Choose the regions that each region attends to: the top-k by the dot product of its mean query and the mean keys.
 
-    qkv          (B, H, W, 3C) as above.
-    region_size  (h, w) in tokens. Where they do not divide H or W, the last row or column of regions is smaller, and
-                 its means are of the tokens that are there.
+    qkv          (B, H, W, 3C) as in bilevel_routing_attention.
+    region_size  (h, w) in tokens. If they do not divide H or W, the regions of the last row or column are smaller, and
+                 their means are over the tokens that they have.
     topk         K, from 1 to P = ceil(H/h) · ceil(W/w).
 
-    Returns (B, P, K), int64. No gradient. Means, products and the choice are in float32 (float64 for float64), under
-    autocast too: in half precision a close second would win now and then.
+    Returns (B, P, K), int64, without gradient. Means, products and the choice are computed in float32 (float64 for
+    float64), under autocast too, since rounding to half precision could change the choice.
 
-    Plain PyTorch on every device: it reads q and k once, and what follows has P ≤ 256 rows.
+    It is plain PyTorch on every device: q and k are read once, and all that follows has only P rows per image.
     """
     if torch.jit.is_scripting():
         return _routing(qkv, region_size, topk)
@@ -132,17 +132,17 @@ def _routing(qkv: Tensor, region_size: tuple[int, int], topk: int) -> Tensor:
     h, w = region_size
     x = qkv.detach()[..., : C3 // 3 * 2]
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if torch.jit.is_tracing():  # no branch: the graph serves other sizes too
+    if torch.jit.is_tracing():  # no branch on sizes: the graph must work for others too
         R, S = (H + h - 1) // h, (W + w - 1) // w
         x = F.pad(x, (0, 0, 0, S * w - W, 0, R * h - H)).reshape(B, R, h, S, w, C3 // 3 * 2).sum(4, dtype=full).sum(2)
         rows = (H - torch.arange(R, device=x.device) * h).clamp(max=h)
         columns = (W - torch.arange(S, device=x.device) * w).clamp(max=w)
         means = x / (rows.unsqueeze(1) * columns).unsqueeze(2)
     elif H % h == 0 and W % w == 0:
-        # Summed in `full` as it is read, without a copy; one axis at a time, which is ten times faster on a CPU.
+        # Summed in `full` without a copy; one axis at a time, which is ten times faster on a CPU.
         means = x.reshape(B, H // h, h, W // w, w, C3 // 3 * 2).sum(4, dtype=full).sum(2) / (h * w)
     else:
-        x = x.to(full).permute(0, 3, 1, 2)  # channels last, as it lies
+        x = x.to(full).permute(0, 3, 1, 2)  # channels-last, its memory format
         means = F.avg_pool2d(x, region_size, ceil_mode=True, count_include_pad=False).permute(0, 2, 3, 1)
     q, k = means.flatten(1, 2).chunk(2, -1)  # (B, P, C) each
     return (q @ k.transpose(1, 2)).topk(topk, -1)[1]

@@ -1,6 +1,6 @@
-"""The plain-PyTorch form for speed: what runs where Triton does not, above all on a CPU.
+"""Fast PyTorch implementation, used where the Triton kernels cannot run (mainly on CPUs).
 
-Both forms read the packed map as it lies and leave the softmax to scaled_dot_product_attention, so no logits are kept.
+Both variants read the packed map in place and call scaled_dot_product_attention, so no logits are kept.
 """
 
 import torch
@@ -9,8 +9,8 @@ from torch import Tensor
 from ..attention import attend
 from ..dispatch import use_definition
 
-# Gathered keys and values per chunk, in bytes. Beyond some 32 MB glibc maps fresh pages for every buffer, and page
-# faults then cost more than the attention itself (measured: 0.9 ms, and 52 ms for twice the bytes).
+# Gathered keys and values per chunk, in bytes. Above about 32 MB glibc maps fresh pages for every buffer, and page
+# faults then take longer than the attention (measured: 0.9 ms, and 52 ms for twice the bytes).
 CHUNK_BYTES = 16 << 20
 
 
@@ -22,9 +22,9 @@ def bilevel_routing_attention(
     P, K = idx.shape[1], idx.shape[2]
     s = (C3 // 3) ** -0.5 if scale is None else scale
     t = H * W // max(P, 1)
-    # Dense attention under a mask copies nothing but computes P / K times the logits: worth it for small regions, whose
-    # gather is many short rows (stage 3 at 224, 4 tokens, P / K = 3: 2.7 ms, against 7.1 ms and an 11 ms gather).
-    # A traced graph serves other sizes too, with other P and t.
+    # Dense attention under a mask copies nothing but computes P / K times as many logits. It is faster for small
+    # regions, whose gather copies many short rows (stage 3 at 224, 4 tokens, P / K = 3: 2.7 ms; gathered 7.1 ms + 11 ms
+    # for the gather). A traced graph must work for other P and t too.
     if not torch.jit.is_tracing() and (K == P or (P <= 4 * K and t <= 16)):
         return _dense(qkv, idx, heads, regions, s)
     return _gather(qkv, idx, heads, regions, s)
@@ -39,9 +39,9 @@ def _dense(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale
     if K < P:
         row = torch.arange(H, device=qkv.device) // (H // R)
         col = torch.arange(W, device=qkv.device) // (W // S)
-        region = (row[:, None] * S + col).reshape(-1)  # of each token
+        region = (row[:, None] * S + col).reshape(-1)  # per token
         chosen = torch.zeros(B, P, P, dtype=torch.bool, device=qkv.device)
-        chosen = chosen.scatter(2, idx.long(), torch.ones_like(idx, dtype=torch.bool))  # ONNX has no bool as the value
+        chosen = chosen.scatter(2, idx.long(), torch.ones_like(idx, dtype=torch.bool))  # ONNX takes no scalar bool here
         mask = chosen[:, region][:, :, region].unsqueeze(1)  # (B, 1, N, N)
     return attend(q, k, v, mask, scale).transpose(1, 2).reshape(B, H, W, C)
 
@@ -52,9 +52,9 @@ def _gather(
     B, H, W, C3 = qkv.shape
     (R, S), C = regions, C3 // 3
     P, t = R * S, H * W // (R * S)
-    # tokens (P, t): those of each region, numbered in the map
+    # tokens (P, t): the tokens of each region, numbered over the map
     tokens = torch.arange(H * W, device=qkv.device).view(R, H // R, S, W // S).transpose(1, 2).reshape(P, t)
-    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
         if use_definition(qkv):  # a loop would fix the batch size in the graph
             return _gather_chunk(qkv, idx, tokens, heads, regions, scale)
     step = max(1, chunk_bytes // max(1, P * idx.shape[2] * t * 2 * C * qkv.element_size()))

@@ -1,27 +1,28 @@
-"""Triton kernels of bi-level routing attention, forward and backward, and what launches them.
+"""Triton kernels of bi-level routing attention, forward and backward, and their launchers.
 
-A program holds a tile of tokens, its own, and walks a list of other tokens: in `fwd_kernel` and `dq_kernel` it holds
-queries and walks keys, in `dkdv_kernel` it holds keys and walks queries. There are two forms of this:
+A program holds one tile of tokens and loops over a list of other tokens: `fwd_kernel` and `dq_kernel` hold queries and
+loop over keys, `dkdv_kernel` holds keys and loops over queries. There are two variants:
 
-gather  The own tile lies in one region, and walks the tokens of the regions which that region is listed with: queries
-        their K routed regions, keys the regions that routed to them (the inverse list).
-dense   The own tile spans several regions, in region-major order, and walks every token of the image; a table of P x P
-        bits hides the pairs that are not routed.
+gather  The tile lies in one region. Queries loop over the tokens of the K regions they are routed to, keys over those
+        of the regions that are routed to them (the inverse list).
+dense   The tile spans several regions, in region-major order, and loops over every token of the image. A table of
+        P x P bits masks the pairs that are not routed.
 
-Why two: in stage 3 at 224² a region has t = 4 tokens, but the smallest tile of a tensor core has 16 rows. Gathered,
-three quarters of it are padding, and 64 keys are loaded for 4 queries: 16 rows of K and V a query, and 256 logits with
-the padding. Dense, a query costs N = 196 logits and, in tiles of 64, 196 / 64 = 3 rows. An H100's SM does 16 exp2 and
-gets 23 bytes from L2 in a clock; so a key of 128 bytes (K and V of head dim 32, in half precision) takes 16/16 + 128/23
-= 6.5 clocks of a gathered tile and 64/16 + 128/23 = 9.5 of a dense one, and a query takes 6.5 K gathered (K t keys for
-t ≤ 16 queries) and 9.5 N / 64 dense: equal at N = 44 K. Beyond 16 tokens a region the gather has little padding to
-lose, and wins.
+Why two: in stage 3 at 224² a region has t = 4 tokens, but the smallest tile of a tensor core has 16 rows. With gather,
+three quarters of it are padding, and 64 keys are loaded for 4 queries: 16 rows of K and V per query, and 256 logits
+with padding. With dense, a query takes N = 196 logits and, in tiles of 64, 196 / 64 = 3 rows. Per clock, an SM of an
+H100 does 16 exp2 and gets 23 bytes from L2. So a key of 128 bytes (K and V of head dim 32, in half precision) takes
+16/16 + 128/23 = 6.5 clocks with gather and 64/16 + 128/23 = 9.5 with dense. A query takes 6.5 K clocks with gather (K t
+keys for t ≤ 16 queries) and 9.5 N / 64 with dense: equal at N = 44 K. Above 16 tokens per region, gather has little
+padding and is faster.
 
-The gathered list is walked flat, i = slot · t + j, each lane finding its own region: t is 16, 24, 64, 77, 273, 308, …,
-and masked tiles of 32 region by region would waste a quarter at 24 and at 77; the flat list wastes less than a tile in
-all. What a lane pays are three divisions by numbers known at launch: a multiplication and a shift each (`divide`).
+The gathered list is indexed as one flat list, i = slot · t + j, and each lane computes its own region: t is 16, 24, 64,
+77, 273, 308, …, and a loop region by region in masked tiles of 32 would waste a quarter at 24 and 77, where the flat
+list wastes less than one tile in total. It takes three divisions per lane by numbers known at launch, each a
+multiplication and a shift (`divide`).
 
-Nothing skips the tiles in which the dense form has no pair to compute: 16 query regions choose 16 of 49 each, and leave
-hardly one untouched. Offsets are 64-bit: B·H·W·3C passes 2**31 at a batch of 128 maps of 200 x 336 with C = 96.
+The dense variant does not skip tiles without routed pairs: 16 query regions choose 16 of 49 each, so there are hardly
+any. Offsets are 64-bit: B·H·W·3C exceeds 2**31 at a batch of 128 maps of 200 x 336 with C = 96.
 """
 
 from collections.abc import Iterator
@@ -38,14 +39,14 @@ SHIFT = tl.constexpr(44)
 
 @triton.jit
 def divide(n, magic, d):
-    """n // d and n % d for 0 <= n, magic = ceil(2**44 / d): exact while n·d < 2**44 and n / d < 2**19."""
+    """Return n // d and n % d for n >= 0, with magic = ceil(2**44 / d). Exact for n·d < 2**44 and n / d < 2**19."""
     q = ((n.to(tl.uint32).to(tl.uint64) * magic.to(tl.uint64)) >> SHIFT).to(tl.int32)
     return q, n - q * d
 
 
 @triton.jit
 def pixel(r, j, h, w, Rw, magic_w, magic_Rw):
-    """Row and column on the map of token j of region r, 64-bit since they are about to be multiplied by strides."""
+    """Return row and column on the map of token j of region r, 64-bit because they are multiplied by strides."""
     ry, rx = divide(r, magic_Rw, Rw)
     jy, jx = divide(j, magic_w, w)
     return (ry * h + jy).to(tl.int64), (rx * w + jx).to(tl.int64)
@@ -53,35 +54,37 @@ def pixel(r, j, h, w, Rw, magic_w, magic_Rw):
 
 @triton.jit
 def own(tile, r, t, P, BLOCK: tl.constexpr, DENSE: tl.constexpr):
-    """Region and place in it of the tokens of a program's own tile, and which lanes hold one."""
+    """Return region and index within it of the tokens of a program's tile, and the mask of lanes that hold one."""
     n = tile * BLOCK + tl.arange(0, BLOCK)
-    if DENSE:  # the tile counts through the image, region-major
+    if DENSE:  # tiles of the whole image, region-major
         ok = n < P * t
         n = tl.where(ok, n, 0)
         return n // t, n % t, ok
-    else:  # the tile counts through region r
+    else:  # tiles of region r
         ok = n < t
         return r + tl.full((BLOCK,), 0, tl.int32), tl.where(ok, n, 0), ok
 
 
 @triton.jit
 def listed(list_ptr, i, total, t, P, magic_t, DENSE: tl.constexpr):
-    """Region and place in it of the walked tokens i, which lanes are in the list, which of them name a region."""
+    """Return region and index within it of the listed tokens i, the mask of lanes within the list, and the mask of
+    those whose region exists."""
     ok = i < total
     slot, j = divide(tl.where(ok, i, 0), magic_t, t)
     if DENSE:
         return slot, j, ok, ok
     else:
         r = tl.load(list_ptr + slot)
-        there = (r >= 0) & (r < P)  # before the cast: an int64 index may wrap
-        return tl.where(there, r, 0).to(tl.int32), j, ok, ok & there
+        valid = (r >= 0) & (r < P)  # before the cast: an int64 index may wrap
+        return tl.where(valid, r, 0).to(tl.int32), j, ok, ok & valid
 
 
 @triton.jit
-def sees(bits_ptr, r, i, start, t, P, magic_t):
-    """For own regions r and 32 walked tokens i from start on: the pairs that the table (P, P // 32 + 2) has a bit for.
+def routed_pairs(bits_ptr, r, i, start, t, P, magic_t):
+    """Return the mask of routed pairs of the tile's regions r and the 32 listed tokens i that begin at start.
 
-    A 64-bit window on the row of each r, from the region of start on, holds them all: no table lookup for each pair.
+    It is read from the bit table (P, P // 32 + 2). A 64-bit window of each row, which begins at the region of start,
+    holds all the bits: no table lookup per pair.
     """
     first = ((magic_t.to(tl.int64) * start) >> SHIFT).to(tl.int32)
     word = bits_ptr + r * (P // 32 + 2) + (first >> 5)
@@ -118,7 +121,7 @@ def fwd_kernel(
     d = tl.arange(0, BLOCK_D)
     q_ptr = qkv_ptr + b * stride_b + head * D
     q = tl.load(q_ptr + (y * stride_h + x * stride_w)[:, None] + d[None, :], row[:, None] & (d < D)[None, :], 0.0)
-    if DENSE:  # (B, P, P // 32 + 2): bit r of row p if region p sees region r, bit P if it was given one out of range
+    if DENSE:  # (B, P, P // 32 + 2): bit r of row p if region p is routed to r, bit P if it has an index out of range
         table_ptr += b * P * (P // 32 + 2)
         broken = (tl.load(table_ptr + r * (P // 32 + 2) + P // 32) >> (P % 32)) & 1 != 0
         total = P * t
@@ -140,7 +143,7 @@ def fwd_kernel(
         v = tl.load(q_ptr + 2 * C + key[:, None] + d[None, :], inside, 0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
         if DENSE:
-            see = sees(table_ptr, r, i, start, t, P, magic_t)
+            see = routed_pairs(table_ptr, r, i, start, t, P, magic_t)
         else:
             see = (i < total)[None, :]
             astray = astray | (ok & ~there)
@@ -153,8 +156,8 @@ def fwd_kernel(
     W = Rw * w
     N = P * t
     pix = y * W + x
-    lse_ptr += (b * heads + head) * N + r * t + j  # in region-major order: dkdv_kernel finds it with one division
-    tl.store(lse_ptr, m + tl.log2(l), row)  # base 2, as the logits
+    lse_ptr += (b * heads + head) * N + r * t + j  # region-major, so that dkdv_kernel needs only one division
+    tl.store(lse_ptr, m + tl.log2(l), row)  # base 2, like the logits
     out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (b * N + pix)[:, None] * C + head * D + d[None, :], out, row[:, None] & (d < D)[None, :])
 
@@ -192,7 +195,7 @@ def dq_kernel(
     out = tl.load(out_ptr + (b * N + pix)[:, None] * C + head * D + d[None, :], mine, 0.0)
     n = (b * heads + head) * N + r * t + j
     lse = tl.load(lse_ptr + n, row, 0.0)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # what dk and dv need too: kept, so launch dq first
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # stored for dkdv_kernel, so this one runs first
     tl.store(delta_ptr + n, delta, row)
     if DENSE:
         table_ptr += b * P * (P // 32 + 2)
@@ -212,10 +215,10 @@ def dq_kernel(
         v = tl.load(q_ptr + 2 * C + key[:, None] + d[None, :], inside, 0.0)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
-        see = sees(table_ptr, r, i, start, t, P, magic_t) if DENSE else (i < total)[None, :]
+        see = routed_pairs(table_ptr, r, i, start, t, P, magic_t) if DENSE else (i < total)[None, :]
         ds = tl.where(see, tl.exp2(s - lse[:, None]) * (dp - delta[:, None]), 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
-    dq = tl.where((lse == lse)[:, None], dq, lse[:, None])  # a query that is NaN stays NaN, with no key in range too
+    dq = tl.where((lse == lse)[:, None], dq, lse[:, None])  # a NaN query stays NaN, even without a valid key
     dqkv_ptr += (b * N + pix)[:, None] * (3 * C) + head * D + d[None, :]
     tl.store(dqkv_ptr, (dq * scale).to(dqkv_ptr.dtype.element_ty), mine)
 
@@ -243,13 +246,13 @@ def dkdv_kernel(
         table_ptr += b * P * (P // 32 + 2)
         total = P * t
     else:
-        # Regions that many chose come first: the card hands programs out in this order, and a long one that began last
-        # would keep the card waiting for it alone.
+        # Regions that are chosen most often come first: programs start in this order, and a long one that starts last
+        # would run alone at the end.
         region = tl.load(order_ptr + b * P + pid // tiles).to(tl.int32)
         start_ptr += b * (P + 1) + region
         first = tl.load(start_ptr)
-        table_ptr += b * P * K + first  # the inverse list: the regions that routed to this one, P·K long for each image
-        total = ((tl.load(start_ptr + 1) - first) * t).to(tl.int32)  # 0 where nobody did: zeros are stored below
+        table_ptr += b * P * K + first  # the inverse list: the regions routed to this one, P·K entries per image
+        total = ((tl.load(start_ptr + 1) - first) * t).to(tl.int32)  # 0 if there are none: zeros are stored below
 
     W = Rw * w
     N = P * t
@@ -272,9 +275,9 @@ def dkdv_kernel(
         qr, qj, _, ok = listed(table_ptr, i, total, t, P, magic_t, DENSE)
         qy, qx = pixel(qr, qj, h, w, Rw, magic_w, magic_Rw)
         n = qr * t + qj
-        lse = once(tl.load(lse_ptr + n, ok, float("inf")))  # exp2(s - inf) = 0 hides the lanes that hold no query
+        lse = once(tl.load(lse_ptr + n, ok, float("inf")))  # exp2(s - inf) = 0 masks lanes without a query
         delta = once(tl.load(delta_ptr + n, ok, 0.0))
-        if DENSE:  # a query that is NaN reaches the keys that it sees, through p and ds: but not the others, by 0 · NaN
+        if DENSE:  # a NaN query reaches the keys it is routed to, by p and ds, but must not reach others as 0 · NaN
             ok = ok & (lse == lse)
         inside = ok[:, None] & (d < D)[None, :]
         q = tl.load(q_ptr + (qy * stride_h + qx * stride_w)[:, None] + d[None, :], inside, 0.0)
@@ -284,7 +287,7 @@ def dkdv_kernel(
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
         ds = p * (dp - delta[None, :])
         if DENSE:
-            see = sees(table_ptr, r, i, start, t, P, magic_t)
+            see = routed_pairs(table_ptr, r, i, start, t, P, magic_t)
             p = tl.where(see, p, 0.0)
             ds = tl.where(see, ds, 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
@@ -294,10 +297,10 @@ def dkdv_kernel(
     tl.store(dqkv_ptr + 2 * C, dv.to(dqkv_ptr.dtype.element_ty), mine)
 
 
-# By bytes of an element and head dim: rows of the tallest own tile, its warps, those of the lowest (16 rows), stages.
-# Chosen by registers and shared memory from ahead-of-time compilation (saccade.ops.aot), not yet timed on a GPU: the
-# tiles that keep most warps on an SM of sm_90 without a spill. Walking 64 tokens at a time takes half as many registers
-# again, for lists of 64 to 384 tokens in all; taller tiles, on the other hand, load what they walk fewer times from L2.
+# By element size in bytes and head dim: rows of the tallest tile, its warps, the warps of the lowest tile (16 rows),
+# stages. Chosen for the highest occupancy on sm_90 without spills, from ahead-of-time compilation (saccade.ops.aot);
+# not yet timed on a GPU. Loops in steps of 64 tokens would take 1.5 times the registers, for lists of only 64 to 384
+# tokens; taller tiles load the listed tokens from L2 fewer times.
 TILES = {
     (2, 32): (128, 8, 1, 3),
     (2, 64): (64, 8, 2, 3),
@@ -306,16 +309,17 @@ TILES = {
     (4, 64): (32, 8, 4, 2),
     (4, 128): (32, 8, 8, 2),
 }
-WALKED = 32  # as many regions at most: `sees` counts on it
+WALKED = 32  # listed tokens per step, in at most as many regions, as `routed_pairs` requires
 
 
 def is_dense(t: int, K: int, P: int) -> bool:
-    """Whether the dense form is the cheaper one (see the top of this file)."""
+    """Return whether the dense variant is faster (see the module docstring)."""
     return t <= 16 and P * t <= 44 * K
 
 
 def launch_options(itemsize: int, D: int, t: int, dense: bool, hip: bool) -> dict:
-    """The tile, as constexprs and launch options: no taller than a region of t tokens needs if it is to lie in one."""
+    """Return constexprs and launch options. In the gather variant a tile is no taller than a region of t tokens
+    needs."""
     BLOCK_D = max(16, triton.next_power_of_2(D))
     most, warps, least_warps, stages = TILES[itemsize, max(32, BLOCK_D)]
     rows = most if dense else max(16, min(most, triton.next_power_of_2(t)))
@@ -335,7 +339,7 @@ def _magic(d: int) -> int:
 
 
 def _launch(qkv: Tensor, K: int, heads: int, regions: tuple[int, int], scale: float) -> tuple[bool, int, tuple, dict]:
-    """What the three kernels have in common: the form, the number of own tiles in an image, sizes, and options."""
+    """Return what the three kernels share: the variant, the number of tiles per image, sizes, and options."""
     _, H, W, C3 = qkv.shape
     Rh, Rw = regions
     h, w, P = H // Rh, W // Rw, Rh * Rw
@@ -348,8 +352,8 @@ def _launch(qkv: Tensor, K: int, heads: int, regions: tuple[int, int], scale: fl
 
 
 def _bits(idx: Tensor, P: int, of_keys: bool = False) -> Tensor:
-    """(B, P, P // 32 + 2) int32: row p has bit r if region p is routed to region r (of_keys: r to p), and bit P if an
-    index of region p is out of range."""
+    """Return the bit table (B, P, P // 32 + 2), int32: row p has bit r if region p is routed to region r (with of_keys:
+    if r is routed to p), and bit P if an index of region p is out of range."""
     member = torch.zeros(*idx.shape[:2], 32 * (P // 32 + 2), dtype=torch.bool, device=idx.device)
     member.scatter_(2, idx.where((idx >= 0) & (idx < P), P).long(), True)
     if of_keys:
@@ -359,10 +363,11 @@ def _bits(idx: Tensor, P: int, of_keys: bool = False) -> Tensor:
 
 
 def _inverse(idx: Tensor, P: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The regions that routed to region r: list[b, start[b, r] : start[b, r + 1]]; and the regions, most chosen first.
+    """Return list and start, where list[b, start[b, r] : start[b, r + 1]] are the regions routed to region r, and the
+    regions, most chosen first.
 
-    Sorted, not scattered: the order, and with it every sum, is the same in each run. An index out of range sorts before
-    start[b, 0] or after start[b, P], where nobody looks.
+    Sorted, not scattered, so that the order of all sums is deterministic. Indices out of range sort before start[b, 0]
+    or after start[b, P], and are never read.
     """
     B, _, K = idx.shape
     chosen, place = idx.flatten(1).sort(stable=True)
@@ -372,8 +377,8 @@ def _inverse(idx: Tensor, P: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def fwd(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale: float) -> tuple[Tensor, Tensor]:
-    """The output (B, H, W, C) and, for the backward, the base-2 log-sum-exp of each query's logits (B, heads, H·W), in
-    region-major order."""
+    """Return the output (B, H, W, C) and, for the backward pass, the base-2 log-sum-exp of each query's logits,
+    (B, heads, H·W) in region-major order."""
     B, H, W, C3 = qkv.shape
     out = qkv.new_empty(B, H, W, C3 // 3)
     lse = qkv.new_empty(B, heads, H * W, dtype=torch.float32)
@@ -391,7 +396,7 @@ def fwd(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale: f
 def bwd(
     dout: Tensor, qkv: Tensor, idx: Tensor, out: Tensor, lse: Tensor, heads: int, regions: tuple[int, int], scale: float
 ) -> Tensor:
-    """The gradient to qkv, (B, H, W, 3C) contiguous. Each of its elements is written once, by one program."""
+    """Return the gradient of qkv, (B, H, W, 3C) contiguous. Each element is written once, by one program."""
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if dqkv.numel() == 0:
         return dqkv
@@ -416,7 +421,7 @@ def bwd(
 
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
-    """For saccade.ops.aot: every tile of TILES, in both forms."""
+    """Yield for saccade.ops.aot: every tile of TILES, in both variants."""
     itemsize = 4 if dtype == "fp32" else 2
     floats = dict(lse_ptr="*fp32", delta_ptr="*fp32")
     gather = floats | dict(table_ptr="*i64")

@@ -1,4 +1,4 @@
-"""Registration of the Triton form with PyTorch: fakes, autograd, autocast and FLOP formulas."""
+"""Registration of the Triton kernels with PyTorch: fake kernels, autograd, autocast and FLOP formulas."""
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ no_second_derivative("bilevel_routing_attention", bwd)
 autocast_as_attention("saccade::bilevel_routing_fwd", fwd)
 
 
-# As PyTorch counts its own attention: two matrix products forward, five backward, over the routed keys alone.
+# Counted as PyTorch counts its own attention: two matrix products forward, five backward; over the routed keys only.
 @register_flop_formula(torch.ops.saccade.bilevel_routing_fwd)
 def fwd_flop(qkv_shape, idx_shape, *args, **kwargs) -> int:
     B, H, W, C3 = qkv_shape

@@ -1,11 +1,11 @@
-"""Bi-level routing attention as its definition reads (BiFormer, arXiv 2303.08810, equations 4 to 7).
+"""Reference implementation of bi-level routing attention (BiFormer, arXiv 2303.08810, equations 4 to 7).
 
 With P regions of t tokens, region p's queries Q_p (t, D) of one head attend to the keys of the K regions idx[p]:
 
-    K_p = concat(K[r] for r in idx[p]),  V_p alike      (K·t, D)
+    K_p = concat(K[r] for r in idx[p]),  V_p likewise   (K·t, D)
     O_p = softmax(scale · Q_p K_pᵀ) V_p                 (t, D)
 
-Here the gathered K_p and V_p and the logits are tensors in memory; the other forms exist to avoid exactly these.
+It materialises the gathered K_p and V_p and the logits; the other implementations avoid that.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Channel attention (DaViT, arXiv 2204.03645): the channels of a head attend to each other, over all tokens."""
+"""Channel attention (DaViT, arXiv 2204.03645): the channels of a head attend to each other over all tokens."""
 
 import torch
 from torch import Tensor
@@ -9,21 +9,22 @@ from . import eager, reference
 
 __all__ = ["channel_attention"]
 
-MAX_HEAD_DIM = 128  # of the kernels
+MAX_HEAD_DIM = 128  # that the kernels support
 
 
 def channel_attention(qkv: Tensor, heads: int, scale: float | None = None) -> Tensor:
-    """Q Aᵀ with A = softmax(scale · Kᵀ V) over its last axis, of D x D channels in each head.
+    """Q Aᵀ with A = softmax(scale · Kᵀ V) over its last axis, a D x D matrix of the channels of each head.
 
-    qkv    (B, N, 3C) tokens or (B, H, W, 3C), a map: q | k | v on the last axis; head m owns channels m·D to (m+1)·D of
-           each. If the last axis has stride 1, a view of a bigger map is read where it lies; if not, the kernels take
-           a copy.
-    scale  of the logits, D ** -0.5 if None: whatever the number of tokens, as published.
+    Compared with attention over tokens, channels take the place of tokens, K that of the queries, V that of the keys,
+    and Q that of the values.
 
-    So K plays the query and V the key of usual attention, with channels for tokens, and Q the value. Returns
-    (B, N, C) or (B, H, W, C), contiguous. Logits and softmax are in float32 (float64 for float64), under autocast too;
-    the rest has the type of qkv. The gradient is the same in every run. A NaN in a query stays in its token and head;
-    one in a key or a value reaches all tokens of its head and image.
+    qkv    tokens (B, N, 3C) or a map (B, H, W, 3C): q | k | v on the last axis; head m has channels m·D to (m+1)·D of
+           each. The kernels read a view of a larger map in place if its last axis has stride 1, else they copy it.
+    scale  factor of the logits; D ** -0.5 if None, as published (it does not depend on the number of tokens).
+
+    Returns (B, N, C) or (B, H, W, C), contiguous. Logits and softmax are computed in float32 (float64 for float64),
+    under autocast too; everything else has the dtype of qkv. The gradient is deterministic. A NaN in a query affects
+    only its token and head; one in a key or value affects all tokens of its head and image.
     """
     if torch.jit.is_scripting():
         return reference.channel_attention(qkv, heads, scale)
@@ -44,7 +45,7 @@ def channel_attention(qkv: Tensor, heads: int, scale: float | None = None) -> Te
 
 
 def _triton(qkv: Tensor, heads: int, scale: float) -> Tensor:
-    from . import op  # and with it Triton: only now
+    from . import op  # imports Triton, so not at the top of the file
 
     if qkv.dim() == 4:
         return op.fwd(qkv, heads, scale)[0]

@@ -1,8 +1,8 @@
-"""The plain-PyTorch form for speed: a few images at a time, from qkv where it lies into where the result is to lie.
+"""Fast PyTorch implementation: a few images at a time, reading qkv and writing the result without permuted copies.
 
 A batched matrix product takes one batch axis of any stride. A batch of images has two, images and heads, interleaved
-with the tokens: `@` copies q, k, v and the output, which takes longer than the products. One big image has heads alone;
-of a few small ones, what is copied is in the cache still.
+with the tokens, so `@` copies q, k, v and the output, which takes longer than the products. A single large image has
+only the axis of heads, and the copies of a few small images stay in cache.
 """
 
 from functools import partial
@@ -56,10 +56,10 @@ class ChannelAttention(torch.autograd.Function):
 
 
 def _few(qkv: Tensor) -> int:
-    """Images of 1 MB of qkv in float32, or one."""
+    """Return how many images have 1 MB of qkv in float32; at least one."""
     return max(1, 2**18 // (qkv.shape[1] * qkv.shape[2]))
 
 
 def _parts(x: Tensor, n: int, heads: int, few: int) -> list[tuple[Tensor, ...]]:
-    """The n parts (few, heads, N, D) of x (B, N, n·C), a few images after the others."""
+    """Split x (B, N, n·C) into chunks of a few images, each n tensors (few, heads, N, D)."""
     return [part.unbind(1) for part in x.unflatten(2, (n, heads, -1)).permute(0, 2, 3, 1, 4).split(few)]

@@ -1,14 +1,14 @@
-"""Triton kernels of channel attention, forward and backward, and what launches them.
+"""Triton kernels of channel attention, forward and backward, and their launchers.
 
-    products_kernel  Xᵀ Y of each head over a stretch of tokens: forward Kᵀ V, backward doutᵀ Q
-    softmax_kernel   the sum of the stretches and A = softmax of it; backward, dS = scale · A (dA - Σ A dA)
+    products_kernel  Xᵀ Y of each head over a range of tokens: forward Kᵀ V, backward doutᵀ Q
+    softmax_kernel   the sum S over the ranges and A = softmax(S); backward, dS = scale · A (dA - Σ A dA)
     out_kernel       Q Aᵀ
     dqkv_kernel      dout A, V dSᵀ and K dS: the three parts of the gradient
 
-So forward q, k and v are read once and the output is written; backward q, k and v are read once, dout twice, and the
-gradient is written. What lies between has D x D numbers a head and stretch of 32 D tokens, a thirty-second of the k and
-v of it in half precision. No atomics: the stretches are summed in their order. Heads come fastest, as they share the
-cache lines of a token. Offsets are 64-bit.
+Forward, q, k and v are read once and the output is written once. Backward, q, k and v are read once, dout twice, and
+the gradient is written once. The intermediate result has D x D numbers per head and range of 32 D tokens, 1/32 of its k
+and v in half precision. There are no atomics: the ranges are summed in a fixed order. Heads are the fastest program
+index, since they share the cache lines of a token. Offsets are 64-bit.
 """
 
 from collections.abc import Iterator
@@ -24,8 +24,8 @@ SIZES = ["heads", "W", "N"]
 
 
 @triton.jit
-def place(n, W, stride_h, stride_w):
-    """Offsets of tokens n of an image, 64-bit."""
+def token_offsets(n, W, stride_h, stride_w):
+    """Return the offsets of tokens n of an image, 64-bit."""
     return (n // W).to(tl.int64) * stride_h + (n % W).to(tl.int64) * stride_w
 
 
@@ -47,8 +47,8 @@ def products_kernel(
     for start in range(first, min(first + STRETCH, N), BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         ok = (n < N)[:, None] & (d < D)[None, :]
-        x = tl.load(x_ptr + place(n, W, stride_xh, stride_xw)[:, None], ok, 0.0)
-        y = tl.load(y_ptr + place(n, W, stride_yh, stride_yw)[:, None], ok, 0.0)
+        x = tl.load(x_ptr + token_offsets(n, W, stride_xh, stride_xw)[:, None], ok, 0.0)
+        y = tl.load(y_ptr + token_offsets(n, W, stride_yh, stride_yw)[:, None], ok, 0.0)
         acc = tl.dot(tl.trans(x), y, acc, input_precision="ieee")
     part_ptr += pid.to(tl.int64) * D * D + (d * D)[:, None] + d[None, :]
     tl.store(part_ptr, acc, (d < D)[:, None] & (d < D)[None, :])
@@ -82,9 +82,9 @@ def softmax_kernel(
 
 @triton.jit
 def mix(x_ptr, row, m_ptr, stride_in, stride_out, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """x M for a tile of tokens x, of which those of `row` exist, and a D x D matrix M in float32; 32 channels of x at a
-    time, or a product in float32 would hold all of M in registers. What meets of M is brought to at most 1 for its way
-    through half precision: gradients summed over 67,000 tokens may lie outside of float16."""
+    """Return x M for a tile of tokens x, masked by `row`, and a D x D matrix M in float32. It takes 32 channels of x at
+    a time, since a product in float32 would hold all of M in registers. Each slice of M is scaled to at most 1 before
+    it is cast to half precision: gradients summed over 67,000 tokens may exceed the range of float16."""
     d = tl.arange(0, BLOCK_D)
     BLOCK_K: tl.constexpr = min(32, BLOCK_D)
     y = tl.full((row.shape[0], BLOCK_D), 0, tl.float32)
@@ -110,7 +110,7 @@ def out_kernel(
     n = pid // heads % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     b = (pid // heads // tiles).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
-    q_ptr += b * stride_b + head * D + place(n, W, stride_h, stride_w)[:, None]
+    q_ptr += b * stride_b + head * D + token_offsets(n, W, stride_h, stride_w)[:, None]
     out = mix(q_ptr, n < N, a_ptr + (b * heads + head) * D * D, 1, D, D, BLOCK_D)
     out_ptr += (b * N + n)[:, None] * (heads * D) + head * D + d[None, :]
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), (n < N)[:, None] & (d < D)[None, :])
@@ -130,8 +130,8 @@ def dqkv_kernel(
     C = heads * D
     d = tl.arange(0, BLOCK_D)
     ok = (n < N)[:, None] & (d < D)[None, :]
-    qkv_ptr += b * stride_b + head * D + place(n, W, stride_h, stride_w)[:, None]
-    dout_ptr += b * stride_db + head * D + place(n, W, stride_dh, stride_dw)[:, None]
+    qkv_ptr += b * stride_b + head * D + token_offsets(n, W, stride_h, stride_w)[:, None]
+    dout_ptr += b * stride_db + head * D + token_offsets(n, W, stride_dh, stride_dw)[:, None]
     dqkv_ptr += (b * N + n)[:, None] * (3 * C) + head * D + d[None, :]
     matrix = (b * heads + head) * D * D
     dq = mix(dout_ptr, n < N, a_ptr + matrix, D, 1, D, BLOCK_D)
@@ -142,8 +142,8 @@ def dqkv_kernel(
     tl.store(dqkv_ptr + 2 * C, dv.to(dqkv_ptr.dtype.element_ty), ok)
 
 
-# By bytes of an element and padded head dim: tokens of a tile and warps. Chosen by registers and shared memory from
-# ahead-of-time compilation (saccade.ops.aot), not yet timed on a GPU.
+# By element size in bytes and padded head dim: tokens per tile and warps. Chosen from the registers and shared memory
+# of ahead-of-time compilation (saccade.ops.aot); not yet timed on a GPU.
 TILES = {
     (2, 32): (128, 4),
     (2, 64): (64, 4),
@@ -152,7 +152,7 @@ TILES = {
     (4, 64): (32, 4),
     (4, 128): (16, 8),
 }
-ROWS = 16  # of A in a program of softmax_kernel
+ROWS = 16  # rows of A per program of softmax_kernel
 
 
 def launch_options(itemsize: int, D: int) -> dict:
@@ -162,12 +162,12 @@ def launch_options(itemsize: int, D: int) -> dict:
 
 
 def stretch(BLOCK_D: int) -> int:
-    """Tokens of a program of products_kernel."""
+    """Return the tokens per program of products_kernel."""
     return 32 * BLOCK_D
 
 
 def _matrices(x: Tensor, y: Tensor, heads: int, scale: float, options: dict, a: Tensor | None = None) -> Tensor:
-    """(B, heads, D, D): softmax(scale · Xᵀ Y), or given A the gradient dS that dA = Xᵀ Y brings."""
+    """Return A = softmax(scale · Xᵀ Y), (B, heads, D, D); or, if A is given, the gradient dS from dA = Xᵀ Y."""
     B, H, W, _ = x.shape
     D, BLOCK_D = options["D"], options["BLOCK_D"]
     stretches = triton.cdiv(H * W, stretch(BLOCK_D))
@@ -192,7 +192,7 @@ def _matrices(x: Tensor, y: Tensor, heads: int, scale: float, options: dict, a: 
 
 
 def fwd(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The output (B, H, W, C) and, for the backward, A (B, heads, D, D) in float32."""
+    """Return the output (B, H, W, C) and, for the backward pass, A (B, heads, D, D) in float32."""
     B, H, W, C = *qkv.shape[:3], qkv.shape[3] // 3
     if qkv.stride(3) != 1:
         qkv = qkv.contiguous()
@@ -207,7 +207,7 @@ def fwd(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
 
 
 def bwd(dout: Tensor, qkv: Tensor, a: Tensor, heads: int, scale: float) -> Tensor:
-    """The gradient to qkv, (B, H, W, 3C) contiguous."""
+    """Return the gradient of qkv, (B, H, W, 3C) contiguous."""
     B, H, W, C = dout.shape
     if qkv.stride(3) != 1:
         qkv = qkv.contiguous()
@@ -224,7 +224,7 @@ def bwd(dout: Tensor, qkv: Tensor, a: Tensor, heads: int, scale: float) -> Tenso
 
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
-    """For saccade.ops.aot: every tile of TILES."""
+    """Yield for saccade.ops.aot: every tile of TILES."""
     fp32 = dict.fromkeys(("part_ptr", "a_ptr", "to_ptr", "ds_ptr"), "*fp32")
     for D in (32, 64, 128):
         options = launch_options(4 if dtype == "fp32" else 2, D)

@@ -1,4 +1,4 @@
-"""Registration of the Triton form with PyTorch: fakes, autograd and FLOP formulas."""
+"""Registration of the Triton kernels with PyTorch: fake kernels, autograd and FLOP formulas."""
 
 import torch
 from torch import Tensor
@@ -45,7 +45,7 @@ fwd.register_autograd(_backward, setup_context=_save)
 no_second_derivative("channel_attention", bwd)
 
 
-# Two products of N x D and D x D a head forward, four backward.
+# Two products of N x D and D x D per head forward, four backward.
 @register_flop_formula(torch.ops.saccade.channel_attention_fwd)
 def fwd_flop(qkv_shape, heads, *args, **kwargs) -> int:
     B, H, W, C3 = qkv_shape

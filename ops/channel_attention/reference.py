@@ -1,10 +1,10 @@
-"""Channel attention as its definition reads (DaViT, arXiv 2204.03645).
+"""Reference implementation of channel attention (DaViT, arXiv 2204.03645).
 
 S = scale · Kᵀ V          (D, D) in each head, summed over the N tokens
 A = softmax of S over its last axis, which is V's
-O = Q Aᵀ                  (N, D): each token's channels, mixed alike
+O = Q Aᵀ                  (N, D): the channels of every token, mixed by the same matrix
 
-The sum over tokens, up to 67,000 of them at 800 x 1333, is in float32 at least.
+The sum over tokens (up to 67,000 of them at 800 x 1333) is in float32 or wider.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Deformable attention over maps of several sizes, in 2D and weighted by depth (DFA3D, arXiv 2307.12972)."""
+"""Multi-scale deformable attention in 2D, and in 3D by depth-weighted sampling (DFA3D, arXiv 2307.12972)."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from . import eager, reference
 
 __all__ = ["dfa3d", "ms_deform_attn"]
 
-MAX_WIDTH, MAX_BINS = 256, 512  # of the kernels: channels of a head, depth bins
+MAX_WIDTH, MAX_BINS = 256, 512  # channels per head and depth bins that the kernels support
 
 
 def dfa3d(
@@ -20,29 +20,32 @@ def dfa3d(
     weights: Tensor,
     return_depth_score: bool = False,
 ) -> Tensor:
-    """3D deformable attention: samples of value ⊗ depth at (x, y, z), weighted and summed; the product is never made.
+    """3D deformable attention: the weighted sum of samples of value ⊗ depth at points (x, y, z).
 
-    value      (B, S, heads, C): features of all levels, one after the other, each row by row: S = Σ H·W.
-    depth      (B, S, heads or 1, D): a distribution over D bins for every cell, of each head or of all. It need not sum
-               to 1.
-    shapes     (H, W) of every level. The published (H, W, D) are taken too, and a tensor of either, for whose values a
-               GPU is waited for, and which no compiled or exported graph can have.
-    locations  (B, Q, heads, L, P, 3): (x, y, z) of P points a level, each from 0 to 1 over the whole width, height and
-               range of depth; cell i is at (i + 0.5) / size. Trilinear; cells and bins outside are zero, and a point a
-               whole cell outside, or a NaN, gives nothing and gets no gradient.
-    weights    (B, Q, heads, L, P), of the points; normally a softmax over L · P.
+    The outer product is never materialised.
+
+    value      (B, S, heads, C): the features of all levels, concatenated, each row-major: S = Σ H·W.
+    depth      (B, S, heads or 1, D): a distribution over D depth bins for every cell, per head or shared by all heads.
+               It does not have to sum to 1.
+    shapes     (H, W) of every level; the published (H, W, D) are accepted too. A tensor of either is also accepted, but
+               it synchronises with the GPU and does not work in compiled or exported graphs.
+    locations  (B, Q, heads, L, P, 3): (x, y, z) of P points per level, each from 0 to 1 over the whole width, height
+               and depth range; cell i is at (i + 0.5) / size. Sampling is trilinear, with zeros outside the map and the
+               depth range. A point a whole cell outside, or with a NaN coordinate, contributes 0 and gets no gradient.
+    weights    (B, Q, heads, L, P): attention weights of the points, usually a softmax over L · P.
     return_depth_score
-               returns (output, score) with the score (B, Q, heads, L, P, 4): what depth is, at z, at the four cells
-               around (x, y), clockwise from the upper left. In plain PyTorch, differentiable; not under jit.
+               whether to return (output, score), where score (B, Q, heads, L, P, 4) is the depth interpolated at z in
+               the four cells around (x, y), clockwise from the upper left. It is computed in plain PyTorch and
+               differentiable; not supported under torch.jit.script.
 
-    Returns (B, Q, heads · C) in the type of value. Every tensor may have a floating type of its own: coordinates and
-    sums are in float32 (float64 where value or locations are), under autocast too. Gradients go to all four, and are
-    the same in every run; at a cell's centre that of a location is the right-hand one. A NaN in value or depth reaches
-    the queries that sample it; one in locations or weights stays with its query.
+    Returns (B, Q, heads · C) in the dtype of value. The tensors may differ in floating-point dtype; coordinates and
+    sums are in float32 (float64 if value or locations are), under autocast too. All four tensors get gradients, and
+    these are deterministic; at a cell's centre a location gets the right-hand derivative. A NaN in value or depth
+    affects the queries that sample it; one in locations or weights affects only its query.
     """
     if torch.jit.is_scripting():
         if return_depth_score:
-            raise RuntimeError("return_depth_score is not for torch.jit.script")
+            raise RuntimeError("return_depth_score is not supported under torch.jit.script")
         return reference.dfa3d(value, depth, shapes, locations, weights)
     else:
         shapes = _sizes(shapes, 3, depth)
@@ -56,14 +59,14 @@ def dfa3d(
 
 
 def ms_deform_attn(value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159): `dfa3d` without a depth.
+    """Multi-scale deformable attention (Deformable DETR, arXiv 2010.04159): `dfa3d` without depth.
 
     value      (B, S, heads, C)
-    shapes     (H, W) of every level; or a tensor of these
+    shapes     (H, W) of every level, or a tensor of them
     locations  (B, Q, heads, L, P, 2): (x, y)
     weights    (B, Q, heads, L, P)
 
-    Returns (B, Q, heads · C). All else as for `dfa3d`.
+    Returns (B, Q, heads · C). Everything else is as in `dfa3d`.
     """
     if torch.jit.is_scripting():
         return reference.dfa3d(value, None, shapes, locations, weights)
@@ -76,7 +79,7 @@ def ms_deform_attn(value: Tensor, shapes: list[tuple[int, int]], locations: Tens
 def _run(value: Tensor, depth: Tensor | None, shapes, locations: Tensor, weights: Tensor) -> Tensor:
     tensors = [t for t in (value, depth, locations, weights) if t is not None]
     B, Q, M, _, _ = weights.shape
-    if value.numel() == 0 or weights.numel() == 0:  # with a graph to all
+    if value.numel() == 0 or weights.numel() == 0:  # an empty result that depends on every input, for autograd
         return value.new_zeros(B, Q, M * value.shape[3]) + sum(t.flatten()[:0].sum().to(value.dtype) for t in tensors)
     cannot = []
     if value.shape[3] > MAX_WIDTH:
@@ -92,7 +95,7 @@ def _run(value: Tensor, depth: Tensor | None, shapes, locations: Tensor, weights
 
 
 def _triton(value: Tensor, depth: Tensor | None, shapes, locations: Tensor, weights: Tensor) -> Tensor:
-    from . import op  # and with it Triton: only now
+    from . import op  # imports Triton, so not at the top of the file
 
     return op.fwd(value, depth, locations, weights, [n for shape in shapes for n in shape])
 
@@ -105,7 +108,7 @@ def _sizes(shapes, dims: int, depth: Tensor | None = None) -> list[tuple[int, in
         if len(shape) == 3 and depth is not None and shape[2] != depth.shape[-1]:
             raise ValueError(f"shapes must have the {depth.shape[-1]} bins of depth, got {shape}")
         if not 2 <= len(shape) <= dims or min(shape) < 0:
-            raise ValueError(f"shapes must be pairs (H, W), one a level, got {shape}")
+            raise ValueError(f"shapes must be one pair (H, W) per level, got {shape}")
     return [shape[:2] for shape in shapes]
 
 

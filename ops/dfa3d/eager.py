@@ -1,12 +1,13 @@
-"""The plain-PyTorch form for speed: `embedding_bag` sums weighted rows without gathering them first.
+"""Fast PyTorch implementation: `embedding_bag` sums weighted rows without gathering them first.
 
-A table of rows is value, (B · S · M, C), under a first row of zeros, to which every corner outside the map points: so a
-NaN at the edge reaches nobody who does not see it. The L · P samples of one query and head are one bag a corner. depth
-has a table of its own, with a zero bin at both ends besides.
+Its table is value, (B · S · M, C), below a first row of zeros. Corners outside the map point to that row, so that a NaN
+at the edge affects only queries that sample it. The L · P samples of one query and head are one bag per corner. depth
+has its own table, with an additional zero bin at both ends.
 
-Backward, the gradient of value is a bag a cell: the samples sorted by the cell at their upper left, one stable sort for
-all four corners, which then are added one cell apart. Products with rows need these gathered: a tile of queries at a
-time, so that neither they nor what is made of the locations (a dozen numbers a sample) leaves the cache.
+In the backward pass, the gradient of value has one bag per cell. The samples are sorted by their upper left cell, with
+one stable sort for all four corners, which are then added one cell apart. Products with rows of value need these
+gathered: this is done for a tile of queries at a time, so that the rows and the dozen numbers per sample that are
+computed from the locations stay in cache.
 """
 
 from typing import Any
@@ -19,8 +20,8 @@ from ..dispatch import definition_gradients, wants_definition_gradients
 from ..precision import no_autocast
 from . import reference
 
-TILE = 1 << 15  # samples, in the cache
-GROUP = 1 << 22  # samples sorted at a time, in whole images: 28 bytes each
+TILE = 1 << 15  # samples per tile, which fit in cache
+GROUP = 1 << 22  # most samples sorted at a time (28 bytes each), in whole images
 
 
 def dfa3d(
@@ -72,13 +73,13 @@ class DeformAttn(torch.autograd.Function):
             tensors = value, depth, locations, weights
             dvalue, ddepth, *rest = definition_gradients(f, tensors, (*needed[:2], *needed[3:]), dout)
             return dvalue, ddepth, None, *rest
-        with no_autocast(dout):  # it may be on while the gradient is taken
+        with no_autocast(dout):  # autocast may be on in the backward pass
             dvalue, ddepth, *rest = _backward(dout, value, depth, ctx.shapes, locations, weights, needed[0])
         return dvalue, ddepth, None, *rest
 
 
 class Samples:
-    """The tables of rows, and what the samples of all queries have in common: vectors over K = M · L · P."""
+    """The tables of rows, and what all queries share: vectors over the K = M · L · P samples of a query."""
 
     def __init__(self, value: Tensor, depth: Tensor | None, shapes, locations: Tensor, weights: Tensor):
         B, self.S, self.M, C = value.shape
@@ -90,7 +91,7 @@ class Samples:
         sizes = torch.tensor(shapes, device=value.device)  # (L, 2)
         head = torch.arange(self.M, device=value.device)[:, None]
 
-        def columns(t: Tensor) -> Tensor:  # that broadcasts to (M, L)
+        def columns(t: Tensor) -> Tensor:  # t must broadcast to (M, L)
             return t.expand(self.M, L).repeat_interleave(P, 1).flatten()
 
         def start(t: Tensor) -> Tensor:
@@ -99,7 +100,7 @@ class Samples:
         self.H, self.W = map(columns, sizes.unbind(1))
         self.height, self.width = self.H.to(self.full), self.W.to(self.full)
         self.first = columns(start(sizes.prod(1)) * self.M + head) + 1  # after the row of zeros
-        # Upper left cells of a sample: one more each way than the map has, from (-1, -1) on.
+        # The upper left cell of a sample starts at (-1, -1): one more per axis than the map has cells.
         self.first_key = columns(start((sizes + 1).prod(1)) * self.M + head)
         self.keys = int((sizes + 1).prod(1).sum()) * self.M
 
@@ -113,13 +114,14 @@ class Samples:
             self.first_depth = columns(start(sizes.prod(1)) * self.Md + head % self.Md) + 1
 
     def tiles(self, start: int, stop: int) -> list[slice]:
-        """Of the B · Q rows from start to stop."""
+        """Return slices of the B · Q rows from start to stop."""
         step = max(1, TILE // self.K)
         return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
 
 
 class Tile:
-    """Some rows' samples, (R, K): weight a, cell and fractions; a dead one has weight 0 and all corners outside."""
+    """The samples of R rows, (R, K): weight a, cell and fractions. `dead` samples, too far outside or NaN, have weight
+    0 and all corners outside."""
 
     def __init__(self, samples: Samples, rows: slice):
         self.all = s = samples
@@ -147,7 +149,7 @@ class Tile:
         self.cell = (self.y0 * s.W).add_(self.x0).add_(self.image * s.S)
 
     def corner(self, k: int) -> tuple[Tensor, ...]:
-        """Row of value and hat weight; with a depth its score too, the index of the lower bin and the two bins."""
+        """Return row of value and bilinear weight; with depth also its score, the lower bin's index and both bins."""
         s, dy, dx = self.all, k // 2, k % 2
         inside = self.inside[0][dx] & self.inside[1][dy]
         cell = self.cell + s.W if dy else self.cell
@@ -162,7 +164,7 @@ class Tile:
         return row, hat, torch.lerp(near, far, self.fz), at, near, far
 
     def key(self, first: int) -> Tensor:
-        """The upper left cell and head, counted from image `first` on; -1 if dead."""
+        """Return the index of upper left cell and head, counted from image `first`; -1 if dead."""
         s = self.all
         key = (self.y0 + 1).mul_(s.W + 1).add_(self.x0 + 1).mul_(s.M).add_(s.first_key)
         return key.add_((self.image - first) * s.keys).masked_fill_(self.dead, -1)
@@ -227,9 +229,9 @@ def _backward(dout: Tensor, value: Tensor, depth: Tensor | None, shapes, locatio
 
 
 def _scatter(dvalue: Tensor, keys: Tensor, parts: Tensor, dout: Tensor, s: Samples, shapes) -> None:
-    """dvalue (B, S, M, C) += the parts (4, n) of the rows of dout, each at its corner of its key's cell."""
+    """Add the rows of dout, times parts (4, n), to dvalue (B, S, M, C) at the four corners of their keys' cells."""
     B, _, M, C = dvalue.shape
-    counts = torch.bincount(keys + 1, minlength=1 + B * s.keys)  # the dead first
+    counts = torch.bincount(keys + 1, minlength=1 + B * s.keys)  # dead samples first
     order = keys.sort(stable=True)[1][int(counts[0]) :]
     counts[0] = 0
     bag, starts = order.div(s.LP, rounding_mode="floor"), counts.cumsum(0)

@@ -1,16 +1,16 @@
-"""Triton kernels of deformable attention; DEPTH False, it is the 2D one. N = B · Q · heads · L · P samples.
+"""Triton kernels of deformable attention, 3D and (with DEPTH False) 2D. There are N = B · Q · heads · L · P samples.
 
-`fwd_kernel` and `samples_kernel` take a few queries of a head, BLOCK_Q x BLOCK_S samples at once: it is their rows of
-value, C side by side, that are read, mostly from L2. The depth score of a corner is two more numbers, made where it is
-used, forward and backward: no buffer holds it, and heads that share a depth share its memory.
+`fwd_kernel` and `samples_kernel` process a few queries of a head, BLOCK_Q x BLOCK_S samples at once, and read their
+rows of value (C contiguous channels), mostly from L2. The depth score of a corner takes two more reads and is computed
+where it is used, forward and backward: no buffer holds it, and heads that share a depth share its memory.
 
-The gradients of value and depth would be atomic sums. Instead every cell owns its: `keys_kernel` gives each sample the
-number of its upper left cell, one stable sort makes lists of them, and `maps_kernel` walks, for a cell, the samples of
-the four upper left cells that touch it: two runs in the list, since neighbours in a row have neighbouring numbers. So
-every run gives the same bits, for 16 bytes a sample (and the sort's own 16), a group of images at a time.
+The gradients of value and depth are sums over samples, but without atomics: every cell has a program that owns its sum.
+`keys_kernel` gives each sample the index of its upper left cell, one stable sort makes lists of them, and `maps_kernel`
+loops, for each cell, over the samples of the four upper left cells that touch it. These are two ranges of the list,
+since neighbours in a row have consecutive indices. This is deterministic and takes 16 bytes per sample (and 16 for the
+sort), for a group of images at a time.
 """
 
-import functools
 from collections.abc import Iterator
 
 import torch
@@ -20,13 +20,42 @@ from torch import Tensor
 
 
 @triton.jit
-def place(loc_ptr, levels_ptr, n, s, ok, P, D, DEPTH: tl.constexpr):
-    """Of samples n, which are s in their query and head: (x, y, z) in cells and bins, the level's height, width, first
-    cell and first key, and whether the sample is alive."""
+def level_geometry(shapes, level):
+    """Return the height, width, first cell and first key of levels, from shapes (H0, W0, H1, W1, …). An upper left cell
+    may lie outside, so there is one key more per axis than there are cells."""
+    H = level * 0 + shapes[0]
+    W = level * 0 + shapes[1]
+    cell = shapes[0] * shapes[1]
+    key = (shapes[0] + 1) * (shapes[1] + 1)
+    first = level * 0
+    first_key = level * 0
+    for i in tl.static_range(1, len(shapes) // 2):
+        H = tl.where(level == i, shapes[2 * i], H)
+        W = tl.where(level == i, shapes[2 * i + 1], W)
+        first = tl.where(level == i, cell, first)
+        first_key = tl.where(level == i, key, first_key)
+        cell += shapes[2 * i] * shapes[2 * i + 1]
+        key += (shapes[2 * i] + 1) * (shapes[2 * i + 1] + 1)
+    return H, W, first, first_key
+
+
+@triton.jit
+def level_of(shapes, cell):
+    """Return the level of a cell."""
+    level = cell * 0
+    first = 0
+    for i in tl.static_range(len(shapes) // 2 - 1):
+        first += shapes[2 * i] * shapes[2 * i + 1]
+        level += (cell >= first).to(tl.int32)
+    return level
+
+
+@triton.jit
+def sample_positions(loc_ptr, shapes, n, s, ok, P, D, DEPTH: tl.constexpr):
+    """Return for samples n, with index s in their query and head: (x, y, z) in cells and bins; height, width, first
+    cell and first key of the level; and whether the sample is alive, that is less than a cell or bin outside."""
     DIMS: tl.constexpr = 3 if DEPTH else 2
-    levels_ptr += tl.where(ok, s // P, 0) * 4
-    H, W = tl.load(levels_ptr), tl.load(levels_ptr + 1)
-    first, first_key = tl.load(levels_ptr + 2), tl.load(levels_ptr + 3)
+    H, W, first, first_key = level_geometry(shapes, tl.where(ok, s // P, 0).to(tl.int32))
     x = tl.load(loc_ptr + n * DIMS, ok, 0.0).to(tl.float32) * W - 0.5
     y = tl.load(loc_ptr + n * DIMS + 1, ok, 0.0).to(tl.float32) * H - 0.5
     alive = ok & (x > -1) & (x < W) & (y > -1) & (y < H)
@@ -39,7 +68,7 @@ def place(loc_ptr, levels_ptr, n, s, ok, P, D, DEPTH: tl.constexpr):
 
 @triton.jit
 def corner(x0, y0, H, W, first, alive, dx: tl.constexpr, dy: tl.constexpr):
-    """The cell of a corner, and whether it is in the map."""
+    """Return the cell of a corner, and whether it is in the map."""
     cx = x0.to(tl.int32) + dx
     cy = y0.to(tl.int32) + dy
     inside = alive & (cx >= 0) & (cx < W) & (cy >= 0) & (cy < H)
@@ -48,7 +77,7 @@ def corner(x0, y0, H, W, first, alive, dx: tl.constexpr, dy: tl.constexpr):
 
 @triton.jit
 def bins(depth_ptr, cell, stride_ds, z0, inside, D):
-    """depth in the two bins around z."""
+    """Load depth in the two bins around z."""
     bin = z0.to(tl.int32)
     depth_ptr += cell * stride_ds + bin
     near = tl.load(depth_ptr, inside & (bin >= 0), 0.0).to(tl.float32)
@@ -57,8 +86,8 @@ def bins(depth_ptr, cell, stride_ds, z0, inside, D):
 
 @triton.jit
 def program(Q, M, BLOCK_Q: tl.constexpr):
-    """A program's image, head and queries. Tiles of queries first: programs that run together share a head's map.
-    64-bit, all that is multiplied by strides."""
+    """Return a program's image, head and queries, 64-bit if multiplied by strides. Tiles of queries are the fastest
+    index, so that concurrent programs share a head's map."""
     pid = tl.program_id(0)
     tiles = (Q + BLOCK_Q - 1) // BLOCK_Q
     q = pid % tiles * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -66,15 +95,15 @@ def program(Q, M, BLOCK_Q: tl.constexpr):
     return (pid // M).to(tl.int64), (pid % M).to(tl.int64), q
 
 
-# What changes from one image to the next is not specialised on.
-SIZES = ["B", "Q", "S", "keys", "first_image"]
+# Not specialised on, since they change with the image size.
+SIZES = ["B", "Q", "S", "shapes", "keys", "dead", "first_image"]
 
 
 @triton.jit(do_not_specialize=SIZES)
 def fwd_kernel(
-    value_ptr, depth_ptr, loc_ptr, weight_ptr, levels_ptr, out_ptr,
+    value_ptr, depth_ptr, loc_ptr, weight_ptr, out_ptr,
     stride_vb, stride_vs, stride_vm, stride_db, stride_ds, stride_dm,
-    Q, M, LP, P, D,
+    Q, M, LP, P, D, shapes,
     C: tl.constexpr, DEPTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     b, m, q = program(Q, M, BLOCK_Q)
@@ -87,7 +116,7 @@ def fwd_kernel(
         s = start + tl.arange(0, BLOCK_S)[None, :]
         n = bag[:, None] * LP + s
         ok = (q < Q)[:, None] & (s < LP)
-        x, y, z, H, W, first, _, alive = place(loc_ptr, levels_ptr, n, s, ok, P, D, DEPTH)
+        x, y, z, H, W, first, _, alive = sample_positions(loc_ptr, shapes, n, s, ok, P, D, DEPTH)
         x0, y0, z0 = tl.floor(x), tl.floor(y), tl.floor(z)
         fx, fy, fz = x - x0, y - y0, z - z0
         a = tl.load(weight_ptr + n, ok, 0.0).to(tl.float32)
@@ -110,9 +139,9 @@ def fwd_kernel(
 
 @triton.jit(do_not_specialize=SIZES)
 def samples_kernel(
-    value_ptr, depth_ptr, loc_ptr, weight_ptr, levels_ptr, dout_ptr, dloc_ptr, dweight_ptr,
+    value_ptr, depth_ptr, loc_ptr, weight_ptr, dout_ptr, dloc_ptr, dweight_ptr,
     stride_vb, stride_vs, stride_vm, stride_db, stride_ds, stride_dm,
-    Q, M, LP, P, D,
+    Q, M, LP, P, D, shapes,
     C: tl.constexpr, DEPTH: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     b, m, q = program(Q, M, BLOCK_Q)
@@ -127,7 +156,7 @@ def samples_kernel(
         s = start + tl.arange(0, BLOCK_S)[None, :]
         n = bag[:, None] * LP + s
         ok = (q < Q)[:, None] & (s < LP)
-        x, y, z, H, W, first, _, alive = place(loc_ptr, levels_ptr, n, s, ok, P, D, DEPTH)
+        x, y, z, H, W, first, _, alive = sample_positions(loc_ptr, shapes, n, s, ok, P, D, DEPTH)
         x0, y0, z0 = tl.floor(x), tl.floor(y), tl.floor(z)
         fx, fy, fz = x - x0, y - y0, z - z0
         da = tl.zeros((BLOCK_Q, BLOCK_S), tl.float32)
@@ -160,48 +189,45 @@ def samples_kernel(
 
 @triton.jit(do_not_specialize=[*SIZES, "N"])
 def keys_kernel(
-    loc_ptr, levels_ptr, keys_ptr, N, Q, M, LP, P, D, keys, dead,
+    loc_ptr, keys_ptr, N, Q, M, LP, P, D, shapes, keys, dead,
     DEPTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The upper left cell of each of N samples, image and head first; `dead` of a dead one."""
+    """Store the index of image, head and upper left cell of N samples; `dead` for samples that are not alive."""
     n = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = n < N
-    x, y, _, _, W, _, first_key, alive = place(loc_ptr, levels_ptr, n, n % LP, ok, P, D, DEPTH)
+    x, y, _, _, W, _, first_key, alive = sample_positions(loc_ptr, shapes, n, n % LP, ok, P, D, DEPTH)
     bag = n // LP
     cell = first_key + (tl.floor(y).to(tl.int32) + 1) * (W + 1) + tl.floor(x).to(tl.int32) + 1
     key = (bag // M // Q * M + bag % M) * keys + cell
     tl.store(keys_ptr + n, tl.where(alive, key, dead).to(keys_ptr.dtype.element_ty), ok)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "L"])
+@triton.jit(do_not_specialize=SIZES)
 def maps_kernel(
-    value_ptr, depth_ptr, loc_ptr, weight_ptr, levels_ptr, dout_ptr, order_ptr, starts_ptr, dvalue_ptr, ddepth_ptr,
+    value_ptr, depth_ptr, loc_ptr, weight_ptr, dout_ptr, order_ptr, starts_ptr, dvalue_ptr, ddepth_ptr,
     stride_vb, stride_vs, stride_vm, stride_db, stride_ds, stride_dm,
-    S, Q, M, L, LP, D, keys, first_image,
+    S, Q, M, LP, D, shapes, keys, first_image,
     C: tl.constexpr, DEPTH: tl.constexpr, HEADS: tl.constexpr,
-    BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a cell: of one head, or with a shared depth of all HEADS."""
+    """Sum the gradients of one cell: of one head, or of all HEADS if they share a depth."""
     pid = tl.program_id(0)
-    cell = S - 1 - pid % S  # the coarse levels come last and have the long lists: these start first
+    cell = S - 1 - pid % S  # coarse levels, which come last, have the longest lists: start with them
     pid = pid // S
     groups = M // HEADS
     group = (pid % groups).to(tl.int64)
-    image = (pid // groups).to(tl.int64)  # in the list
+    image = (pid // groups).to(tl.int64)  # its index in the list
     b = first_image + image
-    l = tl.arange(0, BLOCK_L)
-    level = tl.sum((tl.load(levels_ptr + l * 4 + 2, l < L, S) <= cell).to(tl.int32), 0) - 1
-    levels_ptr += level * 4
-    H, W = tl.load(levels_ptr), tl.load(levels_ptr + 1)
-    here = cell - tl.load(levels_ptr + 2)
+    H, W, first, first_key = level_geometry(shapes, level_of(shapes, cell))
+    here = cell - first
     cx, cy = here % W, here // W
-    upper = tl.load(levels_ptr + 3) + cy * (W + 1) + cx  # from the cell above and left; to the right of it our own
+    upper = first_key + cy * (W + 1) + cx  # the cell above and left; the one to its right is next
     cell = cell.to(tl.int64)
 
     c = tl.arange(0, BLOCK_C)
     d = tl.arange(0, BLOCK_D)
     DIMS: tl.constexpr = 3 if DEPTH else 2
-    bags = first_image * Q * M  # of the images before
+    bags = first_image * Q * M  # bags of the images before
     dscore = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     bins = tl.zeros((BLOCK_D,), tl.float32)
     if DEPTH:
@@ -242,17 +268,17 @@ def maps_kernel(
         tl.store(ddepth_ptr + at, tl.sum(dscore, 0).to(ddepth_ptr.dtype.element_ty), d < D)
 
 
-# Chosen by registers from ahead-of-time compilation (saccade.ops.aot), not yet timed on a GPU: elements of the widest
-# tile of a program, and its warps. Eight registers a thread of rows leave room for those of four corners in flight;
-# with sixteen, the compiler spilled rather than take more than 64.
+# Elements of the widest tile of a program, and its warps. Chosen from the registers of ahead-of-time compilation
+# (saccade.ops.aot); not yet timed on a GPU. Eight registers per thread for a row leave room for four corners in flight;
+# with sixteen, the compiler spilled.
 ROWS, ROW_WARPS = 2048, 8
-OWNED, OWNER_WARPS = 2048, 4  # lists are short, a dozen samples on fine levels: taller tiles would be empty
+OWNED, OWNER_WARPS = 2048, 4  # lists are short, a dozen samples on fine levels, so taller tiles would be mostly empty
 KEYS = 512
-GROUP = 1 << 23  # samples sorted at a time, in whole images
+GROUP = 1 << 23  # most samples sorted at a time, in whole images
 
 
 def row_tile(C: int, LP: int) -> dict:
-    """As many samples of a query as there are, then further queries."""
+    """Return the tile of the row kernels: all samples of a query if they fit, then more queries."""
     BLOCK_C = max(4, triton.next_power_of_2(C))
     BLOCK_S = min(triton.next_power_of_2(LP), ROWS // BLOCK_C, 32)
     return dict(BLOCK_Q=ROWS // BLOCK_C // BLOCK_S, BLOCK_S=BLOCK_S, BLOCK_C=BLOCK_C, num_warps=ROW_WARPS)
@@ -264,26 +290,15 @@ def owner_tile(C: int, D: int) -> dict:
     return dict(BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D, num_warps=OWNER_WARPS)
 
 
-@functools.lru_cache(64)
-def _levels(shapes: tuple[int, ...], device: torch.device) -> Tensor:
-    """(L, 4): height, width, first cell, first key. Each way a key more than cells: upper left ones may lie outside."""
-    rows, cell, key = [], 0, 0
-    for H, W in zip(shapes[::2], shapes[1::2]):
-        rows.append((H, W, cell, key))
-        cell, key = cell + H * W, key + (H + 1) * (W + 1)
-    with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.int32, device=device)
-
-
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _common(value: Tensor, depth: Tensor | None, locations: Tensor, weights: Tensor, shapes: list[int]):
-    """Tensors and strides as the kernels take them."""
+def _common(value: Tensor, depth: Tensor | None, locations: Tensor, weights: Tensor):
+    """Return tensors and strides in the order of the kernels' arguments."""
     value = _rows(value)
     depth = value if depth is None else _rows(depth)
-    tensors = value, depth, locations.contiguous(), weights.contiguous(), _levels(tuple(shapes), value.device)
+    tensors = value, depth, locations.contiguous(), weights.contiguous()
     shared = depth.shape[2] == 1 and value.shape[2] > 1
     return tensors, (*value.stride()[:3], *depth.stride()[:2], 0 if shared else depth.stride(2))
 
@@ -291,11 +306,13 @@ def _common(value: Tensor, depth: Tensor | None, locations: Tensor, weights: Ten
 def _launch_rows(kernel, value, depth, locations, weights, shapes, *rest) -> None:
     B, Q, M, L, P = weights.shape
     C, D = value.shape[3], 1 if depth is None else depth.shape[3]
-    tensors, strides = _common(value, depth, locations, weights, shapes)
+    tensors, strides = _common(value, depth, locations, weights)
     options = row_tile(C, L * P)
     grid = (B * M * triton.cdiv(Q, options["BLOCK_Q"]),)
     with torch.cuda.device_of(value):
-        kernel[grid](*tensors, *rest, *strides, Q, M, L * P, P, D, C=C, DEPTH=depth is not None, **options)
+        kernel[grid](
+            *tensors, *rest, *strides, Q, M, L * P, P, D, tuple(shapes), C=C, DEPTH=depth is not None, **options
+        )
 
 
 def fwd(value: Tensor, depth: Tensor | None, locations: Tensor, weights: Tensor, shapes: list[int]) -> Tensor:
@@ -308,18 +325,18 @@ def fwd(value: Tensor, depth: Tensor | None, locations: Tensor, weights: Tensor,
 def bwd_samples(
     dout: Tensor, value: Tensor, depth: Tensor | None, locations: Tensor, weights: Tensor, shapes: list[int]
 ):
-    """Gradients to locations and weights."""
+    """Return the gradients of locations and weights."""
     dloc, dweights = locations.new_empty(locations.shape), weights.new_empty(weights.shape)
     _launch_rows(samples_kernel, value, depth, locations, weights, shapes, dout.contiguous(), dloc, dweights)
     return dloc, dweights
 
 
 def bwd_maps(dout: Tensor, value: Tensor, depth: Tensor | None, locations: Tensor, weights: Tensor, shapes: list[int]):
-    """Gradients to value and depth; without a depth, an empty one."""
+    """Return the gradients of value and depth; the latter is empty without depth."""
     B, Q, M, L, P = weights.shape
     (S, C), D = (value.shape[1], value.shape[3]), 1 if depth is None else depth.shape[3]
-    tensors, strides = _common(value, depth, locations, weights, shapes)
-    locations, levels, dout = tensors[2], tensors[4], dout.contiguous()
+    tensors, strides = _common(value, depth, locations, weights)
+    locations, dout, shapes = tensors[2], dout.contiguous(), tuple(shapes)
     dvalue = value.new_empty(value.shape)
     ddepth = value.new_empty(0) if depth is None else depth.new_empty(depth.shape)
     keys = sum((H + 1) * (W + 1) for H, W in zip(shapes[::2], shapes[1::2]))
@@ -332,24 +349,24 @@ def bwd_maps(dout: Tensor, value: Tensor, depth: Tensor | None, locations: Tenso
         key = torch.empty(n, dtype=torch.int32 if dead < 2**31 else torch.int64, device=value.device)
         with torch.cuda.device_of(value):
             keys_kernel[(triton.cdiv(n, KEYS),)](
-                locations[first:], levels, key, n, Q, M, L * P, P, D, keys, dead, DEPTH=depth is not None, BLOCK=KEYS
+                locations[first:], key, n, Q, M, L * P, P, D, shapes, keys, dead, DEPTH=depth is not None, BLOCK=KEYS
             )
             key, order = key.sort(stable=True)
             starts = torch.searchsorted(key, torch.arange(dead + 1, dtype=key.dtype, device=key.device))
             maps_kernel[(images * (M // heads) * S,)](
-                *tensors, dout, order, starts, dvalue, ddepth, *strides, S, Q, M, L, L * P, D, keys, first,
-                C=C, DEPTH=depth is not None, HEADS=heads, BLOCK_L=triton.next_power_of_2(L), **options,
+                *tensors, dout, order, starts, dvalue, ddepth, *strides, S, Q, M, L * P, D, shapes, keys, first,
+                C=C, DEPTH=depth is not None, HEADS=heads, **options,
             )  # fmt: skip
     return dvalue, ddepth
 
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
-    """For saccade.ops.aot: the lifter's, two detectors' and the widest."""
-    types = dict(levels_ptr="*i32", keys_ptr="*i32", order_ptr="*i64", starts_ptr="*i64")
-    types |= dict(loc_ptr="*fp32", dloc_ptr="*fp32")  # as they come under autocast
+    """Yield for saccade.ops.aot: the sizes of the lifter, of two detectors, and the widest."""
+    types = dict(shapes=("i32",) * 8, keys_ptr="*i32", order_ptr="*i64", starts_ptr="*i64")
+    types |= dict(loc_ptr="*fp32", dloc_ptr="*fp32")  # as under autocast
     for C, D, LP, HEADS in ((32, 112, 32, 8), (32, 112, 8, 1), (32, 0, 16, 1), (32, 0, 4, 1), (256, 512, 32, 8)):
         for kernel in (fwd_kernel, samples_kernel):
             yield kernel, types, dict(C=C, DEPTH=D > 0) | row_tile(C, LP)
-        yield maps_kernel, types, dict(C=C, DEPTH=D > 0, HEADS=HEADS, BLOCK_L=4) | owner_tile(C, D)
+        yield maps_kernel, types, dict(C=C, DEPTH=D > 0, HEADS=HEADS) | owner_tile(C, D)
     for depth in (False, True):
         yield keys_kernel, types, dict(DEPTH=depth, BLOCK=KEYS)

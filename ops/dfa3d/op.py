@@ -1,4 +1,5 @@
-"""Registration of the Triton form with PyTorch: fakes, autograd and FLOP formulas. Without a depth, the 2D operator."""
+"""Registration of the Triton kernels with PyTorch: fake kernels, autograd and FLOP formulas. Without a depth, the 2D
+operator."""
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def _(value, depth, locations, weights, shapes):
 def bwd_samples(
     dout: Tensor, value: Tensor, depth: Tensor | None, locations: Tensor, weights: Tensor, shapes: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to locations and weights."""
+    """Return the gradients of locations and weights."""
     return kernel.bwd_samples(dout, value, depth, locations, weights, shapes)
 
 
@@ -37,7 +38,7 @@ def _(dout, value, depth, locations, weights, shapes):
 def bwd_maps(
     dout: Tensor, value: Tensor, depth: Tensor | None, locations: Tensor, weights: Tensor, shapes: list[int]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to value and depth; without a depth, an empty one."""
+    """Return the gradients of value and depth; the latter is empty without depth."""
     return kernel.bwd_maps(dout, value, depth, locations, weights, shapes)
 
 
@@ -63,7 +64,7 @@ fwd.register_autograd(_backward, setup_context=_save)
 no_second_derivative("dfa3d", bwd_samples, bwd_maps)
 
 
-# The products with the rows at the four corners of every sample; with depth they are of two numbers, and not counted.
+# Counted: the products with the rows of value at the four corners of every sample. Those with depth are of two numbers.
 @register_flop_formula(torch.ops.saccade.dfa3d_fwd)
 def fwd_flop(value_shape, depth_shape, locations_shape, weights_shape, *args, **kwargs) -> int:
     B, Q, M, L, P = weights_shape

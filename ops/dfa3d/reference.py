@@ -1,11 +1,11 @@
-"""Depth-weighted deformable attention as its definition reads (DFA3D, arXiv 2307.12972).
+"""Reference implementation of depth-weighted deformable attention (DFA3D, arXiv 2307.12972).
 
-A sample at (x, y, z), in cells and bins, of level l has the four corners k around (x, y), and at each of them
+A sample at (x, y, z), in cells and bins of its level, has four corners k around (x, y). With linear weights `hat`,
 
-    g_k = Σ over the two bins around z of their hat weight · depth[corner k, bin]    1 without a depth
+    g_k = Σ over the two bins around z of hat · depth[corner k, bin]                 1 without depth
     out = Σ over levels and points of weight · Σ_k hat_k · g_k · value[corner k]
 
-which is trilinear sampling of value ⊗ depth: the outer product is never made. Corners and bins outside count as zero.
+This is trilinear sampling of value ⊗ depth without materialising the product. Corners and bins outside count as zero.
 """
 
 import torch
@@ -45,7 +45,7 @@ def dfa3d(
 
 
 def depth_score(depth: Tensor, shapes: list[tuple[int, int]], locations: Tensor) -> Tensor:
-    """g at the four corners (B, Q, M, L, P, 4), clockwise: (y0, x0), (y0, x1), (y1, x1), (y1, x0)."""
+    """Return g at the four corners, (B, Q, M, L, P, 4), clockwise: (y0, x0), (y0, x1), (y1, x1), (y1, x0)."""
     B, _, M, _, _, _ = locations.shape
     D = depth.shape[3]
     full = torch.promote_types(torch.promote_types(depth.dtype, locations.dtype), torch.float32)
@@ -75,7 +75,7 @@ def _hat(x: Tensor, d: int) -> Tensor:
 
 
 def _score(depth: Tensor, b: Tensor, cell: Tensor, m: Tensor, z: Tensor) -> Tensor:
-    D, m = depth.shape[3], m % depth.shape[2]  # one depth for all heads, or one each
+    D, m = depth.shape[3], m % depth.shape[2]  # one depth for all heads, or one per head
     bin = z.detach().floor()
     score = torch.zeros_like(z)
     for d in range(2):

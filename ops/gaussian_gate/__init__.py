@@ -1,4 +1,4 @@
-"""Gaussian gate (PATNet, arXiv 2503.03148): channels gated by the mean and the standard deviation of all of them."""
+"""Gaussian gate (PATNet, arXiv 2503.03148): gates each channel by the means and standard deviations of all channels."""
 
 import torch
 from torch import Tensor
@@ -24,24 +24,24 @@ def gaussian_gate(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """out_norm(x · g), g = hardsigmoid(norm(weight · [μ, σ])), for the mean μ and the unbiased standard deviation σ of
+    """out_norm(x · g) with g = hardsigmoid(norm(weight · [μ, σ])), for the mean μ and unbiased standard deviation σ of
     each channel of each image.
 
-    x        (B, C, H, W), in any memory format: the kernels read contiguous and channels-last maps, and views of bigger
-             ones (the channels that a partial convolution left), where they lie.
-    weight   (C, C, 2): what each gate takes of each mean, weight[..., 0], and deviation, weight[..., 1].
+    x        (B, C, H, W) in any memory format. The kernels read contiguous and channels-last maps, and views of larger
+             ones (such as the channels that a partial convolution leaves out), without copying.
+    weight   (C, C, 2): a linear map from means, weight[..., 0], and deviations, weight[..., 1], to gates.
     norm_weight, norm_bias, out_norm_weight, out_norm_bias
-             (C,): the affines of two BatchNorms, that of the B gates of a channel and that of the gated map. Without
-             the second pair, out_norm is left out.
+             (C,): weights and biases of two BatchNorms, one over the B gates of a channel, one over the gated map.
+             out_norm is omitted if its weight and bias are None.
     running_mean, running_var, out_running_mean, out_running_var
-             (C,): of the two. Needed unless training; where they are given in training, they are updated:
-             running = (1 - momentum) · running + momentum · the batch's.
-    training whether the norms take the statistics of the batch, of more than one image.
+             (C,): their running statistics. Required unless training; in training they are updated if given:
+             running = (1 - momentum) · running + momentum · batch statistics.
+    training whether the norms use batch statistics, which need more than one image.
 
-    Returns (B, C, H, W), lying in memory as x does where x is dense. All but x and y is in float32 (float64 if these
-    are), under autocast too; x keeps its type, and the parameters may have another. Gradients go to x and to the
-    parameters, and are the same in every run. That of σ is 0 where σ is 0. A map of one position has no unbiased
-    deviation, and gives NaN. A NaN stays in its image, but for the statistics of training.
+    Returns (B, C, H, W) in the dtype of x, with its strides if x is dense. All intermediate results are in float32
+    (float64 if x is), under autocast too; parameters may have another dtype. x and the parameters get gradients, and
+    these are deterministic; the gradient of σ is 0 where σ is 0. A map of one position has no unbiased deviation and
+    gives NaN. A NaN affects only its image, except through the batch statistics in training.
     """
     if torch.jit.is_scripting():
         return reference.gaussian_gate(
@@ -59,13 +59,13 @@ def gaussian_gate(
 
 def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: float, eps: float) -> Tensor:
     _check(x, parameters, running, training)
-    if x.numel() == 0:  # with a graph to the parameters
+    if x.numel() == 0:  # an empty result that depends on every input, for autograd
         return x * sum(p.sum() for p in parameters.values()).to(x.dtype)
     triton = use_triton(x, *(t for t in (*parameters.values(), *running.values()) if t is not None))
     bare = [None] * (5 - len(parameters))
     if not triton and use_definition(x):
         return eager.definition(x, *parameters.values(), *bare, *running.values(), *bare, training, momentum, eps)
-    # In training they are no input: what an operator is given must not change before its backward.
+    # In training they are not passed: an operator's inputs must not change before its backward pass.
     statistics = [None] * 4 if training else [*running.values(), *bare]
     args = (*parameters.values(), *bare, *statistics, training, eps)
     y, *batch = _triton(x, *args) if triton else eager.gaussian_gate(x, *args)
@@ -76,7 +76,7 @@ def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: f
 
 
 def _triton(x: Tensor, *args) -> list[Tensor]:
-    from . import op  # and with it Triton: only now
+    from . import op  # imports Triton, so not at the top of the file
 
     y, _, _, batch = op.fwd(x, *args)
     return [y, *batch]
@@ -97,9 +97,9 @@ def _check(x: Tensor, parameters: dict, running: dict, training: bool) -> None:
     for name, t in (parameters | running).items():
         if t is None:
             if name in parameters:
-                raise ValueError(f"{name} must be given, as its fellow is")
+                raise ValueError(f"{name} must be given, since out_norm needs both weight and bias, got None")
             if not training:
-                raise ValueError(f"{name} must be given, unless training")
+                raise ValueError(f"{name} must be given unless training, got None")
             continue
         shape = (C, C, 2) if name == "weight" else (C,)
         if t.shape != shape:

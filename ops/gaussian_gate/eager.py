@@ -1,9 +1,9 @@
-"""The plain-PyTorch form for speed, and what it shares with the Triton form: the arithmetic on everything but the map.
+"""Fast PyTorch implementation, and what it shares with the Triton kernels: everything but the passes over the map.
 
-What the norms make of the gated map is an affine map of each channel of each image, y = scale · x + shift, for the
-statistics of x · g follow from those of x: its mean is that of g μ over the images, its variance that of g μ plus the
-mean of g² σ² (n - 1) / n. So forward there are two passes, `moments` and `affine`, and backward two: `sums`, of dy and
-of dy · x, and `affine` again, dx = scale · dy + linear · x + constant. Here these are PyTorch, in kernel.py Triton.
+The gate and both norms are one affine map of each channel of each image, y = scale · x + shift, because the statistics
+of x · g follow from those of x: its mean is the mean of g μ over the images, its variance the variance of g μ plus the
+mean of g² σ² (n - 1) / n. So there are two passes forward, `moments` and `affine`, and two backward: `sums` of dy and
+dy · x, and again `affine`, dx = scale · dy + linear · x + constant. They are PyTorch here and Triton in kernel.py.
 """
 
 import torch
@@ -21,7 +21,7 @@ def gaussian_gate(x: Tensor, *args) -> tuple[Tensor, ...]:
 
 
 def definition(x: Tensor, *args, **kwargs) -> Tensor:
-    """The definition, computed in float32 at least, in the type of x. It updates the running statistics."""
+    """Run the reference in float32 or wider and return the dtype of x. It updates the running statistics."""
     with no_autocast(x):
         given = args[:9]
         wide = [None if t is None else t.to(full(x)) for t in given]
@@ -65,8 +65,8 @@ class GaussianGate(torch.autograd.Function):
 
 
 class Gate:
-    """What lies between the passes over the map, forward and backward: by hand, since an operator's implementation runs
-    below autograd. All of it is (B, C) or smaller, but for the weights."""
+    """The computation between the passes over the map, forward and backward. The backward pass is written by hand,
+    since a custom operator runs below autograd. All tensors but the weights are (B, C) or smaller."""
 
     def __init__(self, mean: Tensor, std: Tensor, n: int, *args):
         *tensors, self.training, self.eps = args
@@ -75,7 +75,7 @@ class Gate:
             None if t is None else t.to(mean.dtype) for t in tensors
         )
         self.mean, self.std, self.n, self.weight = mean, std, n, weight.flatten(1)
-        self.u = torch.stack((mean, std), 2).flatten(1)  # (B, 2C), as the weights lie
+        self.u = torch.stack((mean, std), 2).flatten(1)  # (B, 2C), in the order of the weights
         t = self.u @ self.weight.mT
         self.var, self.centre = torch.var_mean(t, 0, correction=0) if self.training else (running[1], running[0])
         self.rstd = (self.var + self.eps).rsqrt()
@@ -98,14 +98,14 @@ class Gate:
         self.scale, self.shift = self.gain * self.g, out_bias - self.gain * self.out_mean
 
     def batch(self) -> list[Tensor]:
-        """In training, mean and biased variance of what each norm was given."""
+        """Return, in training, mean and biased variance of each norm's input."""
         if not self.training:
             return []
         return [self.centre, self.var] + ([] if self.shift is None else [self.out_mean, self.out_var])
 
     def backward(self, dshift: Tensor, dscale: Tensor) -> tuple[list[Tensor | None], Tensor, Tensor]:
-        """From the sums (B, C) of dy and of dy · x: gradients to the parameters; and what x gets through its moments,
-        linear · x + constant."""
+        """Return, from the sums (B, C) of dy and dy · x, the gradients of the parameters; and linear and constant, with
+        which linear · x + constant is the gradient of x through its moments."""
         B, g, mean, std = self.g.shape[0], self.g, self.mean, self.std
         dg, dmean, dstd, dout = dscale, torch.zeros_like(mean), torch.zeros_like(mean), []
         if self.shift is not None:
@@ -114,7 +114,7 @@ class Gate:
             dout = [dgain * self.out_rstd, dshift]
             dg = self.gain * dscale
             if self.training:
-                dvar = -dgain * self.out_weight * self.out_rstd.pow(3) / B  # of twice its half
+                dvar = -dgain * self.out_weight * self.out_rstd.pow(3) / B  # twice the gradient of the variance
                 dgmean = dvar * self.off - self.gain * dshift / B
                 dg = dg + dvar * g * self.biased + dgmean * mean
                 dmean = dgmean * g
@@ -132,12 +132,13 @@ class Gate:
         return grads, linear, dmean / self.n - linear * mean
 
 
-# PyTorch's reductions and broadcasts want the long axis innermost in the view as it is in memory: permuted so, a
-# channels-last map takes a tenth of the time that it takes as (B, C, H, W).
+# PyTorch's reductions and broadcasts are fast if the innermost axis of the view is innermost in memory: a permuted
+# channels-last map takes a tenth of the time of its (B, C, H, W) view.
 
 
-def lying(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Views of x and of other maps with the inner axis of x last, and of vectors (C,) or (B, C) to go with them."""
+def inner_last(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Return views of x and other maps with the axis last that is innermost in memory for x, and matching views of
+    vectors (C,) or (B, C)."""
     if x.stride(1) == 1 and x.stride(3) != 1:
         views = {1: lambda v: v, 2: lambda v: v[:, None, None], 4: lambda m: m.permute(0, 2, 3, 1)}
     else:
@@ -145,24 +146,24 @@ def lying(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     return tuple(views[t.dim()](t) for t in (x, *others))
 
 
-def total(x: Tensor) -> Tensor:
-    """Over the positions, (B, C)."""
-    return lying(x)[0].sum((1, 2) if x.stride(1) == 1 and x.stride(3) != 1 else (2, 3))
+def sum_positions(x: Tensor) -> Tensor:
+    """Sum over the positions, to (B, C)."""
+    return inner_last(x)[0].sum((1, 2) if x.stride(1) == 1 and x.stride(3) != 1 else (2, 3))
 
 
 def moments(x: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation (B, C). To centre the map first, in the memory of the output, takes a tenth
-    of the time of PyTorch's std on a CPU."""
+    """Return mean and unbiased standard deviation, (B, C). Centring the map first, in the memory of the output, takes a
+    tenth of the time of PyTorch's std on a CPU."""
     n = x.shape[2] * x.shape[3]
-    mean = total(x) / n
-    p, off, centre = lying(x, scratch, mean)
+    mean = sum_positions(x) / n
+    p, off, centre = inner_last(x, scratch, mean)
     torch.sub(p, centre, out=off).square_()
-    return mean, (total(scratch) / (n - 1)).sqrt()
+    return mean, (sum_positions(scratch) / (n - 1)).sqrt()
 
 
 def sums(dy: Tensor, x: Tensor, scratch: Tensor) -> tuple[Tensor, Tensor]:
-    """Of dy and of dy · x, (B, C)."""
-    return total(dy), total(torch.mul(dy, x, out=scratch))
+    """Return the sums of dy and dy · x, (B, C)."""
+    return sum_positions(dy), sum_positions(torch.mul(dy, x, out=scratch))
 
 
 def affine(
@@ -174,11 +175,11 @@ def affine(
     *,
     out: Tensor,
 ) -> Tensor:
-    """scale · x + shift, and with linear · other, written into out."""
-    y, p, a = lying(out, x, scale)
+    """Write scale · x + shift, or scale · x + linear · other + shift, into out."""
+    y, p, a = inner_last(out, x, scale)
     torch.mul(p, a, out=y)
     if other is not None and linear is not None:
-        y.addcmul_(*lying(out, other, linear)[1:])
+        y.addcmul_(*inner_last(out, other, linear)[1:])
     if shift is not None:
-        y.add_(lying(out, shift)[1])
+        y.add_(inner_last(out, shift)[1])
     return out

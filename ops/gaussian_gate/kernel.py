@@ -1,14 +1,14 @@
-"""Triton kernels of the Gaussian gate: what passes over the map, forward and backward, and what launches it.
+"""Triton kernels of the Gaussian gate for the passes over the map, forward and backward, and their launchers.
 
-    moments_kernel   mean of each channel of each image, and squares around it
+    moments_kernel   mean of each channel of each image, and the sum of squared deviations
     sums_kernel      backward, sums of dy and of dy · x over each channel of each image
     affine_kernel    y = scale · x + shift; backward, dx = scale · dy + linear · x + constant
 
-Between them stands the arithmetic on (B, C) (eager.Gate), matrix product included: it has B rows. So the map is read
-twice and written once forward, in training too; backward dy and x are read twice and dx is written.
+The computation on (B, C) between them, including a matrix product with B rows, is in eager.Gate. Forward, the map is
+read twice and written once, in training too; backward, dy and x are read twice and dx is written once.
 
-A program has BLOCK_C channels of an image and a stretch of positions, BLOCK_P at a time. No atomics: the stretches are
-summed in their order. Both memory formats, and views, are read where they lie; offsets are 64-bit.
+A program has BLOCK_C channels of an image and a range of positions, BLOCK_P at a time. There are no atomics: partial
+sums are added in a fixed order. Both memory formats and views are read without copying; offsets are 64-bit.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ SIZES = ["C", "W", "P"]
 
 @triton.jit
 def program(C, P, STRETCH: tl.constexpr, BLOCK_C: tl.constexpr):
-    """A program's image, channels, first position, and place among the partial sums (B, stretches, C)."""
+    """Return a program's image, channels, first position, and index in the partial sums (B, stretches, C)."""
     pid = tl.program_id(0)
     blocks = (C + BLOCK_C - 1) // BLOCK_C
     stretches = (P + STRETCH - 1) // STRETCH
@@ -33,7 +33,7 @@ def program(C, P, STRETCH: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def at(p, W, stride_h, stride_w):
+def offsets(p, W, stride_h, stride_w):
     return ((p // W).to(tl.int64) * stride_h + (p % W).to(tl.int64) * stride_w)[None, :]
 
 
@@ -49,13 +49,13 @@ def moments_kernel(
     for start in range(first, last, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         ok = (c < C)[:, None] & (p < last)[None, :]
-        total += tl.load(x_ptr + at(p, W, stride_h, stride_w), ok, 0.0).to(tl.float32)
+        total += tl.load(x_ptr + offsets(p, W, stride_h, stride_w), ok, 0.0).to(tl.float32)
     mean = tl.sum(total, 1) / (last - first)
     square = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
-    for start in range(first, last, BLOCK_P):  # again, around the mean: no difference of two large numbers
+    for start in range(first, last, BLOCK_P):  # second pass, around the mean, to avoid cancellation
         p = start + tl.arange(0, BLOCK_P)
         ok = (c < C)[:, None] & (p < last)[None, :]
-        x = tl.load(x_ptr + at(p, W, stride_h, stride_w), ok, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + offsets(p, W, stride_h, stride_w), ok, 0.0).to(tl.float32)
         x = tl.where(ok, x - mean[:, None], 0.0)
         square += x * x
     tl.store(mean_ptr + to, mean, c < C)
@@ -77,8 +77,8 @@ def sums_kernel(
     for start in range(first, last, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         ok = (c < C)[:, None] & (p < last)[None, :]
-        x = tl.load(x_ptr + at(p, W, stride_h, stride_w), ok, 0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + at(p, W, stride_dh, stride_dw), ok, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + offsets(p, W, stride_h, stride_w), ok, 0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + offsets(p, W, stride_dh, stride_dw), ok, 0.0).to(tl.float32)
         shift += dy
         scale += dy * x
     tl.store(dshift_ptr + to, tl.sum(shift, 1), c < C)
@@ -95,26 +95,26 @@ def affine_kernel(
     b, c, first, _ = program(C, P, BLOCK_P, BLOCK_C)
     p = first + tl.arange(0, BLOCK_P)
     ok = (c < C)[:, None] & (p < P)[None, :]
-    x_ptr += b * stride_b + (c * stride_c)[:, None] + at(p, W, stride_h, stride_w)
+    x_ptr += b * stride_b + (c * stride_c)[:, None] + offsets(p, W, stride_h, stride_w)
     scale = tl.load(scale_ptr + b * C + c, c < C, 0.0)[:, None]
     shift = tl.load(shift_ptr + (b * C + c if GRAD else c), c < C, 0.0)[:, None]
     y = tl.load(x_ptr, ok, 0.0).to(tl.float32) * scale + shift
     if GRAD:
-        other_ptr += b * stride_ob + (c * stride_oc)[:, None] + at(p, W, stride_oh, stride_ow)
+        other_ptr += b * stride_ob + (c * stride_oc)[:, None] + offsets(p, W, stride_oh, stride_ow)
         y += tl.load(other_ptr, ok, 0.0).to(tl.float32) * tl.load(linear_ptr + b * C + c, c < C, 0.0)[:, None]
-    y_ptr += b * stride_yb + (c * stride_yc)[:, None] + at(p, W, stride_yh, stride_yw)
+    y_ptr += b * stride_yb + (c * stride_yc)[:, None] + offsets(p, W, stride_yh, stride_yw)
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), ok)
 
 
-# Elements of a tile and its warps: chosen by registers from ahead-of-time compilation (saccade.ops.aot), not yet timed
-# on a GPU.
+# Elements of a tile and its warps. Chosen from the registers of ahead-of-time compilation (saccade.ops.aot); not yet
+# timed on a GPU.
 TILE, WARPS = 1024, 4
-STRETCH = 1024  # positions of a program that sums: of 32 channels, what the two walks of moments_kernel find in L1
-CHANNELS = 32  # side by side in memory, of a channels-last map: whole sectors in half precision
+STRETCH = 1024  # positions per summing program: with 32 channels, the second pass of moments_kernel reads them from L1
+CHANNELS = 32  # contiguous channels per program of a channels-last map: whole sectors in half precision
 
 
 def tile(C: int, P: int, channels_last: bool) -> dict:
-    """Along the inner axis as far as it goes, then along the other."""
+    """Return a tile that extends along the inner axis first, then along the other."""
     if channels_last:
         c = min(CHANNELS, triton.next_power_of_2(C))
         p = min(TILE // c, triton.next_power_of_2(P))
@@ -125,14 +125,14 @@ def tile(C: int, P: int, channels_last: bool) -> dict:
 
 
 def _tile(x: Tensor) -> tuple[dict, tuple[int, int, int], int]:
-    """Options, sizes, and how many tiles of channels an image has."""
+    """Return options, sizes, and the number of channel tiles per image."""
     _, C, H, W = x.shape
     options = tile(C, H * W, x.stride(1) == 1 and x.stride(3) != 1)
     return options, (C, W, H * W), triton.cdiv(C, options["BLOCK_C"])
 
 
 def _partial(kernel, *maps: Tensor) -> Tensor:
-    """Two sums (2, B, stretches, C) of what the kernel reads."""
+    """Run a kernel that sums; return its two partial sums, (2, B, stretches, C)."""
     x = maps[-1]
     options, sizes, blocks = _tile(x)
     stretches = triton.cdiv(sizes[2], STRETCH)
@@ -144,7 +144,7 @@ def _partial(kernel, *maps: Tensor) -> Tensor:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and unbiased standard deviation of each channel of each image (B, C), float32."""
+    """Return mean and unbiased standard deviation of each channel of each image, (B, C), float32."""
     (mean, square), n = _partial(moments_kernel, x), x.shape[2] * x.shape[3]
     if mean.shape[1] == 1:
         return mean[:, 0].clone(), (square[:, 0] / (n - 1)).sqrt()
@@ -156,7 +156,7 @@ def moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sums(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of dy and of dy · x over each channel of each image (B, C), float32."""
+    """Return the sums of dy and dy · x over each channel of each image, (B, C), float32."""
     dshift, dscale = _partial(sums_kernel, dy, x).sum(2)
     return dshift, dscale
 
@@ -164,8 +164,8 @@ def sums(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
 def affine(
     x: Tensor, scale: Tensor, shift: Tensor | None, other: Tensor | None = None, linear: Tensor | None = None
 ) -> Tensor:
-    """scale · x + shift for scale (B, C) and shift (C,); or scale · x + linear · other + shift, all (B, C), which
-    lies as other does."""
+    """Return scale · x + shift for scale (B, C) and shift (C,); or scale · x + linear · other + shift with the strides
+    of other, where all factors are (B, C)."""
     grad = other is not None and linear is not None
     y = torch.empty_like(other if grad else x)
     options, sizes, blocks = _tile(x)
@@ -180,7 +180,7 @@ def affine(
 
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
-    """For saccade.ops.aot: the tiles of the smallest and of the largest maps, in both memory formats."""
+    """Yield for saccade.ops.aot: the tiles of the smallest and of the largest maps, in both memory formats."""
     maps = ("x_ptr", "y_ptr", "dy_ptr", "other_ptr")
     for kernel in (moments_kernel, sums_kernel, affine_kernel):
         pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in maps}

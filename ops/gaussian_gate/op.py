@@ -1,4 +1,4 @@
-"""Registration of the Triton form with PyTorch: fakes, autograd and FLOP formulas."""
+"""Registration of the Triton kernels with PyTorch: fake kernels, autograd and FLOP formulas."""
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ def fwd(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """The gated map; for the backward mean and deviation of each channel; and, in training, mean and biased variance of
-    what each norm was given."""
+    """Return the gated map; for the backward pass, mean and deviation of each channel; and, in training, mean and
+    biased variance of each norm's input."""
     args = (weight, norm_weight, norm_bias, out_norm_weight, out_norm_bias)
     args += running_mean, running_var, out_running_mean, out_running_var, training, eps
     with no_autocast(x):
@@ -62,11 +62,11 @@ def bwd(
     training: bool,
     eps: float,
 ) -> list[Tensor]:
-    """Gradients to x and to the three or five parameters."""
+    """Return the gradients of x and of the three or five parameters."""
     args = (weight, norm_weight, norm_bias, out_norm_weight, out_norm_bias)
     args += running_mean, running_var, out_running_mean, out_running_var, training, eps
     with no_autocast(x):
-        gate = Gate(mean, std, x.shape[2] * x.shape[3], *args)  # small: cheaper made again than kept
+        gate = Gate(mean, std, x.shape[2] * x.shape[3], *args)  # small: cheaper to recompute than to keep
         grads, linear, constant = gate.backward(*kernel.sums(dy, x))
         dx = kernel.affine(dy, gate.scale, constant, x, linear)
         return [dx, *(g for g in grads if g is not None)]
@@ -93,7 +93,8 @@ fwd.register_autograd(_backward, setup_context=_save)
 no_second_derivative("gaussian_gate", bwd)
 
 
-# As PyTorch counts: the convolution alone, a product of the moments (B, 2C) with the weights. Backward, twice that.
+# Counted as PyTorch does: only the convolution, a product of the moments (B, 2C) with the weights. Backward, twice
+# that.
 @register_flop_formula(torch.ops.saccade.gaussian_gate_fwd)
 def fwd_flop(x_shape, *args, **kwargs) -> int:
     B, C = x_shape[:2]

@@ -1,20 +1,20 @@
-"""Gaussian gate as its definition reads (PATNet, arXiv 2503.03148).
+"""Reference implementation of the Gaussian gate (PATNet, arXiv 2503.03148).
 
 μ, σ = mean and unbiased standard deviation over H·W      (B, C) each
 g    = hardsigmoid(norm(Σ_c w_c0 μ_c + w_c1 σ_c))         (B, C)
 y    = out_norm(x · g)                                    (B, C, H, W)
 
-Both norms are BatchNorm; that of the gates sees B values a channel.
+Both norms are BatchNorms; that of the gates has B values per channel.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 
-SIXTH = 0.1666666716337204  # in float32, which is the slope of PyTorch's hardsigmoid in float64 too
+SIXTH = 0.1666666716337204  # 1 / 6 in float32: the slope of PyTorch's hardsigmoid, in float64 too
 
 
 def hardsigmoid(t: Tensor, slope: float = SIXTH) -> Tensor:
-    """PyTorch's to the last digit, gradient included; but with a second derivative."""
+    """Hardsigmoid, bit-identical to PyTorch's including the gradient, but with a second derivative."""
     r = F.relu6(t + 3)
     return r / 6 + (r - r.detach()) * (slope - 1 / 6)
 

@@ -1,4 +1,4 @@
-"""Halo attention (HaloNet, arXiv 2103.12731): each block's queries attend to the block and a halo around it."""
+"""Halo attention (HaloNet, arXiv 2103.12731): the queries of a block attend to the block and a halo around it."""
 
 import torch
 from torch import Tensor
@@ -21,25 +21,26 @@ def halo_attention(
     scale: float | None = None,
     scale_pos: bool = False,
 ) -> Tensor:
-    """softmax(scale · q kᵀ + q · (R_h + R_w)) v, in windows of a = block + 2 · halo pixels a side (reference.py).
+    """softmax(scale · q kᵀ + q · (R_h + R_w)) v in windows of a = block + 2 · halo pixels per side (see reference.py).
 
-    q            (B, heads·D, ceil(H / stride), ceil(W / stride)): the queries, those of a strided convolution if stride
-                 is not 1; it must divide block. For other strides, take queries at full resolution and pool after.
+    q            (B, heads·D, ceil(H / stride), ceil(W / stride)): the queries, for example of a strided convolution.
+                 stride must divide block; for other strides, use queries at full resolution and pool the output.
     kv           (B, heads·(D + Dv), H, W): channels k of head 0 | v of head 0 | k of head 1 | …
-                 Both maps in any memory format: the kernels read them, and views of bigger ones, where they lie.
+                 q and kv may have any memory format: the kernels read them, and views of larger maps, without copying.
     height_rel, width_rel
-                 (2a - 1, D) each, what relative rows and columns add to a key; shared by all heads. They may have
-                 another type; they are used in that of q.
-    scale        of the products of queries and keys; D ** -0.5 if None. With scale_pos, of the position logits too.
+                 (2a - 1, D) each: embeddings of relative rows and columns, shared by all heads. They may have another
+                 dtype and are cast to that of q.
+    scale        factor of the products of queries and keys; D ** -0.5 if None.
+    scale_pos    whether scale applies to the position logits too.
 
-    Returns (B, heads·Dv, ceil(H / stride), ceil(W / stride)), contiguous or channels-last as q is.
+    Returns (B, heads·Dv, ceil(H / stride), ceil(W / stride)), in the memory format of q (contiguous or channels-last).
 
-    Cells outside the image are zeros, not masked: they take part in the softmax by their position logits. Where block
-    does not divide H or W, the map is thought continued with such cells to the right and downwards.
+    Pixels outside the image are zeros and not masked: they take part in the softmax with their position logits. If
+    block does not divide H or W, the map is extended with such pixels at the right and bottom.
 
-    Gradients go to q, kv and both tables, and are the same in every run. Under autocast all is in autocast's type, the
-    softmax of the kernels in float32. A NaN among the queries stays in its row of the output; one among keys and values
-    reaches the queries whose windows see it.
+    q, kv and both tables get gradients, and these are deterministic. Under autocast everything is in autocast's dtype,
+    except the softmax of the kernels, which is in float32. A NaN in a query affects only its own output; one in a key
+    or value affects the queries whose windows contain it.
     """
     if torch.jit.is_scripting():
         return reference.halo_attention(q, kv, height_rel, width_rel, heads, block, halo, stride, scale, scale_pos)
@@ -47,7 +48,7 @@ def halo_attention(
         _check(q, kv, height_rel, width_rel, heads, block, halo, stride)
         device = q.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
-            if q.dtype != torch.float64:  # as PyTorch's own matrix products
+            if q.dtype != torch.float64:  # as in PyTorch's own matrix products
                 q, kv = (z.to(torch.get_autocast_dtype(device)) for z in (q, kv))
             with torch.autocast(device, enabled=False):
                 return _attend(q, kv, height_rel, width_rel, heads, block, halo, stride, scale, scale_pos)
@@ -67,7 +68,7 @@ def _attend(
     scale_pos: bool,
 ) -> Tensor:
     D = height_rel.shape[1]
-    if kv.numel() == 0:  # with a graph to all
+    if kv.numel() == 0:  # an empty result that depends on every input, for autograd
         v = kv.unflatten(1, (heads, kv.shape[1] // heads))[:, :, D:].flatten(1, 2)
         return v[:, :, ::stride, ::stride] + (q.sum() + height_rel.sum() + width_rel.sum()).to(kv.dtype)
     scale = D**-0.5 if scale is None else scale
@@ -75,7 +76,7 @@ def _attend(
     if max(D, kv.shape[1] // heads - D) > 256:
         cannot.append("a head dimension over 256")
     if block + 2 * halo > 32:
-        cannot.append(f"a window of {block + 2 * halo} pixels a side, over 32")
+        cannot.append(f"a window of {block + 2 * halo} pixels per side, over 32")
     args = q, kv, height_rel, width_rel, heads, block, halo, stride, scale, scale_pos
     if use_triton(q, kv, height_rel, width_rel, cannot=cannot):
         return _triton(*args)
@@ -94,7 +95,7 @@ def _triton(
     scale: float,
     scale_pos: bool,
 ) -> Tensor:
-    from . import op  # and with it Triton: only now
+    from . import op  # imports Triton, so not at the top of the file
 
     rows, columns = reference.position_logits(q, height_rel, width_rel, heads, block, halo, stride)
     if scale_pos:
@@ -121,7 +122,7 @@ def _check(
         raise ValueError(f"block must be at least 1 and halo at least 0, got {block} and {halo}")
     if stride < 1 or block % stride:
         raise ValueError(
-            f"stride must divide block = {block}, got {stride}: take queries at full resolution and pool afterwards"
+            f"stride must divide block = {block}, got {stride}: use queries at full resolution and pool the output"
         )
     a, C = block + 2 * halo, q.shape[1]
     if heads < 1 or heads > C or C % heads:

@@ -1,8 +1,9 @@
-"""The plain-PyTorch form for speed: what runs where Triton does not, above all on a CPU.
+"""Fast PyTorch implementation, used where the Triton kernels cannot run (mainly on CPUs).
 
-Two things make it quick. The logits of a few windows at a time stay in cache; backward they are made again. And they
-lie cells first, (a · a, queries): the position logits are then a sum of two broadcast tensors with a long innermost
-axis, and their gradients are sums over outer ones. Queries first, PyTorch walks runs of a numbers, three times slower.
+It is fast for two reasons. The logits of a few windows at a time stay in cache; the backward pass recomputes them. And
+logits are stored as (a · a, queries), with the cells of the window first: position logits are then a sum of two
+broadcast tensors with a long innermost axis, and their gradients are sums over outer axes. With queries first, the
+innermost axis has only `a` elements, which is three times slower.
 """
 
 import itertools
@@ -18,8 +19,8 @@ from ..dispatch import definition_gradients, use_definition, wants_definition_gr
 from ..precision import no_autocast
 from . import reference
 
-# Logits of a chunk, in bytes: a chunk's tensors together stay in a cache that two cores share. From 1 to 12 MB there is
-# little to choose; much more, and glibc maps fresh pages for every buffer.
+# Bytes of logits per chunk, small enough for a cache that two cores share. From 1 to 12 MB there is little difference;
+# with much more, glibc maps fresh pages for every buffer.
 CHUNK_BYTES = 4 << 20
 
 
@@ -48,7 +49,7 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def empty(like: Tensor, channels: int) -> Tensor:
-    """A dense map of so many channels, in the memory format of another."""
+    """Return an empty map with `channels` channels, else like another map and in its memory format."""
     B, _, H, W = like.shape
     return torch.empty((B, channels, H, W), dtype=like.dtype, device=like.device, memory_format=memory_format(like))
 
@@ -87,14 +88,14 @@ def forward(
     g = Geometry(q, kv, height_rel, heads, block, halo, stride, scale, scale_pos)
     tables = [g.table(z) for z in (height_rel, width_rel)]
     out = g.empty(g.Dv)
-    queries, outs, pixels = g.tiles(g.whole(q)), g.tiles(out), kv.unflatten(1, (heads, -1))
+    queries, outs, pixels = g.tiles(g.pad_to_tiles(q)), g.tiles(out), kv.unflatten(1, (heads, -1))
     for group in g.groups():
-        keys, values = (g.windows(g.padded(z)) for z in pixels[group].split((g.D, g.Dv), 2))
+        keys, values = (g.windows(g.pad(z)) for z in pixels[group].split((g.D, g.Dv), 2))
         for m in g.rows():
             x, k, v = g.flat(queries[group][:, :, m]), g.cells(keys[:, :, m]), g.cells(values[:, :, m])
             o = outs[group][:, :, m]
             o.copy_((v.mT @ g.attention(x, k, tables)).view(o.shape))
-    return g.cropped(out)
+    return g.crop(out)
 
 
 def backward(
@@ -113,12 +114,12 @@ def backward(
     g = Geometry(q, kv, height_rel, heads, block, halo, stride, scale, scale_pos)
     tables = [g.table(z) for z in (height_rel, width_rel)]
     dq, dkv = g.empty(g.D), empty(kv, kv.shape[1])
-    queries, dqs, douts = g.tiles(g.whole(q)), g.tiles(dq), g.tiles(g.whole(dout))
+    queries, dqs, douts = g.tiles(g.pad_to_tiles(q)), g.tiles(dq), g.tiles(g.pad_to_tiles(dout))
     pixels, dpixels = kv.unflatten(1, (heads, -1)), dkv.unflatten(1, (heads, -1))
     dtables = [z.new_zeros(z.shape, dtype=torch.promote_types(z.dtype, torch.float32)) for z in tables]
     dlogits = torch.empty_like(g.logits)
     for group in g.groups():
-        padded = [g.padded(z) for z in pixels[group].split((g.D, g.Dv), 2)]
+        padded = [g.pad(z) for z in pixels[group].split((g.D, g.Dv), 2)]
         dpadded = [torch.zeros_like(z) for z in padded]
         keys, values = map(g.windows, padded)
         for m in g.rows():
@@ -134,10 +135,10 @@ def backward(
         for dz, dpad in zip(dpixels[group].split((g.D, g.Dv), 2), dpadded):
             dz.copy_(g.inside(dpad))
     dheight, dwidth = (g.dtable(dz, z) for dz, z in zip(dtables, (height_rel, width_rel)))
-    return g.cropped(dq), dkv, dheight, dwidth
+    return g.crop(dq), dkv, dheight, dwidth
 
 
-# To torch.compile and torch.export the same loops are one node: they would fix the sizes of the map in the graph.
+# One node in the graphs of torch.compile: its loops would fix the sizes of the map in the graph.
 
 
 @custom_op("saccade::halo_attention_plain", mutates_args=())
@@ -196,7 +197,8 @@ plain.register_autograd(_backward, setup_context=_save)
 
 
 class Geometry:
-    """How the map is cut, and the arithmetic on n windows: of some images, heads (a group) and rows of blocks."""
+    """The partition of a map into windows, and the computation on n windows: those of a group of images and heads and
+    of some rows of blocks."""
 
     def __init__(
         self,
@@ -231,7 +233,7 @@ class Geometry:
         return _slices(self.M, self.row_step)
 
     def table(self, z: Tensor) -> Tensor:
-        """(t, D, a): for row (or column) y of a tile, what its a cells take of a table, from line a - 1 - y on."""
+        """Return (t, D, a): for row (or column) y of a tile, the a entries of a table that start at a - 1 - y."""
         z = z.to(self.q.dtype) * self.position_scale
         return z.unfold(0, self.a, 1)[self.a - self.t :].flip(0).contiguous()
 
@@ -241,18 +243,18 @@ class Geometry:
             total[self.a - 1 - y : 2 * self.a - 1 - y] += dz[y].mT
         return (total * self.position_scale).to(z.dtype)
 
-    # The queries' side. A tile's are (channels, t, t), so that the last axis of all that is done is t · t long.
+    # Queries: a tile is (channels, t, t), so that the innermost axis of every operation has t · t elements.
 
     def empty(self, channels: int) -> Tensor:
-        """A map of queries, of whole tiles."""
+        """Return an empty map of queries, padded to whole tiles."""
         shape = self.B, self.heads * channels, self.M * self.t, self.N * self.t
         return torch.empty(shape, dtype=self.q.dtype, device=self.q.device, memory_format=memory_format(self.q))
 
-    def whole(self, x: Tensor) -> Tensor:
+    def pad_to_tiles(self, x: Tensor) -> Tensor:
         missing = self.N * self.t - x.shape[3], self.M * self.t - x.shape[2]
         return F.pad(x, (0, missing[0], 0, missing[1])) if any(missing) else x
 
-    def cropped(self, x: Tensor) -> Tensor:
+    def crop(self, x: Tensor) -> Tensor:
         H, W = self.q.shape[2:]
         return x if x.shape[2:] == (H, W) else empty(self.q, x.shape[1]).copy_(x[:, :, :H, :W])
 
@@ -263,10 +265,10 @@ class Geometry:
     def flat(self, x: Tensor) -> Tensor:
         return x.reshape(-1, x.shape[4], self.t**2)
 
-    # The keys' and values' side. Here a cell's channels are last: rows of windows are copied in runs of a · D numbers.
+    # Keys and values: channels are last, so that rows of windows are copied in runs of a · D numbers.
 
-    def padded(self, x: Tensor) -> Tensor:
-        """(B, heads, D, H, W), zeros around it, to (B, heads, Hp, Wp, D) of whole blocks."""
+    def pad(self, x: Tensor) -> Tensor:
+        """Pad (B, heads, D, H, W) with the halo and to whole blocks: (B, heads, Hp, Wp, D)."""
         reach = -(-self.a // self.block) - 1
         y = x.new_zeros(*x.shape[:2], (self.M + reach) * self.block, (self.N + reach) * self.block, x.shape[2])
         self.inside(y).copy_(x)
@@ -283,7 +285,7 @@ class Geometry:
         return x.reshape(-1, self.a**2, x.shape[6])
 
     def add(self, windows: Tensor, x: Tensor, m: slice) -> None:
-        """Windows (n, a · a, D) onto the padded map that they were cut from: their first blocks, then their second …"""
+        """Add windows (n, a · a, D) to the padded map x that they were cut from, one block of each window at a time."""
         a, b, M, N = self.a, self.block, m.stop - m.start, self.N
         windows = windows.view(*x.shape[:2], M, N, a, a, -1).transpose(3, 4)
         for i, j in itertools.product(range(0, a, b), repeat=2):
@@ -295,7 +297,7 @@ class Geometry:
     # Logits.
 
     def attention(self, x: Tensor, k: Tensor, tables: list[Tensor]) -> Tensor:
-        """Queries (n, D, t · t) and keys (n, a · a, D) to the softmax over the cells, (n, a · a, t · t)."""
+        """Return the softmax over the cells, (n, a · a, t · t), for queries x (n, D, t · t) and keys (n, a · a, D)."""
         n, a, t = len(x), self.a, self.t
         x4, (of_rows, of_columns) = x.view(n, -1, t, t), tables
         rows = torch.einsum("ydi,ndyx->niyx", of_rows, x4).reshape(n, a, 1, t * t)
@@ -306,7 +308,7 @@ class Geometry:
         return torch.softmax(p, 1, out=p)
 
     def position_gradients(self, ds: Tensor, x: Tensor, tables: list[Tensor], dtables: list[Tensor]) -> Tensor:
-        """What the position logits send back, from ds: to the queries; what goes to the tables is added there."""
+        """Return the gradient of the queries through the position logits; add that of the tables to dtables."""
         n, a, t = len(x), self.a, self.t
         ds, x4, (of_rows, of_columns) = ds.view(n, a, a, t * t), x.view(n, -1, t, t), tables
         drows, dcolumns = ds.sum(2).view(n, a, t, t), ds.sum(1).view(n, a, t, t)

@@ -1,16 +1,16 @@
-"""Triton kernels of halo attention, forward and backward, and what launches them.
+"""Triton kernels of halo attention, forward and backward, and their launchers.
 
-`fwd_kernel` and `dq_kernel` hold a tile of one block's queries and walk the a · a cells of its window, flat; a cell's
-place on the map takes a division by a, a constant. `dkdv_kernel` holds a tile of one block's keys and walks the queries
-of the blocks whose windows see any of them, its own and its neighbours': so every gradient is written once, by one
-program, and equal in every run.
+`fwd_kernel` and `dq_kernel` hold a tile of one block's queries and loop over the a · a cells of its window as one flat
+list; the position of a cell takes a division by the constant a. `dkdv_kernel` holds a tile of one block's keys and
+loops over the queries of all blocks whose windows contain any of them: its own and its neighbours. So every gradient is
+written once, by one program, and is deterministic.
 
-Position logits come as 2a numbers a query, <q, R_h[…]> for each row of the window and <q, R_w[…]> for each column
-(op.py). Cell (i, j) wants the sum of two of them. Fetched from memory they would take a load of its own for each logit,
-each lane from another line; a product with the one-hot rows and columns of the cells, made in registers, costs the
-tensor cores 2a channels on top of D, and is exact. So do their gradients: dS times the same matrix.
+Position logits are passed as 2a numbers per query: <q, R_h[…]> for each row of the window and <q, R_w[…]> for each
+column (op.py). Cell (i, j) needs the sum of two of them. Gathering them would take one uncoalesced load per logit.
+Instead they are multiplied by a one-hot matrix of the cells' rows and columns, made in registers, which is exact and
+adds 2a channels to the D of the product. Their gradients are dS times the same matrix.
 
-All maps are read where they lie, by four strides. Offsets are 64-bit.
+All maps are read without copying, by four strides. Offsets are 64-bit.
 """
 
 from collections.abc import Iterator
@@ -28,9 +28,9 @@ SIZES = ["H", "W", "HQ", "WQ", "M", "N"]
 
 @triton.jit
 def program(heads, M, N, TILES: tl.constexpr):
-    """A program's image, head, block row and column, and the number of its tile in the block."""
+    """Return a program's image, head, block row and column, and the index of its tile in the block."""
     pid = tl.program_id(0)
-    head = pid % heads  # fastest: the heads of a pixel share its cache lines
+    head = pid % heads  # fastest index: the heads of a pixel share its cache lines
     pid = pid // heads
     tile = pid % TILES
     pid = pid // TILES
@@ -40,14 +40,14 @@ def program(heads, M, N, TILES: tl.constexpr):
 
 
 @triton.jit
-def place(channel, y, x, stride_c, stride_y, stride_x):
-    """Offsets of pixels (y, x) by channels."""
+def offsets(channel, y, x, stride_c, stride_y, stride_x):
+    """Return the offsets of pixels (y, x) by channels."""
     return (y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x)[:, None] + (channel.to(tl.int64) * stride_c)[None, :]
 
 
 @triton.jit
 def one_hot(i, j, A: tl.constexpr, POSITIONS: tl.constexpr):
-    """Cells (i, j) by the 2a position logits of a query: 1 at i and at a + j."""
+    """Return the matrix of cells (i, j) by the 2a position logits of a query: 1 at i and at a + j."""
     c = tl.arange(0, POSITIONS)[None, :]
     return (c == i[:, None]) | (c == j[:, None] + A)
 
@@ -57,10 +57,10 @@ def positions(
     rows_ptr, columns_ptr, y, x, ok,
     stride_ry, stride_rx, stride_cy, stride_cx, A: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """The 2a position logits of the queries at (y, x)."""
+    """Load the 2a position logits of the queries at (y, x)."""
     c = tl.arange(0, POSITIONS)
-    rows = place(c, y, x, 1, stride_ry, stride_rx)
-    columns = place(c - A, y, x, 1, stride_cy, stride_cx)
+    rows = offsets(c, y, x, 1, stride_ry, stride_rx)
+    columns = offsets(c - A, y, x, 1, stride_cy, stride_cx)
     of_rows = tl.load(rows_ptr + rows, ok[:, None] & (c < A)[None, :], 0.0)
     return of_rows + tl.load(columns_ptr + columns, ok[:, None] & ((c >= A) & (c < 2 * A))[None, :], 0.0)
 
@@ -85,7 +85,7 @@ def fwd_kernel(
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_V)
     q_ptr += b * stride_qb + head * D * stride_qc
-    q = tl.load(q_ptr + place(d, y, x, stride_qc, stride_qy, stride_qx), ok[:, None] & (d < D)[None, :], 0.0)
+    q = tl.load(q_ptr + offsets(d, y, x, stride_qc, stride_qy, stride_qx), ok[:, None] & (d < D)[None, :], 0.0)
     rows_ptr += b * stride_rb + head * stride_rh
     columns_ptr += b * stride_cb + head * stride_ch
     pos = positions(rows_ptr, columns_ptr, y, x, ok, stride_ry, stride_rx, stride_cy, stride_cx, A, POSITIONS)
@@ -102,8 +102,10 @@ def fwd_kernel(
         ky = I * BLOCK - HALO + i
         kx = J * BLOCK - HALO + j
         there = (n < A * A) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
-        k = tl.load(k_ptr + place(d, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (d < D)[None, :], 0.0)
-        v = tl.load(v_ptr + place(e, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (e < DV)[None, :], 0.0)
+        k = tl.load(k_ptr + offsets(d, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (d < D)[None, :], 0.0)
+        v = tl.load(
+            v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (e < DV)[None, :], 0.0
+        )
         hot = one_hot(i, j, A, POSITIONS).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         s = tl.dot(pos, tl.trans(hot), s, input_precision="ieee") * LOG2E
@@ -113,7 +115,7 @@ def fwd_kernel(
     tl.store(lse_ptr, most + tl.log2(total), ok)
     out_ptr += b * stride_ob + head * DV * stride_oc
     out = (acc / total[:, None]).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + place(e, y, x, stride_oc, stride_oy, stride_ox), out, ok[:, None] & (e < DV)[None, :])
+    tl.store(out_ptr + offsets(e, y, x, stride_oc, stride_oy, stride_ox), out, ok[:, None] & (e < DV)[None, :])
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -140,12 +142,12 @@ def dq_kernel(
     of_q = ok[:, None] & (d < D)[None, :]
     of_v = ok[:, None] & (e < DV)[None, :]
     q_ptr += b * stride_qb + head * D * stride_qc
-    q = tl.load(q_ptr + place(d, y, x, stride_qc, stride_qy, stride_qx), of_q, 0.0)
+    q = tl.load(q_ptr + offsets(d, y, x, stride_qc, stride_qy, stride_qx), of_q, 0.0)
     out_ptr += b * stride_ob + head * DV * stride_oc
-    out = tl.load(out_ptr + place(e, y, x, stride_oc, stride_oy, stride_ox), of_v, 0.0)
+    out = tl.load(out_ptr + offsets(e, y, x, stride_oc, stride_oy, stride_ox), of_v, 0.0)
     dout_ptr += b * stride_gb + head * DV * stride_gc
-    dout = tl.load(dout_ptr + place(e, y, x, stride_gc, stride_gy, stride_gx), of_v, 0.0)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # dkdv_kernel needs it too: launch this one first
+    dout = tl.load(dout_ptr + offsets(e, y, x, stride_gc, stride_gy, stride_gx), of_v, 0.0)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # stored for dkdv_kernel, so this one runs first
     query = (b * heads + head) * HQ * WQ + y.to(tl.int64) * WQ + x
     tl.store(delta_ptr + query, delta, ok)
     lse = tl.load(lse_ptr + query, ok, 0.0)
@@ -166,8 +168,10 @@ def dq_kernel(
         ky = I * BLOCK - HALO + i
         kx = J * BLOCK - HALO + j
         there = (n < A * A) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
-        k = tl.load(k_ptr + place(d, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (d < D)[None, :], 0.0)
-        v = tl.load(v_ptr + place(e, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (e < DV)[None, :], 0.0)
+        k = tl.load(k_ptr + offsets(d, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (d < D)[None, :], 0.0)
+        v = tl.load(
+            v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (e < DV)[None, :], 0.0
+        )
         hot = one_hot(i, j, A, POSITIONS).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         s = tl.dot(pos, tl.trans(hot), s, input_precision="ieee") * LOG2E
@@ -177,11 +181,11 @@ def dq_kernel(
         dpos = tl.dot(ds, hot, dpos, input_precision="ieee")
     dq_ptr += b * stride_db + head * D * stride_dc
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
-    tl.store(dq_ptr + place(d, y, x, stride_dc, stride_dy, stride_dx), dq, of_q)
+    tl.store(dq_ptr + offsets(d, y, x, stride_dc, stride_dy, stride_dx), dq, of_q)
     dpos = dpos.to(dq.dtype)
-    drows_ptr += of_rows + place(c, y, x, 1, stride_ry, stride_rx)
+    drows_ptr += of_rows + offsets(c, y, x, 1, stride_ry, stride_rx)
     tl.store(drows_ptr, dpos, ok[:, None] & (c < A)[None, :])
-    dcolumns_ptr += of_columns + place(c - A, y, x, 1, stride_cy, stride_cx)
+    dcolumns_ptr += of_columns + offsets(c - A, y, x, 1, stride_cy, stride_cx)
     tl.store(dcolumns_ptr, dpos, ok[:, None] & ((c >= A) & (c < 2 * A))[None, :])
 
 
@@ -197,7 +201,7 @@ def dkdv_kernel(
     OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     A: tl.constexpr = BLOCK + 2 * HALO
-    STEPS: tl.constexpr = (SIDE * SIDE + WALKED - 1) // WALKED  # to walk one block's queries
+    STEPS: tl.constexpr = (SIDE * SIDE + WALKED - 1) // WALKED  # to loop over one block's queries
     b, head, I, J, tile = program(heads, M, N, TILES)
     m = tile * OWN + tl.arange(0, OWN)
     ky = I * BLOCK + m // BLOCK
@@ -209,10 +213,10 @@ def dkdv_kernel(
     of_v = mine[:, None] & (e < DV)[None, :]
     k_ptr = kv_ptr + b * stride_kb + head * (D + DV) * stride_kc
     v_ptr = k_ptr + tl.full((), D, tl.int64) * stride_kc
-    k = tl.load(k_ptr + place(d, ky, kx, stride_kc, stride_ky, stride_kx), of_k, 0.0)
-    v = tl.load(v_ptr + place(e, ky, kx, stride_kc, stride_ky, stride_kx), of_v, 0.0)
+    k = tl.load(k_ptr + offsets(d, ky, kx, stride_kc, stride_ky, stride_kx), of_k, 0.0)
+    v = tl.load(v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), of_v, 0.0)
 
-    # Rows and columns of blocks whose windows see the tile.
+    # Rows and columns of blocks whose windows contain keys of the tile.
     top = I * BLOCK + tile * OWN // BLOCK
     bottom = I * BLOCK + tl.minimum((tile * OWN + OWN - 1) // BLOCK, BLOCK - 1)
     I0 = tl.maximum(top - HALO, 0) // BLOCK
@@ -238,11 +242,13 @@ def dkdv_kernel(
         x = block_x * SIDE + n % SIDE
         ok = (n < SIDE * SIDE) & (y < HQ) & (x < WQ)
         query = y.to(tl.int64) * WQ + x
-        lse = once(tl.load(lse_ptr + query, ok, float("inf")))  # exp2(s - inf) = 0 hides the lanes that hold no query
+        lse = once(tl.load(lse_ptr + query, ok, float("inf")))  # exp2(s - inf) = 0 masks lanes without a query
         delta = once(tl.load(delta_ptr + query, ok, 0.0))
-        ok = ok & (lse == lse)  # a NaN reaches the keys that it sees through p and ds; 0 · NaN would reach their tile
-        q = tl.load(q_ptr + place(d, y, x, stride_qc, stride_qy, stride_qx), ok[:, None] & (d < D)[None, :], 0.0)
-        dout = tl.load(dout_ptr + place(e, y, x, stride_gc, stride_gy, stride_gx), ok[:, None] & (e < DV)[None, :], 0.0)
+        ok = ok & (lse == lse)  # a NaN query must reach its own keys only, not as 0 · NaN others of the tile
+        q = tl.load(q_ptr + offsets(d, y, x, stride_qc, stride_qy, stride_qx), ok[:, None] & (d < D)[None, :], 0.0)
+        dout = tl.load(
+            dout_ptr + offsets(e, y, x, stride_gc, stride_gy, stride_gx), ok[:, None] & (e < DV)[None, :], 0.0
+        )
         pos = positions(rows_ptr, columns_ptr, y, x, ok, stride_ry, stride_rx, stride_cy, stride_cx, A, POSITIONS)
         i = ky - block_y * BLOCK + HALO
         j = kx - block_x * BLOCK + HALO
@@ -257,15 +263,15 @@ def dkdv_kernel(
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
     dkv_ptr += b * stride_db + head * (D + DV) * stride_dc
     dk = (dk * scale).to(dkv_ptr.dtype.element_ty)
-    tl.store(dkv_ptr + place(d, ky, kx, stride_dc, stride_dy, stride_dx), dk, of_k)
+    tl.store(dkv_ptr + offsets(d, ky, kx, stride_dc, stride_dy, stride_dx), dk, of_k)
     dkv_ptr += tl.full((), D, tl.int64) * stride_dc
     dv = dv.to(dkv_ptr.dtype.element_ty)
-    tl.store(dkv_ptr + place(e, ky, kx, stride_dc, stride_dy, stride_dx), dv, of_v)
+    tl.store(dkv_ptr + offsets(e, ky, kx, stride_dc, stride_dy, stride_dx), dv, of_v)
 
 
-# By bytes of an element and the wider of the padded head dims: rows of the own tile at most, rows walked at a time,
-# warps, stages. Chosen by registers and shared memory from ahead-of-time compilation (saccade.ops.aot), not
-# yet timed on a GPU: the tallest own tiles, up to a block of 8 x 8, that do not spill on sm_90.
+# By element size in bytes and the wider of the padded head dims: most rows of the program's tile, rows per step, warps,
+# stages. Chosen from ahead-of-time compilation (saccade.ops.aot), not yet timed on a GPU: the tallest tiles, up to a
+# block of 8 x 8, that do not spill on sm_90.
 TILES = {
     (2, 32): (64, 32, 4, 3),
     (2, 64): (64, 32, 8, 2),
@@ -276,15 +282,15 @@ TILES = {
     (4, 128): (16, 16, 8, 2),
     (4, 256): (16, 16, 8, 1),
 }
-MAX_HEAD_DIM, MAX_WINDOW = 256, 32  # of the kernels
+MAX_HEAD_DIM, MAX_WINDOW = 256, 32  # that the kernels support
 
 
 def launch_options(itemsize: int, D: int, Dv: int, block: int, halo: int, side: int, tokens: int, hip: bool) -> dict:
-    """The tile, as constexprs and launch options, for an own tile in a block of so many tokens."""
+    """Return constexprs and launch options for a tile in a block of `tokens` tokens."""
     BLOCK_D, BLOCK_V = (max(16, triton.next_power_of_2(n)) for n in (D, Dv))
     most, walked, warps, stages = TILES[itemsize, max(32, BLOCK_D, BLOCK_V)]
     positions = max(32, triton.next_power_of_2(2 * (block + 2 * halo)))
-    if positions > 32:  # which take twice the registers
+    if positions > 32:  # position logits take twice the registers
         most, warps = most if warps < 8 else max(16, most // 2), 8
         walked = min(walked, 64 // itemsize)
     own = max(16, min(most, triton.next_power_of_2(tokens)))
@@ -306,7 +312,7 @@ def launch_options(itemsize: int, D: int, Dv: int, block: int, halo: int, side: 
 
 
 def _launch(q: Tensor, kv: Tensor, heads: int, block: int, halo: int, stride: int, scale: float):
-    """Sizes, and the options for own tiles of queries and of keys."""
+    """Return sizes, and the options for tiles of queries and of keys."""
     (_, C, HQ, WQ), (_, CK, H, W) = q.shape, kv.shape
     side, hip = block // stride, torch.version.hip is not None
     fixed = q.element_size(), C // heads, (CK - C) // heads, block, halo, side
@@ -317,8 +323,8 @@ def _launch(q: Tensor, kv: Tensor, heads: int, block: int, halo: int, stride: in
 def fwd(
     q: Tensor, kv: Tensor, rows: Tensor, columns: Tensor, heads: int, block: int, halo: int, stride: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The output (B, heads · Dv, H', W') and, for the backward, the base-2 log-sum-exp of the logits (B, heads,
-    H', W'). rows and columns, (B, heads, H', W', a), are the position logits, last axis contiguous."""
+    """Return the output (B, heads · Dv, H', W') and, for the backward pass, the base-2 log-sum-exp of the logits
+    (B, heads, H', W'). rows and columns (B, heads, H', W', a) are the position logits, with a contiguous last axis."""
     B, C, HQ, WQ = q.shape
     out = empty(q, kv.shape[1] - C)
     lse = q.new_empty(B, heads, HQ, WQ, dtype=torch.float32)
@@ -344,7 +350,7 @@ def bwd(
     stride: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to q, kv, rows and columns."""
+    """Return the gradients of q, kv, rows and columns."""
     dq, dkv = empty(q, q.shape[1]), empty(kv, kv.shape[1])
     drows, dcolumns, delta = (
         torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device) for z in (rows, columns, lse)
@@ -364,7 +370,7 @@ def bwd(
 
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
-    """For saccade.ops.aot: every tile of TILES, on maps of both memory formats, and with the widest windows."""
+    """Yield for saccade.ops.aot: every tile of TILES, on maps of both memory formats, and with the widest windows."""
     itemsize = 4 if dtype == "fp32" else 2
     floats = dict(lse_ptr="*fp32", delta_ptr="*fp32")
     for D in (D for size, D in TILES if size == itemsize):

@@ -1,4 +1,4 @@
-"""Registration of the Triton form with PyTorch: fakes, autograd and FLOP formulas."""
+"""Registration of the Triton kernels with PyTorch: fake kernels, autograd and FLOP formulas."""
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from .eager import empty
 def fwd(
     q: Tensor, kv: Tensor, rows: Tensor, columns: Tensor, heads: int, block: int, halo: int, stride: int, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The output and, for the backward, the log-sum-exp, from queries, keys and values, and position logits."""
+    """Return the output and, for the backward pass, the log-sum-exp, from queries, keys, values and position logits."""
     return kernel.fwd(q, kv, rows, columns, heads, block, halo, stride, scale)
 
 
@@ -39,7 +39,7 @@ def bwd(
     stride: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to q, kv, rows and columns."""
+    """Return the gradients of q, kv, rows and columns."""
     return kernel.bwd(dout, q, kv, rows, columns, out, lse, heads, block, halo, stride, scale)
 
 
@@ -66,7 +66,8 @@ fwd.register_autograd(_backward, setup_context=_save)
 no_second_derivative("halo_attention", bwd)
 
 
-# As PyTorch counts its own attention: two matrix products forward, five backward, over all cells of the windows.
+# Counted as PyTorch counts its own attention: two matrix products forward, five backward, over all cells of the
+# windows.
 @register_flop_formula(torch.ops.saccade.halo_attention_fwd)
 def fwd_flop(q_shape, kv_shape, rows_shape, *args, **kwargs) -> int:
     B, _, H, W = q_shape

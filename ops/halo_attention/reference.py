@@ -1,14 +1,15 @@
-"""Halo attention as its definition reads (HaloNet, arXiv 2103.12731).
+"""Reference implementation of halo attention (HaloNet, arXiv 2103.12731).
 
-The map is cut into blocks of b x b pixels; the window of a block is the block with h pixels around it, a = b + 2h a
-side. A query at (y, x) of its block's tile, b / stride a side, and the cell (i, j) of the window make the logit
+The map is divided into blocks of b x b pixels. The window of a block is the block and h pixels around it, a = b + 2h
+per side. A block has a tile of queries, b / stride per side. The query at (y, x) of the tile and the cell (i, j) of the
+window have the logit
 
     scale · <q, k_ij> + <q, R_h[i - y + a - 1] + R_w[j - x + a - 1]>
 
-and the output is Σ softmax(logits) v, over all a · a cells: those outside the image have k = v = 0, and take part.
-Queries of a strided tile are numbered in the tile, not in pixels.
+and the output is Σ softmax(logits) v over all a · a cells. Cells outside the image have k = v = 0 and take part.
+With a stride, (y, x) count queries, not pixels.
 
-Here the windows and the logits are tensors in memory; the other forms exist to avoid exactly these.
+This implementation materialises the windows and the logits; the other implementations avoid that.
 """
 
 import torch
@@ -51,7 +52,7 @@ def halo_attention(
 def position_logits(
     q: Tensor, height_rel: Tensor, width_rel: Tensor, heads: int, block: int, halo: int, stride: int
 ) -> tuple[Tensor, Tensor]:
-    """<q, R_h> by the rows of a query's window and <q, R_w> by its columns: (B, heads, H', W', a) each."""
+    """Return <q, R_h> for the rows of each query's window and <q, R_w> for its columns, (B, heads, H', W', a) each."""
     a, t = block + 2 * halo, block // stride
     x = q.unflatten(1, (heads, -1))
     rows = torch.einsum("bhdyx,ydi->bhyxi", x, _of_lines(height_rel.to(q.dtype), q.shape[2], a, t))
@@ -60,5 +61,5 @@ def position_logits(
 
 
 def _of_lines(table: Tensor, lines: int, a: int, t: int) -> Tensor:
-    """(lines, D, a): for queries in line y of their tile, the a rows of the table from a - 1 - y on."""
+    """Return (lines, D, a): for queries in line y of their tile, the a rows of the table that start at a - 1 - y."""
     return table.unfold(0, a, 1)[a - t :].flip(0).repeat((lines + t - 1) // t, 1, 1)[:lines]

@@ -1,4 +1,4 @@
-"""Attention over the whole map with iRPE's bias by distance (PATNet's PAT_sf; iRPE, arXiv 2107.14222)."""
+"""Attention over the whole map with iRPE's relative position bias (PATNet's PAT_sf; iRPE, arXiv 2107.14222)."""
 
 import math
 
@@ -11,15 +11,15 @@ __all__ = ["relative_bias_attention"]
 
 
 def relative_bias_attention(qkv: Tensor, heads: int, table: Tensor, scale: float | None = None) -> Tensor:
-    """softmax(scale · q · k + table[bucket of the distance]) v over all tokens of a map (PATNet's PAT_sf; the Euclidean
+    """softmax(scale · q · k + table[bucket(distance)]) v over all tokens of a map (PATNet's PAT_sf; the Euclidean
     buckets of iRPE, arXiv 2107.14222).
 
-    qkv    (B, H, W, 3, C): as of window_attention, which this is with the whole map as its window.
-    table  (heads, 81): of each head, by `buckets`. Distances have no sign: entries 0 to 39 are never read.
-    scale  of the logits; D ** -0.5 if None.
+    qkv    (B, H, W, 3, C), as in window_attention. This operator is window_attention with the whole map as the window.
+    table  (heads, 81): the bias per head, indexed by `buckets`. Distances are unsigned, so entries 0 to 39 are unused.
+    scale  factor of the logits; D ** -0.5 if None.
 
-    Returns (B, H, W, C), contiguous, in the type of qkv, under autocast too. Gradients go to qkv and the table, and are
-    the same in every run. A NaN in a query stays there; among the keys and values it reaches all queries of its image.
+    Returns (B, H, W, C), contiguous, in the dtype of qkv, under autocast too. qkv and table get gradients, and these
+    are deterministic. A NaN in a query affects only that query; one in a key or value affects all queries of its image.
     """
     if not torch.jit.is_scripting():
         if qkv.dim() != 5:
@@ -31,9 +31,9 @@ def relative_bias_attention(qkv: Tensor, heads: int, table: Tensor, scale: float
         if table.device != qkv.device:
             raise ValueError(f"table must be on {qkv.device} as qkv is, got {table.device}")
     H, W = qkv.shape[1], qkv.shape[2]
-    if qkv.numel() == 0:  # with a graph to the table
+    if qkv.numel() == 0:  # an empty result that depends on every input, for autograd
         return qkv.sum(3) + table.sum().to(qkv.dtype)
-    # Summed over the buckets, not gathered: on CUDA the gradient of a gather sums in another order in every run.
+    # A product with one-hot buckets, not a gather, whose gradient is nondeterministic on CUDA.
     chosen = buckets(H, W, table.device).flatten() == torch.arange(81, device=table.device).unsqueeze(1)
     zero = torch.zeros([], dtype=table.dtype, device=table.device)
     bias = torch.where(chosen, table.unsqueeze(2), zero).sum(1, dtype=table.dtype).view(heads, 2 * H - 1, 2 * W - 1)
@@ -41,8 +41,8 @@ def relative_bias_attention(qkv: Tensor, heads: int, table: Tensor, scale: float
 
 
 def buckets(H: int, W: int, device: torch.device) -> Tensor:
-    """(2H-1, 2W-1): the bucket of each distance between two tokens. Up to 20 each rounded distance has its own, beyond
-    they grow with the logarithm, as far as 160: 40 and more."""
+    """Return the bucket, 40 or more, of each relative position of two tokens, (2H-1, 2W-1). Rounded distances up to 20
+    have a bucket each; beyond, buckets grow logarithmically up to a distance of 160."""
     y = torch.arange(1 - H, H, device=device, dtype=torch.float32)
     x = torch.arange(1 - W, W, device=device, dtype=torch.float32)
     d = (y.square().unsqueeze(1) + x.square()).sqrt().round()

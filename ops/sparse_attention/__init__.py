@@ -1,5 +1,5 @@
 """Sparse attention by predicted connectivity (Sparsifiner, arXiv 2303.13755): a low-rank estimate of the attention
-chooses the keys of each query, and the attention proper sees no others."""
+chooses the keys of each query, and attention is computed over these keys only."""
 
 import torch
 from torch import Tensor
@@ -10,9 +10,9 @@ from . import eager, reference
 
 __all__ = ["connectivity", "predict_mask", "sparse_attention", "sparse_mask", "unpack_mask"]
 
-# Of the kernels.
-MAX_HEAD_DIM = 128  # half of that in float32
-MAX_TOKENS = 1024  # of predict_mask: 16 rows of scores lie in the registers of a program
+# Limits of the kernels.
+MAX_HEAD_DIM = 128  # half of it in float32
+MAX_TOKENS = 1024  # in predict_mask, where a program keeps 16 rows of scores in registers
 
 
 def connectivity(
@@ -29,20 +29,21 @@ def connectivity(
     basis_threshold: float | None = 0.02,
     alive: Tensor | None = None,
 ) -> Tensor:
-    """Scores of each patch query for each key: S = A U, with A from softmax_K(qc kcᵀ down · heads ** -0.5), U from upᵀ.
+    """Predict the scores of each patch query for each key: S = A U, where A is softmax_K(qc kcᵀ down · heads ** -0.5)
+    after topk and coef_threshold, and U is upᵀ after basis_threshold.
 
-    q, k             (B, heads, N, D), views of a packed qkv, unscaled. Token 0 is CLS, whose query is left out.
-    proj_q, proj_k   (c, D), with biases (c,): qc = q proj_qᵀ + proj_q_bias, kc alike; the heads share them.
-    down, up         (N, K) each, possibly the same tensor: K coefficients of a basis over the tokens.
-    topk             keep so many, the largest, of a query's K coefficients; all if None. They are not normalised again.
-    coef_threshold   of those kept, the ones that are not above it become 0.
-    basis_threshold  U = |upᵀ| where above it, else 0; if None, U = upᵀ with its sign. Phase 1 of the published training
-                     wants None here and for topk.
-    alive            (B, N-1) bool, the patches that are not pruned: qc and kc of the others are 0.
+    q, k             (B, heads, N, D), unscaled views of a packed qkv. Token 0 is CLS; its query is left out.
+    proj_q, proj_k   (c, D), with biases (c,), shared by the heads: qc = q proj_qᵀ + proj_q_bias, and likewise kc.
+    down, up         (N, K) each, possibly the same tensor: a basis of K vectors over the tokens.
+    topk             how many of a query's K coefficients to keep, the largest; all if None. They are not renormalised.
+    coef_threshold   kept coefficients that are not above it become 0.
+    basis_threshold  U = |upᵀ| where above it, else 0; if None, U = upᵀ with its sign. In phase 1 of the published
+                     training, this and topk are None.
+    alive            (B, N-1) bool: the patches that are not pruned. qc and kc of pruned patches are 0.
 
-    Returns (B, heads, N-1, N). Computed in float32 (float64 for float64), and returned in it, under autocast too.
-    Gradients go to every tensor: through the kept coefficients into the whole softmax, through |up| with its sign where
-    it is above the threshold. Plain PyTorch on every device, and the only (N-1) x N tensor that it makes is S.
+    Returns (B, heads, N-1, N) in float32 (float64 for float64), under autocast too. All tensors get gradients: through
+    the kept coefficients to the whole softmax, and through |up|, with its sign, where it is above the threshold. It is
+    plain PyTorch on every device, and S is the only (N-1) x N tensor that it allocates.
     """
     if torch.jit.is_scripting():
         return reference.connectivity(
@@ -58,18 +59,19 @@ def connectivity(
 def sparse_mask(
     scores: Tensor, budget: int | None = None, threshold: float | None = None, alive: Tensor | None = None
 ) -> Tensor:
-    """Which keys each query keeps, in bits: the `budget` of largest score, or those of a score above the threshold.
+    """Choose the keys that each query keeps: the `budget` keys with the largest scores, or those above the threshold.
 
     scores     (B, heads, N-1, N), of the queries 1 … N-1. The CLS query, 0, keeps every key.
-    budget     keys a query, from 1 to N. Of equal scores the lowest key index comes first. Published: ceil(0.25 · N).
-    threshold  instead of a budget: one of the two must be given.
-    alive      (B, N-1) bool: patches that are not pruned. The others are no query's key but for CLS, and the budget is
-               at most the number of those that an image has itself, whatever its neighbours have. Their own rows are
-               as any; to blank them (the published PRUNE_ATTN_MATRIX_ROW), set them to 0.
+    budget     number of keys per query, from 1 to N. Of equal scores, the lowest key index comes first. Published:
+               ceil(0.25 · N).
+    threshold  keep the keys with scores above it. Exactly one of budget and threshold must be given.
+    alive      (B, N-1) bool: the patches that are not pruned. Pruned patches are keys of CLS only, and an image's
+               budget is at most its number of alive patches. The rows of pruned queries are computed like any other;
+               set them to 0 for the published PRUNE_ATTN_MATRIX_ROW.
 
-    Returns (B, heads, N, ceil(N / 32)), int32: key j of a query is bit j % 32 of its word j // 32; `unpack_mask` reads
-    it. No gradient. Scores are compared in float32 at least. A query whose scores are NaN keeps some keys, unspecified
-    which, so that its output is NaN too. Plain PyTorch on every device.
+    Returns a bit mask (B, heads, N, ceil(N / 32)), int32: key j of a query is bit j % 32 of its word j // 32;
+    `unpack_mask` decodes it. There is no gradient. Scores are compared in float32 or wider. A query with NaN scores
+    keeps some unspecified keys, so that its output is NaN too. It is plain PyTorch on every device.
     """
     if torch.jit.is_scripting():
         return reference.sparse_mask(scores, budget, threshold, alive)
@@ -101,13 +103,14 @@ def predict_mask(
     basis_threshold: float | None = 0.02,
     alive: Tensor | None = None,
 ) -> Tensor:
-    """sparse_mask(connectivity(…)), which see for the arguments, without the scores: the Triton kernel has them in
-    registers, PyTorch on a CPU those of a few images at a time.
+    """Compute sparse_mask(connectivity(…)) without materialising the scores; see both for the arguments.
 
-    No gradient: where a loss is on the scores, ask for them. All selection is in float32 (float64 for float64) whatever
-    the type of q, under autocast too. A score that rounding alone tells from its neighbour may fall on either side of
-    the budget, in one form or in another. The kernel takes D and c up to 64, K up to 128 and N up to 1024, as in all
-    published variants. PyTorch takes the rest.
+    The Triton kernel keeps the scores in registers; PyTorch on a CPU computes those of a few images at a time.
+
+    There is no gradient: for a loss on the scores, call `connectivity`. All selection is in float32 (float64 for
+    float64), whatever the dtype of q and under autocast too. Scores that differ only by rounding may be selected
+    differently by different backends. The kernel supports D and c up to 64, K up to 128 and N up to 1024, which covers
+    all published variants; PyTorch runs for larger sizes.
     """
     if torch.jit.is_scripting():
         scores = reference.connectivity(
@@ -128,24 +131,24 @@ def _predict(*args) -> Tensor:
     cannot = [f"a {name} of {size}, over {most}" for name, size, most in limits if size > most]
     with no_autocast(tensors[0]), torch.no_grad():
         if tensors[0].numel() and use_triton(*tensors, cannot=cannot):
-            from . import op  # and with it Triton: only now
+            from . import op  # imports Triton, so not at the top of the file
 
             return op.mask(*(t.detach() for t in tensors), *rest)
         return eager.predict_mask(*tensors, *rest)
 
 
 def sparse_attention(qkv: Tensor, mask: Tensor, heads: int, scale: float | None = None) -> Tensor:
-    """Attention of each query to the keys that its mask has a bit for: the softmax is over these alone.
+    """Attention of each query to the keys that are set in its bit mask: the softmax is over these keys only.
 
-    qkv    (B, N, 3C): q | k | v on the last axis; head m owns channels m·D to (m+1)·D of each. A view of something
-           bigger is read where it lies if its last axis has stride 1; if not, it is copied.
-    mask   (B, heads, N, ceil(N / 32)), int32, as `sparse_mask` makes it. A query without a key gives 0, and gets no
-           gradient: the published code's DeiT form; its LV-ViT form gives NaN there.
-    scale  of the logits; D ** -0.5 if None.
+    qkv    (B, N, 3C): q | k | v on the last axis; head m has channels m·D to (m+1)·D of each. A view of a larger tensor
+           is read in place if its last axis has stride 1, else copied.
+    mask   (B, heads, N, ceil(N / 32)), int32, from `sparse_mask`. A query without keys gives 0 and gets no gradient, as
+           in the published DeiT code; the published LV-ViT code gives NaN.
+    scale  factor of the logits; D ** -0.5 if None.
 
-    Returns (B, N, C), contiguous. The gradient goes to qkv only, and is the same in every run. A NaN among the queries
-    stays in its row; among the keys and values it reaches the queries that keep it and, as 0 · NaN, may reach others of
-    its head and image.
+    Returns (B, N, C), contiguous. Only qkv gets a gradient, and it is deterministic. A NaN in a query affects only its
+    row; one in a key or value affects the queries that keep it and may, as 0 · NaN, affect others of its head and
+    image.
     """
     if torch.jit.is_scripting():
         return reference.sparse_attention(qkv, mask, heads, scale)
@@ -163,13 +166,13 @@ def sparse_attention(qkv: Tensor, mask: Tensor, heads: int, scale: float | None 
 
 
 def _triton(qkv: Tensor, mask: Tensor, heads: int, scale: float) -> Tensor:
-    from . import op  # and with it Triton: only now
+    from . import op  # imports Triton, so not at the top of the file
 
     return op.fwd(qkv, mask, heads, scale)[0]
 
 
 def unpack_mask(mask: Tensor, N: int) -> Tensor:
-    """The bits of a mask (…, ceil(N / 32)) as bool (…, N): to look at, or to count."""
+    """Decode a bit mask (…, ceil(N / 32)) into bool (…, N)."""
     return reference.unpack(mask, N)
 
 
@@ -218,12 +221,12 @@ def _check_alive(alive: Tensor | None, x: Tensor, patches: int) -> None:
     if alive.shape != shape or alive.dtype != torch.bool:
         raise ValueError(f"alive must be bool of shape {shape}, got {alive.dtype} of shape {tuple(alive.shape)}")
     if alive.device != x.device:
-        raise ValueError(f"alive must be on {x.device} as the rest is, got {alive.device}")
+        raise ValueError(f"alive must be on {x.device} as the other tensors are, got {alive.device}")
 
 
 def _check_rule(N: int, budget: int | None, threshold: float | None) -> None:
     if (budget is None) == (threshold is None):
-        raise ValueError(f"either budget or threshold must be given, got budget {budget} and threshold {threshold}")
+        raise ValueError(f"one of budget and threshold must be given, got budget {budget} and threshold {threshold}")
     if budget is not None and not 1 <= budget <= N:
         raise ValueError(f"budget must be from 1 to N = {N} keys, got {budget}")
 

@@ -1,8 +1,8 @@
-"""The plain-PyTorch form for speed: what runs where Triton does not, above all on a CPU.
+"""Fast PyTorch implementation, used where the Triton kernels cannot run (mainly on CPUs).
 
 The projections are folded: (q W_qᵀ + b_q)(k W_kᵀ + b_k)ᵀ P is q G + g, where G (D, K) and g (K) of a head take one pass
-over its keys. Scores live a few images at a time, unless they are asked for. The softmax over the kept keys is that of
-scaled_dot_product_attention, whose additive mask is looked up from the bits, a byte at a time.
+over its keys. Unless the scores themselves are requested, they are computed for a few images at a time. Attention is
+scaled_dot_product_attention with an additive mask, which is decoded from the bits one byte at a time by a table.
 """
 
 from functools import partial
@@ -25,8 +25,8 @@ from ..precision import full, no_autocast
 from . import reference
 from .reference import with_cls
 
-CHUNK_BYTES = 4 << 20  # of scores at a time: they stay in the cache while they are compared again and again
-# Of comparing every row with a guess. After seven, 95 % of rows are split; the others cost a top-k, ten times a round.
+CHUNK_BYTES = 4 << 20  # bytes of scores at a time, which stay in cache during the repeated comparisons
+# Comparisons of every row with a guess. After seven, 95 % of rows are done; the others need a top-k, as slow as ten.
 ROUNDS = 7
 
 
@@ -84,7 +84,7 @@ def sparse_mask(scores: Tensor, budget: int | None, threshold: float | None, ali
 
 
 def _by_images(f, x: Tensor, alive: Tensor | None, image_bytes: int) -> Tensor:
-    if not _may_look(x):  # a loop would fix the batch size in the graph
+    if not _has_cheap_values(x):  # a loop would fix the batch size in the graph
         return f(x, alive)
     step = max(1, CHUNK_BYTES // max(1, image_bytes))
     parts = [
@@ -93,17 +93,18 @@ def _by_images(f, x: Tensor, alive: Tensor | None, image_bytes: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _may_look(x: Tensor) -> bool:
-    """Return whether there are values to branch on, at no cost."""
+def _has_cheap_values(x: Tensor) -> bool:
+    """Return whether the code may branch on values: they exist, and reading them does not synchronise with a GPU."""
     return x.device.type == "cpu" and not use_definition(x)
 
 
 def _words(S: Tensor, N: int, budget: int | None, threshold: float | None, alive: Tensor | None) -> Tensor:
-    """Bits of the keys that S (B, heads, N-1, 32 · words), -inf beyond N, gives each query; CLS has them all."""
+    """Select keys by the scores S (B, heads, N-1, 32 · words), -inf beyond N, and pack them into bits. CLS keeps
+    all."""
     if alive is not None:
         S = S.masked_fill(~F.pad(with_cls(alive), (0, S.shape[-1] - N))[:, None, None], -float("inf"))
     if budget is None:
-        keep = ~(threshold >= S)  # not S > threshold: a query that is NaN shall see it
+        keep = ~(threshold >= S)  # unlike S > threshold, it keeps NaN, so that the output is NaN
     elif alive is None:
         keep = largest(S, N, budget)
     else:
@@ -115,33 +116,33 @@ def _words(S: Tensor, N: int, budget: int | None, threshold: float | None, alive
 
 
 def pack(keep: Tensor) -> Tensor:
-    """(..., 32 · words) bool -> (..., words) int32. Eight bytes of 0 or 1 become one of eight bits: byte i is moved to
-    bit 56 + i by the product with 2 ** (56 - 7i), and no two terms of the product meet."""
+    """Pack bool (..., 32 · words) into int32 (..., words). Eight bytes of 0 or 1 become one byte: the product with the
+    sum of 2 ** (56 - 7i) moves byte i to bit 56 + i, and no two terms overlap."""
     if use_definition(keep):
         return reference.pack(keep)
     return ((keep.view(torch.int64) * 0x0102040810204080) >> 56).to(torch.uint8).view(torch.int32)
 
 
 def largest(x: Tensor, n: int, count: int) -> Tensor:
-    """Whether each is among the `count` largest of the first n of its row, the rest of which is -inf; of equal ones the
-    first are.
+    """Return a mask of the `count` largest of the first n values of each row; the others must be -inf. Of equal values,
+    the first are chosen.
 
-    On a CPU no top-k, which takes 4 us a row, but guesses t at a value with exactly `count` not below it. The first is
-    right for normally distributed values; the second steps a little too far from it, so that what is sought lies
-    between them. Later ones are interpolated between two values whose numbers of larger ones are known, and each third
-    halves their distance. Rows that are not split in ROUNDS, and those that tie there, take the top-k.
+    On a CPU, top-k takes 4 µs per row. Instead, this searches for a threshold t with exactly `count` values at or above
+    it. The first guess is exact for normally distributed values; the second goes slightly beyond, to bracket t. Later
+    guesses interpolate between the bounds of the bracket, and every third one bisects it. Rows that are not done after
+    ROUNDS guesses, and rows with ties at t, use top-k.
     """
-    if not _may_look(x) or x.numel() == 0:
+    if not _has_cheap_values(x) or x.numel() == 0:
         return _split(x, count)
     rows = x.flatten(0, -2)
     some = rows[:, :n]
     low, high = some.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
-    below, above = torch.full_like(low, n), torch.zeros_like(low)  # so many are at least low; at least high, but for it
-    at_least = torch.empty_like(rows)  # not bool: comparisons into their own type are six times faster
+    below, above = torch.full_like(low, n), torch.zeros_like(low)  # the numbers of values >= low, and of values > high
+    at_least = torch.empty_like(rows)  # not bool: comparisons into the dtype of their input are six times faster
     z = NormalDist().inv_cdf(1 - (count - 0.5) / n)
     mean = some.mean(-1, keepdim=True)
     deviation = (torch.linalg.vector_norm(some, dim=-1, keepdim=True).square() / n - mean * mean).clamp(min=0).sqrt()
-    spacing = deviation / (n * NormalDist().pdf(z))  # of the values around t
+    spacing = deviation / (n * NormalDist().pdf(z))  # between the values around t
     t = mean + z * deviation
     for i in range(ROUNDS):
         t = t.clamp(low, high)
@@ -163,14 +164,14 @@ def largest(x: Tensor, n: int, count: int) -> Tensor:
 
 
 def _split(x: Tensor, count: int, own: Tensor | None = None) -> Tensor:
-    """`largest` without a look at the values. own: how many of these count for each row."""
+    """Do the same as `largest` without branching on values. own: the count per row, at most `count`."""
     values = x.topk(count, sorted=own is not None)[0]
     if own is None:
         t, quota = values.amin(-1, keepdim=True), count
     else:
         t, quota = values.gather(-1, (own - 1).clamp(min=0).expand(*values.shape[:-1], 1)), own
     above = x > t
-    level = ~(above | (x < t))  # and NaN
+    level = ~(above | (x < t))  # equal to t, or NaN
     return above | (level & (level.long().cumsum(-1) <= quota - above.sum(-1, keepdim=True)))
 
 
@@ -180,7 +181,7 @@ def sparse_attention(qkv: Tensor, mask: Tensor, heads: int, scale: float | None 
     if is_saved_graph() or is_transformed():
         with no_autocast(qkv):
             return reference.sparse_attention(qkv, mask, heads, scale)
-    if not _may_look(qkv):
+    if not _has_cheap_values(qkv):
         out = attend(*_heads(qkv, heads), _bias(mask, N, qkv.dtype), scale)
         return out.transpose(1, 2).reshape(B, N, C3 // 3)
     if torch.is_autocast_enabled("cpu") and qkv.dtype != torch.float64:
@@ -193,14 +194,14 @@ def _heads(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
 
 
 def _bias(mask: Tensor, N: int, dtype: torch.dtype) -> Tensor:
-    """0 where the mask has a bit, -inf elsewhere: (B, heads, N, N), each row padded to whole words."""
+    """Return the additive mask (B, heads, N, N), 0 where a bit is set and -inf elsewhere; rows are padded to words."""
     bit, byte = torch.arange(8, device=mask.device), torch.arange(256, device=mask.device)[:, None]
-    table = torch.where((byte >> bit) & 1 == 1, 0.0, -float("inf")).to(dtype)  # of the eight keys of each byte
+    table = torch.where((byte >> bit) & 1 == 1, 0.0, -float("inf")).to(dtype)  # for the eight keys of each byte
     return F.embedding(mask.contiguous().view(torch.uint8).int(), table).flatten(-2)[..., :N]
 
 
 class SparseAttention(torch.autograd.Function):
-    """PyTorch's own flash attention for CPUs, but what it keeps for the backward is the bits, not the floats."""
+    """PyTorch's flash attention for CPUs, which saves the bits for the backward pass instead of the additive mask."""
 
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, mask: Tensor, heads: int, scale: float | None) -> Tensor:

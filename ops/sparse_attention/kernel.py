@@ -1,15 +1,15 @@
-"""Triton kernels of sparse attention, forward and backward, and of the mask that it sees; and what launches them.
+"""Triton kernels of sparse attention, forward and backward, and of its mask; and their launchers.
 
-Attention is flash attention under a mask of bits, a word of 32 keys for each query and tile of keys: 28 bytes for the
-197 keys of a query, where floats are 788. In `fwd_kernel` and `dq_kernel` a program holds queries and walks keys, in
-`dkdv_kernel` it holds keys and walks queries. A tile for which none of the program's queries has a bit is skipped.
-Gathering each query's own keys instead would save arithmetic, but a tensor core wants 16 queries with the same keys.
+The attention is flash attention under a bit mask, with one word of 32 keys per query and tile of keys: 28 bytes for the
+197 keys of a query, where float32 takes 788. In `fwd_kernel` and `dq_kernel` a program holds queries and loops over
+keys, in `dkdv_kernel` it holds keys and loops over queries. Tiles of keys that none of the program's queries keeps are
+skipped. Gathering the keys of each query would save arithmetic, but a tensor core needs 16 queries with the same keys.
 
-The mask comes from two kernels. `basis_kernel` folds the predictor of a head, (q W_qᵀ + b_q)(k W_kᵀ + b_k)ᵀ P, into
-q G + g: one pass over its keys. `mask_kernel` makes from 16 queries and G their softmax over K coefficients, takes
-the largest of these one by one and adds each times its row of U to the scores, which stay in registers as whole rows;
-then finds the budget-th largest score by its bits, high to low, floats being ordered as their bits are. It reads q and
-writes the bits; the scores are nowhere in memory. All this is in float32: no tensor core, but there is little of it.
+The mask takes two kernels. `basis_kernel` folds the predictor of a head, (q W_qᵀ + b_q)(k W_kᵀ + b_k)ᵀ P, into q G + g,
+in one pass over its keys. `mask_kernel` computes the softmax over K coefficients of 16 queries from G. It takes the
+largest coefficients one by one and adds each, times its row of U, to the scores, which stay in registers as whole rows.
+Then it finds the budget-th largest score bit by bit, from the highest: floats are ordered like their bits. It reads q
+and writes the bits; the scores are never in memory. This is in float32, without tensor cores, but it is little work.
 """
 
 from collections.abc import Iterator
@@ -24,27 +24,27 @@ from .reference import basis, with_cls
 
 WORD = tl.constexpr(32)
 LOWEST = tl.constexpr(-(2**31))
-# Not specialised on: no recompilation for a size that 16 divides.
+# Not specialised on: a size that is divisible by 16 would recompile the kernel.
 SIZES = ["heads", "N", "C", "c", "K", "rounds", "budget"]
 
 
 @triton.jit
 def program(heads, tiles):
-    """A program's image, head and tile. The heads of a token share its cache lines: they come first."""
+    """Return a program's image, head and tile. Heads are the fastest index: those of a token share its cache lines."""
     pid = tl.program_id(0)
     return (pid // heads // tiles).to(tl.int64), pid % heads, pid // heads % tiles
 
 
 @triton.jit
 def rows_of(tile, N, BLOCK: tl.constexpr):
-    """Tokens of a tile, 64-bit since they are about to be multiplied by strides, and which are there."""
+    """Return the tokens of a tile, 64-bit because they are multiplied by strides, and a mask of those that exist."""
     n = tile * BLOCK + tl.arange(0, BLOCK)
     return tl.where(n < N, n, 0).to(tl.int64), n < N
 
 
 @triton.jit
-def has(word, WIDTH: tl.constexpr):
-    """(M,) words of WIDTH bits -> (M, WIDTH)"""
+def unpack_bits(word, WIDTH: tl.constexpr):
+    """Unpack words (M,) of WIDTH bits to (M, WIDTH)."""
     return ((word[:, None] >> tl.arange(0, WIDTH)[None, :].to(word.dtype)) & 1) != 0
 
 
@@ -76,9 +76,9 @@ def fwd_kernel(
             k = tl.load(q_ptr + C + key, inside, 0.0)
             v = tl.load(q_ptr + 2 * C + key, inside, 0.0)
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-            s = tl.where(has(word, WORD) & ok[None, :], s, float("-inf"))
+            s = tl.where(unpack_bits(word, WORD) & ok[None, :], s, float("-inf"))
             m, l, acc = softmax_step(s, v, m, l, acc)
-    none = l == 0  # no key: the output is 0, and exp2(s - inf) is in the backward
+    none = l == 0  # no key: the output is 0, and so is exp2(s - inf) in the backward pass
     tl.store(lse_ptr + first + n, tl.where(none, float("inf"), m + tl.log2(l)), row)
     out = acc / tl.where(none, 1.0, l)[:, None]
     out_ptr += (b * N + n)[:, None] * C + head * D + d[None, :]
@@ -119,7 +119,7 @@ def dq_kernel(
             s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
             dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
             ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
-            ds = tl.where(has(word, WORD) & ok[None, :], ds, 0.0)
+            ds = tl.where(unpack_bits(word, WORD) & ok[None, :], ds, 0.0)
             dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
     dqkv_ptr += (b * N + n)[:, None] * (3 * C) + head * D + d[None, :]
     tl.store(dqkv_ptr, (dq * scale).to(dqkv_ptr.dtype.element_ty), mine)
@@ -143,21 +143,21 @@ def dkdv_kernel(
     k = tl.load(q_ptr + C + key, mine, 0.0)
     v = tl.load(q_ptr + 2 * C + key, mine, 0.0)
     first = (b * heads + head) * N
-    place = tile * (BLOCK_M // WORD)  # of this tile's first word in a row of the mask
+    place = tile * (BLOCK_M // WORD)  # index of this tile's first word in a row of the mask
 
     dk = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
     dv = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
-    for j in range(words):  # as many tiles of queries as words of keys
+    for j in range(words):  # there are as many tiles of queries as words of keys
         i, ok = rows_of(j, N, WORD)
         word = tl.load(mask_ptr + (first + i) * words + place, ok, 0).to(tl.uint32).to(tl.uint64)
         if BLOCK_M > WORD:
             next = tl.load(mask_ptr + (first + i) * words + place + 1, ok & (place + 1 < words), 0)
             word |= next.to(tl.uint32).to(tl.uint64) << 32
         if tl.max((word != 0).to(tl.int32), 0) != 0:
-            see = tl.trans(has(word, BLOCK_M))
-            lse = once(tl.load(lse_ptr + first + i, ok, float("inf")))  # exp2(s - inf) = 0 hides what is no query
+            see = tl.trans(unpack_bits(word, BLOCK_M))
+            lse = once(tl.load(lse_ptr + first + i, ok, float("inf")))  # exp2(s - inf) = 0 masks lanes without a query
             delta = once(tl.load(delta_ptr + first + i, ok, 0.0))
-            # A query that is NaN reaches the keys that it sees, through p and ds: but not the others, by 0 · NaN.
+            # A NaN query reaches the keys that it keeps, through p and ds, but must not reach others as 0 · NaN.
             inside = (ok & (lse == lse))[:, None] & (d < D)[None, :]
             q = tl.load(q_ptr + (i * stride_n)[:, None] + d[None, :], inside, 0.0)
             dout = tl.load(dout_ptr + (i * stride_dn)[:, None] + d[None, :], inside, 0.0)
@@ -174,7 +174,7 @@ def dkdv_kernel(
 
 @triton.jit
 def matrix(x_ptr, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """A contiguous matrix, whole, in float32 and padded with zeros."""
+    """Load a whole contiguous matrix, in float32 and padded with zeros."""
     r, c = tl.arange(0, ROWS), tl.arange(0, COLS)
     inside = (r < rows)[:, None] & (c < cols)[None, :]
     return tl.load(x_ptr + r[:, None] * cols + c[None, :], inside, 0.0).to(tl.float32)
@@ -190,7 +190,7 @@ def basis_kernel(
     d, kk, cc = tl.arange(0, BLOCK_D), tile * BLOCK_K + tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_C)
     k_ptr += b * stride_b + head.to(tl.int64) * stride_h
     kP = tl.full((BLOCK_D, BLOCK_K), 0, tl.float32)
-    sums = tl.full((BLOCK_K,), 0, tl.float32)  # of the columns of P
+    sums = tl.full((BLOCK_K,), 0, tl.float32)  # column sums of P
     for j in range((N + WORD - 1) // WORD):
         i, ok = rows_of(j, N, WORD)
         if ALIVE:
@@ -221,7 +221,7 @@ def mask_kernel(
     q_ptr += b * stride_b + head.to(tl.int64) * stride_h
     fold_ptr += (b * heads + head) * (D + 1) * K
     E = tl.full((BLOCK_M, BLOCK_K), 0, tl.float32)  # in base 2
-    for start in range(0, D, 16):  # in small pieces: fp32 operands take many registers
+    for start in range(0, D, 16):  # in small steps, since fp32 operands take many registers
         d = start + tl.arange(0, 16)
         q = tl.load(q_ptr + (n * stride_n)[:, None] + d[None, :], row[:, None] & (d < D)[None, :], 0.0).to(tl.float32)
         G = tl.load(fold_ptr + d[:, None] * K + kk[None, :], (d < D)[:, None] & (kk < K)[None, :], 0.0)
@@ -231,14 +231,14 @@ def mask_kernel(
     if ALIVE:
         E = tl.where((tl.load(alive_ptr + b * N + n, row, 0) != 0)[:, None], E, 0.0)
         there = tl.load(alive_ptr + b * N + col, visible, 0) != 0
-        budget = tl.minimum(budget, tl.sum(there.to(tl.int32), 0) - 1)  # CLS is no patch
+        budget = tl.minimum(budget, tl.sum(there.to(tl.int32), 0) - 1)  # CLS is not a patch
         visible = visible & there
     E = tl.where((kk < K)[None, :], E, float("-inf"))
     A = tl.exp2(E - tl.max(E, 1)[:, None])
     A = tl.where((kk < K)[None, :], A / tl.sum(A, 1)[:, None], -1.0)
 
     S = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
-    for _ in range(rounds):  # the largest coefficient left, times its row of U
+    for _ in range(rounds):  # add the largest remaining coefficient times its row of U
         a, at = tl.max(A, 1, return_indices=True, return_indices_tie_break_left=True)
         U = tl.load(up_ptr + at[:, None] * N + col[None, :], (at < K)[:, None] & (col < N)[None, :], 0.0)
         S += tl.where(a <= COEF_THRESHOLD, 0.0, a)[:, None] * U
@@ -246,22 +246,22 @@ def mask_kernel(
 
     if THRESHOLD is None:
         x = S.to(tl.int32, bitcast=True)
-        x ^= (x >> 31) & 0x7FFFFFFF  # ordered as the floats, negative ones too
+        x ^= (x >> 31) & 0x7FFFFFFF  # integers in the order of the floats, for negative ones too
         x = tl.where(visible[None, :], x, LOWEST)
         t = tl.full((BLOCK_M,), LOWEST, tl.int32)
-        for i in range(32):  # the largest t that `budget` scores reach; its highest bit, the sign, is set by xor
+        for i in range(32):  # the largest t with `budget` scores >= t; its highest bit, the sign, is set by xor
             more = t ^ (tl.full((BLOCK_M,), 1, tl.int32) << (31 - i))
             t = tl.where(tl.sum((x >= more[:, None]).to(tl.int32), 1) >= budget, more, t)
         quota = budget - tl.sum((x > t[:, None]).to(tl.int32), 1)
         end = tl.full((BLOCK_M,), 0, tl.int32)
-        for i in range(11):  # of those at t, the first `quota`: so many stand before `end`
+        for i in range(11):  # of the scores equal to t, keep the first `quota`: those before `end`
             more = end + (BLOCK_N >> i)
             level = (x == t[:, None]) & (col[None, :] < more[:, None])
             end = tl.where(tl.sum(level.to(tl.int32), 1) <= quota, more, end)
         keep = (x > t[:, None]) | ((x == t[:, None]) & (col[None, :] < end[:, None]))
     else:
         keep = (S > THRESHOLD) | (S != S)
-    keep = (keep & visible[None, :]) | ((n == 0)[:, None] & (col < N)[None, :])  # CLS has them all
+    keep = (keep & visible[None, :]) | ((n == 0)[:, None] & (col < N)[None, :])  # CLS keeps all
     bits = tl.reshape(keep.to(tl.int32), (BLOCK_M, BLOCK_N // WORD, WORD)) << tl.arange(0, WORD)[None, None, :]
     words = (N + WORD - 1) // WORD
     w = tl.arange(0, BLOCK_N // WORD)
@@ -269,16 +269,16 @@ def mask_kernel(
     tl.store(mask_ptr, tl.sum(bits, 2), row[:, None] & (w < words)[None, :])
 
 
-# By bytes of an element and head dim: rows of the own tile, warps, stages. Chosen by registers and shared memory from
-# ahead-of-time compilation (saccade.ops.aot), not yet timed on a GPU. What is walked comes by words of 32.
+# By element size in bytes and head dim: rows of the program's tile, warps, stages. Chosen from the registers and shared
+# memory of ahead-of-time compilation (saccade.ops.aot); not yet timed on a GPU. Loops advance by words of 32.
 TILES = {
     (2, 32): (64, 4, 2),
     (2, 64): (64, 4, 2),
     (2, 128): (64, 8, 2),
-    (4, 32): (32, 8, 2),  # fp32 products take many registers: no tile of (4, 128) is without spills
+    (4, 32): (32, 8, 2),  # fp32 products take many registers: every tile for (4, 128) spills
     (4, 64): (32, 8, 2),
 }
-ROWS = 16  # of mask_kernel: 16 x 256 scores of float32 are 32 registers of a thread
+ROWS = 16  # rows per program of mask_kernel: 16 x 256 float32 scores are 32 registers per thread
 
 
 def attention_options(itemsize: int, D: int) -> dict:
@@ -289,7 +289,7 @@ def attention_options(itemsize: int, D: int) -> dict:
 
 def basis_options(D: int, c: int) -> dict:
     BLOCK_D, BLOCK_C = (max(16, triton.next_power_of_2(n)) for n in (D, c))
-    # W_q and W_k are there whole, in float32: 64 x 64 spill from four warps' registers.
+    # All of W_q and W_k is in registers, in float32: 64 x 64 spill with four warps.
     return dict(D=D, BLOCK_D=BLOCK_D, BLOCK_C=BLOCK_C, BLOCK_K=32, num_warps=8 if BLOCK_C * BLOCK_D > 2048 else 4)
 
 
@@ -299,7 +299,7 @@ def mask_options(D: int, K: int, N: int) -> dict:
 
 
 def fwd(qkv: Tensor, mask: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
-    """The output (B, N, C) and, for the backward, the base-2 log-sum-exp of each query's logits (B, heads, N)."""
+    """Return the output (B, N, C) and, for the backward pass, the base-2 log-sum-exp of the logits, (B, heads, N)."""
     B, N, C3 = qkv.shape
     out = qkv.new_empty(B, N, C3 // 3)
     lse = qkv.new_empty(B, heads, N, dtype=torch.float32)
@@ -315,7 +315,7 @@ def fwd(qkv: Tensor, mask: Tensor, heads: int, scale: float) -> tuple[Tensor, Te
 
 
 def bwd(dout: Tensor, qkv: Tensor, mask: Tensor, out: Tensor, lse: Tensor, heads: int, scale: float) -> Tensor:
-    """The gradient to qkv, (B, N, 3C) contiguous. Each of its elements is written once, by one program."""
+    """Return the gradient of qkv, (B, N, 3C) contiguous. Each element is written once, by one program."""
     B, N, C3 = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     if dqkv.numel() == 0:
@@ -350,7 +350,7 @@ def mask(
     basis_threshold: float | None,
     alive: Tensor | None,
 ) -> Tensor:
-    """(B, heads, N, ceil(N / 32)) int32."""
+    """Return the bit mask, (B, heads, N, ceil(N / 32)) int32."""
     (B, heads, N, D), K, c = q.shape, down.shape[1], proj_q.shape[0]
     bits = torch.empty(B, heads, N, triton.cdiv(N, 32), dtype=torch.int32, device=q.device)
     if bits.numel() == 0:
@@ -358,7 +358,7 @@ def mask(
     q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))
     U = basis(up.float(), basis_threshold).contiguous()
     fold = q.new_empty(B, heads, D + 1, K, dtype=torch.float32)
-    there = bits if alive is None else with_cls(alive).to(torch.uint8)  # not read, if None
+    there = bits if alive is None else with_cls(alive).to(torch.uint8)  # not read if None
     predictor = (t.contiguous() for t in (proj_q, proj_q_bias, proj_k, proj_k_bias, down))
     scale = heads**-0.5 * LOG2E.value
     fold_options, options = basis_options(D, c), mask_options(D, K, N)
@@ -375,7 +375,7 @@ def mask(
 
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
-    """For saccade.ops.aot: every tile of TILES; the mask of DeiT-S at 224², 384², and the largest."""
+    """Yield for saccade.ops.aot: every tile of TILES; the masks of DeiT-S at 224² and 384², and the largest."""
     itemsize = 4 if dtype == "fp32" else 2
     floats = dict(lse_ptr="*fp32", delta_ptr="*fp32", mask_ptr="*i32")
     for D in (D for size, D in TILES if size == itemsize):

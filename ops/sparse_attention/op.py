@@ -1,4 +1,4 @@
-"""Registration of the Triton form with PyTorch: fakes, autograd, autocast and FLOP formulas."""
+"""Registration of the Triton kernels with PyTorch: fake kernels, autograd, autocast and FLOP formulas."""
 
 import torch
 from torch import Tensor
@@ -74,8 +74,8 @@ def _(q, *args):
     return q.new_empty(B, heads, N, (N + 31) // 32, dtype=torch.int32)
 
 
-# As PyTorch counts its own attention: two matrix products forward, five backward, over all keys, since the kernels
-# compute whole tiles.
+# Counted as PyTorch counts its own attention: two matrix products forward, five backward, over all keys, since the
+# kernels compute whole tiles.
 @register_flop_formula(torch.ops.saccade.sparse_attention_fwd)
 def fwd_flop(qkv_shape, mask_shape, *args, **kwargs) -> int:
     B, N, C3 = qkv_shape
@@ -87,7 +87,7 @@ def bwd_flop(dout_shape, qkv_shape, *args, **kwargs) -> int:
     return fwd_flop(qkv_shape, None) * 5 // 2
 
 
-# kᵀ P, its two projections, q G, and a row of U for each coefficient that is kept.
+# Counted: kᵀ P, its two projections, q G, and one row of U per kept coefficient.
 @register_flop_formula(torch.ops.saccade.sparse_attention_mask)
 def mask_flop(
     q_shape, k_shape, proj_q_shape, a, b, c, down_shape, d, budget=None, threshold=None, topk=None, *args, **kwargs

@@ -1,15 +1,15 @@
-"""Sparse attention by predicted connectivity as its definition reads (Sparsifiner, arXiv 2303.13755).
+"""Reference implementation of sparse attention by predicted connectivity (Sparsifiner, arXiv 2303.13755).
 
-With queries and keys Q, K_ (N, D) of one head, whose first token is CLS, and a basis of K vectors over the tokens:
+With queries Q and keys K_ (N, D) of one head, whose first token is CLS, and a basis of K vectors over the tokens:
 
-    E = (Q W_qᵀ + b_q) (K_ W_kᵀ + b_k)ᵀ P · heads ** -0.5      (N, K), of which the CLS query's row is dropped
-    A = top-k of softmax_K(E)                                    (N-1, K), not normalised again
+    E = (Q W_qᵀ + b_q) (K_ W_kᵀ + b_k)ᵀ P · heads ** -0.5      (N, K), without the row of the CLS query
+    A = top-k of softmax_K(E)                                    (N-1, K), not renormalised
     U = |up|ᵀ where above a threshold, else 0                    (K, N)
     S = A U                                                      (N-1, N)
-    M = a row of ones for CLS; then ones at the `budget` largest of each row of S      (N, N)
-    O = softmax(scale · Q K_ᵀ where M, else -inf) V              0 where a row of M is
+    M = a row of ones for CLS; then ones at the `budget` largest values of each row of S      (N, N)
+    O = softmax(scale · Q K_ᵀ where M, else -inf) V              0 if a row of M is 0
 
-M is kept as bits: key j of a row is bit j % 32 of its word j // 32.
+M is stored as bits: key j of a row is bit j % 32 of its word j // 32.
 """
 
 import torch
@@ -67,7 +67,7 @@ def basis(up: Tensor, threshold: float | None) -> Tensor:  # (N, K) -> (K, N)
 
 
 def largest(x: Tensor, count: int) -> Tensor:
-    """Whether each is among the `count` largest of its row; of equal ones the first are."""
+    """Return a mask of the `count` largest values of each row; of equal values, the first are chosen."""
     order = x.detach().sort(stable=True, dim=-1, descending=True)[1]
     return torch.zeros_like(x, dtype=torch.bool).scatter(-1, order[..., :count], True)
 
@@ -95,8 +95,8 @@ def sparse_mask(
     return pack(torch.cat((cls, M), 2))
 
 
-# Sums and remainders in place of shifts: ONNX shifts no signed integers, and divides integers in float32. In
-# TorchScript 2**32 is a float, and 1 << 32 is not.
+# Sums and remainders instead of shifts, since ONNX cannot shift signed integers and divides integers in float32. 1 <<
+# 32 and not 2**32, which is a float in TorchScript.
 
 
 def pack(M: Tensor) -> Tensor:  # (..., N) bool -> (..., ceil(N / 32)) int32

@@ -1,4 +1,4 @@
-"""Spatial gate (PATNet, arXiv 2503.03148): every position gated by one number, a 1 x 1 convolution of it."""
+"""Spatial gate (PATNet, arXiv 2503.03148): gates each position by a 1 x 1 convolution of its channels."""
 
 import torch
 from torch import Tensor
@@ -20,21 +20,21 @@ def spatial_gate(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """norm(x · g) with g = hardsigmoid(Σ_c weight_c · x_c), one number a position.
+    """norm(x · g) with g = hardsigmoid(Σ_c weight_c · x_c), one gate per position.
 
-    x        (B, C, H, W), in any memory format: the kernels read contiguous and channels-last maps, and views of bigger
-             ones (the half of the channels that is gated), where they lie.
-    weight   (C,): of the convolution, which has no bias.
+    x        (B, C, H, W) in any memory format. The kernels read contiguous and channels-last maps, and views of larger
+             ones (such as the half of the channels that is gated), without copying.
+    weight   (C,): the weight of the convolution, which has no bias.
     norm_weight, norm_bias
-             (C,): the affine of the BatchNorm.
+             (C,): weight and bias of the BatchNorm.
     running_mean, running_var
-             (C,): of the BatchNorm. Needed unless training; where they are given in training, they are updated:
-             running = (1 - momentum) · running + momentum · the batch's.
-    training whether the norm takes the statistics of the batch, of more than one value a channel.
+             (C,): its running statistics. Required unless training; in training they are updated if given:
+             running = (1 - momentum) · running + momentum · batch statistics.
+    training whether the norm uses batch statistics, which need more than one value per channel.
 
-    Returns (B, C, H, W), lying in memory as x does where x is dense. All but x and y is in float32 (float64 if these
-    are), under autocast too; x keeps its type, and the parameters may have another. Gradients go to x and to the three
-    parameters, and are the same in every run. A NaN stays in its position, but for the statistics of training.
+    Returns (B, C, H, W) in the dtype of x, with its strides if x is dense. All intermediate results are in float32
+    (float64 if x is), under autocast too; parameters may have another dtype. x and the three parameters get gradients,
+    and these are deterministic. A NaN affects only its position, except through the batch statistics in training.
     """
     if torch.jit.is_scripting():
         return reference.spatial_gate(
@@ -48,12 +48,12 @@ def spatial_gate(
 
 def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: float, eps: float) -> Tensor:
     _check(x, parameters, running, training)
-    if x.numel() == 0:  # with a graph to the parameters
+    if x.numel() == 0:  # an empty result that depends on every input, for autograd
         return x * sum(p.sum() for p in parameters.values()).to(x.dtype)
     triton = use_triton(x, *(t for t in (*parameters.values(), *running.values()) if t is not None))
     if not triton and use_definition(x):
         return eager.definition(x, *parameters.values(), *running.values(), training, momentum, eps)
-    # In training they are no input: what an operator is given must not change before its backward.
+    # In training they are not passed: an operator's inputs must not change before its backward pass.
     args = (*parameters.values(), *([None] * 2 if training else running.values()), training, eps)
     y, *batch = _triton(x, *args) if triton else eager.spatial_gate(x, *args)
     if training:
@@ -62,7 +62,7 @@ def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: f
 
 
 def _triton(x: Tensor, *args) -> list[Tensor]:
-    from . import op  # and with it Triton: only now
+    from . import op  # imports Triton, so not at the top of the file
 
     y, _, batch = op.fwd(x, *args)
     return [y, *batch]
@@ -82,7 +82,7 @@ def _check(x: Tensor, parameters: dict, running: dict, training: bool) -> None:
     for name, t in (parameters | running).items():
         if t is None:
             if not training:
-                raise ValueError(f"{name} must be given, unless training")
+                raise ValueError(f"{name} must be given unless training, got None")
             continue
         if t.shape != (C,):
             raise ValueError(f"{name} must be ({C},), got {tuple(t.shape)}")
@@ -91,4 +91,4 @@ def _check(x: Tensor, parameters: dict, running: dict, training: bool) -> None:
         if t.device != x.device:
             raise ValueError(f"{name} must be on {x.device} as x is, got {t.device}")
     if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(f"training needs more than one value a channel, got x of shape {tuple(x.shape)}")
+        raise ValueError(f"training needs more than one value per channel, got x of shape {tuple(x.shape)}")

@@ -1,14 +1,14 @@
-"""The plain-PyTorch form for speed, and the arithmetic on single channels of the Triton form.
+"""Fast PyTorch implementation, and the computation on (C,) vectors that it shares with the Triton kernels.
 
-PyTorch's batch_norm is fast as it is; what is saved here is the convolution, a product with one row, and the gated map,
-made again for the backward instead of kept.
+PyTorch's batch_norm is fast. The gain over the reference is that the convolution is a product with one row, and that
+the backward pass recomputes the gated map instead of keeping it.
 """
 
 import torch
 from torch import Tensor
 
 from ..dispatch import definition_gradients, wants_definition_gradients
-from ..gaussian_gate.eager import lying
+from ..gaussian_gate.eager import inner_last
 from ..gaussian_gate.reference import SIXTH
 from ..precision import copy_back, full, no_autocast
 from . import reference
@@ -21,7 +21,7 @@ def spatial_gate(x: Tensor, *args) -> tuple[Tensor, ...]:
 
 
 def definition(x: Tensor, *args, **kwargs) -> Tensor:
-    """The definition, computed in float32 at least, in the type of x. It updates the running statistics."""
+    """Run the reference in float32 or wider and return the dtype of x. It updates the running statistics."""
     with no_autocast(x):
         given = args[:5]
         wide = [None if t is None else t.to(full(x)) for t in given]
@@ -67,15 +67,16 @@ class SpatialGate(torch.autograd.Function):
             )
             dg = product(torch.mul(dz, wide, out=z), torch.ones_like(weight))
             ds = torch.where((g > 0) & (g < 1) | g.isnan(), dg * SIXTH, 0.0)
-            d, t, gate, through, share = lying(dz, z, g, ds, weight)
+            d, t, gate, through, share = inner_last(dz, z, g, ds, weight)
             d.mul_(gate).add_(torch.mul(through, share, out=t))
             grads = zip((shares(wide, ds), *dnorm), tensors)
             return dz.to(x.dtype), *(d.to(p.dtype) for d, p in grads), *[None] * 4
 
 
 class Norm:
-    """BatchNorm of the gated map z, as gain · z + shift, and what its gradient gives to z, linear · z + constant: by
-    hand, since an operator's implementation runs below autograd. All of it is (C,)."""
+    """BatchNorm of the gated map z as gain · z + shift, and linear and constant, with which linear · z + constant is
+    its gradient through the statistics. The backward pass is written by hand, since a custom operator runs below
+    autograd. All tensors are (C,)."""
 
     def __init__(self, mean: Tensor, var: Tensor, n: int, *args):
         _, *norm, _, _, self.training, self.eps = args
@@ -87,7 +88,7 @@ class Norm:
         self.shift = bias - self.gain * self.mean
 
     def backward(self, dbias: Tensor, dyz: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """From the sums of dy and of dy · z over each channel."""
+        """Take the sums of dy and dy · z over each channel."""
         dweight = self.rstd * (dyz - self.mean * dbias)
         linear = constant = torch.zeros_like(dbias)
         if self.training:
@@ -97,24 +98,24 @@ class Norm:
 
 
 def gated(x: Tensor, g: Tensor) -> Tensor:
-    """x · g, lying as x does."""
+    """x · g, inner_last as x does."""
     z = torch.empty_like(x)
-    to, of, by = lying(z, x, g)
+    to, of, by = inner_last(z, x, g)
     torch.mul(of, by, out=to)
     return z
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """Σ_c weight_c · x_c, (B, 1, H, W)."""
-    (p,) = lying(x)
+    """Return Σ_c weight_c · x_c, (B, 1, H, W)."""
+    (p,) = inner_last(x)
     if p is x:
         return (weight @ x.flatten(2)).view(x.shape[0], 1, *x.shape[2:])
     return (p @ weight).unsqueeze(1)
 
 
 def shares(x: Tensor, g: Tensor) -> Tensor:
-    """The sum of g · x over each channel, (C,)."""
-    (p,) = lying(x)
+    """Return the sum of g · x over each channel, (C,)."""
+    (p,) = inner_last(x)
     if p is x:
         return (x.flatten(2) @ g.flatten(1).unsqueeze(2)).sum((0, 2))
     return (g.flatten(1).unsqueeze(1) @ p.flatten(1, 2)).sum((0, 1))

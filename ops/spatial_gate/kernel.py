@@ -1,16 +1,16 @@
-"""Triton kernels of the spatial gate: what passes over the map, forward and backward, and what launches it.
+"""Triton kernels of the spatial gate for the passes over the map, forward and backward, and their launchers.
 
-    gate_kernel   g = hardsigmoid(Σ_c w_c x_c), and the output; or, in training, mean and squares of x · g instead
+    gate_kernel   g = hardsigmoid(Σ_c w_c x_c), and the output; in training, instead of it, moments of x · g
     norm_kernel   the output, gain · x · g + shift                                                 (training only)
     sums_kernel   backward, sums of dy and of dy · x · g over each channel
-    grad_kernel   backward, dx and the weights' gradient
+    grad_kernel   backward, dx and the gradient of the weight
 
-A program has all channels of BLOCK_P positions of an image, BLOCK_C at a time; gate_kernel and grad_kernel walk them
-twice, first for what the positions sum over channels, and find them in L2 or nearer the second time. So forward the map
-is read and written once, in training read twice; backward dy and x are read twice and dx is written.
+A program has all channels of BLOCK_P positions of an image, BLOCK_C at a time. gate_kernel and grad_kernel loop over
+them twice, first for the sums over channels; the second time they are in L1 or L2. Forward, the map is read and written
+once, in training read twice; backward, dy and x are read twice and dx is written once.
 
-No atomics: what a channel sums over positions comes in parts, one a program, summed in their order. Both memory
-formats, and views, are read where they lie; offsets are 64-bit.
+There are no atomics: sums over positions are partial sums, one per program, which are added in a fixed order. Both
+memory formats and views are read without copying; offsets are 64-bit.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ SIZES = ["C", "W", "P"]
 
 @triton.jit
 def positions(W, P, stride_b, stride_h, stride_w, BLOCK_P: tl.constexpr):
-    """Of a program: its offsets in a map, and which there are."""
+    """Return a program's offsets in a map, and a mask of those that exist."""
     tiles = (P + BLOCK_P - 1) // BLOCK_P
     b = (tl.program_id(0) // tiles).to(tl.int64)
     p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -142,8 +142,8 @@ def grad_kernel(
             ds = tl.where((g > 0) & (g < 1) | (g != g), ds / 6, 0.0)
 
 
-TILE, WARPS = 2048, 8  # elements of a tile and its warps: by registers, from ahead-of-time compilation; not yet timed
-POSITIONS = 128  # of a program: two partial sums in float32 a channel are a thirtieth of the map in half precision
+TILE, WARPS = 2048, 8  # elements of a tile and its warps: by the registers of ahead-of-time compilation; not yet timed
+POSITIONS = 128  # per program: two float32 partial sums per channel are 1/32 of the map in half precision
 
 
 def tile(C: int, P: int) -> dict:
@@ -160,13 +160,13 @@ def _launch(kernel, *tensors: Tensor, like: Tensor, maps: tuple[Tensor, ...], **
 
 
 def _parts(x: Tensor, n: int) -> Tensor:
-    """Room for n partial sums of each channel, one a program: (n, programs, C)."""
+    """Allocate n partial sums per channel and program, (n, programs, C)."""
     B, C, H, W = x.shape
     return x.new_empty(n, B * triton.cdiv(H * W, tile(C, H * W)["BLOCK_P"]), C, dtype=torch.float32)
 
 
 def gate(x: Tensor, weight: Tensor, gain: Tensor | None = None, shift: Tensor | None = None):
-    """The gates (B, 1, H, W); and the output or, without gain and shift, mean and biased variance of x · g."""
+    """Return the gates (B, 1, H, W); and the output or, without gain and shift, mean and biased variance of x · g."""
     B, C, H, W = x.shape
     g, training = x.new_empty(B, 1, H, W, dtype=torch.float32), gain is None or shift is None
     y, parts = (x, _parts(x, 2)) if training else (torch.empty_like(x), [g, g])
@@ -190,7 +190,7 @@ def norm(x: Tensor, g: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
 
 
 def sums(dy: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
-    """Of dy and of dy · x · g over each channel."""
+    """Return the sums of dy and dy · x · g over each channel."""
     parts = _parts(x, 2)
     _launch(sums_kernel, dy, x, g, *parts, like=x, maps=(dy, x))
     dbias, dyz = parts.sum(1)
@@ -198,7 +198,7 @@ def sums(dy: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def grad(dy: Tensor, x: Tensor, g: Tensor, weight: Tensor, gain: Tensor, linear: Tensor, constant: Tensor):
-    """Gradients to x and to the weight."""
+    """Return the gradients of x and of the weight."""
     dx, (parts,) = torch.empty_like(x), _parts(x, 1)
     vectors = (v.contiguous() for v in (weight, gain, linear, constant))
     _launch(grad_kernel, dy, x, g, *vectors, dx, parts, like=x, maps=(dy, x, dx))
@@ -206,7 +206,7 @@ def grad(dy: Tensor, x: Tensor, g: Tensor, weight: Tensor, gain: Tensor, linear:
 
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
-    """For saccade.ops.aot: the tiles of large and of small maps, in both memory formats."""
+    """Yield for saccade.ops.aot: the tiles of large and of small maps, in both memory formats."""
     maps = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
     for kernel in (gate_kernel, norm_kernel, sums_kernel, grad_kernel):
         pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in maps}

@@ -1,4 +1,4 @@
-"""Registration of the Triton form with PyTorch: fakes, autograd and FLOP formulas."""
+"""Registration of the Triton kernels with PyTorch: fake kernels, autograd and FLOP formulas."""
 
 import torch
 from torch import Tensor
@@ -22,7 +22,8 @@ def fwd(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """The output; for the backward, the gates; and, in training, mean and biased variance of what was normed."""
+    """Return the output; for the backward pass, the gates; in training, mean and biased variance of the norm's
+    input."""
     args = (weight, norm_weight, norm_bias, running_mean, running_var, training, eps)
     n, wide = x.numel() // x.shape[1], weight.float()
     with no_autocast(x):
@@ -55,7 +56,7 @@ def bwd(
     training: bool,
     eps: float,
 ) -> list[Tensor]:
-    """Gradients to x, weight, norm_weight and norm_bias; mean and var are what the norm took."""
+    """Return the gradients of x, weight, norm_weight and norm_bias; mean and var are the statistics that were used."""
     with no_autocast(x):
         n = x.numel() // x.shape[1]
         norm = Norm(mean, var, n, weight, norm_weight, norm_bias, None, None, training, eps)
@@ -84,7 +85,7 @@ fwd.register_autograd(_backward, setup_context=_save)
 no_second_derivative("spatial_gate", bwd)
 
 
-# As PyTorch counts: the convolution alone. Backward, twice that.
+# Counted as PyTorch does: only the convolution; backward twice that.
 @register_flop_formula(torch.ops.saccade.spatial_gate_fwd)
 def fwd_flop(x_shape, *args, **kwargs) -> int:
     B, C, H, W = x_shape

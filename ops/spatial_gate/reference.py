@@ -1,4 +1,4 @@
-"""Spatial gate as its definition reads (PATNet, arXiv 2503.03148).
+"""Reference implementation of the spatial gate (PATNet, arXiv 2503.03148).
 
 g = hardsigmoid(Σ_c w_c x_c)      (B, 1, H, W)
 y = norm(x · g)                   (B, C, H, W), a BatchNorm

@@ -1,4 +1,4 @@
-"""Strip gate (ELA, arXiv 2403.01123): rows and columns of a map, gated by their own means."""
+"""Strip gate (ELA, arXiv 2403.01123): gates the rows and columns of a map by their means."""
 
 import torch
 from torch import Tensor
@@ -18,27 +18,27 @@ def strip_gate(
     eps: float = 1e-5,
     residual: bool = False,
 ) -> Tensor:
-    """x · a_h · a_w, with a = sigmoid(GroupNorm(conv(z))) for the means z_h over each row and z_w over each column.
+    """x · a_h · a_w with a = sigmoid(GroupNorm(conv(z))), for the means z_h of each row and z_w of each column.
 
-    x            (B, C, H, W), in any memory format: the kernels read contiguous and channels-last maps, and views of
-                 bigger ones, where they lie.
-    weight       (C, M, K): a convolution along the strips without bias, of C / M groups, zero padding K // 2 at both
-                 ends of each strip, K odd. Both strips share it, and the normalisation that follows.
+    x            (B, C, H, W) in any memory format. The kernels read contiguous and channels-last maps, and views of
+                 larger ones, without copying.
+    weight       (C, M, K), K odd: the weight of a 1D convolution along the strips z, without bias, with C / M groups
+                 and zero padding K // 2. Both strips share it and the normalisation.
     norm_weight, norm_bias
-                 (C,): the affine of that GroupNorm, whose statistics are those of one strip of one image.
-    norm_groups  its groups, which divide C. A group with a single value (H or W is 1 and C = norm_groups) comes out as
-                 norm_bias, in a batch of one too.
-    residual     adds x: x · (1 + a_h · a_w), at no cost.
+                 (C,): weight and bias of the GroupNorm, whose statistics are per strip and image.
+    norm_groups  its number of groups, which divides C. A group with a single value (H or W is 1 and C = norm_groups)
+                 becomes norm_bias, also in a batch of one.
+    residual     whether to add x: x · (1 + a_h · a_w), at no extra cost.
 
-    Returns (B, C, H, W), lying in memory as x does where x is dense. The strips are computed in float32 (float64 for
-    float64), under autocast too; x keeps its type, and the parameters may have another. Gradients go to x and to the
-    three parameters, and are the same in every run. A NaN stays in its image.
+    Returns (B, C, H, W) in the dtype of x, with its strides if x is dense. The strips are computed in float32 (float64
+    for float64), under autocast too; parameters may have another dtype. x and the three parameters get gradients, and
+    these are deterministic. A NaN affects only its image.
     """
     if torch.jit.is_scripting():
         return reference.strip_gate(x, weight, norm_weight, norm_bias, norm_groups, eps, residual)
     else:
         _check(x, weight, norm_weight, norm_bias, norm_groups)
-        if x.numel() == 0:  # with a graph to the parameters
+        if x.numel() == 0:  # an empty result that depends on every input, for autograd
             return x * (weight.sum() + norm_weight.sum() + norm_bias.sum()).to(x.dtype)
         if use_triton(x, weight, norm_weight, norm_bias):
             return _triton(x, weight, norm_weight, norm_bias, norm_groups, eps, residual)
@@ -48,7 +48,7 @@ def strip_gate(
 
 
 def _triton(x: Tensor, *args) -> Tensor:
-    from . import op  # and with it Triton: only now
+    from . import op  # imports Triton, so not at the top of the file
 
     return op.fwd(x, *args)[0]
 

@@ -1,10 +1,9 @@
-"""The plain-PyTorch form for speed, and what it shares with the Triton form: the arithmetic on the strips.
+"""Fast PyTorch implementation, and the computation on the strips that it shares with the Triton kernels.
 
-The operator ends at the map. What touches the map is `strip_means` and `gate` forward, `strip_sums` and `gate` again
-backward: here they are PyTorch, in kernel.py they are Triton. What lies between works on the strips, (H + W) / (H · W)
-of the map (a quarter at 7 x 7, a thirtieth at 56 x 56), and is PyTorch in both forms: a grouped convolution with eight
-channels a group and a GroupNorm whose groups straddle the convolution's, a launch each, with nothing left to save but
-launches.
+The passes over the map are `strip_means` and `gate` forward, `strip_sums` and `gate` backward: PyTorch here and Triton
+in kernel.py. Between them the strips, (H + W) / (H · W) of the map's size (a quarter at 7 x 7, 1/28 at 56 x 56), are
+processed by PyTorch in both implementations: a grouped convolution with eight channels per group and a GroupNorm whose
+groups do not align with those of the convolution. Fusing them would only save launches.
 """
 
 from functools import partial
@@ -33,7 +32,7 @@ def strip_gate(
 
 
 def definition(x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, *args, **kwargs) -> Tensor:
-    """The definition, computed in float32 at least, in the type of x."""
+    """Run the reference in float32 or wider and return the dtype of x."""
     with no_autocast(x):
         params = (p.to(full(x)) for p in (weight, norm_weight, norm_bias))
         return reference.strip_gate(x.to(full(x)), *params, *args, **kwargs).to(x.dtype)
@@ -72,8 +71,8 @@ class StripGate(torch.autograd.Function):
 
 
 class Gates:
-    """a = sigmoid(GroupNorm(conv(z))) of both strips, kept to be differentiated by hand: an operator's implementation
-    runs below autograd. Strips of one length go through together, as a batch of 2B."""
+    """a = sigmoid(GroupNorm(conv(z))) of both strips, with a backward pass written by hand, since a custom operator
+    runs below autograd. Strips of equal length are one batch of 2B."""
 
     def __init__(self, z_h: Tensor, z_w: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, *rest):
         self.params = weight, norm_weight, norm_bias
@@ -87,7 +86,7 @@ class Gates:
         self.a = self.sigmoids[0].chunk(2) if len(self.z) == 1 else self.sigmoids
 
     def backward(self, da_h: Tensor, da_w: Tensor) -> tuple[Tensor, ...]:
-        """Gradients to z_h and z_w, and to the weight, norm_weight and norm_bias."""
+        """Return the gradients of z_h, z_w, weight, norm_weight and norm_bias."""
         das = (torch.cat((da_h, da_w)),) if len(self.z) == 1 else (da_h, da_w)
         dzs, sums = [], []
         for z, u, a, statistics, da in zip(self.z, self.u, self.sigmoids, self.statistics, das):
@@ -106,7 +105,8 @@ class Gates:
 
 
 def _norm_backward(dn: Tensor, u: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor, B: int, C: int, L: int, G: int):
-    """PyTorch's own for a CPU walks channel by channel: at seven elements each, three times slower than this."""
+    """Differentiate the GroupNorm. PyTorch's own, on a CPU, loops over channels: three times slower at seven
+    elements."""
     mean, rstd = mean[..., None], rstd[..., None]
     xhat = (u.view(B, G, -1) - mean).mul_(rstd)
     dxhat = (dn * weight[:, None]).view(B, G, -1)
@@ -115,19 +115,19 @@ def _norm_backward(dn: Tensor, u: Tensor, mean: Tensor, rstd: Tensor, weight: Te
     return du.view(B, C, L), (dn * xhat.view(B, C, L)).sum((0, 2)), dn.sum((0, 2))
 
 
-# On a GPU, PyTorch's convolutions may use TF32 and sum in a changing order unless process-wide flags forbid both.
-# Matrix products in float64 do neither, and the strips are small. Elsewhere, PyTorch's convolutions.
+# On a GPU, PyTorch's convolutions may use TF32 and be nondeterministic unless global flags forbid both. Matrix products
+# in float64 are neither, and the strips are small. On other devices PyTorch's convolutions are used.
 
 
 def convolve(z: Tensor, weight: Tensor) -> Tensor:
-    """The grouped convolution (C, M, K) of strips (B, C, L), zero padding K // 2: the same in every run."""
+    """Convolve strips (B, C, L) with weight (C, M, K) in groups, zero padding K // 2, deterministically."""
     if z.is_cuda:
         return _convolve_by_products(z, weight)
     return torch.convolution(z, weight, None, *_geometry(weight))
 
 
 def convolve_backward(du: Tensor, z: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients to z and weight."""
+    """Return the gradients of z and weight."""
     if z.is_cuda:
         return _convolve_backward_by_products(du, z, weight)
     backward = torch.ops.aten.convolution_backward
@@ -140,7 +140,7 @@ def _geometry(weight: Tensor) -> tuple:
 
 
 def _windows(z: Tensor, M: int, K: int) -> Tensor:
-    """(groups, M · K, B · L): what each output of a group reads."""
+    """Return the inputs of each output of a group, (groups, M · K, B · L)."""
     padded = F.pad(z.double(), (K // 2, K // 2))
     return padded.unfold(2, K, 1).unflatten(1, (-1, M)).permute(1, 2, 4, 0, 3).flatten(3).flatten(1, 2)
 
@@ -160,8 +160,8 @@ def _convolve_backward_by_products(du: Tensor, z: Tensor, weight: Tensor) -> tup
     return dz[..., K // 2 : K // 2 + L].transpose(0, 1).to(z.dtype).contiguous(), dweight
 
 
-# PyTorch's reductions and broadcasts want the long axis innermost in the view as it is in memory: permuted so, a
-# channels-last map takes a tenth of the time that it takes as (B, C, H, W).
+# PyTorch's reductions and broadcasts are fast if the innermost axis of the view is innermost in memory: a permuted
+# channels-last map takes a tenth of the time of its (B, C, H, W) view.
 
 
 def _channels_last(x: Tensor) -> bool:
@@ -179,14 +179,14 @@ def strip_means(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def strip_sums(dy: Tensor, x: Tensor, a_h: Tensor, a_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Of dy · x: over W, weighted with a_w; over H, weighted with a_h."""
+    """Return sums of dy · x: over W, weighted with a_w, and over H, weighted with a_h."""
     t = dy * x if dy.dtype == a_h.dtype else dy.to(a_h.dtype) * x
     if _channels_last(t):
         p = t.permute(0, 2, 3, 1)
         da_h = (p * a_w.mT.contiguous()[:, None]).sum(2)
         return da_h.mT.contiguous(), p.mul_(a_h.mT.contiguous()[:, :, None]).sum(1).mT.contiguous()
     da_h = (t @ a_w[..., None]).squeeze(3)
-    if t.shape[3] < 24:  # rows too short for a product of a vector and a matrix
+    if t.shape[3] < 24:  # rows are too short for a fast product of a matrix and a vector
         return da_h, t.mul_(a_h[..., None]).sum(2)
     return da_h, (a_h[:, :, None] @ t).squeeze(2)
 
@@ -194,7 +194,7 @@ def strip_sums(dy: Tensor, x: Tensor, a_h: Tensor, a_w: Tensor) -> tuple[Tensor,
 def gate(
     x: Tensor, a_h: Tensor, a_w: Tensor, residual: bool, dz_h: Tensor | None = None, dz_w: Tensor | None = None
 ) -> Tensor:
-    """x · (a_h · a_w, or 1 + a_h · a_w), plus what the strips' means send back to their elements."""
+    """Return x · (a_h · a_w, or 1 + a_h · a_w); in the backward pass plus the gradient through the strips' means."""
     last = _channels_last(x)
 
     def rows(a: Tensor) -> Tensor:
@@ -203,7 +203,7 @@ def gate(
     def columns(a: Tensor) -> Tensor:
         return a.mT.contiguous()[:, None] if last else a[:, :, None]
 
-    out = torch.empty_like(x, dtype=a_h.dtype)  # no view, which autograd would not let anybody change in place
+    out = torch.empty_like(x, dtype=a_h.dtype)  # not a view, which autograd would not allow to be modified in place
     y = torch.mul(rows(a_h), columns(a_w), out=out.permute(0, 2, 3, 1) if last else out)  # all else in place
     if residual:
         y.add_(1)

@@ -1,14 +1,14 @@
-"""Triton kernels of the strip gate: what passes over the map, forward and backward, and what launches it.
+"""Triton kernels of the strip gate for the passes over the map, forward and backward, and their launchers.
 
-`sums_kernel` reads the map once and makes both strips of it; `gate_kernel` reads it again and writes the gated one.
-Backward the same two run on dy: `sums_kernel` reads dy and x and makes the gradients of both gates, `gate_kernel` reads
-dy and writes dx. Between them stands the arithmetic on the strips (eager.Gates). So the map is read twice and written
-once forward, read three times and written once backward; the published form, a pass for each mean and each product,
-reads four maps and writes two forward alone.
+Forward, `sums_kernel` reads the map once and computes both strips; `gate_kernel` reads it again and writes the gated
+map. Backward, `sums_kernel` reads dy and x and computes the gradients of both gates; `gate_kernel` reads dy and writes
+dx. The computation on the strips between them is in eager.Gates. So forward reads the map twice and writes it once,
+backward reads three maps and writes one; the published implementation, with a pass per mean and product, reads four
+maps and writes two in the forward pass alone.
 
-One program takes BLOCK_C channels x BLOCK_W columns x ROWS rows, BLOCK_H at a time. A strip that no program sees whole
-comes in parts, which are then summed in their order: no atomics. Triton lays a tile out along the axis whose stride is
-1: both memory formats, and views, are read where they lie.
+A program has BLOCK_C channels x BLOCK_W columns x ROWS rows, BLOCK_H at a time. Strips that are longer than a program's
+tile are partial sums, which are added in a fixed order, without atomics. Triton orders a tile by the axis with stride
+1, so both memory formats and views are read without copying.
 """
 
 from collections.abc import Iterator
@@ -22,15 +22,15 @@ SIZES = ["C", "H", "W"]
 
 
 @triton.jit
-def place(c, h, w, stride_c, stride_h, stride_w):
-    """Offsets of a tile of channels c, rows h and columns w."""
+def offsets(c, h, w, stride_c, stride_h, stride_w):
+    """Return the offsets of a tile of channels c, rows h and columns w."""
     return (c * stride_c)[:, None, None] + (h * stride_h)[None, :, None] + (w * stride_w)[None, None, :]
 
 
 @triton.jit
 def program(C, H, W, ROWS, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
-    """A program's image, channels, first row, columns; and the numbers of its row and its column tile. 64-bit, all that
-    is multiplied by strides."""
+    """Return a program's image, channels, first row and columns, 64-bit if multiplied by strides; and the indices of
+    its row tile and column tile."""
     pid = tl.program_id(0)
     column_tiles = (W + BLOCK_W - 1) // BLOCK_W
     row_tiles = (H + ROWS - 1) // ROWS
@@ -53,7 +53,7 @@ def sums_kernel(
 ):  # fmt: skip
     b, c, top, w, row_tile, column_tile = program(C, H, W, ROWS, BLOCK_C, BLOCK_W)
     inside = (c < C)[:, None, None] & (w < W)[None, None, :]
-    strip = b * C + c  # of each channel, in (B, C)
+    strip = b * C + c  # index in (B, C)
     x_ptr += b * stride_b
     dy_ptr += b * stride_db
     rows_ptr += column_tile.to(tl.int64) * B * C * H
@@ -68,9 +68,9 @@ def sums_kernel(
         ok = inside & (h < H)[None, :, None]
         of_h = strip[:, None] * H + h[None, :]
         has_h = (c < C)[:, None] & (h < H)[None, :]
-        x = tl.load(x_ptr + place(c, h, w, stride_c, stride_h, stride_w), ok, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + offsets(c, h, w, stride_c, stride_h, stride_w), ok, 0.0).to(tl.float32)
         if GRAD:
-            x *= tl.load(dy_ptr + place(c, h, w, stride_dc, stride_dh, stride_dw), ok, 0.0).to(tl.float32)
+            x *= tl.load(dy_ptr + offsets(c, h, w, stride_dc, stride_dh, stride_dw), ok, 0.0).to(tl.float32)
             ah = tl.load(ah_ptr + of_h, has_h, 0.0)
             rows = tl.sum(x * aw[:, None, :], 2)
             columns += tl.sum(x * ah[:, :, None], 1)
@@ -98,7 +98,7 @@ def gate_kernel(
     has_h = (c < C)[:, None] & (h < H)[None, :]
     has_w = (c < C)[:, None] & (w < W)[None, :]
     ok = has_h[:, :, None] & (w < W)[None, None, :]
-    x = tl.load(x_ptr + b * stride_b + place(c, h, w, stride_c, stride_h, stride_w), ok, 0.0).to(tl.float32)
+    x = tl.load(x_ptr + b * stride_b + offsets(c, h, w, stride_c, stride_h, stride_w), ok, 0.0).to(tl.float32)
     a = tl.load(ah_ptr + of_h, has_h, 0.0)[:, :, None] * tl.load(aw_ptr + of_w, has_w, 0.0)[:, None, :]
     if RESIDUAL:
         a += 1
@@ -107,19 +107,20 @@ def gate_kernel(
         dzh = tl.load(dzh_ptr + of_h, has_h, 0.0) / W
         dzw = tl.load(dzw_ptr + of_w, has_w, 0.0) / H
         y += dzh[:, :, None] + dzw[:, None, :]
-    y_ptr += b * stride_yb + place(c, h, w, stride_yc, stride_yh, stride_yw)
+    y_ptr += b * stride_yb + offsets(c, h, w, stride_yc, stride_yh, stride_yw)
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), ok)
 
 
-# Elements of a tile, and its warps; chosen by registers from ahead-of-time compilation (saccade.ops.aot), not yet timed
-# on a GPU: 8 elements a thread. With 16, dy · x of a channels-last map takes over 200 registers: half the warps run.
+# Elements of a tile and its warps: 8 elements per thread. Chosen from the registers of ahead-of-time compilation
+# (saccade.ops.aot); not yet timed on a GPU. With 16, dy · x of a channels-last map takes over 200 registers, which
+# halves the occupancy.
 TILE, WARPS = 2048, 8
-ROWS = 32  # of a program of sums_kernel: parts of z_w are H / 32 rows, a few per cent of the map
-CHANNELS = 32  # side by side in memory, of a channels-last map: whole sectors in half precision
+ROWS = 32  # rows per program of sums_kernel: the partial sums of z_w have H / 32 rows, a few per cent of the map
+CHANNELS = 32  # contiguous channels per program of a channels-last map: whole sectors in half precision
 
 
 def tile(C: int, H: int, W: int, channels_last: bool) -> dict:
-    """Along the inner axis as far as it goes, then along the next."""
+    """Return a tile that extends along the inner axis first, then along the next."""
     if channels_last:
         c = min(CHANNELS, triton.next_power_of_2(C))
         w = min(TILE // c, triton.next_power_of_2(W))
@@ -147,7 +148,7 @@ def _sums(x: Tensor, dy: Tensor | None = None, a_h: Tensor | None = None, a_w: T
     rows = x.new_empty(triton.cdiv(W, options["BLOCK_W"]), B, C, H, dtype=torch.float32)
     columns = x.new_empty(triton.cdiv(H, ROWS), B, C, W, dtype=torch.float32)
     dy = x if dy is None else dy
-    a_h = rows if a_h is None else a_h.contiguous()  # not read, if None
+    a_h = rows if a_h is None else a_h.contiguous()  # not read if None
     a_w = columns if a_w is None else a_w.contiguous()
     with torch.cuda.device_of(x):
         sums_kernel[_grid(x, ROWS, options)](
@@ -157,12 +158,12 @@ def _sums(x: Tensor, dy: Tensor | None = None, a_h: Tensor | None = None, a_w: T
 
 
 def strip_means(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Means over W (B, C, H) and over H (B, C, W), in float32."""
+    """Return means over W, (B, C, H), and over H, (B, C, W), in float32."""
     return _sums(x)
 
 
 def strip_sums(dy: Tensor, x: Tensor, a_h: Tensor, a_w: Tensor) -> tuple[Tensor, Tensor]:
-    """Of dy · x: over W weighted with a_w (B, C, H), over H weighted with a_h (B, C, W), in float32."""
+    """Return sums of dy · x: over W, weighted with a_w, (B, C, H); over H, weighted with a_h, (B, C, W); in float32."""
     return _sums(x, dy, a_h, a_w)
 
 
@@ -175,7 +176,7 @@ def gate(
     dz_w: Tensor | None = None,
     like: Tensor | None = None,
 ) -> Tensor:
-    """x · (a_h · a_w, or 1 + a_h · a_w), plus dz_h / W + dz_w / H if given; lying in memory as `like`, or as x."""
+    """Return x · (a_h · a_w, or 1 + a_h · a_w), plus dz_h / W + dz_w / H if given, with the strides of `like` or x."""
     y, options, grad = torch.empty_like(x if like is None else like), _tile(x), dz_h is not None
     a_h, a_w = a_h.contiguous(), a_w.contiguous()
     dz_h, dz_w = (a_h, a_w) if dz_h is None or dz_w is None else (dz_h.contiguous(), dz_w.contiguous())
@@ -187,7 +188,7 @@ def gate(
 
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
-    """For saccade.ops.aot: the tiles of the smallest and of the largest maps, in both memory formats."""
+    """Yield for saccade.ops.aot: the tiles of the smallest and of the largest maps, in both memory formats."""
     strips = dict.fromkeys(("ah_ptr", "aw_ptr", "rows_ptr", "columns_ptr", "dzh_ptr", "dzw_ptr"), "*fp32")
     for channels_last in (False, True):
         inner = "c" if channels_last else "w"

@@ -1,4 +1,4 @@
-"""Registration of the Triton form with PyTorch: fakes, autograd and FLOP formulas."""
+"""Registration of the Triton kernels with PyTorch: fake kernels, autograd and FLOP formulas."""
 
 import torch
 from torch import Tensor
@@ -15,8 +15,8 @@ from .eager import Gates
 def fwd(
     x: Tensor, weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, norm_groups: int, eps: float, residual: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gated map and, for the backward, the strips' means."""
-    with no_autocast(x):  # under autocast too: the map in the type that it has, the strips in float32
+    """Return the gated map and, for the backward pass, the strips' means."""
+    with no_autocast(x):  # the map in its own dtype and the strips in float32, under autocast too
         z = kernel.strip_means(x)
         return kernel.gate(x, *Gates(*z, weight, norm_weight, norm_bias, norm_groups, eps).a, residual), *z
 
@@ -41,9 +41,11 @@ def bwd(
     eps: float,
     residual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients to x, weight, norm_weight and norm_bias."""
+    """Return the gradients of x, weight, norm_weight and norm_bias."""
     with no_autocast(x):
-        gates = Gates(z_h, z_w, weight, norm_weight, norm_bias, norm_groups, eps)  # small: cheaper made again than kept
+        gates = Gates(
+            z_h, z_w, weight, norm_weight, norm_bias, norm_groups, eps
+        )  # small: cheaper to recompute than to keep
         dz_h, dz_w, *grads = gates.backward(*kernel.strip_sums(dy, x, *gates.a))
         dweight, dnorm_weight, dnorm_bias = (g.contiguous() for g in grads)
         return kernel.gate(dy, *gates.a, residual, dz_h, dz_w, like=x), dweight, dnorm_weight, dnorm_bias
@@ -69,7 +71,7 @@ fwd.register_autograd(_backward, setup_context=_save)
 no_second_derivative("strip_gate", bwd)
 
 
-# As PyTorch counts: the convolutions alone.
+# Counted as PyTorch does: only the convolutions.
 @register_flop_formula(torch.ops.saccade.strip_gate_fwd)
 def fwd_flop(x_shape, weight_shape, *args, **kwargs) -> int:
     B, _, H, W = x_shape

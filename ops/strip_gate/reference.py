@@ -1,7 +1,7 @@
-"""Strip gate as its definition reads (ELA, arXiv 2403.01123).
+"""Reference implementation of the strip gate (ELA, arXiv 2403.01123).
 
 z_h = mean of x over W   (B, C, H)        z_w = mean of x over H   (B, C, W)
-a   = sigmoid(GroupNorm(conv(z)))         of each, with the same convolution and the same affine
+a   = sigmoid(GroupNorm(conv(z)))         of each, with the same convolution, weight and bias
 y   = x · a_h · a_w                       or x + x · a_h · a_w with `residual`
 """
 

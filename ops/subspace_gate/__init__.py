@@ -1,4 +1,4 @@
-"""Subspace gate (ULSAM, arXiv 2006.15102): each group of channels, gated by one attention map over its positions."""
+"""Subspace gate (ULSAM, arXiv 2006.15102): gates each group of channels by an attention map over the positions."""
 
 import torch
 from torch import Tensor
@@ -28,23 +28,23 @@ def subspace_gate(
     eps: float = 1e-5,
 ) -> Tensor:
     """x_n · (1 + A_n) in each of g subspaces of channels, with A_n = softmax(relu(norm'(v_n · p_n + u_n))) over the
-    positions and p = maxpool3(relu(norm(w · x + b))), of 3 x 3 positions.
+    positions and p = maxpool3(relu(norm(w · x + b))), a maximum over 3 x 3 positions.
 
-    x             (B, C, H, W), in any memory format: the kernels read contiguous and channels-last maps, and views of
-                  bigger ones, where they lie. Subspace n has channels n · C / g to (n + 1) · C / g.
+    x             (B, C, H, W) in any memory format. The kernels read contiguous and channels-last maps, and views of
+                  larger ones, without copying. Subspace n has channels n · C / g to (n + 1) · C / g.
     weight, bias, norm_weight, norm_bias, point_weight
-                  (C,): w, b, the affine of norm, and v.
+                  (C,): w, b, weight and bias of norm, and v.
     point_bias, point_norm_weight, point_norm_bias
-                  (g,): u and the affine of norm'. Their length says what g is.
+                  (g,): u, and weight and bias of norm'. Their length determines g.
     running_mean, running_var, point_running_mean, point_running_var
-                  (C,), (C,), (g,), (g,): of the two BatchNorms. Needed unless training; where they are given in
-                  training, they are updated: running = (1 - momentum) · running + momentum · the batch's.
-    training      whether the norms take the statistics of the batch, more than one value a channel.
-    momentum      in PyTorch's sense. The published 0.9 keeps little but the last batches.
+                  (C,), (C,), (g,), (g,): running statistics of the two BatchNorms. Required unless training; in
+                  training they are updated if given: running = (1 - momentum) · running + momentum · batch statistics.
+    training      whether the norms use batch statistics, which need more than one value per channel.
+    momentum      as in PyTorch. With the published 0.9, only the last few batches count.
 
-    Returns (B, C, H, W), lying in memory as x does where x is dense. All but x and y is in float32 (float64 if these
-    are), under autocast too; x keeps its type, and the parameters may have another. Gradients go to x and to the eight
-    parameters, and are the same in every run. A NaN stays in its image, but for the statistics of training.
+    Returns (B, C, H, W) in the dtype of x, with its strides if x is dense. All intermediate results are in float32
+    (float64 if x is), under autocast too; parameters may have another dtype. x and the eight parameters get gradients,
+    and these are deterministic. A NaN affects only its image, except through the batch statistics in training.
     """
     if torch.jit.is_scripting():
         return reference.subspace_gate(
@@ -65,16 +65,16 @@ def subspace_gate(
 
 def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: float, eps: float) -> Tensor:
     _check(x, parameters, running, training)
-    if x.numel() == 0:  # with a graph to the parameters
+    if x.numel() == 0:  # an empty result that depends on every input, for autograd
         return x * sum(p.sum() for p in parameters.values()).to(x.dtype)
     given = [t for t in (*parameters.values(), *running.values()) if t is not None]
     cannot = []
     if sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:])) >= 2**31:  # kernel.REACH
-        cannot.append("an image of 2**31 elements, counting those between")
+        cannot.append("an image that spans 2**31 elements in memory")
     triton = use_triton(x, *given, cannot=cannot)
     if not triton and use_definition(x):
         return eager.definition(x, *parameters.values(), *running.values(), training, momentum, eps)
-    # In training they are no input: what an operator is given must not change before its backward.
+    # In training they are not passed: an operator's inputs must not change before its backward pass.
     args = (*parameters.values(), *([None] * 4 if training else running.values()), training, eps)
     y, *batch = _triton(x, *args) if triton else eager.subspace_gate(x, *args)
     if training:
@@ -83,7 +83,7 @@ def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: f
 
 
 def _triton(x: Tensor, *args) -> list[Tensor]:
-    from . import op  # and with it Triton: only now
+    from . import op  # imports Triton, so not at the top of the file
 
     y, _, _, _, batch = op.fwd(x, *args)
     return [y, *batch]
@@ -101,11 +101,11 @@ def _check(x: Tensor, parameters: dict, running: dict, training: bool) -> None:
         raise ValueError(f"x must be floating point of shape (B, C, H, W), got {x.dtype} of shape {tuple(x.shape)}")
     C, g = x.shape[1], parameters["point_bias"].numel()
     if g < 1 or C % g:
-        raise ValueError(f"point_bias must have g elements, g dividing the C = {C} channels of x, got {g}")
+        raise ValueError(f"point_bias must have g elements, where g divides the C = {C} channels of x, got {g}")
     for name, t in (parameters | running).items():
         if t is None:
             if not training:
-                raise ValueError(f"{name} must be given, unless training")
+                raise ValueError(f"{name} must be given unless training, got None")
             continue
         n = g if name.startswith("point_") and name != "point_weight" else C
         if t.shape != (n,):
@@ -115,4 +115,4 @@ def _check(x: Tensor, parameters: dict, running: dict, training: bool) -> None:
         if t.device != x.device:
             raise ValueError(f"{name} must be on {x.device} as x is, got {t.device}")
     if training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
-        raise ValueError(f"training needs more than one value a channel, got x of shape {tuple(x.shape)}")
+        raise ValueError(f"training needs more than one value per channel, got x of shape {tuple(x.shape)}")

@@ -1,12 +1,11 @@
-"""The plain-PyTorch form for speed, and what it shares with the Triton form: the arithmetic on everything but the map.
+"""Fast PyTorch implementation, and what it shares with the Triton kernels: everything but the passes over the map.
 
-The operator has its own BatchNorms, since what stands between the passes over the map depends on them. The first is an
-affine map of each channel, folded with the convolution into z = scale · x + shift: in training its statistics are those
-of x, mapped, so no map is made to take them of. The second acts on the one-channel maps of the subspaces, 1 / G of x,
-as the softmax does: both are PyTorch's in either form.
+The operator includes both BatchNorms. The first is an affine map of each channel and is folded with the convolution
+into z = scale · x + shift. In training its statistics follow from those of x, so that z is not materialised. The second
+acts on the one-channel maps of the subspaces, 1 / G of x, like the softmax: both implementations use PyTorch for these.
 
-The functions that touch the map, and take all subspaces at once, are `moments`, `scores` and `gate` forward,
-`gate_gradient` and `unpooled` backward: here they are PyTorch, in kernel.py they are Triton.
+The passes over the map, for all subspaces at once, are `moments`, `scores` and `gate` forward, `gate_gradient` and
+`unpooled` backward: PyTorch here and Triton in kernel.py.
 """
 
 import torch
@@ -25,7 +24,7 @@ def subspace_gate(x: Tensor, *args) -> tuple[Tensor, ...]:
 
 
 def definition(x: Tensor, *args, **kwargs) -> Tensor:
-    """The definition, computed in float32 at least, in the type of x. It updates the running statistics."""
+    """Run the reference in float32 or wider and return the dtype of x. It updates the running statistics."""
     with no_autocast(x):
         given = args[:12]
         wide = [None if t is None else t.to(full(x)) for t in given]
@@ -80,8 +79,9 @@ def channels(v: Tensor) -> Tensor:
 
 
 class Middle:
-    """What lies between the passes over the map, forward and backward: by hand, since an operator's implementation runs
-    below autograd. `moments` are mean and variance of each channel: of x in training, else the running ones."""
+    """The computation between the passes over the map, forward and backward. The backward pass is written by hand,
+    since a custom operator runs below autograd. `moments` are mean and variance of each channel: of x in training, else
+    the running statistics."""
 
     def __init__(self, moments, *args):
         *params, self.training, self.eps = args
@@ -102,7 +102,7 @@ class Middle:
             self.shift = self.norm_bias + (self.bias - self.mean) * self.norm_weight * self.rstd
 
     def attention(self, s: Tensor) -> Tensor:
-        """softmax(relu(norm(s))) of the scores (B, g, H, W), which lack point_bias: training cancels it."""
+        """Return softmax(relu(norm(s))) of the scores s (B, g, H, W), without point_bias, which cancels in training."""
         if self.training:
             self.point_var, self.point_mean = torch.var_mean(s, (0, 2, 3), correction=0)
             centred = s - channels(self.point_mean)
@@ -115,14 +115,14 @@ class Middle:
         return self.t.flatten(2).softmax(2).view_as(s)
 
     def batch(self) -> list[Tensor]:
-        """In training, mean and biased variance of what each norm was given."""
+        """Return, in training, mean and biased variance of each norm's input."""
         if not self.training:
             return []
         mean, var = self.weight * self.mean + self.bias, self.weight.square() * self.var
         return [mean, var, self.point_mean + self.point_bias, self.point_var]
 
     def attention_backward(self, dattention: Tensor, attention: Tensor) -> tuple[Tensor, ...]:
-        """Gradients to the scores, and to point_bias, point_norm_weight and point_norm_bias."""
+        """Return the gradients of the scores, point_bias, point_norm_weight and point_norm_bias."""
         dt = attention * (dattention - (attention * dattention).sum((2, 3), keepdim=True))
         dt = dt.masked_fill_(self.t <= 0, 0)
         dweight, dbias = (dt * self.xhat).sum((0, 2, 3)), dt.sum((0, 2, 3))
@@ -137,8 +137,9 @@ class Middle:
         return dt * channels(gain), *(g.to(dtype) for g, dtype in zip(grads, self.dtypes[5:]))
 
     def map_backward(self, d: Tensor, dx: Tensor, x: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        """From the sums of `unpooled`, and of it · x, over each channel: gradients to weight, bias, norm_weight,
-        norm_bias and point_weight; and what x gets through its moments, constant + linear · x."""
+        """Return, from the sums d of `unpooled` and dx of `unpooled` · x over each channel, the gradients of weight,
+        bias, norm_weight, norm_bias and point_weight; and constant and linear, with which constant + linear · x is the
+        gradient of x through its moments."""
         dpoint_weight = self.scale * dx + self.shift * d
         dscale, dnorm_bias = self.point_weight * dx, self.point_weight * d
         constant = linear = torch.zeros_like(d)
@@ -158,16 +159,17 @@ class Middle:
 
 
 def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel; var_mean over the same axes takes ten times as long on a CPU."""
+    """Return mean and biased variance of each channel; var_mean over the same axes takes ten times as long on a CPU."""
     if x.is_meta or isinstance(x, FakeTensor):
         return torch.var_mean(x, (0, 2, 3), correction=0)[::-1]
     return torch.batch_norm_update_stats(x, None, None, 0.0)
 
 
 def scores(x: Tensor, middle: Middle) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Σ_c point_weight_c · maxpool3(relu(scale_c · x + shift_c)) over each subspace, (B, g, H, W); and what was pooled,
-    along W, and then along H. Slice by slice this vectorises; PyTorch's max_pool2d, which also makes 64-bit indices,
-    takes eighteen times as long on a contiguous map, and twice as long on a channels-last one."""
+    """Return Σ_c point_weight_c · maxpool3(relu(scale_c · x + shift_c)) of each subspace, (B, g, H, W); and the map
+    before pooling, after pooling along W, and after pooling along H too. Pooling by slices is vectorised; PyTorch's
+    max_pool2d, which also computes 64-bit indices, takes eighteen times as long on a contiguous map and twice on a
+    channels-last one."""
     one, g = torch.ones_like(middle.scale), middle.point_bias.shape[0]
     p, _, _ = torch.native_batch_norm(x, middle.scale, middle.shift, torch.zeros_like(one), one, False, 0.0, 0.0)
     q = _pool(p.relu_(), 3)
@@ -176,7 +178,7 @@ def scores(x: Tensor, middle: Middle) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _pool(p: Tensor, dim: int) -> Tensor:
-    """The maximum of each element and its two neighbours along dim."""
+    """Return the maximum of each element and its two neighbours along dim."""
     n, q = p.shape[dim] - 1, p.clone()
     for to, of in ((1, 0), (0, 1)):
         part = q.narrow(dim, to, n)
@@ -185,8 +187,8 @@ def _pool(p: Tensor, dim: int) -> Tensor:
 
 
 def _unpool(d: Tensor, p: Tensor, q: Tensor, dim: int) -> Tensor:
-    """The gradient of _pool: to the first of the largest. Masks are ones and zeros in the type of the map: a product
-    with a boolean one takes twice as long."""
+    """Return the gradient of _pool, which goes to the first maximum. Masks are ones and zeros in the dtype of the map:
+    a product with a boolean mask takes twice as long."""
     n = p.shape[dim] - 1
     not_before = torch.ne(p.narrow(dim, 0, n), q.narrow(dim, 1, n), out=p.new_empty(p.narrow(dim, 0, n).shape))
     here = torch.eq(p, q, out=p.new_empty(p.shape))
@@ -201,7 +203,8 @@ def _unpool(d: Tensor, p: Tensor, q: Tensor, dim: int) -> Tensor:
 
 
 def unpooled(ds: Tensor, p: Tensor, q: Tensor, r: Tensor) -> Tensor:
-    """The gradient ds of the scores, carried through the pool and the ReLU, without point_weight. (B, C, H, W)"""
+    """Backpropagate the gradient ds of the scores through the pooling and the ReLU, (B, C, H, W), without
+    point_weight."""
     g = ds.shape[1]
     q5, r5 = (m.unflatten(1, (g, -1)) for m in (q, r))
     d = _unpool(ds.unsqueeze(2).expand_as(q5), q5, r5, 3).flatten(1, 2)
@@ -209,13 +212,13 @@ def unpooled(ds: Tensor, p: Tensor, q: Tensor, r: Tensor) -> Tensor:
 
 
 def gate(x: Tensor, attention: Tensor) -> Tensor:
-    """x · (1 + attention)."""
-    y = torch.empty_like(x)  # no view, which autograd would not let anybody change in place
+    """Return x · (1 + attention)."""
+    y = torch.empty_like(x)  # not a view, which autograd would not allow to be modified in place
     x5, y5 = (t.unflatten(1, (attention.shape[1], -1)) for t in (x, y))
     torch.addcmul(x5, x5, attention.unsqueeze(2), out=y5)
     return y
 
 
 def gate_gradient(dy: Tensor, x: Tensor, attention: Tensor) -> Tensor:
-    """Of the gate to attention, (B, g, H, W)."""
+    """Return the gradient of the attention, (B, g, H, W)."""
     return (dy * x).unflatten(1, (attention.shape[1], -1)).sum(2)

@@ -1,22 +1,22 @@
-"""Triton kernels of the subspace gate: what passes over the map, forward and backward, and what launches it.
+"""Triton kernels of the subspace gate for the passes over the map, forward and backward, and their launchers.
 
-    moments_kernel   mean of each channel of each image, and squares around it            (training only)
-    scores_kernel    Σ_c v_c · maxpool3(relu(scale_c · x + shift_c)), one map a subspace
+    moments_kernel   mean of each channel of each image, and the sum of squared deviations   (training only)
+    scores_kernel    Σ_c v_c · maxpool3(relu(scale_c · x + shift_c)), one map per subspace
     gate_kernel      x · (1 + attention)
-    dgate_kernel     Σ_c dy · x, one map a subspace
-    dmap_kernel      the way back through the pool and the ReLU: sums of it over each channel, or dx, or both
+    dgate_kernel     Σ_c dy · x, one map per subspace
+    dmap_kernel      the gradient through pooling and ReLU: its sums over each channel, or dx, or both
 
-Between them stands the arithmetic on single channels and on one-channel maps (eager.Middle). No map of x's size is made
-but y and dx: the affine map, the ReLU and the pool are made again from x wherever they are wanted.
+The computation on single channels and one-channel maps between them is in eager.Middle. y and dx are the only maps of
+x's size that are allocated: the affine map, the ReLU and the pooling are recomputed from x where they are needed.
 
-Backward, position q of channel c gets D(q) · v_c, where D(q) is the sum of ds over those of the nine windows around q
-whose first maximum is at q, if that is positive: so 5 x 5 neighbours decide, most of them from L1. All that the
-parameters need are Σ D and Σ D · x of each channel, for a window's maximum is scale · x + shift at the one q that has
-it. In training dx needs those sums first, and `dmap_kernel` runs twice; else once.
+In the backward pass, position q of channel c gets D(q) · v_c, where D(q) is the sum of ds over those of the nine
+windows around q whose first maximum is at q, if it is positive. This depends on 5 x 5 neighbours, most of them read
+from L1. The gradients of the parameters only need Σ D and Σ D · x of each channel, since a window's maximum is scale ·
+x + shift at its q. In training dx needs these sums first, so `dmap_kernel` runs twice, else once.
 
-A program has BLOCK_C channels of one subspace and BLOCK_P positions at a time. No atomics: partial sums are those of an
-image, summed in their order. Both memory formats, and views, are read where they lie. Offsets within an image's
-channel are 32-bit (`REACH`), or those of 24 neighbours would fill the registers.
+A program has BLOCK_C channels of one subspace and BLOCK_P positions at a time. There are no atomics: partial sums are
+per image and added in a fixed order. Both memory formats and views are read without copying. Offsets within an image
+are 32-bit (see `REACH`), since 64-bit offsets of 24 neighbours would fill the registers.
 """
 
 import itertools
@@ -33,7 +33,7 @@ NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 @triton.jit
 def subspace(pid, g, G, BLOCK_C: tl.constexpr):
-    """A program's image, subspace, channels in it and which there are."""
+    """Return a program's image, subspace, channels within it, and a mask of those that exist."""
     blocks = (G + BLOCK_C - 1) // BLOCK_C
     c = pid % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     pid = pid // blocks
@@ -41,15 +41,15 @@ def subspace(pid, g, G, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def at(h, w, stride_h, stride_w):
+def offsets(h, w, stride_h, stride_w):
     return (h * stride_h + w * stride_w)[None, :]
 
 
 @triton.jit
-def near(x_ptr, h, w, scale, shift, ok, H, W, stride_h, stride_w):
-    """scale · x + shift at (h, w), -inf outside of the map. x_ptr points to position 0 of channels (BLOCK_C, 1)."""
+def affine_at(x_ptr, h, w, scale, shift, ok, H, W, stride_h, stride_w):
+    """Return scale · x + shift at (h, w), -inf outside the map. x_ptr points to position 0 of channels (BLOCK_C, 1)."""
     ok = ok & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[None, :]
-    x = tl.load(x_ptr + at(h, w, stride_h, stride_w), ok, 0.0).to(tl.float32)
+    x = tl.load(x_ptr + offsets(h, w, stride_h, stride_w), ok, 0.0).to(tl.float32)
     return tl.where(ok, x * scale + shift, float("-inf"))
 
 
@@ -69,13 +69,13 @@ def moments_kernel(
     total = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
     for start in range(0, H * W, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        total += tl.load(x_ptr + at(p // W, p % W, stride_h, stride_w), has[:, None] & (p < H * W)[None, :], 0.0)
+        total += tl.load(x_ptr + offsets(p // W, p % W, stride_h, stride_w), has[:, None] & (p < H * W)[None, :], 0.0)
     mean = tl.sum(total, 1) / (H * W)
     square = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
-    for start in range(0, H * W, BLOCK_P):  # again, around the mean: no difference of two large numbers
+    for start in range(0, H * W, BLOCK_P):  # second pass, around the mean, to avoid cancellation
         p = start + tl.arange(0, BLOCK_P)
         ok = has[:, None] & (p < H * W)[None, :]
-        x = tl.load(x_ptr + at(p // W, p % W, stride_h, stride_w), ok, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + offsets(p // W, p % W, stride_h, stride_w), ok, 0.0).to(tl.float32)
         x = tl.where(ok, x - mean[:, None], 0.0)
         square += x * x
     tl.store(mean_ptr + b * g * G + channel, mean, has)
@@ -104,7 +104,7 @@ def scores_kernel(
         pool = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)  # the ReLU
         for i in tl.static_range(-1, 2):
             for j in tl.static_range(-1, 2):
-                pool = largest(pool, near(x, h + i, w + j, scale, shift, ok, H, W, stride_h, stride_w))
+                pool = largest(pool, affine_at(x, h + i, w + j, scale, shift, ok, H, W, stride_h, stride_w))
         s += tl.sum(pool * tl.load(point_ptr + channel, has, 0.0)[:, None], 0)
     tl.store(s_ptr + (b * g + n) * H * W + p, s, p < H * W)
 
@@ -123,8 +123,8 @@ def gate_kernel(
     ok = has[:, None] & (p < H * W)[None, :]
     channel = (n.to(tl.int64) * G + c)[:, None]
     a = tl.load(attention_ptr + (b * g + n) * H * W + p, p < H * W, 0.0)[None, :]
-    x = tl.load(x_ptr + b * stride_b + channel * stride_c + at(h, w, stride_h, stride_w), ok, 0.0).to(tl.float32)
-    y_ptr += b * stride_yb + channel * stride_yc + at(h, w, stride_yh, stride_yw)
+    x = tl.load(x_ptr + b * stride_b + channel * stride_c + offsets(h, w, stride_h, stride_w), ok, 0.0).to(tl.float32)
+    y_ptr += b * stride_yb + channel * stride_yc + offsets(h, w, stride_yh, stride_yw)
     tl.store(y_ptr, (x + x * a).to(y_ptr.dtype.element_ty), ok)
 
 
@@ -144,8 +144,8 @@ def dgate_kernel(
         c = start + tl.arange(0, BLOCK_C)
         ok = (c < G)[:, None] & (p < H * W)[None, :]
         channel = (n * G + c)[:, None]
-        x = tl.load(x_ptr + b * stride_b + channel * stride_c + at(h, w, stride_h, stride_w), ok, 0.0)
-        dy = tl.load(dy_ptr + b * stride_db + channel * stride_dc + at(h, w, stride_dh, stride_dw), ok, 0.0)
+        x = tl.load(x_ptr + b * stride_b + channel * stride_c + offsets(h, w, stride_h, stride_w), ok, 0.0)
+        dy = tl.load(dy_ptr + b * stride_db + channel * stride_dc + offsets(h, w, stride_dh, stride_dw), ok, 0.0)
         total += x.to(tl.float32) * dy.to(tl.float32)
     tl.store(da_ptr + (b * g + n) * H * W + p, tl.sum(total, 0), p < H * W)
 
@@ -182,14 +182,14 @@ def dmap_kernel(
         p = start + tl.arange(0, BLOCK_P)
         ok = has[:, None] & (p < H * W)[None, :]
         h, w = p // W, p % W
-        x = tl.load(x_ptr + at(h, w, stride_h, stride_w), ok, 0.0).to(tl.float32)
+        x = tl.load(x_ptr + offsets(h, w, stride_h, stride_w), ok, 0.0).to(tl.float32)
         z = x * scale + shift
-        # Of the window centred k columns away: is z its first maximum? In z's own row, what is to the left must be
-        # smaller, what is to the right no larger; in the rows above all must be smaller, below no larger.
-        left = z > near(x_ptr, h, w - 1, scale, shift, ok, H, W, stride_h, stride_w)
-        right = z >= near(x_ptr, h, w + 1, scale, shift, ok, H, W, stride_h, stride_w)
-        first = left & (z > near(x_ptr, h, w - 2, scale, shift, ok, H, W, stride_h, stride_w))
-        last = right & (z >= near(x_ptr, h, w + 2, scale, shift, ok, H, W, stride_h, stride_w))
+        # Is z the first maximum of the window centred k columns away? In its row, values to the left must be smaller
+        # and values to the right not larger; rows above must be smaller, rows below not larger.
+        left = z > affine_at(x_ptr, h, w - 1, scale, shift, ok, H, W, stride_h, stride_w)
+        right = z >= affine_at(x_ptr, h, w + 1, scale, shift, ok, H, W, stride_h, stride_w)
+        first = left & (z > affine_at(x_ptr, h, w - 2, scale, shift, ok, H, W, stride_h, stride_w))
+        last = right & (z >= affine_at(x_ptr, h, w + 2, scale, shift, ok, H, W, stride_h, stride_w))
         d = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
         for k in tl.static_range(-1, 2):
             wins = first if k == -1 else (left & right if k == 0 else last)
@@ -201,8 +201,12 @@ def dmap_kernel(
                 below = float("-inf")
                 for j in tl.static_range(-1, 2):
                     column = w + k + j
-                    above = tl.maximum(above, near(x_ptr, h - i, column, scale, shift, ok, H, W, stride_h, stride_w))
-                    below = tl.maximum(below, near(x_ptr, h + i, column, scale, shift, ok, H, W, stride_h, stride_w))
+                    above = tl.maximum(
+                        above, affine_at(x_ptr, h - i, column, scale, shift, ok, H, W, stride_h, stride_w)
+                    )
+                    below = tl.maximum(
+                        below, affine_at(x_ptr, h + i, column, scale, shift, ok, H, W, stride_h, stride_w)
+                    )
                 up = up & (z > above)
                 down = down & (z >= below)
                 if i == 1:
@@ -215,17 +219,17 @@ def dmap_kernel(
             total += d
             totalx += d * x
         if DX:
-            dy = tl.load(dy_ptr + at(h, w, stride_dh, stride_dw), ok, 0.0).to(tl.float32)
+            dy = tl.load(dy_ptr + offsets(h, w, stride_dh, stride_dw), ok, 0.0).to(tl.float32)
             a = tl.load(attention_ptr + p, p < H * W, 0.0)[None, :]
             dx = dy + dy * a + gain * d + (constant + linear * x)
-            tl.store(dx_ptr + at(h, w, stride_xh, stride_xw), dx.to(dx_ptr.dtype.element_ty), ok)
+            tl.store(dx_ptr + offsets(h, w, stride_xh, stride_xw), dx.to(dx_ptr.dtype.element_ty), ok)
     if SUMS:
         tl.store(sum_ptr + b * g * G + channel, tl.sum(total, 1), has)
         tl.store(sumx_ptr + b * g * G + channel, tl.sum(totalx, 1), has)
 
 
-# Elements of a tile and its warps, by kernel. Chosen by registers from ahead-of-time compilation (saccade.ops.aot), not
-# yet timed on a GPU: `dmap_kernel`, which looks at 24 neighbours, spills with eight elements a thread.
+# Elements of a tile and its warps, by kernel. Chosen from the registers of ahead-of-time compilation (saccade.ops.aot);
+# not yet timed on a GPU. `dmap_kernel`, which reads 24 neighbours, spills with eight elements per thread.
 TILES = {
     moments_kernel: (1024, 4),
     scores_kernel: (512, 4),
@@ -233,12 +237,12 @@ TILES = {
     dgate_kernel: (1024, 4),
     dmap_kernel: (256, 8),
 }
-CHANNELS = 32  # side by side in memory, of a channels-last map: whole sectors in half precision
-REACH = 2**31  # elements from the first of an image to its last
+CHANNELS = 32  # contiguous channels per program of a channels-last map: whole sectors in half precision
+REACH = 2**31  # limit of the distance in memory between an image's first and last element
 
 
 def tile(kernel, G: int, P: int, channels_last: bool) -> dict:
-    """Along the inner axis as far as it goes, then along the other."""
+    """Return a tile that extends along the inner axis first, then along the other."""
     elements, warps = TILES[kernel]
     if channels_last:
         c = min(CHANNELS, triton.next_power_of_2(G))
@@ -250,7 +254,7 @@ def tile(kernel, G: int, P: int, channels_last: bool) -> dict:
 
 
 def _launch(kernel, x: Tensor, g: int) -> tuple[tuple, dict, int, int]:
-    """Sizes, options, and the numbers of tiles of channels and of positions."""
+    """Return sizes, options, and the numbers of channel tiles and position tiles."""
     _, C, H, W = x.shape
     options = tile(kernel, C // g, H * W, x.stride(1) == 1 and x.stride(3) != 1)
     channels, positions = triton.cdiv(C // g, options["BLOCK_C"]), triton.cdiv(H * W, options["BLOCK_P"])
@@ -258,7 +262,7 @@ def _launch(kernel, x: Tensor, g: int) -> tuple[tuple, dict, int, int]:
 
 
 def moments(x: Tensor, g: int) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance of each channel, float32."""
+    """Return mean and biased variance of each channel, float32."""
     (B, C, H, W), (sizes, options, channels, _) = x.shape, _launch(moments_kernel, x, g)
     mean, square = (x.new_empty(B, C, dtype=torch.float32) for _ in range(2))
     with torch.cuda.device_of(x):
@@ -295,7 +299,8 @@ def gate_gradient(dy: Tensor, x: Tensor, attention: Tensor) -> Tensor:
 
 
 def map_gradient(dy: Tensor, x: Tensor, ds: Tensor, attention: Tensor, middle) -> tuple[Tensor, ...]:
-    """The gradient to x, and what `middle.map_backward` makes of the sums: gradients of the channels' parameters."""
+    """Return the gradient of x, and what `middle.map_backward` makes of the sums: gradients of the channels'
+    parameters."""
     (B, C, _, _), g = x.shape, ds.shape[1]
     sizes, options, channels, _ = _launch(dmap_kernel, x, g)
     sums = x.new_empty(2, B, C, dtype=torch.float32)
@@ -318,7 +323,7 @@ def map_gradient(dy: Tensor, x: Tensor, ds: Tensor, attention: Tensor, middle) -
 
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
-    """For saccade.ops.aot: the tiles of small and of large subspaces, in both memory formats."""
+    """Yield for saccade.ops.aot: the tiles of small and of large subspaces, in both memory formats."""
     maps = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
     for kernel in TILES:
         pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in maps}

@@ -1,4 +1,4 @@
-"""Registration of the Triton form with PyTorch: fakes, autograd and FLOP formulas."""
+"""Registration of the Triton kernels with PyTorch: fake kernels, autograd and FLOP formulas."""
 
 import torch
 from torch import Tensor
@@ -29,8 +29,8 @@ def fwd(
     training: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, list[Tensor]]:
-    """The gated map; for the backward the scores and, in training, mean and variance of each channel of x; and, in
-    training, mean and biased variance of what each norm was given."""
+    """Return the gated map; for the backward pass, the scores and, in training, mean and variance of each channel of x;
+    and, in training, mean and biased variance of each norm's input."""
     args = (weight, bias, norm_weight, norm_bias, point_weight, point_bias, point_norm_weight, point_norm_bias)
     args += running_mean, running_var, point_running_mean, point_running_var, training, eps
     with no_autocast(x):
@@ -73,7 +73,7 @@ def bwd(
     training: bool,
     eps: float,
 ) -> list[Tensor]:
-    """Gradients to x and to the eight parameters."""
+    """Return the gradients of x and of the eight parameters."""
     args = (weight, bias, norm_weight, norm_bias, point_weight, point_bias, point_norm_weight, point_norm_bias)
     args += running_mean, running_var, point_running_mean, point_running_var, training, eps
     with no_autocast(x):
@@ -103,7 +103,7 @@ fwd.register_autograd(_backward, setup_context=_save)
 no_second_derivative("subspace_gate", bwd)
 
 
-# As PyTorch counts: the two convolutions alone. Backward, twice that.
+# Counted as PyTorch does: only the two convolutions; backward twice that.
 @register_flop_formula(torch.ops.saccade.subspace_gate_fwd)
 def fwd_flop(x_shape, *args, **kwargs) -> int:
     B, C, H, W = x_shape

@@ -1,4 +1,4 @@
-"""Subspace gate as its definition reads (ULSAM, arXiv 2006.15102).
+"""Reference implementation of the subspace gate (ULSAM, arXiv 2006.15102).
 
 The C channels are g subspaces of G = C / g. For the channels x_n of subspace n:
 
@@ -6,7 +6,7 @@ The C channels are g subspaces of G = C / g. For the channels x_n of subspace n:
     A_n = softmax over H·W of relu(norm'(Σ_c v_c · p_c + u))    (B, 1, H, W)
     y_n = x_n + A_n · x_n
 
-Both norms are BatchNorm. Here every line of it is a map in memory; the other forms exist to avoid exactly these.
+Both norms are BatchNorms. This implementation materialises a map for every line; the other implementations avoid that.
 """
 
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Window attention (Swin, DaViT, CSwin's stripes): every token attends to the tokens of its window."""
+"""Window attention (Swin, DaViT, stripes of CSwin): every token attends to the tokens of its window."""
 
 import torch
 from torch import Tensor
@@ -8,8 +8,8 @@ from . import eager, reference
 
 __all__ = ["window_attention"]
 
-MAX_HEAD_DIM = {2: 256, 4: 128}  # of the kernels, by bytes of an element: beyond, their tiles leave the registers
-MAX_TOKENS = 2**20  # of a window: kernel.divided
+MAX_HEAD_DIM = {2: 256, 4: 128}  # by element size in bytes: with more, the kernels' tiles do not fit in registers
+MAX_TOKENS = 2**20  # per window, for kernel.divide
 
 
 def window_attention(
@@ -21,30 +21,30 @@ def window_attention(
     pad: Tensor | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """softmax(scale · q · k + bias) v among the tokens of each window (Swin, arXiv 2103.14030; DaViT, 2204.03645;
-    CSwin, 2107.00652).
+    """softmax(scale · q · k + bias) v within each window (Swin, arXiv 2103.14030; DaViT, 2204.03645; CSwin,
+    2107.00652).
 
-    qkv     (B, H, W, 3, C): q | k | v on axis 3, as a Linear's output unflattened; head m owns channels m·D to (m+1)·D
-            of each. If the last axis has stride 1, a view of some channels of a bigger map is read where it lies.
-    window  (h, w) tokens: squares, stripes such as (H, 1) or (7, W), the whole map (H, W), or more. The map is thought
-            padded at the bottom and right to multiples of the window; nothing padded is in memory.
-    shift   (s_h, s_w), below h and w: Swin's cyclic shift. The padded map is rolled by (-s_h, -s_w), and a token
-            attends to those tokens of its window that the roll alone did not bring there from the opposite edge. The
-            others are hidden entirely (-inf); published code adds -100 to their logits.
-    bias    (heads, 2h-1, 2w-1): added to the logits; [m, dy + h - 1, dx + w - 1] at distance (dy, dx), query - key.
-    pad     (3, C): what a token of the padding has for q | k | v (the bias of the projection, where it pads its input
-            with zeros). Such a token is a key as any other; zeros if None.
-    scale   of the logits; D ** -0.5 if None.
+    qkv     (B, H, W, 3, C): q | k | v on axis 3, like the unflattened output of a Linear; head m has channels m·D to
+            (m+1)·D of each. A view of some channels of a larger map is read in place if its last axis has stride 1.
+    window  (h, w) in tokens: squares, stripes such as (H, 1) or (7, W), the whole map (H, W), or larger. The map is
+            padded at the bottom and right to multiples of the window, without allocating a padded map.
+    shift   (s_h, s_w), less than (h, w): the cyclic shift of Swin. The padded map is rolled by (-s_h, -s_w), and tokens
+            that only the roll brings together from opposite edges do not attend to each other (their logits are -inf;
+            published code adds -100).
+    bias    (heads, 2h-1, 2w-1), added to the logits: [m, dy + h - 1, dx + w - 1] for query - key = (dy, dx).
+    pad     (3, C): q | k | v of the padding tokens, zeros if None. Where published code pads the input of the
+            projection with zeros, it is the bias of the projection. Padding tokens are keys like any other.
+    scale   factor of the logits; D ** -0.5 if None.
 
-    Returns (B, H, W, C), contiguous, in the type of qkv, under autocast too; sums are in float32 (float64 for float64).
-    Gradients go to qkv, bias and pad, and are the same in every run. A NaN in a query stays there; among the keys and
-    values it reaches the queries of its window.
+    Returns (B, H, W, C), contiguous, in the dtype of qkv, under autocast too; sums are in float32 (float64 for
+    float64). qkv, bias and pad get gradients, and these are deterministic. A NaN in a query affects only that query;
+    one in a key or value affects the queries of its window.
     """
     if torch.jit.is_scripting():
         return reference.window_attention(qkv, heads, window, shift, bias, pad, scale)
     else:
         _check(qkv, heads, window, shift, bias, pad)
-        if qkv.numel() == 0:  # with a graph to the parameters
+        if qkv.numel() == 0:  # an empty result that depends on every input, for autograd
             return _nothing(qkv, bias, pad)
         cannot, D = [], qkv.shape[4] // heads
         if MAX_HEAD_DIM.get(qkv.element_size(), D) < D:
@@ -67,7 +67,7 @@ def _kernels(cannot: list[str], *given: Tensor | None) -> bool:
 
 
 def _triton(qkv, heads, window, shift, bias, pad, scale) -> Tensor:
-    from . import op  # and with it Triton: only now
+    from . import op  # imports Triton, so not at the top of the file
 
     if bias is not None:
         bias = bias.float()

@@ -1,12 +1,12 @@
-"""The plain-PyTorch form for speed: what runs on a CPU where Triton does not.
+"""Fast PyTorch implementation for CPUs.
 
-Windows are gathered from the map token by token, roll and padding included, a few at a time, so that they and their
-logits stay in a cache; batched products read the heads where they lie; one gather brings the output back. No padded,
-rolled or permuted copies of a map, and no logits kept: the backward makes those of a few windows again. Windows with
-the same seams come together, so that a mask is one window's, however many there are.
+Windows are gathered from the map token by token, which includes roll and padding, a few at a time, so that they and
+their logits stay in cache. Batched products read the heads without permuted copies, and one gather writes the output.
+No map is padded, rolled or permuted, and no logits are kept: the backward pass recomputes those of a few windows.
+Windows with the same seams are processed together, so that they share one mask.
 
-Of an image, the windows' tokens lie as (T, N, windows, C), with T = 3 for q, k and v and 1 for the output: so a window
-and a head are one axis of a batched product, of stride D.
+The tokens of windows are stored as (T, N, windows, C), with T = 3 for q, k and v and 1 for the output, so that windows
+and heads are one axis of a batched product, with stride D.
 """
 
 import functools
@@ -22,7 +22,7 @@ from ..dispatch import definition_gradients, wants_definition_gradients
 from ..precision import full, no_autocast
 from . import reference
 
-# Of a few windows' q, k and v, or their logits if these are more, in bytes. 1 to 8 MB are alike on most maps.
+# Bytes per chunk of windows, of their q, k and v or of their logits if these are larger. 1 to 8 MB are equally fast.
 CHUNK_BYTES = 2 << 20
 
 
@@ -48,7 +48,7 @@ def definition(
     shift: tuple[int, int],
     scale: float | None,
 ) -> Tensor:
-    """The definition in the type of qkv."""
+    """Run the reference and return the dtype of qkv."""
     with no_autocast(qkv):
         bias, pad = (None if t is None else t.to(qkv.dtype) for t in (bias, pad))
         return reference.window_attention(qkv, heads, window, shift, bias, pad, scale)
@@ -97,7 +97,7 @@ class WindowAttention(torch.autograd.Function):
         with no_autocast(qkv):
             dqkv = torch.empty(qkv.shape, dtype=qkv.dtype)
             dpad = torch.zeros_like(pad, dtype=run.dtype) if ctx.needs_input_grad[5] else None
-            dlogits = 0  # summed over windows, keys by queries
+            dlogits = 0  # summed over windows; keys by queries
             masks, read, read_dout = run.masks(bias), run.reader(qkv, pad), run.reader(dout.unsqueeze(3))
             dx, p, ds, y = run.buffer(3), run.pairs(), run.pairs(), run.tokens()
             for images in run.images:
@@ -121,29 +121,29 @@ class WindowAttention(torch.autograd.Function):
 
 
 def diagonals(ds: Tensor, window: tuple[int, int]) -> Tensor:
-    """(heads, N, N), queries by keys, summed over the pairs at each distance: (heads, 2h-1, 2w-1)."""
+    """Sum (heads, N, N), queries by keys, over all pairs with the same relative position: (heads, 2h-1, 2w-1)."""
     h, w = window
-    ds = skewed(ds.reshape(-1, h, w, h, w).transpose(2, 3))  # (heads, h, h, 2w-1)
-    return skewed(ds.permute(0, 3, 1, 2)).mT
+    ds = sum_diagonals(ds.reshape(-1, h, w, h, w).transpose(2, 3))  # (heads, h, h, 2w-1)
+    return sum_diagonals(ds.permute(0, 3, 1, 2)).mT
 
 
-def skewed(x: Tensor) -> Tensor:
-    """(..., n, n) -> (..., 2n-1): entry d + n - 1 is the sum of x[i, j] over i - j = d."""
+def sum_diagonals(x: Tensor) -> Tensor:
+    """Sum the diagonals of (..., n, n) to (..., 2n-1): entry d + n - 1 is the sum of x[i, j] over i - j = d."""
     n = x.shape[-1]
-    x = F.pad(x.flip(-1), (0, n)).flatten(-2)[..., : n * (2 * n - 1)]  # rows of 2n, read as rows of 2n-1: each shifts
+    x = F.pad(x.flip(-1), (0, n)).flatten(-2)[..., : n * (2 * n - 1)]  # rows of 2n, read as rows of 2n-1: shifted
     return x.unflatten(-1, (n, 2 * n - 1)).sum(-2)
 
 
 @functools.lru_cache(maxsize=32)
 def windows(shape: torch.Size, dtype: torch.dtype, heads: int, window, shift, chunk_bytes: int) -> "Windows":
-    """As many as the blocks of a model with four stages and two shifts want, at four sizes: 24 bytes a token of a few
-    images each, and a millisecond to make."""
+    """Return a cached `Windows`. The cache fits a model with four stages and two shifts at four image sizes. Each takes
+    24 bytes per token of a few images, and a millisecond to compute."""
     return Windows(shape, dtype, heads, window, shift, chunk_bytes)
 
 
 class Windows:
-    """Which tokens of a few images make which windows: by the seams that run through these, 0 none, 1 from top to
-    bottom, 2 from left to right, 3 both; in each kind image by image."""
+    """The indices of the tokens of each window, for a few images. Windows are ordered by the seams that divide them
+    (kind 0: none, 1: vertical, 2: horizontal, 3: both) and within a kind by image."""
 
     def __init__(
         self,
@@ -179,23 +179,23 @@ class Windows:
         self.most = max(part.stop - part.start for _, part in self.parts)
         order = torch.cat(order)
         image = torch.cat([torch.arange(n).repeat_interleave(n_k) for n_k in kinds.bincount().tolist()])
-        self.b, self.y, self.x = image.unsqueeze(1), y[order], x[order]  # of each token, (windows, N)
+        self.b, self.y, self.x = image.unsqueeze(1), y[order], x[order]  # per token, (windows, N)
         outside = (self.y >= H) | (self.x >= W)
-        self.place = torch.empty(n, H, W, dtype=torch.int64)  # of each pixel among the windows' tokens
-        i = outside.logical_not().T.flatten().nonzero().squeeze(1)  # as tokens lie: (N, windows)
+        self.place = torch.empty(n, H, W, dtype=torch.int64)  # index of each pixel in the windows' tokens
+        i = outside.logical_not().T.flatten().nonzero().squeeze(1)  # in the order of tokens, (N, windows)
         self.place.view(-1)[((self.b * H + self.y) * W + self.x).T.flatten()[i]] = i
         self.outside = None
         if len(i) < outside.numel():
             self.outside, self.y, self.x = outside, self.y.clamp(max=H - 1), self.x.clamp(max=W - 1)
 
     def masks(self, bias: Tensor | None) -> list[Tensor | None]:
-        """What each kind of window adds to its logits, (1 or heads, N, N), keys by queries."""
+        """Return the additive mask of each kind of window, (1 or heads, N, N), keys by queries."""
         (h, w), (s_h, s_w) = self.window, self.shift
         mask = None if bias is None else reference.gathered(bias.to(self.dtype), self.window).mT
         if not (s_h or s_w):
             return [mask]
         i = torch.arange(h * w)
-        below, right = i // w >= h - s_h, i % w >= w - s_w  # of the seams
+        below, right = i // w >= h - s_h, i % w >= w - s_w  # below the horizontal seam, right of the vertical one
         crossed = below[:, None] != below, right[:, None] != right
 
         def hidden(pairs: Tensor) -> Tensor:
@@ -207,25 +207,25 @@ class Windows:
         return [mask if kind == 0 or kind not in kinds else hidden(pairs[kind]) for kind in range(4)]
 
     def pairs(self) -> Tensor:
-        """For the logits of as many windows as come together, keys by queries."""
+        """Allocate the logits of the largest chunk of windows, keys by queries."""
         N = self.y.shape[1]
         return torch.empty(self.most * self.heads, N, N, dtype=self.dtype)
 
     def tokens(self) -> Tensor:
-        """For one of q, k and v of as many windows as come together."""
+        """Allocate one of q, k and v for the largest chunk of windows."""
         return torch.empty(self.most * self.heads, self.y.shape[1], self.C // self.heads, dtype=self.dtype)
 
     def buffer(self, T: int) -> Tensor:
-        """(T, N, windows of a few images, C)"""
+        """Allocate the tokens of all windows of a few images, (T, N, windows, C)."""
         return torch.empty(T, *self.y.T.shape, self.C, dtype=self.dtype)
 
     def heads_of(self, x: Tensor) -> tuple[Tensor, ...]:
-        """(T, N, windows, C) -> T of (windows · heads, N, D), views."""
+        """Split (T, N, windows, C) into T views (windows · heads, N, D)."""
         return x.unflatten(3, (self.heads, -1)).flatten(2, 3).transpose(1, 2).unbind(0)
 
     def probabilities(self, q: Tensor, k: Tensor, mask: Tensor | None, scale: float, out: Tensor) -> None:
-        """Keys by queries: so the softmax runs along whole rows of queries at a time, and one product of the backward
-        less has to transpose."""
+        """Write the probabilities to out, keys by queries: the softmax then processes whole rows of queries at once,
+        and the backward pass transposes one product less."""
         if mask is None:
             torch.baddbmm(out, k, q.mT, beta=0, alpha=scale, out=out)
         else:
@@ -234,7 +234,8 @@ class Windows:
         torch.softmax(out, 1, out=out)
 
     def reader(self, x: Tensor, pad: Tensor | None = None) -> Callable[[slice, slice], Tensor]:
-        """Of a map (B, H, W, T, C): windows of some images, (T, N, windows, C), valid until the next are read."""
+        """Return a function that gathers windows of some images, (T, N, windows, C), from a map (B, H, W, T, C). Its
+        result is valid until the next call."""
         T, C = x.shape[3:]
         if x.stride(4) != 1 or any(s % C for s, size in zip(x.stride(), x.shape[:4]) if size > 1):
             x = x.contiguous()
@@ -259,7 +260,7 @@ class Windows:
         return read
 
     def store(self, x: Tensor, out: Tensor) -> None:
-        """The windows of a few images, (T, N, windows, C), into their contiguous maps (images, H, W, T, C)."""
+        """Scatter the windows of a few images, (T, N, windows, C), to contiguous maps out (images, H, W, T, C)."""
         T, C = len(x), self.C
         row = self.place.unsqueeze(3) + torch.arange(T) * self.y.numel()  # (images, H, W, T)
         x, out = x.flatten(0, 2), out.view(-1, C)

@@ -1,18 +1,18 @@
-"""Triton kernels of window attention, forward and backward, and what launches them.
+"""Triton kernels of window attention, forward and backward, and their launchers.
 
-A program holds a tile of one window's tokens for one head, and walks the other tokens of that window: queries that
-walk keys in `fwd_kernel` and `dq_kernel`, keys that walk queries in `dkdv_kernel`. Where a token lies on the map is
-arithmetic on its number in the window, rolling and padding included (`tokens`): the map is read where it lies, and no
-output is written that would be cropped. A token of the padding has the value it was given, loaded once.
+A program holds a tile of one window's tokens for one head and loops over the tokens of that window: `fwd_kernel` and
+`dq_kernel` hold queries and loop over keys, `dkdv_kernel` holds keys and loops over queries. The position of a token on
+the map is computed from its index in the window, including roll and padding (`tokens`): the map is read in place, and
+no output is written that would be cropped. Padding tokens have the given value, which is loaded once.
 
-A window that fits one tile, as the 49 tokens of most models do in half precision, needs no walk, and its backward no
-log-sum-exp: one kernel, `bwd_kernel`, reads q, k, v and dO once and writes all three gradients: 7 maps in all, against
-9 reads and 3 writes of the other two.
+A window that fits in one tile, such as the 49 tokens of most models in half precision, needs no loop, and its backward
+pass no log-sum-exp: a single kernel, `bwd_kernel`, reads q, k, v and dO once and writes all three gradients. That is 7
+maps in total, compared with 9 reads and 3 writes of the other two kernels.
 
-The gradient to the bias is the sum of dS over all windows and along its diagonals. Owners sum, not atomics: a program
-of `bwd_kernel` takes several windows and keeps their sum of N x N in registers; a program of `dbias_kernel` owns one
-distance of rows, and sums w x w over all pairs of rows at that distance and over some windows. So what is in memory is
-(2h - 1) w² for each head, or N² where N is at most 64. PyTorch sums the diagonals of what is left.
+The gradient of the bias is dS, summed over all windows and along its diagonals, without atomics. A program of
+`bwd_kernel` processes several windows and keeps their N x N sum in registers; a program of `dbias_kernel` owns one
+vertical distance and sums w x w over all pairs of rows at that distance and over some windows. So the buffers have
+(2h - 1) w² elements per head, or N² if N is at most 64. PyTorch sums their diagonals.
 """
 
 from collections.abc import Iterator
@@ -29,19 +29,19 @@ SIZES = ["B", "H", "W", "h", "w", "s_h", "s_w", "heads"]
 
 
 @triton.jit
-def divided(n, d):
-    """n // d of non-negative n < 2**20: what is lost in fp32 is far less than the half that was added."""
+def divide(n, d):
+    """Return n // d for 0 <= n < 2**20: the rounding error in fp32 is far less than the added half."""
     return ((n.to(tl.float32) + 0.5) * (1.0 / d.to(tl.float32))).to(tl.int32)
 
 
 @triton.jit
 def tokens(n, within, window, H, W, h, w, s_h, s_w):
-    """Of tokens n of a window: row and column on the map, 64-bit since they are about to be multiplied by strides;
-    whether they are on the map and not its padding; the side of the seams they are on, -1 if not within the window; and
-    how much their place adds to an index of the bias."""
+    """Return for tokens n of a window: row and column on the map, 64-bit because they are multiplied by strides;
+    whether they are on the map, not its padding; on which side of the seams they are, -1 if not `within` the window;
+    and the offset that their position adds to an index of the bias."""
     columns = (W + w - 1) // w
     n = tl.where(within, n, 0)
-    row = divided(n, w)
+    row = divide(n, w)
     column = n - row * w
     y = window // columns * h + row + s_h
     x = window % columns * w + column + s_w
@@ -57,7 +57,7 @@ def tokens(n, within, window, H, W, h, w, s_h, s_w):
 
 @triton.jit
 def padding(pad_ptr, C, d, D: tl.constexpr, PAD: tl.constexpr):
-    """Key and value of a token of the padding."""
+    """Load key and value of a padding token."""
     if PAD:
         return tl.load(pad_ptr + C + d, d < D, 0.0), tl.load(pad_ptr + 2 * C + d, d < D, 0.0)
     else:
@@ -66,7 +66,7 @@ def padding(pad_ptr, C, d, D: tl.constexpr, PAD: tl.constexpr):
 
 @triton.jit
 def load(ptr, at, on, side, d, value, D: tl.constexpr, PAD: tl.constexpr):
-    """A tile of keys or values: of the map, or of the padding if `value` is given."""
+    """Load a tile of keys or values from the map; with PAD, padding tokens get `value`."""
     x = tl.load(ptr + at[:, None] + d[None, :], on[:, None] & (d < D)[None, :], 0.0)
     if PAD:
         x = tl.where(((side >= 0) & (on == 0))[:, None], value[None, :], x)
@@ -75,7 +75,7 @@ def load(ptr, at, on, side, d, value, D: tl.constexpr, PAD: tl.constexpr):
 
 @triton.jit
 def logits(q, k, q_side, k_side, q_at, k_at, bias_ptr, middle, scale, BIAS: tl.constexpr):
-    """In base 2, of the pairs (M, N); -inf for those on two sides of a seam."""
+    """Return the logits of pairs (M, N) in base 2; -inf for pairs on two sides of a seam."""
     s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
     if BIAS:
         s += tl.load(bias_ptr + (q_at[:, None] - k_at[None, :] + middle)) * LOG2E
@@ -84,7 +84,7 @@ def logits(q, k, q_side, k_side, q_at, k_at, bias_ptr, middle, scale, BIAS: tl.c
 
 @triton.jit
 def program(pid, H, W, h, w, heads, BLOCK: tl.constexpr):
-    """A program's head, the first token of its tile, its window and its image."""
+    """Return a program's head, the first token of its tile, its window and its image."""
     head = pid % heads
     pid = pid // heads
     tiles = (h * w + BLOCK - 1) // BLOCK
@@ -127,7 +127,7 @@ def fwd_kernel(
         s = logits(q, k, side, k_side, at, k_at, bias_ptr, middle, scale, BIAS)
         m, l, acc = softmax_step(s, v, m, l, acc)
     pixel = (b * H + y) * W + x
-    tl.store(lse_ptr + (b * heads + head) * H * W + y * W + x, m + tl.log2(l), on)  # base 2, as the logits
+    tl.store(lse_ptr + (b * heads + head) * H * W + y * W + x, m + tl.log2(l), on)  # base 2, like the logits
     out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + (pixel * C + head * D)[:, None] + d[None, :], out, on[:, None] & (d < D)[None, :])
 
@@ -158,7 +158,7 @@ def dq_kernel(
     out = tl.load(out_ptr + (pixel * C + head * D)[:, None] + d[None, :], mine, 0.0)
     row = (b * heads + head) * H * W + y * W + x
     lse = tl.load(lse_ptr + row, on, 0.0)
-    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # the other kernels need it too: kept, dq goes first
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)  # stored for the other kernels, so this one runs first
     tl.store(delta_ptr + row, delta, on)
 
     dq = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
@@ -208,7 +208,7 @@ def dkdv_kernel(
     for start in range(0, N, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
         qy, qx, q_on, q_side, q_at = tokens(i, i < N, window, H, W, h, w, s_h, s_w)
-        lse = once(tl.load(lse_ptr + qy * W + qx, q_on, float("inf")))  # exp2(s - inf) = 0 hides all but the map's
+        lse = once(tl.load(lse_ptr + qy * W + qx, q_on, float("inf")))  # exp2(s - inf) = 0 masks padding tokens
         delta = once(tl.load(delta_ptr + qy * W + qx, q_on, 0.0))
         q = load(qkv_ptr, qy * stride_h + qx * stride_w, q_on, q_side, d, 0, D, False)
         dout = load(dout_ptr, qy * stride_dh + qx * stride_dw, q_on, q_side, d, 0, D, False)
@@ -237,7 +237,7 @@ def dbias_kernel(
     B, per, H, W, h, w, s_h, s_w, heads, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
-    """ds (chunks of `per` windows, heads, 2h-1, w, w): dS summed over the pairs of rows at a distance, query - key."""
+    """Sum dS over the pairs of rows at each distance, query - key: ds (chunks of `per` windows, heads, 2h-1, w, w)."""
     pid = tl.program_id(0)
     head = pid % heads
     pid = pid // heads
@@ -262,7 +262,7 @@ def dbias_kernel(
     for step in range((min(first + per, windows * B) - first) * pairs):
         window = first + step // pairs
         b = (window // windows).to(tl.int64)
-        row = step % pairs + tl.maximum(dy, 0)  # of the queries
+        row = step % pairs + tl.maximum(dy, 0)  # row of the queries
         y, x, on, side, at = tokens(row * w + i, i < w, window % windows, H, W, h, w, s_h, s_w)
         ky, kx, k_on, k_side, k_at = tokens((row - dy) * w + j, j < w, window % windows, H, W, h, w, s_h, s_w)
         base = qkv_ptr + b * stride_b + head * D
@@ -288,7 +288,8 @@ def bwd_kernel(
     B, per, H, W, h, w, s_h, s_w, heads, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
-    """All of the backward, for `per` windows which fit one tile each; ds (chunks, heads, N, N) is summed over them."""
+    """Compute all gradients for `per` windows that fit in one tile each; ds (chunks, heads, N, N) is summed over
+    them."""
     pid = tl.program_id(0)
     head = pid % heads
     chunk = pid // heads
@@ -341,8 +342,8 @@ def bwd_kernel(
         tl.store(ds_ptr, total, (n < N)[:, None] & (n < N)[None, :])
 
 
-# By bytes of an element and head dim: own rows at most, walked rows, warps, stages. Chosen by registers and shared
-# memory from ahead-of-time compilation (saccade.ops.aot), not yet timed on a GPU.
+# By element size in bytes and head dim: most rows of the program's tile, rows per step, warps, stages. Chosen from the
+# registers and shared memory of ahead-of-time compilation (saccade.ops.aot); not yet timed on a GPU.
 TILES = {
     (2, 32): (64, 32, 4, 3),
     (2, 64): (64, 32, 8, 3),
@@ -352,8 +353,8 @@ TILES = {
     (4, 64): (32, 16, 8, 2),
     (4, 128): (16, 16, 8, 1),
 }
-TILE = {2: 64, 4: 32}  # tokens of the largest window that bwd_kernel takes
-PROGRAMS = 1024  # at least, where a program sums over windows: some eight for an SM
+TILE = {2: 64, 4: 32}  # by element size in bytes: tokens of the largest window that bwd_kernel supports
+PROGRAMS = 1024  # least number of programs if each sums over windows: about eight per SM
 
 
 def _block(D: int) -> int:
@@ -361,12 +362,12 @@ def _block(D: int) -> int:
 
 
 def fits_tile(itemsize: int, D: int, N: int) -> bool:
-    """Whether bwd_kernel takes a window: beyond this its tiles leave the registers."""
+    """Return whether bwd_kernel supports a window: the tiles of larger ones do not fit in registers."""
     return TILE[itemsize] >= N and D <= 32
 
 
 def launch_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
-    """The tile, as constexprs and launch options, for N tokens to hold and to walk."""
+    """Return constexprs and launch options for windows of N tokens."""
     rows, walked, warps, stages = TILES[itemsize, max(32, _block(D))]
     return dict(
         D=D,
@@ -403,7 +404,8 @@ def _count(H: int, W: int, window: list[int]) -> int:
 def fwd(
     qkv: Tensor, bias: Tensor | None, pad: Tensor | None, heads: int, window: list[int], shift: list[int], scale: float
 ) -> tuple[Tensor, Tensor]:
-    """The output (B, H, W, C) and, for the backward, the base-2 log-sum-exp of each query's logits (B, heads, H·W)."""
+    """Return the output (B, H, W, C) and, for the backward pass, the base-2 log-sum-exp of the logits (B, heads,
+    H·W)."""
     B, H, W, _, C = qkv.shape
     out = qkv.new_empty(B, H, W, C)
     lse = qkv.new_empty(B, heads, H * W, dtype=torch.float32)
@@ -433,7 +435,7 @@ def bwd(
     shift: list[int],
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients to qkv, (B, H, W, 3, C) contiguous, to the bias and to pad; empty where these are None."""
+    """Return the gradients of qkv, (B, H, W, 3, C) contiguous, of bias and of pad; the last two are empty for None."""
     B, H, W, _, C = qkv.shape
     h, w = window
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -482,7 +484,7 @@ def bwd(
 
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
-    """For saccade.ops.aot: every tile of TILES, and the windows of one tile."""
+    """Yield for saccade.ops.aot: every tile of TILES, and windows of one tile."""
     itemsize = 4 if dtype == "fp32" else 2
     floats = dict.fromkeys(("bias_ptr", "lse_ptr", "delta_ptr", "dpad_ptr", "ds_ptr"), "*fp32")
     for D in (D for size, D in TILES if size == itemsize):

@@ -1,4 +1,4 @@
-"""Registration of the Triton form with PyTorch: fakes, autograd and FLOP formulas."""
+"""Registration of the Triton kernels with PyTorch: fake kernels, autograd and FLOP formulas."""
 
 import torch
 from torch import Tensor
@@ -61,7 +61,8 @@ fwd.register_autograd(_backward, setup_context=_save)
 no_second_derivative("window_attention", bwd)
 
 
-# As PyTorch counts its own attention: two matrix products forward, five backward, of the map's queries and all keys.
+# Counted as PyTorch counts its own attention: two matrix products forward, five backward, for the queries of the map
+# and all keys.
 @register_flop_formula(torch.ops.saccade.window_attention_fwd)
 def fwd_flop(qkv_shape, bias_shape, pad_shape, heads, window, *args, **kwargs) -> int:
     B, H, W, _, C = qkv_shape

@@ -1,13 +1,13 @@
-"""Window attention as its definition reads (Swin, arXiv 2103.14030; DaViT, 2204.03645; CSwin, 2107.00652).
+"""Reference implementation of window attention (Swin, arXiv 2103.14030; DaViT, 2204.03645; CSwin, 2107.00652).
 
 The map is padded at the bottom and right to multiples of the window (h, w), then rolled by (-s_h, -s_w). In each window
-of N = h · w tokens, head by head:
+of N = h · w tokens, for each head:
 
-    S_ij = scale · q_i · k_j + bias[y_i - y_j + h - 1, x_i - x_j + w - 1],  or -inf where only the roll made i, j meet
+    S_ij = scale · q_i · k_j + bias[y_i - y_j + h - 1, x_i - x_j + w - 1],  -inf if only the roll brings i, j together
     O    = softmax(S) V                                                     (N, D)
 
-and all is rolled back and cropped. Here the padded, rolled and partitioned maps and the logits are tensors in memory;
-the other forms exist to avoid exactly these.
+and the result is rolled back and cropped. This implementation materialises the padded, rolled and partitioned maps and
+the logits; the other implementations avoid that.
 """
 
 import torch
@@ -44,7 +44,7 @@ def window_attention(
 
 
 def rolled(x: Tensor, down: int, right: int) -> Tensor:
-    """x.roll((down, right), (1, 2)); in ONNX too by amounts that depend on the size."""
+    """Return x.roll((down, right), (1, 2)), in a form that ONNX can export for amounts that depend on the size."""
     if isinstance(down, int) and isinstance(right, int) and down == 0 and right == 0:
         return x
     y, z = (torch.arange(n, device=x.device) for n in x.shape[1:3])
@@ -59,7 +59,8 @@ def gathered(bias: Tensor, window: tuple[int, int]) -> Tensor:  # (heads, 2h-1, 
 
 
 def seams(H: int, W: int, window: tuple[int, int], shift: tuple[int, int], device: torch.device) -> Tensor:
-    """(windows, N, N): the pairs that the roll brought together from opposite edges of the padded map."""
+    """Return a mask (windows, N, N) of the pairs that the roll brings together from opposite edges of the padded
+    map."""
     h, w = window
     R, S = (H + h - 1) // h, (W + w - 1) // w
     wrapped_y = torch.arange(R * h, device=device) >= R * h - shift[0]

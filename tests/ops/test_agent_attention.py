@@ -328,7 +328,7 @@ BAD = {
     "batch": (dict(agents=rand((1, 9, 16))), r"agents must be \(2, tokens, 16\) to match q, got \(1, 9, 16\)"),
     "dtype": (dict(v=rand((2, 35, 16), torch.float16)), "v must be torch.float32 as q is, got torch.float16"),
     "values": (dict(v=rand((2, 34, 16))), r"v must be \(2, 35, 16\) as k is, got \(2, 34, 16\)"),
-    "no agent": (dict(agents=rand((2, 0, 16))), "agents must be at least one, got none"),
+    "no agent": (dict(agents=rand((2, 0, 16))), "agents must have at least one token, got none"),
     "factors": (
         dict(key_bias=(rand((2, 9, 7, 7)), rand((2, 9, 5)), rand((9, 7)))),
         r"key_bias must be block \(2, 9, S, S\), rows \(2, 9, h\) and columns \(2, 9, w\), got .* \(9, 7\)",
@@ -336,15 +336,15 @@ BAD = {
     "two factors": (dict(query_bias=(rand((2, 9, 7, 7)), rand((2, 9, 5)))), "query_bias must be three .* tensors"),
     "map": (
         dict(query_bias=(rand((2, 9, 7, 7)), rand((2, 9, 5)), rand((2, 9, 6)))),
-        "query_bias must be for the 35 tokens of q, got one for a map of 5 x 6",
+        "query_bias must fit the 35 tokens of q, got a bias for a map of 5 x 6",
     ),
     "token": (
         dict(token_bias=(rand((2, 9)), rand((2, 9)))),
-        "key_bias must be for the 35 tokens of k, the first a class token, got one for a map of 5 x 7",
+        "key_bias must fit the 35 tokens of k, the first a class token, got a bias for a map of 5 x 7",
     ),
     "dwc_weight": (dict(dwc_weight=rand((16, 3, 3))), r"dwc_weight must be \(16, 1, 3, 3\), got \(16, 3, 3\)"),
     "dwc_bias": (dict(dwc_bias=rand((8,))), r"dwc_bias must be \(16,\), got \(8,\)"),
-    "bias alone": (dict(dwc_weight=None), "dwc_bias must be None where dwc_weight is"),
+    "bias alone": (dict(dwc_weight=None), "dwc_bias must be None if dwc_weight is None"),
     "device": (dict(dwc_bias=torch.ones(16, device="meta")), "dwc_bias must be on .* as q is, got meta"),
 }
 
@@ -361,13 +361,13 @@ def test_bad_helpers_input_is_named_in_one_sentence():
     refuses(pool_agents, r"q must be .*\(B, h, w, C\), got .* \(2, 9, 4\)", rand((2, 9, 4)), (2, 2))
     refuses(pool_agents, "grid must be at least 1 x 1, got 0 x 2", rand((2, 3, 3, 4)), (0, 2))
     factors = rand((1, 3, 7, 7)), rand((1, 3, 5)), rand((1, 3, 5))
-    refuses(resize_agent_bias, "factors must be of a square number of agents, got 3", factors, (5, 5), (2, 2))
+    refuses(resize_agent_bias, "factors must have a square number of agents, got 3", factors, (5, 5), (2, 2))
     refuses(resize_agent_bias, r"size and grid must be .* got \(0, 5\)", [x[:, :1] for x in factors], (0, 5), (2, 2))
 
 
 def test_a_head_too_wide_for_the_kernels():
     shape = (1, (2, 2), (2, 2), 1, 65, 1, 1, False, False)
-    message = "cannot take: a head dimension of 65, over 64"
+    message = "cannot run: a head dimension of 65, over 64"
     refuses(flat(triton, shape), message, *inputs(shape), error=RuntimeError)
 
 

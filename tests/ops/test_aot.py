@@ -54,7 +54,7 @@ def test_a_problem_is_told():
     row = aot.Usage("op", "kernel", "fp16", "sm_90", "M=64", registers=255, spills=8, shared=1024, warps=4)
     assert row.problem == "spills"
     assert row._replace(card="sm_80").problem == ""
-    assert row._replace(card="gfx942", shared=65537).problem == "65536 bytes of shared memory is all there is"
+    assert row._replace(card="gfx942", shared=65537).problem == "more than the 65536 bytes of shared memory per program"
 
 
 @pytest.mark.parametrize(

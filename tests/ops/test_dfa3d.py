@@ -402,9 +402,9 @@ BAD = {
     "integers": (dict(value=torch.ones(2, 8, 2, 6).int()), "value must be floating point .* got torch.int32"),
     "cells": (dict(shapes=[(2, 3), (2, 2)]), r"shapes must have the S = 8 cells of value, got .*: 10"),
     "levels": (dict(shapes=[(2, 4)]), r"weights must be \(2, Q, 2, 1, P\) .* got \(2, 5, 2, 2, 3\)"),
-    "numbers": (dict(shapes=[(2, 3, 5, 1), (1, 2)]), r"shapes must be pairs \(H, W\).* got \(2, 3, 5, 1\)"),
+    "numbers": (dict(shapes=[(2, 3, 5, 1), (1, 2)]), r"shapes must be one pair \(H, W\).* got \(2, 3, 5, 1\)"),
     "bins": (dict(shapes=[(2, 3, 4), (1, 2, 5)]), r"shapes must have the 5 bins of depth, got \(2, 3, 4\)"),
-    "negative": (dict(shapes=[(-2, -3), (1, 2)]), r"shapes must be pairs .* got \(-2, -3\)"),
+    "negative": (dict(shapes=[(-2, -3), (1, 2)]), r"shapes must be one pair .* got \(-2, -3\)"),
     "heads": (dict(weights=rand((2, 5, 1, 2, 3))), r"weights must be \(2, Q, 2, 2, P\) .* got \(2, 5, 1, 2, 3\)"),
     "batch": (dict(weights=rand((1, 5, 2, 2, 3))), r"weights must be .* got \(1, 5, 2, 2, 3\)"),
     "2d": (

@@ -46,8 +46,9 @@ def test_a_refusal_names_all_in_one_sentence():
     with backend("triton"), pytest.raises(RuntimeError) as error:
         use_triton(bad, bad, torch.ones(2, device="meta"), cannot=["a head dimension of 136"])
     assert str(error.value) == (
-        "backend 'triton' was asked for by name, but it cannot take: a head dimension of 136; "
-        "a tensor of torch.float64; kernels take float32, float16 and bfloat16; a tensor on meta, where no kernel runs"
+        "backend 'triton' is set, but the kernels cannot run: a head dimension of 136; "
+        "a tensor of torch.float64; kernels take float32, float16 and bfloat16; "
+        "a tensor on meta, where kernels do not run"
     )
 
 
@@ -77,7 +78,7 @@ with ops.backend("triton"):
     run = python(code)
     assert run.stdout == "torch.Size([1, 4, 4, 8])\n", run.stderr
     assert "RuntimeError: backend 'triton'" in run.stderr
-    assert "Triton is not installed; a tensor on cpu, where no kernel runs" in run.stderr
+    assert "Triton is not installed; a tensor on cpu, where kernels do not run" in run.stderr
 
 
 def test_importing_brings_no_kernel():

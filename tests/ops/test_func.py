@@ -111,5 +111,5 @@ def test_without_values(name):
 
 def test_kernels_refuse_transforms_by_name():
     call = build("channel_attention")
-    with backend("triton"), pytest.raises(RuntimeError, match=r"cannot take:.*transforms of torch\.func"):
+    with backend("triton"), pytest.raises(RuntimeError, match=r"cannot run:.*transforms of torch\.func"):
         vmap(call)(call.inputs(2)[0].unsqueeze(1))

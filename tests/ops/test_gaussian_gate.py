@@ -228,8 +228,8 @@ BAD = {
     "integers": (dict(x=torch.ones(2, 8, 5, 7, dtype=torch.int64)), "x must be floating point .* got torch.int64"),
     "weight": (dict(weight=rand((8, 8))), r"weight must be \(8, 8, 2\), got \(8, 8\)"),
     "norm_bias": (dict(norm_bias=rand((4,))), r"norm_bias must be \(8,\), got \(4,\)"),
-    "half a norm": (dict(out_norm_bias=None), "out_norm_bias must be given, as its fellow is"),
-    "no statistics": (dict(out_running_var=None), "out_running_var must be given, unless training"),
+    "half a norm": (dict(out_norm_bias=None), "out_norm_bias must be given, since out_norm needs both"),
+    "no statistics": (dict(out_running_var=None), "out_running_var must be given unless training, got None"),
     "statistics": (dict(running_var=rand((9,))), r"running_var must be \(8,\), got \(9,\)"),
     "device": (dict(weight=torch.ones(8, 8, 2, device="meta")), "weight must be on .* as x is, got meta"),
     "dtype": (

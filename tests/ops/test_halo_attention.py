@@ -250,7 +250,7 @@ BAD = {
     "integers": (dict(kv=torch.ones(2, 64, 4, 8, dtype=torch.int64)), "kv must be floating point .* got torch.int64"),
     "block": (dict(block=0), "block must be at least 1 and halo at least 0, got 0 and 1"),
     "halo": (dict(halo=-1), "block must be .* got 4 and -1"),
-    "stride": (dict(stride=3), "stride must divide block = 4, got 3: take queries at full resolution and pool"),
+    "stride": (dict(stride=3), "stride must divide block = 4, got 3: use queries at full resolution and pool"),
     "heads": (dict(heads=3), "heads must divide the 32 channels of q, got 3"),
     "no heads": (dict(heads=0), "heads must divide .* got 0"),
     "kv channels": (dict(kv=rand((2, 65, 4, 8))), r"kv must have 2·\(16 \+ Dv\) channels, got 65"),

@@ -582,8 +582,8 @@ def test_bad_predictor(case):
 def test_bad_rule_mask_and_size():
     S = rand((2, 2, 19, 20))
     for change, message in (
-        (dict(), "either budget or threshold must be given, got budget None and threshold None"),
-        (dict(budget=3, threshold=0.1), "either budget or threshold must be given, got budget 3"),
+        (dict(), "one of budget and threshold must be given, got budget None and threshold None"),
+        (dict(budget=3, threshold=0.1), "one of budget and threshold must be given, got budget 3"),
         (dict(budget=21), "budget must be from 1 to N = 20 keys, got 21"),
         (dict(budget=0), "budget must be from 1 to .* got 0"),
     ):

@@ -172,13 +172,13 @@ BAD = {
     "integers": (dict(x=torch.ones(2, 8, 5, 7, dtype=torch.int64)), "x must be floating point .* got torch.int64"),
     "weight": (dict(weight=rand((1, 8, 1, 1))), r"weight must be \(8,\), got \(1, 8, 1, 1\)"),
     "norm_bias": (dict(norm_bias=rand((4,))), r"norm_bias must be \(8,\), got \(4,\)"),
-    "no statistics": (dict(running_var=None), "running_var must be given, unless training"),
+    "no statistics": (dict(running_var=None), "running_var must be given unless training, got None"),
     "device": (dict(weight=torch.ones(8, device="meta")), "weight must be on .* as x is, got meta"),
     "dtype": (
         dict(norm_weight=torch.ones(8, dtype=torch.int32)),
         "norm_weight must be floating point, got torch.int32",
     ),
-    "one value": (dict(x=rand((1, 8, 1, 1)), training=True), "training needs more than one value a channel, got x"),
+    "one value": (dict(x=rand((1, 8, 1, 1)), training=True), "training needs more than one value per channel, got x"),
 }
 
 

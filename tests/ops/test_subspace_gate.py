@@ -305,7 +305,7 @@ BAD = {
     "weight": (dict(weight=rand((12, 1))), r"weight must be \(12,\), got \(12, 1\)"),
     "point_weight": (dict(point_weight=rand((2,))), r"point_weight must be \(12,\), got \(2,\)"),
     "point_norm": (dict(point_norm_bias=rand((12,))), r"point_norm_bias must be \(1,\), got \(12,\)"),
-    "missing": (dict(running_var=None), "running_var must be given, unless training"),
+    "missing": (dict(running_var=None), "running_var must be given unless training, got None"),
     "device": (dict(norm_bias=torch.ones(12, device="meta")), "norm_bias must be on .* as x is, got meta"),
     "dtype": (dict(bias=torch.ones(12, dtype=torch.int32)), "bias must be floating point, got torch.int32"),
     "one value": (dict(x=rand((1, 12, 1, 1)), training=True), r"training needs more .* got x of shape \(1, 12, 1, 1\)"),
