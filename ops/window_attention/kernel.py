@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import FLOOR, LOG2E, once, softmax_step
-from .eager import diagonals, skewed
+from .eager import diagonals, sum_diagonals
 
 SIZES = ["B", "H", "W", "h", "w", "s_h", "s_w", "heads"]
 
@@ -476,7 +476,7 @@ def bwd(
                 dbias_kernel[(chunks * owners,)](
                     *tensors, lse, dout, delta, ds, *strides, B, per, *sizes, PAD=pad is not None, **options
                 )
-                dbias = skewed(ds.sum(0))
+                dbias = sum_diagonals(ds.sum(0))
         if pad is not None:
             dpad[0] = 0
             dpad[1:] = parts.sum(0)
