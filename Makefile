@@ -43,26 +43,16 @@ demo-bev: setup
 	$(PY) tools/train.py configs/scenes/bev_dfa3d.py --run-dir runs/demo-bev --overwrite
 	$(PY) tools/test.py runs/demo-bev
 
-# One worker per core with one thread each; then, one after the other, the tests that need all cores to themselves.
-# Both parts run, also when the first one fails. The markers are explained in pyproject.toml.
+# One worker per core with one thread each. The marker `exhaustive` is explained in pyproject.toml.
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal
 test: setup
-	@status=0; set -x; \
-	$(PARALLEL) -m 'not exhaustive and not both_cores' tests || status=$$?; \
-	$(PYTEST) -m 'both_cores and not exhaustive' tests || status=$$?; \
-	exit $$status
+	$(PARALLEL) -m 'not exhaustive' tests
 
 test-all: setup
-	@status=0; set -x; \
-	SACCADE_TIMM_SUITE='*' $(PARALLEL) -m 'not both_cores' tests || status=$$?; \
-	$(PYTEST) -m both_cores tests || status=$$?; \
-	exit $$status
+	$(PARALLEL) tests
 
 coverage: setup
-	@status=0; set -x; \
-	$(PARALLEL) -m 'not exhaustive and not both_cores' --cov --cov-report= tests || status=$$?; \
-	$(PYTEST) -m 'both_cores and not exhaustive' --cov --cov-append --cov-report=term-missing:skip-covered tests || status=$$?; \
-	exit $$status
+	$(PARALLEL) -m 'not exhaustive' --cov --cov-report=term-missing:skip-covered tests
 
 lint: setup
 	$(VENV)/bin/ruff check .

@@ -31,7 +31,10 @@ def command(monkeypatch, capfd):
         main = runpy.run_path(script)["main"]
         capfd.readouterr()
         with own_signals():
-            code = run(main)
+            try:
+                code = run(main)
+            except SystemExit as end:  # argparse's
+                code = end.code
         return code, *capfd.readouterr()
 
     return call

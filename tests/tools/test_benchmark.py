@@ -14,7 +14,7 @@ def benchmark(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def test_compares_with_the_published_form(tmp_path):
-    small = ["--size", "64", "--batch", "1", "--train-batch", "1", "--runs", "1", "--out", str(tmp_path)]
+    small = ["--size", "112", "--batch", "1", "--train-batch", "1", "--runs", "1", "--out", str(tmp_path)]
     done = benchmark("--models", "biformer_t", "--vs", "published", "--dtypes", "float32", "bfloat16", *small)
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "benchmark.json").read_text())
