@@ -8,6 +8,7 @@ import os
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,8 +19,7 @@ from . import budget
 from .budget import assert_close
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Triton's interpreter computes bfloat16 wrongly: a GPU alone can test it.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 # Dynamic sizes take minutes in some; a dynamic batch is also in every test of export.
@@ -54,6 +54,41 @@ def interpret() -> None:
     interpreter._patch_lang_tensor = patched
     # tl.max and its like are no interpreted functions if something (timm, say) has imported Triton before.
     jit.JITFunction.__call__ = lambda self, *args, **kwargs: interpreted(self.fn)(*args, **kwargs)
+    _interpret_bfloat16(interpreter)
+
+
+def _interpret_bfloat16(interpreter) -> None:
+    """Give Triton's interpreter a bfloat16: it keeps the bits as uint16, truncates where a GPU rounds to nearest even,
+    and multiplies matrices of the raw integers."""
+    import ml_dtypes
+    import triton.language as tl
+
+    numpy_dtype, builder = interpreter._get_np_dtype, interpreter.InterpreterBuilder
+    cast, fp_to_fp, dot = builder.cast_impl, builder.create_fp_to_fp, builder.create_dot
+
+    def is_bfloat16(*dtypes) -> bool:
+        return any(dtype.scalar == tl.bfloat16 for dtype in dtypes)
+
+    def get_np_dtype(dtype):
+        return np.dtype(ml_dtypes.bfloat16) if is_bfloat16(dtype) else numpy_dtype(dtype)
+
+    def by_astype(self, src, dtype):
+        return interpreter.TensorHandle(src.data.astype(get_np_dtype(dtype)), dtype.scalar)
+
+    def create_fp_to_fp(self, src, dtype, rounding_mode):
+        if is_bfloat16(src.dtype, dtype) and "RTNE" in str(rounding_mode):
+            return by_astype(self, src, dtype)
+        return fp_to_fp(self, src, dtype, rounding_mode)
+
+    def create_dot(self, a, b, *args):
+        wide = [by_astype(self, x, tl.float32) if is_bfloat16(x.dtype) else x for x in (a, b)]
+        return dot(self, *wide, *args)
+
+    interpreter._get_np_dtype = get_np_dtype
+    builder.cast_impl = lambda self, src, dtype: (by_astype if is_bfloat16(src.dtype, dtype) else cast)(
+        self, src, dtype
+    )
+    builder.create_fp_to_fp, builder.create_dot = create_fp_to_fp, create_dot
 
 
 def rand(shape, dtype=torch.float32, seed: int = 0) -> Tensor:

@@ -1,0 +1,103 @@
+"""Record the kernels that a function launches, with neither a GPU nor values.
+
+    with FakeTensorMode(), record() as launches:
+        model(images).sum().backward()
+
+Operators take their Triton implementation, as on a GPU, and every launch is recorded instead of run. The tensors must
+be fake ones on the CPU. This tells which kernels a model needs (saccade.ops.aot compiles them for any card), how many
+are compiled for different image sizes, and what each of them reads and writes.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+from . import dispatch
+
+
+class Pointer:
+    """A tensor argument of a recorded launch, as Triton's specialization looks at it."""
+
+    def __init__(self, x: Tensor):
+        self.dtype, self.numel = x.dtype, x.numel()
+        self.offset = x.storage_offset() * x.element_size()  # allocations are aligned, views may not be
+        self.storage = x.untyped_storage().nbytes()
+
+    def data_ptr(self) -> int:
+        return self.offset
+
+    def ptr_range(self) -> int:
+        return self.storage
+
+
+class Launch(NamedTuple):
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The operator and its kernel, such as "strip_gate.sums_kernel"."""
+        return f"{self.kernel.__module__.split('.')[-2]}.{self.kernel.__name__}"
+
+    @property
+    def programs(self) -> int:
+        return math.prod(self.grid)
+
+    def arguments(self) -> dict[str, Any]:
+        """Return the kernel's arguments by name: numbers, constexprs and `Pointer`s."""
+        named = dict(zip(self.kernel.arg_names, self.args))
+        return named | {name: value for name, value in self.kwargs.items() if name in self.kernel.arg_names}
+
+    def specialize(self, target: GPUTarget) -> tuple[str, ASTSource, dict[str, Any]]:
+        """Return what Triton would compile for this launch: the key of its cache, the source and the options."""
+        backend, kwargs = make_backend(target), self.kwargs | dict(debug=False)
+        bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
+        bound, specialization, rest = bind(*self.args, **kwargs)
+        options, signature, constexprs, attrs = self.kernel._pack_args(backend, kwargs, bound, specialization, rest)
+        source = ASTSource(self.kernel, signature, constexprs, attrs)
+        return f"{self.name} {specialization} {sorted(rest.items())}", source, options.__dict__
+
+
+class _Implementations(TorchDispatchMode):
+    """Call the implementation of saccade's custom operators, where fake tensors would only infer shapes."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "saccade":
+            return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+@contextlib.contextmanager
+def record(hip: bool = False) -> Iterator[list[Launch]]:
+    """Record launches instead of running them; hip: with the tiles for AMD's cards."""
+    launches: list[Launch] = []
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        args, values = (tuple(Pointer(x) if isinstance(x, Tensor) else x for x in z) for z in (args, kwargs.values()))
+        launches.append(Launch(kernel, grid, args, dict(zip(kwargs, values))))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(JITFunction, "run", run))
+        stack.enter_context(mock.patch.object(dispatch, "_recording", True))
+        stack.enter_context(mock.patch.object(torch.version, "hip", "recorded" if hip else None))
+        stack.enter_context(_Implementations())
+        yield launches
+
+
+def compile_launch(launch: Launch, target: GPUTarget):
+    """Compile the kernel of a launch for a card, as Triton would there."""
+    _, source, options = launch.specialize(target)
+    return triton.compile(source, target=target, options=options)
