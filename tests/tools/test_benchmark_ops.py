@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from saccade.ops.aot import OPERATORS
+from support.levels import exhaustive
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,9 +37,10 @@ def test_every_operator_with_kernels_is_compared(tool):
     assert set(OPERATORS) <= set(tool.OPERATORS)
 
 
-def test_published_forms_compute_the_same(run, tool):
+@pytest.mark.parametrize("image", ["1x48x64", exhaustive("1x64x96")])
+def test_published_forms_compute_the_same(run, tool, image):
     """Forward and gradients, of every operator at every shape of its models on a small image."""
-    status, result = run("--images", "1x64x96", "--threads", str(torch.get_num_threads()))
+    status, result = run("--images", image, "--threads", str(torch.get_num_threads()))
     assert status == 0
     assert {r["operator"] for r in result["rows"]} == set(tool.OPERATORS)
     for row in result["rows"]:

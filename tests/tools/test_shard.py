@@ -19,7 +19,7 @@ from saccade.train.runtime.errors import run
 from support import imagenet
 
 ROOT = Path(__file__).resolve().parents[2]
-SPLITS = imagenet.images()
+SPLITS = imagenet.make_images()
 INPUTS = dict(input_size=(3, 16, 16), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
 
 
@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def original(tmp_path):
-    return imagenet.tars(tmp_path / "original", SPLITS)
+    return imagenet.write_tars(tmp_path / "original", SPLITS)
 
 
 def test_webdataset_reads_them(tool, original, tmp_path):
@@ -90,7 +90,7 @@ def test_only_what_is_missing_is_written(tool, original, tmp_path):
 
 def test_killed_run_goes_on(tool, tmp_path):
     """SIGKILL: its workers end too, nothing half-written has a shard's name, and the end is that of an unbroken run."""
-    root = imagenet.folder(tmp_path / "data", imagenet.images(per_class=20, val=1))
+    root = imagenet.write_folders(tmp_path / "data", imagenet.make_images(per_class=20, val=1))
     out, whole = tmp_path / "out", tmp_path / "whole"
     arguments = [root, out, "--samples", 1, "--workers", 2]
     process = subprocess.Popen([sys.executable, ROOT / "tools/shard.py", *map(str, arguments)])
@@ -148,7 +148,7 @@ def test_mistakes(tool, original, tmp_path):
     assert tool(original, out, "--samples", 5)[0] == 0
     for other in (("--samples", 6), ("--samples", 5, "--shuffle", 1), ("--samples", 5, "--resize", 9)):
         code, err = tool(original, out, *other)
-        assert code == 2 and "has shards of other images or of another division" in err
+        assert code == 2 and "has shards of other images or of other sizes" in err
     code, err = tool(original, out, "--samples", 0)
     assert code == 2 and "samples=0" in err
     with FileLock(out / ".lock"):
@@ -157,8 +157,8 @@ def test_mistakes(tool, original, tmp_path):
     path = original / "ILSVRC2012_img_val.tar"
     path.write_bytes(path.read_bytes()[:5000])
     code, err = tool(original, out, "--split", "val")
-    assert code == 65 and "of 10 samples: it ends" in err and "shards are written of whole data only" in err
-    pets = imagenet.folder(tmp_path / "pets", SPLITS)
+    assert code == 65 and "of 10 samples: it ends" in err and "shards are only written from complete data" in err
+    pets = imagenet.write_folders(tmp_path / "pets", SPLITS)
     bad = next(pets.glob("train/*/*.JPEG"))
     bad.write_bytes(b"no image")
     code, err = tool(pets, tmp_path / "pets_out", "--resize", 20, "--workers", 1)

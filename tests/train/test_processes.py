@@ -3,7 +3,6 @@
 import contextlib
 import os
 import pty
-import re
 import signal
 import socket
 import subprocess
@@ -134,13 +133,13 @@ def test_processes_agree_to_stop(start, tmp_path, records, wait_for, children, t
 
 
 def test_torchrun_restarts_resume(start, tmp_path, records, wait_for, children):
-    """With --max-restarts, processes that torchrun starts again, as one of them has died, go on without being told."""
+    """With --max-restarts, a process that torchrun starts again after it has died resumes without being told."""
     whole, run = tmp_path / "whole", tmp_path / "run"
     arguments = [*SGD, "save_every=1", "epochs=2"]
-    finish(start(2, *arguments, "--run-dir", whole))
-    process = start(2, *arguments, "--run-dir", run, torchrun=("--max-restarts=1",))
+    finish(start(1, *arguments, "--run-dir", whole))
+    process = start(1, *arguments, "--run-dir", run, torchrun=("--max-restarts=1",))
     wait_for(lambda: (run / "log.jsonl").exists() and len(records(run)) > 3, process)
-    os.kill(children(process)[1], signal.SIGKILL)
+    os.kill(children(process)[0], signal.SIGKILL)
     assert "resuming after step" in finish(process)
     assert records(run) == records(whole)
     assert_same_end(run, whole)
@@ -190,7 +189,6 @@ def test_broken_images(start, tmp_path):
 
 
 def test_mistakes_are_said_once(start, tmp_path):
-    out = finish(start(2, "epoch=3", "--run-dir", tmp_path / "run", torchrun=()), 1)  # torchrun's own exit code
+    out = finish(start(2, "epoch=3", "--run-dir", tmp_path / "run"), 2)
     assert out.count("error: unknown key epoch, did you mean epochs") == 1
-    assert re.search(r"exitcode *: 2 ", out)
     assert not (tmp_path / "run").exists()

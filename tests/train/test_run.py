@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from functools import partial
 
 import pytest
 import timm
@@ -11,6 +12,7 @@ from saccade.train.data.digits import Digits
 from saccade.train.data.folder import ImageFolder
 from saccade.train.models import build as model
 from saccade.train.runtime import checkpoint, config, distributed
+from support.levels import exhaustive
 
 DIGITS = config.__file__.replace("train/runtime/config.py", "configs/digits/resnet18.py")
 SGD = ["optimizer.opt=sgd", "optimizer.lr=0.05"]
@@ -194,7 +196,9 @@ def test_iterations(tiny, tmp_path, records):
     assert [line["step"] for line in records(tmp_path / "each", "val")] == [9, 11]  # every pass over 1,257 images
 
 
-def test_compile(tiny, tmp_path, records):
+@pytest.mark.parametrize("backend", ["aot_eager", exhaustive("inductor")])
+def test_compile(tiny, tmp_path, records, monkeypatch, backend):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     arguments = ["epochs=1", *SGD, "model.name=test_vit", "model.img_size=16"]
     assert tiny(tmp_path / "eager", *arguments)[0] == 0
     assert tiny(tmp_path / "compiled", *arguments, "compile=True")[0] == 0
