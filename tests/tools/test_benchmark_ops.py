@@ -37,10 +37,13 @@ def test_every_operator_with_kernels_is_compared(tool):
     assert set(OPERATORS) <= set(tool.OPERATORS)
 
 
-@pytest.mark.parametrize("image", ["1x48x64", exhaustive("1x64x96")])
-def test_published_forms_compute_the_same(run, tool, image):
-    """Forward and gradients, of every operator at every shape of its models on a small image."""
-    status, result = run("--images", image, "--threads", str(torch.get_num_threads()))
+@pytest.mark.parametrize("most", [1, exhaustive(None)])
+def test_published_forms_compute_the_same(run, tool, monkeypatch, most):
+    """Forward and gradients, of every operator at the shapes of its models (in make test: the first) on a small image."""
+    for name in tool.OPERATORS:
+        module = importlib.import_module(f"operators.{name}")
+        monkeypatch.setattr(module, "cases", lambda *image, cases=module.cases: cases(*image)[:most])
+    status, result = run("--images", "1x64x96", "--threads", str(torch.get_num_threads()))
     assert status == 0
     assert {r["operator"] for r in result["rows"]} == set(tool.OPERATORS)
     for row in result["rows"]:
