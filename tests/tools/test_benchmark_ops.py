@@ -39,7 +39,7 @@ def test_every_operator_with_kernels_is_compared(tool):
 
 @pytest.mark.parametrize("most", [1, exhaustive(None)])
 def test_published_forms_compute_the_same(run, tool, monkeypatch, most):
-    """Forward and gradients, of every operator at the shapes of its models (in make test: the first) on a small image."""
+    """Forward and gradients of every operator at its models' shapes (in make test: the first) on a small image."""
     for name in tool.OPERATORS:
         module = importlib.import_module(f"operators.{name}")
         monkeypatch.setattr(module, "cases", lambda *image, cases=module.cases: cases(*image)[:most])
