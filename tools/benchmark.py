@@ -4,11 +4,11 @@
     python tools/benchmark.py --models davit_t halo_26t --vs davit_tiny halonet26t --dtypes float32 bfloat16
     python tools/benchmark.py --models sparsifiner_deit_t,token_keep_rate=0.7 patnet_t2,fuse --modes inference
 
-A model is a name, its arguments behind commas, and `fuse` for one whose fuse() is called first (inference only).
-`--vs published` is a peer under tools/published/ that does the published arithmetic with our weights; it is compared
-with our model in float64 before it is timed; any timm name works too, one for all models or one for each.
-The peer is timed in turn with each of our runs, and the ratio is the median of the ratios run by run. Every further
-dtype is also compared with our own float32. Writes benchmark.json and benchmark.png into --out.
+A model is a name, optionally with comma-separated arguments, and `fuse` to call fuse() first (inference only).
+`--vs published` uses the peer in tools/published/, which does the published arithmetic with our weights and is checked
+against our model in float64 before it is timed. Any timm model works too: one for all models, or one per model.
+Our model and the peer run alternately, and the ratio is the median of the ratios of consecutive runs. dtypes other than
+float32 are also compared with our float32. Writes benchmark.json and benchmark.png to --out.
 """
 
 import argparse
@@ -24,19 +24,21 @@ def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["biformer_t"], help="NAME or NAME,argument=value,…,fuse")
-    parser.add_argument("--vs", nargs="+", default=["published"], help="'published' or a timm name, or one each")
+    parser.add_argument(
+        "--vs", nargs="+", default=["published"], help="'published' or a timm model; one, or one per model"
+    )
     parser.add_argument("--modes", nargs="+", default=["inference", "training"], choices=["inference", "training"])
     parser.add_argument(
         "--dtypes",
         nargs="+",
         default=["float32"],
         choices=["float32", "bfloat16", "float16"],
-        help="others run by autocast",
+        help="dtypes other than float32 use autocast",
     )
     parser.add_argument("--batch", type=int, default=8, help="images per inference step")
     parser.add_argument("--train-batch", type=int, default=4, help="images per training step")
-    parser.add_argument("--size", type=int, help="pixels a side (default: the model's own)")
-    parser.add_argument("--runs", type=int, default=15, help="counted runs of each")
+    parser.add_argument("--size", type=int, help="image size in pixels (default: the model's own)")
+    parser.add_argument("--runs", type=int, default=15, help="timed runs of each model")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--device", help="default: cuda if available, else cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark"))
@@ -59,14 +61,14 @@ DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def parse(spec: str) -> tuple[str, dict, bool]:
-    """Name, arguments and fuse of a model as the command line gives it."""
+    """Parse a model on the command line into its name, arguments and whether to fuse it."""
     name, *parts = spec.split(",")
     arguments = dict(part.split("=", 1) for part in parts if part != "fuse")
     return name, {key: ast.literal_eval(value) for key, value in arguments.items()}, "fuse" in parts
 
 
 def build_model(spec: str, peer_of: str | None, device: torch.device) -> nn.Module:
-    """A timm model as the command line gives it, or ("published") the published form of `peer_of`, with its weights."""
+    """Build a timm model from its command line form, or for "published" the peer of `peer_of` with the same weights."""
     torch.manual_seed(0)
     name, arguments, fuse = parse(peer_of if spec == "published" else spec)
     ours = timm.create_model(name, **arguments).to(device)
@@ -79,9 +81,9 @@ def build_model(spec: str, peer_of: str | None, device: torch.device) -> nn.Modu
 
 
 def assert_equal(name: str, size: tuple[int, int], device: torch.device) -> None:
-    """That a model and its published form compute the same, else their times compare nothing.
+    """Check that a model and its published peer compute the same outputs.
 
-    In float64, lest rounding choose among keys to keep; what is fused is fused there too.
+    In float64, since rounding could change a selection of keys; fused models are fused here too.
     """
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
@@ -95,7 +97,7 @@ def assert_equal(name: str, size: tuple[int, int], device: torch.device) -> None
 
 
 def build_step(name, peer_of, shape, mode, amp, device):
-    """In the same process as the caller or, for the memory figure, in a fresh one."""
+    """Build a step function. For the memory measurement this runs in a new process."""
     device = torch.device(device)
     x = torch.randn(shape, device=device)
     return measure.step_of(build_model(name, peer_of, device), x, mode, amp)
@@ -205,7 +207,7 @@ def main() -> None:
         except ValueError:
             parser.error(f"{name!r} must be NAME or NAME,argument=value,… with Python's literals for values")
         if plain not in known and name != "published":
-            parser.error(f"unknown model {plain!r}; timm.list_models('*{plain.split('_')[0]}*') lists what is near")
+            parser.error(f"unknown model {plain!r}; timm.list_models('*{plain.split('_')[0]}*') lists similar ones")
     rows = compare(args, device, console)
     rate = measure.gemm_rate(device)
     facts = measure.machine(device)

@@ -1,15 +1,15 @@
-"""Time how fast images come to a training process: our loader, timm's, and decoding alone, in turn.
+"""Measure the throughput of data loading: our loader, timm's, and decoding only, in alternating runs.
 
     python tools/benchmark_data.py
     python tools/benchmark_data.py --workers 8 --batch 256 --data imagenet/train
     python tools/benchmark_data.py --augment auto_augment=rand-m9-mstd0.5-inc1 re_prob=0.25
 
-Without --data, JPEGs of 500×375, ImageNet's usual size, are cut from the photographs that ship with scikit-learn and
-scikit-image. What is timed: reading a file, decoding, a random crop resized to --size, flips and batching, of the same
-files. The pixels then go to the device as they are, and are normalised there; "normalised" is with that done on the
-CPU, by this process (saccade) or by the workers (timm). "decoding" is what as many processes decode and forget, with
-torchvision or PIL: no loader can be faster than the faster one. The ratios are medians of those run by run, against
-timm of the same kind. Writes benchmark_data.json into --out.
+Without --data, JPEGs of 500×375, ImageNet's usual size, are cropped from the photographs that ship with scikit-learn
+and scikit-image. Timed are reading a file, decoding, a random crop resized to --size, flips and batching, for the same
+files. The uint8 pixels are normalised later, on the device; "normalised" includes normalisation on the CPU, in this
+process (saccade) or in the workers (timm). "decoding" only decodes, with torchvision or PIL in as many processes: an
+upper bound for any loader. Ratios are medians of the ratios of consecutive runs, compared with timm's loader of the
+same kind. Writes benchmark_data.json to --out.
 """
 
 import argparse
@@ -29,12 +29,12 @@ def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="a folder of class folders of JPEGs")
-    parser.add_argument("--images", type=int, default=512, help="to make, without --data")
-    parser.add_argument("--size", type=int, default=224, help="pixels a side")
+    parser.add_argument("--images", type=int, default=512, help="number of images to make without --data")
+    parser.add_argument("--size", type=int, default=224, help="image size in pixels")
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2, help="processes that load, in each")
-    parser.add_argument("--batches", type=int, default=8, help="in a run of each")
-    parser.add_argument("--runs", type=int, default=11, help="counted runs of each")
+    parser.add_argument("--workers", type=int, default=2, help="worker processes per loader")
+    parser.add_argument("--batches", type=int, default=8, help="batches per run")
+    parser.add_argument("--runs", type=int, default=11, help="timed runs of each loader")
     parser.add_argument("--augment", nargs="*", default=[], metavar="key=value", help="of timm's create_transform")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_data"))
     return parser
@@ -61,7 +61,7 @@ NORM = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 
 
 def photographs() -> list[Image.Image]:
-    """Large ones that need no network."""
+    """Return large photographs that ship with packages."""
     from skimage import data
     from sklearn.datasets import load_sample_images
 
@@ -70,7 +70,7 @@ def photographs() -> list[Image.Image]:
 
 
 def write_images(root: Path, count: int, seed: int = 0) -> None:
-    """JPEGs of 500×375 in ten class folders, random cuts of the photographs at qualities from 75 to 95."""
+    """Write JPEGs of 500×375 to ten class folders: random crops of the photographs at qualities from 75 to 95."""
     rng, pictures = np.random.default_rng(seed), photographs()
     for i in range(count):
         picture = pictures[i % len(pictures)]
@@ -84,7 +84,7 @@ def write_images(root: Path, count: int, seed: int = 0) -> None:
 
 
 class Decoding(Dataset):
-    """Files read and decoded, the pixels forgotten."""
+    """A dataset that reads and decodes files and discards the pixels."""
 
     def __init__(self, paths: list[Path], pil: bool):
         self.paths, self.pil = paths, pil
@@ -112,7 +112,7 @@ def main() -> None:
         augment = {key: _literal(value) for key, value in (given.split("=", 1) for given in args.augment)}
     except ValueError:
         parser.error(f"--augment takes key=value, got {' '.join(args.augment)}")
-    torch.set_num_threads(1)  # of this process, and so of the workers
+    torch.set_num_threads(1)  # for this process, and so for the workers
     with tempfile.TemporaryDirectory() as scratch:
         root = args.data or Path(scratch)
         if args.data is None:
@@ -133,13 +133,13 @@ def _literal(text: str):
 
 
 def compare(args: argparse.Namespace, root: Path, paths: list[Path], augment: dict) -> dict[str, list[float]]:
-    """Seconds that each took for the batches of each run, by name."""
+    """Return the seconds of each run, by name of the loader."""
     size = (3, args.size, args.size)
     inputs = dict(input_size=size, interpolation="bilinear", crop_pct=0.875, **NORM)
     training = ImageFolder(str(root), shares=(0.0, 0.0), augment=augment).dataset("train", inputs, training=True)
     theirs = create_dataset("", str(root))
 
-    for_timm = augment | dict(color_jitter=augment["color_jitter"] or None)  # 0 is a step that changes nothing, to it
+    for_timm = augment | dict(color_jitter=augment["color_jitter"] or None)  # with 0, timm adds an idle step
     workers = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
 
     def ours(normalised: bool) -> Iterator:
@@ -150,7 +150,7 @@ def compare(args: argparse.Namespace, root: Path, paths: list[Path], augment: di
         return iter(loaded)
 
     def of_timm(normalised: bool) -> Iterator:
-        # With its prefetcher timm's workers give pixels, which the prefetcher would normalise on the device.
+        # With its prefetcher, timm's workers return pixels, which the prefetcher would normalise on the device.
         loaded = create_loader(
             theirs,
             size,
@@ -184,8 +184,8 @@ def compare(args: argparse.Namespace, root: Path, paths: list[Path], augment: di
     times: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(args.runs):
         for name, start in loaders.items():
-            loader = start()  # with workers of its own, which end with the run and so disturb no other
-            for _ in range(2 * args.workers + 1):  # what they read ahead while they started
+            loader = start()  # its workers end with the run, so they do not disturb others
+            for _ in range(2 * args.workers + 1):  # batches read ahead during the start
                 next(loader)
             began = time.perf_counter()
             for _ in range(args.batches):
@@ -197,7 +197,7 @@ def compare(args: argparse.Namespace, root: Path, paths: list[Path], augment: di
 
 
 def report(args: argparse.Namespace, times: dict[str, list[float]], augment: dict) -> None:
-    """A table on the terminal, and everything in benchmark_data.json."""
+    """Print a table, and write all results to benchmark_data.json."""
     facts, images = measure.machine(CPU) | dict(workers=args.workers), args.batch * args.batches
     fastest = min((name for name in times if name.startswith("decoding")), key=lambda name: sum(times[name]))
     table = Table(title=f"{facts['device']}, {args.workers} worker processes, {args.size}×{args.size}")

@@ -1,16 +1,16 @@
-"""Time operators against the published form, the best library call and what the machine could do at most.
+"""Time operators and compare them with the published code, the best library call and the machine's limits.
 
     python tools/benchmark_ops.py
     python tools/benchmark_ops.py --operators window_attention --images 1x224x224 1x800x1333 --dtypes float32
 
-For every operator at the shapes of its models, forward and forward+backward, in one table: our time; how many times
-longer (a) the published form in plain PyTorch and (b) the best library call take; the share of the floor, the time
-that the bytes and FLOPs which cannot be avoided take at the copy bandwidth and matmul rate measured in the same run;
-and our peak memory against the published form's. tools/operators/ says what is compared. Random data, several sets of
-it so that none is in a cache, medians of interleaved runs.
+For every operator at the shapes of its models, forward and forward+backward, a table lists: our time; the time of (a)
+the published arithmetic in plain PyTorch and (b) the best library call as multiples of ours; the lower bound, as a
+fraction of our time, from the unavoidable bytes and FLOPs at the copy bandwidth and matmul rate measured in the same
+run; and our peak memory compared with (a). tools/operators/ defines what is compared. Inputs are random, with several
+sets so that none stays in cache; times are medians of interleaved runs.
 
-The operators' tests run first, and no time is taken of an operator whose tests fail. Writes operators.json and
-operators.png (roofline) into --out.
+The operators' tests run first; operators with failing tests are not timed. Writes operators.json and operators.png
+(roofline) to --out.
 """
 
 import argparse
@@ -39,12 +39,12 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--operators", nargs="+", default=OPERATORS, choices=OPERATORS, metavar="NAME")
     parser.add_argument(
-        "--images", nargs="+", type=image, metavar="BxHxW", help="the images that the models are thought to be given"
+        "--images", nargs="+", type=image, metavar="BxHxW", help="batches of images that determine the shapes"
     )
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     dtypes = ("float32", "bfloat16", "float16")
     parser.add_argument("--dtypes", nargs="+", choices=dtypes, help="default: bfloat16 on CUDA, else float32")
-    parser.add_argument("--runs", type=int, default=11, help="counted runs of each")
+    parser.add_argument("--runs", type=int, default=11, help="timed runs of each")
     parser.add_argument("--threads", type=int, help="default: torch's")
     parser.add_argument("--device", help="default: cuda if available, else cpu")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_ops"))
@@ -66,7 +66,7 @@ MOST_SETS = 16
 
 
 def tested(operator: str) -> bool:
-    """Whether all tests of the operator pass, on this machine."""
+    """Run the operator's tests on this machine; return whether all pass."""
     file = ROOT / "tests" / "ops" / f"test_{operator}.py"
     return subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", str(file)], cwd=ROOT).returncode == 0
 
@@ -84,16 +84,17 @@ def run(f: Callable, args: tuple, mode: str, seeds: list) -> tuple:
 
 
 def agree(ours, theirs, dtype: torch.dtype) -> bool:
-    """Most elements to about a thousandth of the root mean square: a guard against comparing different things, no test.
+    """Return whether most elements agree to about 0.001 of the root mean square.
 
-    Not all elements: where rounding turns a choice (the place of a maximum, a key's rank), a few gradients move.
+    This guards against comparing different computations; it is not a test. Not all elements must agree, since rounding
+    can change a choice (the position of a maximum, a key's rank) and with it a few gradients.
     """
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     pairs = [(a, b) for a, b in zip(_tensors(ours), _tensors(theirs)) if not (a is None and b is None)]
-    # No gradient is one of zero: of what pads nothing, say.
+    # A missing gradient counts as zero, for example that of an unused padding value.
     pairs = [(_double(a, like=b), _double(b, like=a)) for a, b in pairs]
     rms = [b.square().mean().sqrt() for _, b in pairs]
-    # What cancels (the gradient of a bias before a norm, say) is noise: held against the largest of the others.
+    # Gradients that cancel (such as that of a bias before a norm) are noise: compared with the largest of the others.
     least = 1e-3 * max(rms)
     return all((a - b).abs().median() <= tolerance * max(r, least) for (a, b), r in zip(pairs, rms))
 
@@ -103,7 +104,7 @@ def _double(x, like) -> torch.Tensor:
 
 
 def compare(case: operators.Case, mode: str, dtype: torch.dtype, device: torch.device, runs: int, rates: dict) -> dict:
-    """One row: every form on the same random sets of inputs, in turn."""
+    """Time all implementations of a case alternately on the same inputs; return a row of the table."""
     torch.manual_seed(0)
     sets = [case.args(device, dtype)]
     nbytes = sum(t.nbytes for t in sets[0] if isinstance(t, torch.Tensor))
@@ -117,7 +118,7 @@ def compare(case: operators.Case, mode: str, dtype: torch.dtype, device: torch.d
     for name, f in peers.items():
         try:
             same = agree(mine, run(f, sets[0], mode, seeds), dtype)
-        except (RuntimeError, ImportError) as e:  # out of memory, or a call that this machine has not
+        except (RuntimeError, ImportError) as e:  # out of memory, or not supported on this machine
             failed[name] = str(e).split("\n")[0]
             continue
         if same:
@@ -157,7 +158,7 @@ def _tensors(outputs) -> tuple:
 
 
 def draw(rows: list[dict], rates: dict[str, dict], file: Path, title: str) -> None:
-    """Roofline: FLOP/s over FLOPs a byte that must move; the published form is the hollow end of each line."""
+    """Plot a roofline: FLOP/s over FLOPs per unavoidable byte; the published code is the hollow end of each line."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -183,7 +184,7 @@ def draw(rows: list[dict], rates: dict[str, dict], file: Path, title: str) -> No
                 axis.plot([at, at], [theirs, ours], color=colours[r["operator"]], linewidth=0.8)
                 axis.scatter([at], [theirs], s=22, facecolors="white", edgecolors=colours[r["operator"]], zorder=3)
             axis.scatter([at], [ours], s=26, color=colours[r["operator"]], zorder=4)
-        axis.set(xscale="log", yscale="log", title=mode, xlabel="FLOPs per byte that must move")
+        axis.set(xscale="log", yscale="log", title=mode, xlabel="FLOPs per unavoidable byte")
         axis.grid(which="major", color="#eeeeee")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("FLOP/s")
@@ -215,7 +216,7 @@ def main() -> int:
         console.print(f"[dim]testing {operator}[/dim]")
         (green if tested(operator) else red).append(operator)
     if red:
-        console.print(f"[red]tests fail, nothing is measured of: {', '.join(red)}[/red]")
+        console.print(f"[red]not timed, since tests fail: {', '.join(red)}[/red]")
     rates = {
         name: dict(
             bytes=measure.copy_rate(device, getattr(torch, name)), flops=measure.gemm_rate(device, getattr(torch, name))
@@ -234,9 +235,8 @@ def main() -> int:
                         rows.append(dict(operator=operator, image=f"{batch}x{height}x{width}") | row)
 
     facts = measure.machine(device)
-    title = (
-        f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}, medians of {args.runs} runs in turn"
-    )
+    machine = f"{facts['device']}, {facts['threads']} threads, torch {facts['torch']}"
+    title = f"{machine}, medians of {args.runs} interleaved runs"
     table = Table(title=title)
     for head in ("operator", "where", "images", "dtype", "mode"):
         table.add_column(head)

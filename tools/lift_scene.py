@@ -1,4 +1,4 @@
-"""Lift a made road scene's colours with its exact depth and draw it from above: docs/bev_lift.png.
+"""Lift the colours of a rendered road scene with its exact depth and draw it from above: docs/bev_lift.png.
 
     python tools/lift_scene.py
 
@@ -14,7 +14,7 @@ from pathlib import Path
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--scene", type=int, default=5, help="number of the scene (default 5)")
+    parser.add_argument("--scene", type=int, default=5, help="index of the scene (default 5)")
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parents[1] / "docs" / "bev_lift.png")
     return parser
 
@@ -30,14 +30,14 @@ from saccade.backbones.dfa3d_depth import depth_target
 from saccade.train.data.bev_scenes import CAMERAS, LIDAR, BevScenes, Frame
 from torch import Tensor
 
-SIZE, REACH, CELL, HEIGHT = (224, 400), 12.0, 0.1, 3.0  # pixels; metres around the ego, of a cell, above the ground
-BOUND, POINTS = (1.0, 19.0, 0.3), 24  # nearest and farthest depth, and a bin; points above a cell
+SIZE, REACH, CELL, HEIGHT = (224, 400), 12.0, 0.1, 3.0  # image in pixels; range, cell size and height in metres
+BOUND, POINTS = (1.0, 19.0, 0.3), 24  # nearest and farthest depth and depth bin in metres; points above each cell
 
 
-def lift_colours(frame: Frame) -> Tensor:  # (rows, columns, 3) from 0 to 1, white where no camera sees anything
+def lift_colours(frame: Frame) -> Tensor:  # (rows, columns, 3) from 0 to 1, white where no camera has a view
     colours = torch.from_numpy(frame.images).permute(0, 3, 1, 2).float() / 255
     depth, matrices = (torch.from_numpy(x).float() for x in (frame.depth, frame.lidar2img))
-    value = torch.cat([colours, torch.ones_like(colours[:, :1])], 1).flatten(2).mT  # the fourth channel counts
+    value = torch.cat([colours, torch.ones_like(colours[:, :1])], 1).flatten(2).mT  # the fourth channel is the weight
     bins = depth_target(depth, 1, BOUND).flatten(2).mT
 
     lift = SpatialCrossAttention(4, heads=1, levels=1, points=POINTS, depth=True, drop=0.0).eval()
@@ -52,7 +52,7 @@ def lift_colours(frame: Frame) -> Tensor:  # (rows, columns, 3) from 0 to 1, whi
     reference, seen = project(points, matrices[None], SIZE, BOUND)
     with torch.no_grad():
         out = lift(torch.zeros(1, len(points), 4), value[None], bins[None], [SIZE], reference, seen)
-    sums, counts = out.view(side, side, 4).flip(0).split((3, 1), 2)  # the view's first row is the nearest
+    sums, counts = out.view(side, side, 4).flip(0).split((3, 1), 2)  # the first row of the output is the nearest
     return torch.where(counts > 0.02 / POINTS, sums / counts.clamp(min=1e-6), 1.0).clamp(0, 1)
 
 

@@ -1,12 +1,12 @@
-"""Write scenes to detect and segment, from pictures that ship with scikit-learn and scikit-image.
+"""Write scenes for detection and segmentation, from images that ship with scikit-learn and scikit-image.
 
   python tools/make_scenes.py runs/data/scenes                   digits on photographs: 600 train, 60 val, 150 test
-  python tools/make_scenes.py runs/data/coins --coins            24 coins: the left half trains, the right half tests
-  python tools/make_scenes.py runs/data/coloured --ink any       digits in any colour, over one another: a harder task
+  python tools/make_scenes.py runs/data/coins --coins            24 coins: train on the left half, test on the right
+  python tools/make_scenes.py runs/data/coloured --ink any       overlapping digits in any colour: a harder task
   python tools/make_scenes.py runs/data/large --size 320 --train 5000 --seed 1
 
-OUT gets coco/ and ade20k/, in those layouts, or one of them by --format; what the same command wrote before is left as
-it is. Exit codes: 0 done, 2 something to mend (one sentence says what), 74 a file could not be written.
+OUT gets coco/ and ade20k/ in these layouts, or one of them with --format. The same command does not write existing
+scenes again. Exit codes: 0 done, 2 an error to fix (one sentence says what), 74 a file could not be written.
 """
 
 import argparse
@@ -19,37 +19,37 @@ COUNTS = dict(train=600, val=60, test=150)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path, help="a folder that is empty or not there")
+    parser.add_argument("out", type=Path, help="an empty or new folder")
     parser.add_argument("--format", choices=["coco", "ade20k", "both"], default="both")
     for split, count in COUNTS.items():
         parser.add_argument(f"--{split}", type=int, default=count, help=f"{split} scenes (default: {count})")
-    parser.add_argument("--size", type=int, default=160, help="pixels a side (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="other scenes for another number (default: %(default)s)")
+    parser.add_argument("--size", type=int, default=160, help="image size in pixels (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the scenes (default: %(default)s)")
     parser.add_argument(
         "--ink", choices=["light", "any"], default="light", help="colours of digits (default: %(default)s)"
     )
-    parser.add_argument("--coins", action="store_true", help="scikit-image's coins in place of digits")
+    parser.add_argument("--coins", action="store_true", help="write scikit-image's coins instead of digits")
     args = parser.parse_args()
     for name, least in dict(train=1, val=1, test=1, size=32, seed=0).items():
         if getattr(args, name) < least:
             parser.error(f"--{name} must be {least} or more, got {getattr(args, name)}")
-    # Imported here, so that --help answers at once.
+    # Imported here, so that --help is fast.
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
     from saccade.train.data import scenes
     from saccade.train.runtime.errors import UserError
 
-    if args.coins:  # one picture, cut in two: there is nothing to choose
-        vain = [name for name in (*COUNTS, "size", "seed", "ink") if getattr(args, name) != parser.get_default(name)]
-        if vain:
-            raise UserError(f"--{vain[0]} is for scenes of digits and has no meaning with --coins")
-    asked = json.dumps({key: value for key, value in vars(args).items() if key != "out"})
-    note = args.out / scenes.NOTE
-    if note.is_file() and note.read_text(encoding="utf-8") == asked:
-        print(f"{args.out} is there already")
+    if args.coins:  # a single photograph in two halves, without options
+        unused = [name for name in (*COUNTS, "size", "seed", "ink") if getattr(args, name) != parser.get_default(name)]
+        if unused:
+            raise UserError(f"--{unused[0]} applies to scenes of digits and has no effect with --coins")
+    arguments = json.dumps({key: value for key, value in vars(args).items() if key != "out"})
+    file = args.out / scenes.ARGUMENTS_FILE
+    if file.is_file() and file.read_text(encoding="utf-8") == arguments:
+        print(f"{args.out} already exists")
         return
     formats = scenes.FORMATS if args.format == "both" else (args.format,)
     if args.coins:
-        scenes.write_coins(args.out, formats, asked)
+        scenes.write_coins(args.out, formats, arguments)
     else:
         counts = {split: getattr(args, split) for split in COUNTS}
         with Progress(BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), expand=True) as bar:
@@ -61,7 +61,7 @@ def main() -> None:
                 args.size,
                 args.seed,
                 args.ink,
-                asked,
+                arguments,
                 lambda done, total: bar.update(task, completed=done, total=total),
             )
     print(f"{args.out}: " + ", ".join(f"{name}/" for name in formats))

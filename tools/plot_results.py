@@ -1,4 +1,4 @@
-"""Plot docs/results/summary_cpu.png: how much faster each model is than its peer, read from the measurements beside it.
+"""Plot docs/results/summary_cpu.png: the speed-up of each model over its peer, from the measurements in that folder.
 
     python tools/plot_results.py
 

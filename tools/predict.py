@@ -1,4 +1,4 @@
-"""Predict on images, with a model that tools/train.py made.
+"""Predict on images with a model trained by tools/train.py.
 
   python tools/predict.py runs/demo image.png
   python tools/predict.py runs/pets photos/ --top 3 --json photos.json
@@ -6,8 +6,9 @@
   python tools/predict.py runs/detector photos/ --json detections.json --format coco
   python tools/predict.py runs/segmenter photos/ --out maps/ --format png
 
-Images that can't be read are listed at the end, after all others are done. Inputs and other people's files are never
-replaced. Exit codes as of tools/train.py: 0 done, 2 an argument is wrong, 65 some images could not be read.
+Images that can't be read are listed at the end, after all others are done. Input files and files that saccade did not
+write are never overwritten. Exit codes: 0 done, 2 an argument is wrong, 65 some images could not be read, others as in
+tools/train.py.
 """
 
 import argparse
@@ -19,18 +20,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("images", type=Path, nargs="+", help="images, or folders of them")
-    parser.add_argument("--top", type=int, help="of a classifier: classes to name for each image (default: 3)")
-    parser.add_argument("--threshold", type=float, help="of a detector: the lowest score, from 0 to 1 (default: 0.5)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions here, too")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write the images with their predictions drawn here")
+    parser.add_argument("--top", type=int, help="classifiers: classes to list per image (default: 3)")
+    parser.add_argument("--threshold", type=float, help="detectors: the lowest score, from 0 to 1 (default: 0.5)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the predictions to this file")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="write images with the predictions drawn on them")
     parser.add_argument(
         "--format",
         choices=["json", "coco", "png"],
         default="json",
-        help="coco: --json in COCO's format, of a detector; png: --out gets label maps, of a segmenter",
+        help="coco: write --json in COCO's format (detectors); png: write label maps to --out (segmenters)",
     )
-    parser.add_argument("--max-drawn", type=int, default=50, help="objects drawn on an image (default: %(default)s)")
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument(
+        "--max-drawn", type=int, default=50, help="most objects drawn on an image (default: %(default)s)"
+    )
+    parser.add_argument("--device", help="cpu or cuda (default: cuda if available)")
     args = parser.parse_args()
 
     from saccade.train import predict

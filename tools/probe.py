@@ -1,10 +1,10 @@
-"""Probe a frozen backbone's features: by a linear classifier or k-NN. Writes metrics.json (top1, top5 in percent, …).
+"""Probe a frozen backbone's features with a linear classifier or k-NN. Writes metrics.json (top1, top5 in percent, …).
 
   python tools/probe.py configs/finetune/knn.py data.root=/path/to/images checkpoint=weights.safetensors
   python tools/probe.py configs/finetune/linear_probe.py data.root=/path checkpoint=runs/demo --out runs/probe
   torchrun --nproc_per_node=2 tools/probe.py configs/finetune/knn.py data.root=/path checkpoint=weights.pth
 
-Exit codes as of tools/train.py.
+Exit codes: as in tools/train.py.
 """
 
 import argparse
@@ -18,7 +18,7 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the config; values are Python literals"
     )
-    parser.add_argument("--out", type=Path, help="where to write (default: runs/ and the config's folder and name)")
+    parser.add_argument("--out", type=Path, help="output folder (default: runs/ and the config's folder and name)")
     args = parser.parse_intermixed_args()
 
     from saccade.train import probe

@@ -1,4 +1,4 @@
-"""What `make setup` checks after installing.
+"""Checks of `make setup` after the installation.
 
 python tools/setup_check.py torchvision    exit 0 if torchvision's compiled operators load with the installed torch
 python tools/setup_check.py timm-tests     unpack timm's own test-suite (from its source archive) into the environment
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def torchvision_loads() -> bool:
-    """A torch of another build than torchvision was compiled for leaves `torchvision::nms` unregistered."""
+    """Return whether torchvision's operators load: they do not with a torch build that it was not compiled for."""
     code = "import torch, torchvision; torchvision.ops.nms(torch.tensor([[0., 0, 1, 1]]), torch.ones(1), 0.5)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     if done.returncode:
@@ -24,7 +24,7 @@ def torchvision_loads() -> bool:
 
 
 def fetch_timm_tests() -> Path:
-    """Unpack timm's source archive beside the environment's packages; tests/test_timm.py runs its suite from there."""
+    """Unpack timm's source archive in the environment; tests/test_timm.py runs timm's test suite from there."""
     release = version("timm")
     target = Path(sys.prefix) / "src" / f"timm-{release}"
     if (target / "tests" / "test_models.py").exists():

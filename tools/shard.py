@@ -3,9 +3,9 @@
   python tools/shard.py /data/imagenet /data/shards --split train --samples 8192 --shuffle 0 --workers 8
   python tools/shard.py /data/imagenet /data/shards --split val --workers 8
 
-SOURCE is a folder with train and val, one with ILSVRC2012's original tar files, or one of class folders, which is then
-divided at random. OUT gets SPLIT-000000.tar …, and index.json with what is in each and its checksum. The same command
-goes on after a kill. Exit codes: 0 done, 2 something to mend (one sentence says what), 65 data that are damaged,
+SOURCE is a folder with train and val, a folder with ILSVRC2012's original tar files, or a folder of class folders,
+which is split randomly. OUT gets SPLIT-000000.tar …, and index.json with the contents and checksums. After an
+interruption, the same command resumes. Exit codes: 0 done, 2 an error to fix (one sentence says what), 65 damaged data,
 74 a file could not be written.
 """
 
@@ -17,15 +17,17 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", type=Path, help="where the images are")
-    parser.add_argument("out", type=Path, help="the folder to write to")
+    parser.add_argument("source", type=Path, help="folder of the images")
+    parser.add_argument("out", type=Path, help="output folder")
     parser.add_argument("--split", choices=("train", "val", "test"), default="train")
-    parser.add_argument("--samples", type=int, default=8192, help="images in a shard (default: %(default)s)")
-    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes (default: one a core)")
-    parser.add_argument("--shuffle", type=int, metavar="SEED", help="mix the images; readers in sequence want it")
-    parser.add_argument("--resize", type=int, metavar="PIXELS", help="make the shorter side of larger images this long")
+    parser.add_argument("--samples", type=int, default=8192, help="images per shard (default: %(default)s)")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count(), help="number of processes (default: one per core)"
+    )
+    parser.add_argument("--shuffle", type=int, metavar="SEED", help="shuffle the images, for sequential readers")
+    parser.add_argument("--resize", type=int, metavar="PIXELS", help="downscale larger images to this shorter side")
     args = parser.parse_args()
-    # Imported here, so that --help answers at once.
+    # Imported here, so that --help is fast.
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
     from saccade.train.data import shards
     from saccade.train.data.imagenet import ImageNet

@@ -1,4 +1,4 @@
-"""Train a model as a config file says.
+"""Train a model from a config file.
 
   python tools/train.py configs/digits/resnet18.py
   python tools/train.py configs/digits/resnet18.py optimizer.lr=5e-4 epochs=10 --run-dir runs/short
@@ -26,12 +26,12 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the config; values are Python literals"
     )
-    parser.add_argument("--run-dir", type=Path, help="where to write (default: runs/ and the config's folder and name)")
+    parser.add_argument("--run-dir", type=Path, help="output folder (default: runs/ and the config's folder and name)")
     parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")
     parser.add_argument("--overwrite", action="store_true", help="start again, removing the earlier run's files")
     args, unknown = parser.parse_known_intermixed_args()
 
-    # Imported here, so that --help answers at once.
+    # Imported here, so that --help is fast.
     from saccade.train import engine
     from saccade.train.data.files import refuse_data_folder
     from saccade.train.runtime import config
@@ -50,7 +50,7 @@ def main() -> None:
             engine.validate(settings)
             folder = path if path.is_dir() else path.parent
             run_dir = args.run_dir and args.run_dir.expanduser()
-            if run_dir is None and is_run(folder):  # of an earlier run, to resume or overwrite in place
+            if run_dir is None and is_run(folder):  # an earlier run, to resume or overwrite in place
                 run_dir = folder
             elif run_dir is None:
                 run_dir = Path("runs", path.resolve().parent.name, path.stem)

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from saccade.train import engine
-from saccade.train.data import made_imagenet
+from saccade.train.data import synthetic_imagenet
 from saccade.train.runtime import config
 from support import recipes
 from support.published.imagenet import TABLE
@@ -51,8 +51,8 @@ def test_every_published_model_has_a_recipe():
 def imagenet(tmp_path_factory):
     """The three original files of a thousand classes and few images."""
     wnids = ImageNetInfo().label_names()
-    splits = made_imagenet.images(wnids[::63], per_class=1, val=4, size=(80, 60))
-    return made_imagenet.tars(tmp_path_factory.mktemp("imagenet"), splits, wnids)
+    splits = synthetic_imagenet.make_images(wnids[::63], per_class=1, val=4, size=(80, 60))
+    return synthetic_imagenet.write_tars(tmp_path_factory.mktemp("imagenet"), splits, wnids)
 
 
 def run(name: str, folder: Path, data: Path, *overrides: str) -> dict:

@@ -1,24 +1,31 @@
-"""A small ImageNet in every layout that people have it in: the same images and labels in each."""
+"""A small synthetic ImageNet in every layout, with the same images and labels in each."""
 
 import json
 from pathlib import Path
 
-from saccade.train.data import made_imagenet as standin
-from saccade.train.data.made_imagenet import KIT, add, devkit, folder, tarred, tars  # noqa: F401  (for the tests)
+from saccade.train.data import synthetic_imagenet
+from saccade.train.data.synthetic_imagenet import (  # noqa: F401  (for the tests)
+    KIT,
+    add_file,
+    make_devkit,
+    make_tar,
+    write_folders,
+    write_tars,
+)
 
 WNIDS = ("n01440764", "n01443537", "n02084071", "n03000134")
 
 
-def picture(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:
-    return standin.picture(seed, size)
+def make_jpeg(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:
+    return synthetic_imagenet.make_jpeg(seed, size)
 
 
-def images(per_class: int = 6, val: int = 10) -> standin.Splits:
-    return standin.images(WNIDS, per_class, val, (40, 30))
+def make_images(per_class: int = 6, val: int = 10) -> synthetic_imagenet.Splits:
+    return synthetic_imagenet.make_images(WNIDS, per_class, val, (40, 30))
 
 
-def shards(root: Path, splits: dict, samples: int = 7, listed: bool = True, label: str = "cls") -> Path:
-    """webdataset shards as others write them: ROOT/SPLIT-0000.tar, and an index.json if `listed`.
+def write_shards(root: Path, splits: dict, samples: int = 7, listed: bool = True, label: str = "cls") -> Path:
+    """Write webdataset shards as other tools do: ROOT/SPLIT-0000.tar, and an index.json if `listed`.
 
     label: in NAME.cls, the number, or in NAME.json, with other things.
     """
@@ -34,7 +41,7 @@ def shards(root: Path, splits: dict, samples: int = 7, listed: bool = True, labe
                 text = str(number) if label == "cls" else json.dumps(dict(label=number, name=wnid))
                 key = name.partition(".")[0]
                 members |= {f"{key}.jpg": data, f"{key}.{label}": text.encode()}
-            data = tarred(members)
+            data = make_tar(members)
             (root / f"{split}-{n:04d}.tar").write_bytes(data)
             index["shards"][f"{split}-{n:04d}.tar"] = dict(samples=len(items[first : first + samples]), bytes=len(data))
     if listed:

@@ -33,7 +33,7 @@ def test_runs_a_script_with_our_models(tmp_path):
 def test_says_what_is_missing(tmp_path):
     done = run("train.py", cwd=tmp_path)
     assert done.returncode == 1 and done.stderr == (
-        "error: there is no script train.py: give the path of timm's train.py, validate.py, benchmark.py, …\n"
+        "error: script train.py does not exist: give the path of timm's train.py, validate.py, benchmark.py, …\n"
     )
     done = run(cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.startswith("Run one of timm's own scripts")

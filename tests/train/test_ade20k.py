@@ -135,7 +135,7 @@ def break_folder(root):
             r"training/ADE_1\.png has label 7 in row 2, column 2, but of 3 classes: labels must be 1 to 3",
         ),
         (break_size, r"annotations/training/ADE_1\.png is 6x4 pixels, its image .*images/training/ADE_1\.png is 4x6"),
-        (break_colours, r"annotations/training/ADE_1\.png must have one number a pixel .* it is in colours"),
+        (break_colours, r"annotations/training/ADE_1\.png must have one number per pixel, got colours"),
         (break_pair, r"images/training/ADE_1\.png has no label map .*annotations/training/ADE_1\.\*: add or remove"),
         (break_picture, r"annotations/training/ADE_1\.png has no image .*images/training/ADE_1\.\*: add or remove"),
         (break_names, r"objectInfo150\.txt does not name classes 1, 2, "),
@@ -226,14 +226,14 @@ def test_distortion(monkeypatch, first):
     monkeypatch.setattr(ade20k, "_uniform", lambda low, high: next(drawn))
     image = torch.tensor([0.2, 0.5, 0.95]).view(3, 1, 1).expand(3, 2, 2)
     expected = torch.tensor([0.15, 0.3, 0.5])
-    torch.testing.assert_close(ade20k.distorted(image)[:, 0, 0], expected)
+    torch.testing.assert_close(ade20k.distort_colors(image)[:, 0, 0], expected)
 
 
 def test_distortion_turns_hues_and_saturation(monkeypatch):
     drawn = iter([0.9, 0.9, 0.9, 0.0, 0.5, 0.0, 0.1])
     monkeypatch.setattr(ade20k, "_uniform", lambda low, high: next(drawn))
     red = torch.tensor([1.0, 0.0, 0.0]).view(3, 1, 1)
-    found = ade20k.distorted(red).flatten()
+    found = ade20k.distort_colors(red).flatten()
     assert found[0] > found[1] > found[2] > 0  # paler, and a tenth of the circle towards yellow
     hue = (found[1] - found[2]) / (found[0] - found[2]) / 6
     assert hue == pytest.approx(0.1, abs=1e-3)

@@ -246,7 +246,7 @@ def test_pictures_that_can_not_be_read(root):
     with pytest.raises(BadImage, match=r"10.png can't be read as an image"):
         training(root)[0]
     Image.new("RGB", (W, H - 1)).save(root / "pictures/10.png")
-    with pytest.raises(BadImage, match=rf"10.png is {W}x{H - 1}, and its json says {W}x{H}"):
+    with pytest.raises(BadImage, match=rf"10.png is {W}x{H - 1}, but its JSON file says {W}x{H}"):
         training(root)[0]
     os.remove(root / "pictures/10.png")
     with pytest.raises(UserError, match=r"pictures lacks 10.png of the 3 images in .*all.json$"):
@@ -272,11 +272,14 @@ def broken(change) -> dict:
 @pytest.mark.parametrize(
     "said, sentence",
     [
-        (b'{"images": [', r"all.json is no whole json file \("),
-        ("[]", "all.json is not in COCO's format: it must hold an object, and holds a list"),
+        (b'{"images": [', r"all.json is not a complete JSON file \("),
+        ("[]", "all.json is not in COCO's format: it must contain an object, got a list"),
         ('{"imgs": []}', 'needs a list "images", did you mean imgs?'),
         ('{"images": [{"id": 1, "file_name": "a", "height": 1, "width": 1}], "category": []}', "did you mean category"),
-        (broken(lambda c: c["images"][1].pop("height")), r"all.json is wrong: images\[1\] has no height: correct it$"),
+        (
+            broken(lambda c: c["images"][1].pop("height")),
+            r"all.json is invalid: images\[1\] has no height: correct it$",
+        ),
         (broken(lambda c: c["images"][1].update(width="60")), r"images\[1\].width must be a whole number, is a text"),
         (broken(lambda c: c["images"][0].update(height=0)), r"images\[0\].height must be from 1 to 65535 pixels, is 0"),
         (broken(lambda c: c["images"][1].update(id=10)), r"images\[1\] have ids that others have too"),
@@ -304,7 +307,7 @@ def broken(change) -> dict:
         ),
         (
             broken(lambda c: c["annotations"][1]["segmentation"].update(size=[9, 9])),
-            r"of size \[9, 9\], and its image is \[40, 60\]",
+            r"of size \[9, 9\], but its image is \[40, 60\]",
         ),
         (
             broken(lambda c: c["annotations"][2]["segmentation"].update(counts=[3])),
@@ -325,11 +328,13 @@ def test_what_is_wrong_with_a_json(root, said, sentence):
 def test_splits_that_do_not_do(root):
     with pytest.raises(UserError, match=r"none.json can't be read \(No such file or directory\): set data.root"):
         coco(root, val=("none.json", "pictures"))
-    with pytest.raises(UserError, match=r"there is no folder .*/elsewhere, where the images of .*all.json should be"):
+    with pytest.raises(
+        UserError, match=r"the folder .*/elsewhere, which should have the images of .*json, does not exist"
+    ):
         training(root, train=("all.json", "elsewhere"))
     write(root, broken(lambda c: c["categories"][0].update(name="wolf")), "other.json")
     with pytest.raises(
-        UserError, match=r"other.json names category 7 'wolf', and all.json 'dog': all splits must have"
+        UserError, match=r"category 7 is 'wolf' in .*other.json but 'dog' in all.json: all splits must have"
     ):
         training(root, train=("other.json", "pictures"))
     write(root, broken(lambda c: c.pop("annotations")), "unlabelled.json")
@@ -341,7 +346,7 @@ def test_splits_that_do_not_do(root):
         with pytest.raises(UserError, match=r"empty.json has no box to learn from$"):
             training(root, train=("empty.json", "pictures"), keep_empty=keep_empty)
     write(root, broken(lambda c: [a.update(iscrowd=1) for a in c["annotations"]]), "crowds.json")
-    with pytest.raises(UserError, match=r"crowds.json has no box to learn from: left out were 9 crowds$"):
+    with pytest.raises(UserError, match=r"crowds.json has no box to learn from \(left out: 9 crowds\)$"):
         training(root, train=("crowds.json", "pictures"))
     with pytest.raises(
         UserError, match=r"all.json has no mask \(segmentation\) for the annotations with id 106, which"
@@ -412,7 +417,7 @@ NAN, INF = float("nan"), float("inf")
             "annotations",
             "segmentation",
             [dict(size=size, counts=[H * W]) for size in ([W, H], [H], None, [H, "60"], [float(H), W])],
-            r"has run lengths of size .*, and its image is \[40, 60\]",
+            r"has run lengths of size .*, but its image is \[40, 60\]",
         ),
         (
             "annotations",
@@ -430,7 +435,7 @@ NAN, INF = float("nan"), float("inf")
             "annotations",
             "segmentation",
             [dict(size=[H, W], counts=c) for c in ("é", "~~~", "o", "ooooooooooooooooooooo0", " 1")],
-            "are cut short or hold other characters",
+            "are truncated or have invalid characters",
         ),
     ],
 )
@@ -451,7 +456,7 @@ def test_what_is_meant_is_taken(root):
     assert (first["iscrowd"], first["area"], crowd["iscrowd"]) == (0, 200, 1)
     assert type(first["iscrowd"]) is int
     write(root, broken(lambda c: c["categories"][1].update(name="dog")))
-    with pytest.raises(UserError, match="has 2 categories called 'dog', of ids 7, 3: give each a name of its own"):
+    with pytest.raises(UserError, match="has 2 categories called 'dog', with ids 7, 3: give each a unique name"):
         coco(root)
 
 
@@ -497,16 +502,18 @@ def test_turned_images(root):
         (root / "all.json").write_text(json.dumps(write_json | dict(annotations=content()["annotations"][8:])))
         source = coco(root, masks=False)
     (root / "all.json").write_text(json.dumps(broken(lambda c: c["images"][0].update(height=9)) | dict(annotations=[])))
-    with pytest.raises(BadImage, match=rf"is {W}x{H} \({H}x{W} turned as its EXIF data say\), and its json says {W}x9"):
+    with pytest.raises(
+        BadImage, match=rf"is {W}x{H} \({H}x{W} by its EXIF orientation\), but its JSON file says {W}x9"
+    ):
         coco(root).dataset("val", {})[0]
 
 
 @pytest.mark.parametrize(
     "arguments, sentence",
     [
-        (dict(short=()), r"data.short=\(\), data.long=60 must be whole numbers of pixels"),
-        (dict(short=(20, 0)), "must be whole numbers of pixels"),
-        (dict(flip=1.5), "data.flip=1.5 must be a share"),
+        (dict(short=()), r"data.short=\(\), data.long=60 must be integers, in pixels"),
+        (dict(short=(20, 0)), "must be integers, in pixels"),
+        (dict(flip=1.5), "data.flip=1.5 must be a probability"),
         (dict(max_bad=-1), "data.max_bad=-1 must be 0 or more"),
         (dict(crop=dict(short=(20,))), "data.crop.side is missing"),
         (dict(crop=dict(short=(20,), side=(9, 5))), r"data.crop.side=\(9, 5\) must be pixels"),

@@ -253,7 +253,7 @@ def test_errors():
     with pytest.raises(ValueError, match="classes must be the json's 4 categories, got 2"):
         CocoMetric(truth, ["a", "b"], True)
     del truth["annotations"][3]["segmentation"]
-    with pytest.raises(UserError, match="1 annotations that masks would be tested on have none, that with id 4 among"):
+    with pytest.raises(UserError, match="but 1 annotations have none, for example the one with id 4"):
         CocoMetric(truth, CLASSES, True)
     CocoMetric(truth, CLASSES, False)
 

@@ -177,7 +177,7 @@ def test_nothing_to_learn_from(pets, change, sentence):
 
 
 def test_roots(tmp_path):
-    with pytest.raises(UserError, match=r"data.root=.*nowhere is no folder"):
+    with pytest.raises(UserError, match=r"data.root=.*nowhere is not a folder"):
         ImageFolder(str(tmp_path / "nowhere"))
     with pytest.raises(UserError, match="holds no class folders"):
         ImageFolder(str(tmp_path))

@@ -142,7 +142,7 @@ def test_folders_are_mapped_as_numbers(tmp_path):
     images = data.dataset("test", data.inputs(dict(input_size=(3, 32, 32))))
     assert [images.filename(i) for i in range(12)] == [f"of_{i}.png" for i in range(12)]
     assert [images[i][1] for i in range(12)] == list(range(12))
-    with pytest.raises(UserError, match=r"11 is no class of the model, which has 11"):
+    with pytest.raises(UserError, match=r"11 is not a class of the model, which has 11"):
         TestFolder(str(tmp_path), names[:11])
 
 
@@ -156,9 +156,9 @@ def test_folders_are_mapped_by_name(tmp_path):
     assert data.class_names == ["wolf", "cat", "dog"] and data.classes == [0, 1, 3] and data.model_classes == names
     images = data.dataset("test", data.inputs(dict(input_size=(3, 32, 32))))
     assert [(images.filename(i), images[i][1]) for i in range(3)] == [("wolf.png", 0), ("cat.png", 1), ("dog.png", 2)]
-    with pytest.raises(UserError, match="cat is no class of the model, which has 2, did you mean cats"):
+    with pytest.raises(UserError, match="cat is not a class of the model, which has 2, did you mean cats"):
         TestFolder(str(tmp_path), ["cats", "dog"])
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         TestFolder(str(tmp_path / "none"), names)
 
 
@@ -197,7 +197,7 @@ def test_real_labels(command, trained, tmp_path):
     code, _, err = command("test", *arguments, "--real", "timm")
     assert code == 2 and err.count("\n") == 1 and "these labels are for classifiers of ImageNet's 1000 classes" in err
     code, _, err = command("test", trained, "device=cpu", "--out", tmp_path / "out", "--real", tmp_path / "real.json")
-    assert code == 2 and "--real needs the images' file names, which this data does not give" in err
+    assert code == 2 and "--real needs the images' file names, which this data does not have" in err
 
 
 def test_size_crop_and_interpolation(command, trained, tmp_path):

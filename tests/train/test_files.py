@@ -1,4 +1,4 @@
-"""Folders as people have them: what is read, what is passed over, and what is reported."""
+"""Folders as people have them: what is read, what is skipped, and what is reported."""
 
 from pathlib import Path
 
@@ -42,7 +42,7 @@ def test_hidden_and_system_folders_are_passed_over(pets, capsys):
     (pets / "cat/Thumbs.db").touch()
     data = ImageFolder(str(pets))
     assert used(data) == before and data.class_names == ["cat", "dog"]
-    assert f"data: passed over in {pets}: 6 hidden\n" in capsys.readouterr().out
+    assert f"data: skipped in {pets}: 6 hidden\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ending", ["pdf", "h5", "mpg", "ps", "eps", "txt", "mp4", "HEIC", ""])
@@ -50,8 +50,8 @@ def test_files_that_are_no_images_are_counted(pets, ending, capsys):
     (pets / f"cat/a.{ending}".rstrip(".")).write_text("notes")
     assert len(used(ImageFolder(str(pets)))) == 8
     out = capsys.readouterr().out
-    assert f"1 {'.' + ending.lower() if ending else 'without an ending'}\n" in out
-    assert ("1 HEIC file was passed over, which Pillow can't read here: convert to JPEG" in out) == (ending == "HEIC")
+    assert f"1 {'.' + ending.lower() if ending else 'without extension'}\n" in out
+    assert ("skipped 1 HEIC file, which Pillow can't read here: convert to JPEG" in out) == (ending == "HEIC")
 
 
 def test_links_are_followed_once(pets, tmp_path, capsys):
@@ -64,9 +64,9 @@ def test_links_are_followed_once(pets, tmp_path, capsys):
     (pets / "all").symlink_to(pets)
     data = ImageFolder(str(pets))
     assert data.class_names == ["cat", "dog"] and len(used(data)) == 9
-    assert capsys.readouterr().out.count("not followed, being a link") == 6
+    assert capsys.readouterr().out.count("skipped link to a folder") == 6
     (pets / "puppy").symlink_to(pets / "dog")
-    with pytest.raises(UserError, match=r"class folders .*dog and .*puppy are one folder, by a link"):
+    with pytest.raises(UserError, match=r"class folders .*dog and .*puppy are the same, by a link"):
         ImageFolder(str(pets))
 
 
@@ -85,7 +85,7 @@ def test_folders_of_runs_are_no_classes(pets, capsys):
 def test_no_run_is_written_among_the_images(tmp_path, pets, kind):
     data = dict(type=kind, root=str(pets))
     for run in (pets / "new", pets / "runs/new", pets / "cat"):
-        with pytest.raises(UserError, match=r"--run-dir .* lies in .*pets, all of whose images are data: choose"):
+        with pytest.raises(UserError, match=r"--run-dir .* is inside .*pets, whose images are all data: choose"):
             refuse_data_folder(run, data)
     for split in ("train", "val"):
         image(tmp_path / f"split/{split}/cat/0.png")
@@ -173,11 +173,11 @@ def folders(root: Path, labels, **arguments):
         (
             [[0, 255]],
             False,
-            r"pixels of the class background alone, none of object: .* \(50 % of the pixels are ignored",
+            r"pixels of only one class, background, and none of object: .* \(50 % of the pixels are ignored",
         ),
         ([[255, 255]], False, r"no pixels of any class: there is nothing to learn \(100 % of the pixels are ignored"),
         ([[0, 255]], True, "no pixels of any class"),
-        ([[1, 1]], False, "pixels of the class object alone, none of background"),
+        ([[1, 1]], False, "pixels of only one class, object, and none of background"),
     ],
 )
 def test_label_maps_with_nothing_to_learn(tmp_path, labels, ignored, sentence, capsys):
@@ -204,7 +204,7 @@ def test_class_lists(tmp_path):
     assert Folders(str(tmp_path)).class_names == ["road", "wörld"]
     for text, sentence in (
         ("a\n\nb", r"classes\.txt, line 2 is empty: name that class"),
-        ("a\nb\na", r"classes\.txt, line 3 is 'a', and so is 1: give each class a name of its own"),
+        ("a\nb\na", r"classes\.txt, line 3 is 'a', like 1: give each class a unique name"),
     ):
         (tmp_path / "classes.txt").write_text(text)
         with pytest.raises(UserError, match=sentence):
@@ -217,7 +217,7 @@ def test_class_lists(tmp_path):
 def test_one_name_with_two_endings(tmp_path):
     source = folders(tmp_path, [[0, 1]])
     image(tmp_path / "images/0.bmp")
-    with pytest.raises(UserError, match=r"images/0\.bmp and .*images/0\.png have one name but for the ending"):
+    with pytest.raises(UserError, match=r"images/0\.bmp and .*images/0\.png differ only in their extension"):
         source.pairs("train")
 
 
@@ -236,9 +236,9 @@ def test_label_maps_of_every_kind(tmp_path):
         kind.save(tmp_path / "labels/a.png")
         assert source.dataset("train", INPUTS)[0][1].tolist() == [[0, 1]]
     for kind, name, sentence in (
-        (palette.convert("RGB"), "a.png", r"it is in colours \(RGB\): save it as a grey image"),
-        (Image.fromarray(np.float32(labels)), "a.tif", "holds floats"),
-        (grey, "a.jpg", "is a JPEG file, which does not keep numbers: save it as PNG"),
+        (palette.convert("RGB"), "a.png", r"got colours \(RGB\): save the class numbers"),
+        (Image.fromarray(np.float32(labels)), "a.tif", "has float values"),
+        (grey, "a.jpg", "is a JPEG file, which is lossy: save it as PNG"),
     ):
         for old in (tmp_path / "labels").iterdir():
             old.unlink()
@@ -267,7 +267,7 @@ def test_label_maps_of_turned_images(tmp_path):
     turned(stored % 2, tmp_path / "labels/a.png", 6)
     assert np.array_equal(source.dataset("train", INPUTS)[0][1], upright % 2)
     save_labels(tmp_path / "labels/a.png", np.zeros((5, 5)), image_size=None)
-    with pytest.raises(UserError, match=r"is 5x5 pixels, its image .* is 3x2 \(turned as its EXIF orientation says\)"):
+    with pytest.raises(UserError, match=r"is 5x5 pixels, its image .* is 3x2 \(by its EXIF orientation\)"):
         source.dataset("train", INPUTS)
 
 

@@ -20,7 +20,7 @@ from saccade.train.runtime.errors import DATA, UserError
 from support import imagenet
 
 INPUTS = dict(input_size=(3, 16, 16), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
-SPLITS = imagenet.images()
+SPLITS = imagenet.make_images()
 CPU = torch.device("cpu")
 
 
@@ -35,12 +35,12 @@ def patterns(root: Path, **more) -> ImageNet:
 
 
 LAYOUTS = dict(
-    folder=lambda root: ImageNet(str(imagenet.folder(root, SPLITS))),
-    tars=lambda root: ImageNet(str(imagenet.tars(root, SPLITS))),
-    shards=lambda root: ImageNet(str(imagenet.shards(root, SPLITS))),
-    patterns=lambda root: patterns(imagenet.shards(root, SPLITS, listed=False, label="json"), classes=4),
+    folder=lambda root: ImageNet(str(imagenet.write_folders(root, SPLITS))),
+    tars=lambda root: ImageNet(str(imagenet.write_tars(root, SPLITS))),
+    shards=lambda root: ImageNet(str(imagenet.write_shards(root, SPLITS))),
+    patterns=lambda root: patterns(imagenet.write_shards(root, SPLITS, listed=False, label="json"), classes=4),
     streams=lambda root: ImageNet(
-        train=f"pipe:cat {imagenet.shards(root, SPLITS)}/train-{{0000..0003}}.tar",
+        train=f"pipe:cat {imagenet.write_shards(root, SPLITS)}/train-{{0000..0003}}.tar",
         val=[f"pipe:cat {root}/val-0000.tar", f"{root}/val-0001.tar"],
         index=f"{root}/index.json",
         cache_dir=f"{root}/fetched",
@@ -56,7 +56,7 @@ def test_same_images_in_every_layout(tmp_path, layout):
         assert source.class_names == (list("0123") if layout == "patterns" else sorted(imagenet.WNIDS))
         for split, files in SPLITS.items():
             images = source.dataset(split, INPUTS)
-            expected = ImageNet(str(imagenet.folder(tmp_path / "folder", SPLITS))).dataset(split, INPUTS)
+            expected = ImageNet(str(imagenet.write_folders(tmp_path / "folder", SPLITS))).dataset(split, INPUTS)
             place = {expected.filename(i).partition(".")[0]: i for i in range(len(expected))}
             seen = [images.filename(i).partition(".")[0] for i in range(len(images))]
             assert sorted(seen) == sorted(name.partition(".")[0] for name in files)
@@ -102,14 +102,14 @@ def test_everyone_sees_all(tmp_path, be, layout):
 
 def test_what_was_found_is_kept(tmp_path, cache, monkeypatch):
     """Beside the tar; in the user's cache where that can't be written; until the tar is another."""
-    root, scan = imagenet.shards(tmp_path / "data", SPLITS), tar._scan
+    root, scan = imagenet.write_shards(tmp_path / "data", SPLITS), tar._scan
     scans = []
     monkeypatch.setattr(tar, "_scan", lambda *args: scans.append(args) or scan(*args))
     path = root / "val-0000.tar"
     first = tar.index([path], "shard")[0]
     assert (root / ".val-0000.tar.index.npz").exists() and not cache.exists() and len(scans) == 1
     again = tar.index([path], "shard")[0]
-    assert len(scans) == 1 and list(again.names) == list(first.names) and again.torn == first.torn == ""
+    assert len(scans) == 1 and list(again.names) == list(first.names) and again.truncated == first.truncated == ""
     assert all((getattr(again, k) == getattr(first, k)).all() for k in ("offsets", "sizes", "labels"))
     (root / ".val-0000.tar.index.npz").write_bytes(b"torn")
     tar.index([path], "shard")
@@ -126,11 +126,11 @@ def test_what_was_found_is_kept(tmp_path, cache, monkeypatch):
 @pytest.mark.parametrize("listed", [True, False])
 def test_torn_shards(tmp_path, listed):
     """Cut anywhere, a shard loses samples, mostly with no error of tarfile's; it is named, and they are counted."""
-    root = imagenet.shards(tmp_path / "data", SPLITS, listed=listed)
+    root = imagenet.write_shards(tmp_path / "data", SPLITS, listed=listed)
     path = root / "train-0001.tar"
     whole = path.read_bytes()
-    found, torn = tar._members(path.open("rb"), 0, len(whole))
-    assert len(found) == 14 and not torn
+    found, truncated = tar._members(path.open("rb"), 0, len(whole))
+    assert len(found) == 14 and not truncated
     end = found[-1][1] + 512  # of the last sample; a block of zeros comes after it
     lost = set()
     for cut in [*range(0, end + 512, 512), 100, end - 300, len(whole)]:
@@ -152,8 +152,8 @@ def test_torn_shards(tmp_path, listed):
 
 
 def test_damaged_headers(tmp_path):
-    """A bit that flips in a header ends a tar early, for tarfile; here that is a torn shard."""
-    root = imagenet.shards(tmp_path / "data", SPLITS)
+    """A bit that flips in a header ends a tar early, for tarfile; here that is a damaged shard."""
+    root = imagenet.write_shards(tmp_path / "data", SPLITS)
     path = root / "train-0001.tar"
     whole = path.read_bytes()
     found, _ = tar._members(path.open("rb"), 0, len(whole))
@@ -163,7 +163,7 @@ def test_damaged_headers(tmp_path):
         path.write_bytes(damaged)
         files, _ = (source := patterns(root)).images("train")
         assert len(files) == 17 + i // 2 and source.bad[str(path)][1] == 7 - i // 2
-    original = imagenet.tars(tmp_path / "tars", SPLITS)
+    original = imagenet.write_tars(tmp_path / "tars", SPLITS)
     train = original / "ILSVRC2012_img_train.tar"
     damaged = bytearray(train.read_bytes())
     inner, _ = tar._members(train.open("rb"), 0, len(damaged))
@@ -172,7 +172,7 @@ def test_damaged_headers(tmp_path):
     source = ImageNet(str(original))
     assert len(source.images("train")[0]) == 18
     assert source.bad == {
-        str(train): ("n01443537.tar is no tar file (bad checksum), how many samples are lost is not known", 1)
+        str(train): ("n01443537.tar is not a tar file (bad checksum), with an unknown number of missing samples", 1)
     }
     source.images("val")
     assert len(source.bad) == 1
@@ -187,7 +187,7 @@ def test_damaged_headers(tmp_path):
 def test_no_sample_is_lost_silently(tmp_path, kind):
     """Bytes that change anywhere, in headers above all: the scan ends well, and says so where samples are missing."""
     name = "train-0001.tar" if kind == "shard" else "ILSVRC2012_img_train.tar"
-    root = (imagenet.shards if kind == "shard" else imagenet.tars)(tmp_path / "data", SPLITS)
+    root = (imagenet.write_shards if kind == "shard" else imagenet.write_tars)(tmp_path / "data", SPLITS)
     whole, path = (root / name).read_bytes(), tmp_path / "damaged.tar"
     members, _ = tar._members((root / name).open("rb"), 0, len(whole))
     random, lost = np.random.default_rng(0), 0
@@ -199,7 +199,7 @@ def test_no_sample_is_lost_silently(tmp_path, kind):
         path.write_bytes(damaged)
         found = tar._scan(path, kind)
         if len(found.names) < (7 if kind == "shard" else 24):
-            assert found.torn or found.half
+            assert found.truncated or found.incomplete
             lost += 1
     assert lost > 100
 
@@ -212,19 +212,19 @@ def test_no_sample_is_lost_silently(tmp_path, kind):
         (dict(root="x", classes=4), "data.index, data.classes and data.cache_dir go with data.train"),
         (dict(train="{root}/none-*.tar"), r"there is no shard .*/none-\*.tar$"),
         (dict(train="{root}/train-{{0000..0005}}.tar"), r"there is no shard .*/train-0004.tar \(of .*0000..0005"),
-        (dict(train="{root}/train-{{0..3.tar"), "is no pattern of shards"),
-        (dict(train="{root}/train-*.tar", classes=5), "data.classes=5, and .*index.json has 4"),
-        (dict(train="{root}/train-*.tar", index="{root}/train-0000.tar"), "train-0000.tar is no index of shards "),
+        (dict(train="{root}/train-{{0..3.tar"), "is not a valid pattern of shards"),
+        (dict(train="{root}/train-*.tar", classes=5), "data.classes=5, but .*index.json has 4"),
+        (dict(train="{root}/train-*.tar", index="{root}/train-0000.tar"), "train-0000.tar is not an index of shards "),
         (dict(val="{root}/val-*.tar"), "data.train is missing: give the shards of that split"),
         (dict(train="pipe:false", index="{root}/index.json"), r"pipe:false can't be fetched .*exit 1"),
-        (dict(root="{root}/nowhere"), "data.root=.*/nowhere is no folder"),
+        (dict(root="{root}/nowhere"), "data.root=.*/nowhere is not a folder"),
         (dict(root="{root}", max_bad=-1), "data.max_bad=-1 must be 0 or more"),
-        (dict(root="{root}", sizes={1: 16}), r"data.sizes=\{1: 16\} must say pixels from epoch 0 on"),
-        (dict(root="{root}", sizes={0: "big"}), "must say pixels from epoch 0 on"),
+        (dict(root="{root}", sizes={1: 16}), r"data.sizes=\{1: 16\} must give sizes in pixels from epoch 0 on"),
+        (dict(root="{root}", sizes={0: "big"}), "must give sizes in pixels from epoch 0 on"),
     ],
 )
 def test_arguments(tmp_path, change, sentence):
-    root = imagenet.shards(tmp_path, SPLITS)
+    root = imagenet.write_shards(tmp_path, SPLITS)
     given = {k: v.format(root=root) if isinstance(v, str) else v for k, v in change.items()}
     with pytest.raises(UserError, match=sentence):
         ImageNet(**given).images("train")
@@ -232,22 +232,29 @@ def test_arguments(tmp_path, change, sentence):
 
 def test_labels_of_shards(tmp_path):
     """Other labels than there are classes, and none at all."""
-    root = imagenet.shards(tmp_path, SPLITS, listed=False)
+    root = imagenet.write_shards(tmp_path, SPLITS, listed=False)
     with pytest.raises(UserError, match=r"train-0001.tar!n02084071_3.jpg has label 2, and there are 2 classes"):
         patterns(root, classes=2).images("train")
     with pytest.raises(UserError, match="classes is missing: the shards have no index"):
         patterns(root)
-    members = {"a.jpg": imagenet.picture(0), "a.cls": b"cat", "b.png": b"", "c.cls": b"1", "d.jpg": b"", "d.cls": b"1"}
-    (root / "odd.tar").write_bytes(imagenet.tarred(members | {"set.json": b"{}", "d.txt": b"a caption"}))
+    members = {
+        "a.jpg": imagenet.make_jpeg(0),
+        "a.cls": b"cat",
+        "b.png": b"",
+        "c.cls": b"1",
+        "d.jpg": b"",
+        "d.cls": b"1",
+    }
+    (root / "odd.tar").write_bytes(imagenet.make_tar(members | {"set.json": b"{}", "d.txt": b"a caption"}))
     source = ImageNet(train=str(root / "odd.tar"), val=f"{root}/val-*.tar", classes=4)
     assert len(source.images("train")[0]) == 1
     said = {name.rpartition("!")[2]: reason for name, (reason, _) in source.bad.items()}
-    assert said == {"a.jpg": "has no label", "b.png": "has no label", "c": "has a label and no image"}
+    assert said == {"a.jpg": "has no label", "b.png": "has no label", "c": "has a label but no image"}
 
 
 def test_samples_that_are_lost_have_names(tmp_path, capsys):
     """Two images or labels under one key, dots in keys, members that make no sample; labels that are no number."""
-    data = imagenet.picture(0)
+    data = imagenet.make_jpeg(0)
     members = [("a.jpg", data), ("a.cls", b"\xef\xbb\xbf1\r\n"), ("a.txt", b"a caption"), ("a.depth.png", data)]
     members += [("a.jpg", data), ("a.png", data), ("a.cls", b"1"), ("a.cls", b"2")]  # the third label is a's own
     members += [("b.v2.jpg", data), ("b.cls", b"0"), ("c.jpg", data), ("c.json", b'{"label": 2.0}')]
@@ -272,35 +279,35 @@ def test_samples_that_are_lost_have_names(tmp_path, capsys):
             "a.png": "is a second image under the key a, after a.jpg",
             "a.cls": "is a second label, 2, under the key a",
             "b.v2.jpg": "has no label (its key is b: a key ends at the first dot)",
-            "b": "has a label and no image",
+            "b": "has a label but no image",
             "d.jpg": "has no label",
             "e.jpg": "has no label",
-            "f": "has a label and no image",
+            "f": "has a label but no image",
             "g.jpg": "has no label",
         }
         out = capsys.readouterr().out
-        assert "passed over: 2 .json, 1 .tif, 1 .txt, 1 hidden, 1 without an ending\n" in out
+        assert "belong to no sample: 2 .json, 1 .tif, 1 .txt, 1 hidden, 1 without extension\n" in out
 
 
 def test_devkit(tmp_path):
-    root = imagenet.tars(tmp_path, SPLITS)
+    root = imagenet.write_tars(tmp_path, SPLITS)
     kit = root / "ILSVRC2012_devkit_t12.tar.gz"
     whole = kit.read_bytes()
     kit.write_bytes(whole[:200])
     with pytest.raises(UserError, match="can't be read as ImageNet's development kit"):
         ImageNet(str(root))
-    kit.write_bytes(imagenet.devkit(imagenet.WNIDS[1:], [imagenet.WNIDS[1]] * 10))
+    kit.write_bytes(imagenet.make_devkit(imagenet.WNIDS[1:], [imagenet.WNIDS[1]] * 10))
     with pytest.raises(UserError, match=r"train.tar!n01440764.tar/n01440764_3.JPEG is no image that .* knows"):
         ImageNet(str(root)).images("train")
     kit.write_bytes(whole)
     (root / "ILSVRC2012_img_train.tar").unlink()
-    with pytest.raises(UserError, match=r"there is no .*train.tar, which the train split is made of"):
+    with pytest.raises(UserError, match=r"train\.tar, which has the train split, does not exist"):
         ImageNet(str(root)).images("train")
 
 
 def test_streams_are_fetched_once(tmp_path):
     """By several processes at a time too, and only if they are what the index says."""
-    root = imagenet.shards(tmp_path / "data", SPLITS)
+    root = imagenet.write_shards(tmp_path / "data", SPLITS)
     listed = json.loads((root / "index.json").read_text())
     for name, entry in listed["shards"].items():
         entry["sha256"] = tar.checksum(root / name)
@@ -315,14 +322,14 @@ def test_streams_are_fetched_once(tmp_path):
     for path in cache.glob("*.tar"):
         path.unlink()
     (root / "val-0000.tar").write_bytes((root / "val-0001.tar").read_bytes())
-    with pytest.raises(UserError, match="that are not those of the index") as error:
+    with pytest.raises(UserError, match="that do not match the index") as error:
         source.images("val")
     assert error.value.code == DATA and not list(cache.glob("*.tar")) and not list(cache.glob(".*.tmp"))
 
 
 def test_sizes(tmp_path):
     """Training images grow with the epochs; those of evaluation do not."""
-    source = ImageNet(str(imagenet.folder(tmp_path, SPLITS)), img_size=24, sizes={0: 16, 2: 20, 3: 24})
+    source = ImageNet(str(imagenet.write_folders(tmp_path, SPLITS)), img_size=24, sizes={0: 16, 2: 20, 3: 24})
     inputs = source.inputs(dict(INPUTS))
     assert inputs["input_size"] == (3, 24, 24)
     train = source.dataset("train", inputs, training=True)
@@ -352,7 +359,7 @@ device = "cpu"
 @pytest.fixture
 def spoilt(tmp_path):
     """A folder of ImageNet with two bad training images and a bad one to evaluate on, and a config with a budget."""
-    root = imagenet.folder(tmp_path / "data", SPLITS)
+    root = imagenet.write_folders(tmp_path / "data", SPLITS)
     for path in ("train/n01440764/n01440764_13.JPEG", "train/n03000134/n03000134_3.JPEG"):
         (root / path).write_bytes((root / path).read_bytes()[:300])
     next(root.glob("val/*/ILSVRC2012_val_00000004.JPEG")).write_bytes(b"no image")
@@ -387,12 +394,12 @@ def test_run_with_bad_images(command, spoilt, tmp_path, records, monkeypatch):
     assert command("test", whole, "--split", "val", "data.max_bad=1", "--out", tmp_path / "out")[0] == 0
     assert json.loads((tmp_path / "out/metrics.json").read_text())["skipped"] == 1
     code, _, err = command("test", whole, "--split", "val", "data.max_bad=0", "--out", tmp_path / "out")
-    assert code == 65 and "ILSVRC2012_val_00000004.JPEG can't be read as an image (no known format)" in err
+    assert code == 65 and "ILSVRC2012_val_00000004.JPEG can't be read as an image (unknown format)" in err
 
 
 def test_command_line(command, spoilt, tmp_path, records):
-    """Patterns and lists in place of the config's folder; a torn shard past the budget ends the run at once."""
-    root = imagenet.shards(tmp_path / "shards", SPLITS)
+    """Patterns and lists in place of the config's folder; a truncated shard past the budget ends the run at once."""
+    root = imagenet.write_shards(tmp_path / "shards", SPLITS)
     lists = repr([f"{root}/val-0000.tar", f"{root}/val-0001.tar"])
     given = ["data.root=None", f"data.train={root}/train-{{0000..0003}}.tar", f"data.val={lists}", "epochs=1"]
     assert command("train", spoilt, *given, "--run-dir", tmp_path / "run")[::2] == (0, "")

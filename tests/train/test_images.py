@@ -26,7 +26,7 @@ def test_sixteen_bits_and_floats_keep_their_values(tmp_path, name):
 @pytest.mark.parametrize("values", [[[0, 70000]], [[-5, 5]], [[0, 255]]])
 def test_whole_numbers_of_unknown_range_are_refused(tmp_path, values):
     Image.fromarray(np.array(values, np.int32)).save(tmp_path / "a.tif")
-    with pytest.raises(BadImage, match=r"a\.tif has whole numbers of 32 bits, whose range is not known"):
+    with pytest.raises(BadImage, match=r"a\.tif has 32-bit integers, whose range is unknown"):
         read_image(tmp_path / "a.tif")
 
 
@@ -91,7 +91,7 @@ def test_rules_that_apply_are_reported_once(tmp_path, capsys):
     data = ImageFolder(str(tmp_path), shares=(0, 0))
     image, _ = data.dataset("train", inputs)[0]
     assert 0.4 < image.mean() < 0.6
-    assert capsys.readouterr().out.count("6 of 6 train images have 16 bits a pixel, which are divided by 257\n") == 1
+    assert capsys.readouterr().out.count("6 of 6 train images have 16 bits per pixel, which are divided by 257\n") == 1
 
 
 def test_damaged_files_are_bad_images():

@@ -153,7 +153,7 @@ def test_real_label_mistakes(tmp_path):
     file = tmp_path / "real.json"
     file.write_text("[[0], [9]]")
     named = Named(["ILSVRC2012_val_00000003.JPEG"])
-    with pytest.raises(UserError, match="has class 9, and the model is tested on 5 classes"):
+    with pytest.raises(UserError, match="has class 9, but the model is tested on 5 classes"):
         Accepted(named, str(file), 5)
     with pytest.raises(UserError, match=r"no labels for the image ILSVRC2012_val_00000003\.JPEG"):
         Accepted(named, str(file), 10)[0]

@@ -130,7 +130,7 @@ def test_weights_not_finite(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda root: None, "is no folder"),
+        (lambda root: None, "is not a folder"),
         (lambda root: root.mkdir(), "holds no class folders"),
         (lambda root: [(root / name).mkdir(parents=True) for name in "ab"], "holds no images"),
     ],

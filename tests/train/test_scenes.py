@@ -121,10 +121,10 @@ def test_command(command, tmp_path):
     code, said, _ = command(*line)
     assert code == 0 and said.splitlines()[-1] == f"{out}: coco/"
     before = contents(out)
-    assert command(*line)[:2] == (0, f"{out} is there already\n") and contents(out) == before
+    assert command(*line)[:2] == (0, f"{out} already exists\n") and contents(out) == before
     code, _, error = command(*line, "--seed", 1)
     assert code == 2 and error == f"error: {out} is not empty: choose another folder\n"
     assert contents(out) == before
     code, _, error = command("make_scenes", tmp_path / "coins", "--coins", "--size", 32)
-    assert code == 2 and error == "error: --size is for scenes of digits and has no meaning with --coins\n"
+    assert code == 2 and error == "error: --size applies to scenes of digits and has no effect with --coins\n"
     assert not (tmp_path / "coins").exists()

@@ -22,6 +22,6 @@ class Case:
     args: Callable[[torch.device, torch.dtype], tuple]  # random; tensors that get a gradient require one
     ours: Callable[..., Any]
     published: Callable[..., Any]  # the published arithmetic in plain PyTorch, written from the equations
-    elements: tuple[int, int]  # of the dtype, read or written at least: forward, backward
-    flops: tuple[int, int]  # of its matrix products and the like: forward, backward
-    library: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # the best calls that others offer
+    elements: tuple[int, int]  # elements that must be read or written: forward, backward
+    flops: tuple[int, int]  # FLOPs of matrix products and convolutions: forward, backward
+    library: Mapping[str, Callable[..., Any]] = field(default_factory=dict)  # the best calls of other libraries

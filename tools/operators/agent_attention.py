@@ -1,4 +1,4 @@
-"""Agent attention with its pooling in Agent-DeiT, Agent-PVT-S and Agent-Swin-T, with tables learned at 224 x 224."""
+"""Agent attention and its pooling in Agent-DeiT, Agent-PVT-S and Agent-Swin-T, with bias tables for 224 x 224."""
 
 import functools
 
@@ -29,7 +29,7 @@ def _split(x, heads):
 
 
 def _bias(block, rows, columns, size, grid):
-    """(heads, a, h·w), resized over the map and then over the agents."""
+    """Return the bias (heads, a, h·w), resized over the map and then over the agents."""
     block = F.interpolate(block, size=size, mode="bilinear")
     table = rows.unsqueeze(3) + columns.unsqueeze(2)
     if table.shape[2:] != size:
@@ -43,8 +43,8 @@ def _bias(block, rows, columns, size, grid):
 
 
 def published(qkv, an, ah, aw, na, ha, wa, token, weight, bias, heads, size, grid):
-    """Biases repeated over the batch, logits, biased logits and probabilities in memory; maps copied for the pool and
-    for the convolution."""
+    """Materialise biases repeated over the batch, logits, biased logits and probabilities; copy maps for the pooling
+    and the convolution."""
     B, N, C = qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3
     T, scale = int(token is not None), (C // heads) ** -0.5
     q, k, v = qkv.chunk(3, -1)
@@ -64,7 +64,7 @@ def published(qkv, an, ah, aw, na, ha, wa, token, weight, bias, heads, size, gri
 
 
 def library(qkv, an, ah, aw, na, ha, wa, token, weight, bias, heads, size, grid):
-    """Two calls of scaled_dot_product_attention with biases in memory, and conv2d."""
+    """Call scaled_dot_product_attention twice with materialised biases, and conv2d."""
     T = int(token is not None)
     q, k, v = qkv.chunk(3, -1)
     maps = (x[:, T:].transpose(1, 2).unflatten(2, size) for x in (q, v))
@@ -90,7 +90,7 @@ def _args(device, dtype, B, size, C, heads, p, grid, side, token):
 
 
 def cases(batch: int, height: int, width: int) -> list[Case]:
-    # dense: the agents that detectors and segmenters take, where the tables are resized to the map
+    # dense: the numbers of agents in detectors and segmenters, where the tables are resized to the map
     dense = (height, width) != (224, 224)
     stages = [(f"Agent-DeiT-{s}", 16, C, C // 64, 7, 7, 14, 1) for s, C in (("T", 192), ("S", 384))]
     for name, dims, heads, grids in (
@@ -102,7 +102,7 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
     result = []
     for where, stride, C, heads, p, grid, side, token in stages:
         size = height // stride, width // stride
-        side = size if token else (side, side)  # DeiT is built for its size
+        side = size if token else (side, side)  # DeiT has a fixed image size
         B, N, a = batch, token + size[0] * size[1], grid * grid
         flops = 8 * B * a * N * C + 18 * B * N * C
         elements = B * N * C, B * a * C

@@ -13,7 +13,7 @@ def windows(x, grid):
 
 
 def published(qkv, idx, heads, regions):
-    """Windows copied, keys and values gathered for every region."""
+    """Copy windows, and gather keys and values for every region."""
     (B, H, W, C3), P, grid = qkv.shape, idx.shape[1], regions[0]
     C = C3 // 3
     q, k, v = windows(qkv, grid).split(C, -1)  # (B, P, t, C) each
@@ -29,7 +29,7 @@ def published(qkv, idx, heads, regions):
 
 
 def masked(qkv, idx, heads, regions):
-    """scaled_dot_product_attention of all tokens under a mask of the routed pairs."""
+    """Call scaled_dot_product_attention on all tokens with a mask of the routed pairs."""
     B, H, W, _ = qkv.shape
     _, P, _ = idx.shape
     q, k, v = qkv.flatten(1, 2).unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
@@ -44,7 +44,7 @@ def masked(qkv, idx, heads, regions):
 def cases(batch: int, height: int, width: int) -> list[Case]:
     result = []
     for stage, topk in enumerate((1, 4, 16)):
-        # Padded to a multiple of 7, as the model does.
+        # Padded to a multiple of 7, as in the model.
         H, W = (-(-side // (4 << stage) // 7) * 7 for side in (height, width))
         C, heads = 64 << stage, 2 << stage
 
@@ -54,7 +54,7 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
             return qkv.requires_grad_(), idx, heads, (7, 7)
 
         size, flops = batch * H * W * C, 4 * batch * H * W * C * topk * (H * W // 49)
-        library = {"SDPA, masked": masked} if H * W <= 3136 else {}  # beyond that the mask alone is gigabytes
+        library = {"SDPA, masked": masked} if H * W <= 3136 else {}  # for larger maps the mask takes gigabytes
         result.append(
             Case(
                 where=f"BiFormer-S stage {stage + 1}",

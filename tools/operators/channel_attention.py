@@ -1,4 +1,4 @@
-"""DaViT-T's channel attention, on tokens as the projection leaves them."""
+"""DaViT-T's channel attention, on the output of its projection."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ DIMS, HEADS = (96, 192, 384, 768), (3, 6, 12, 24)
 
 
 def published(qkv, heads):
-    """A = softmax((K / √D)ᵀ V), out = (A Qᵀ)ᵀ per head, with a scaled copy of K and a copy of the output."""
+    """Compute A = softmax((K / √D)ᵀ V), out = (A Qᵀ)ᵀ per head, with a scaled copy of K and a copy of the output."""
     q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in qkv.chunk(3, 2))  # (B, heads, N, D)
     scaled = k * k.shape[3] ** -0.5
     weights = torch.softmax(scaled.mT @ v, 3)  # (B, heads, D, D)
@@ -18,7 +18,7 @@ def published(qkv, heads):
 
 
 def sdpa(qkv, heads):
-    """Usual attention with the D channels for tokens."""
+    """Call scaled_dot_product_attention with the D channels as tokens."""
     q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 4, 1).unbind(0)  # (B, heads, D, N) each
     out = F.scaled_dot_product_attention(k, v, q, scale=q.shape[2] ** -0.5)
     return out.permute(0, 3, 1, 2).flatten(2)

@@ -1,6 +1,6 @@
-"""Deformable attention: DFA3D's lifter, per camera, and 2D on the pyramid of a detector and on a bird's-eye view.
+"""Deformable attention: DFA3D's lifter, per camera, and in 2D on a detector's pyramid and on a bird's-eye view.
 
-The lifter's and the detector's maps are those of the papers whatever the image size: a road scene is not square.
+The maps of the lifter and the detector have the papers' sizes for any image size, since road scenes are not square.
 """
 
 from functools import partial
@@ -16,7 +16,7 @@ DETECT = [(100, 167), (50, 84), (25, 42), (13, 21)]  # of 800 x 1333
 
 
 def published_2d(value, shapes, locations, weights):
-    """One grid_sample per level; all samples (B · heads, C, Q, L · P) in memory, then weighted and summed."""
+    """Call grid_sample per level; materialise all samples (B · heads, C, Q, L · P), then weight and sum them."""
     B, heads = value.shape[0], value.shape[2]
     maps = value.permute(0, 2, 3, 1).flatten(0, 1)  # (B · heads, C, S)
     grids = (2 * locations - 1).permute(3, 0, 2, 1, 4, 5).flatten(1, 2)  # (L, B · heads, Q, P, 2)
@@ -27,8 +27,8 @@ def published_2d(value, shapes, locations, weights):
 
 
 def published_3d(value, depth, shapes, locations, weights):
-    """In two stages: the depth scores (B, Q, heads, L, P, 4) of depth repeated over the heads, then each corner's rows
-    gathered, weighted by them and summed."""
+    """Compute the depth scores (B, Q, heads, L, P, 4) with depth repeated over the heads, then gather each corner's
+    rows, weight them by the scores and sum."""
     B, _, heads, _, _, _ = locations.shape
     D = depth.shape[3]
     depth = depth.expand(-1, -1, heads, -1).contiguous()
@@ -61,7 +61,7 @@ def published_3d(value, depth, shapes, locations, weights):
 
 
 def outer_product(value, depth, shapes, locations, weights):
-    """Sample, per level with a 5-D grid_sample, value ⊗ depth (B · heads, C, D, H, W)."""
+    """Sample value ⊗ depth (B · heads, C, D, H, W) by one 5-D grid_sample per level."""
     B, Q, heads, _, P, _ = locations.shape
     C, out = value.shape[3], 0
     sizes = [H * W for H, W in shapes]
@@ -102,13 +102,13 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
             library=peers,
         )
 
-    # The models' own cameras and maps, whatever the image, unless it is a small one, to try things on.
+    # The models' own cameras and maps for any image size, scaled down for small ones, to try things out.
     share = min(1.0, (height * width) ** 0.5 / 224)
 
     def scaled(shapes):
         return [(max(1, round(share * H)), max(1, round(share * W))) for H, W in shapes]
 
-    product = {"grid_sample of the product": outer_product}  # the naive trilinear form: base, 3.3 GiB and its gradient
+    product = {"grid_sample of the product": outer_product}  # naive trilinear sampling: 3.3 GiB for base
     lift, detect, plane = scaled(LIFT), scaled(DETECT), scaled([(200, 200)])
     return [
         case("DFA3D base, a camera", round(9502 * share**2), lift, 8, 112, product),

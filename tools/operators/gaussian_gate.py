@@ -1,5 +1,5 @@
-"""PATNet-T2's Gaussian gate with the norm after it, on the three quarters of the channels that its partial convolution
-leaves: views of a channels-last map. In training where there is more than one image."""
+"""PATNet-T2's Gaussian gate and norm, on the three quarters of the channels that its partial convolution leaves out:
+views of a channels-last map. In training mode if there is more than one image."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ def published(x, weight, norm_weight, norm_bias, out_norm_weight, out_norm_bias,
 
 def cases(batch: int, height: int, width: int) -> list[Case]:
     result = []
-    for stage in range(3):  # the fourth has self-attention
+    for stage in range(3):  # the fourth stage has self-attention
         dim, H, W = DIM << stage, height // (4 << stage), width // (4 << stage)
         C = dim - dim // 4
 
@@ -33,7 +33,7 @@ def cases(batch: int, height: int, width: int) -> list[Case]:
                 *(t.detach().requires_grad_() for t in (x, *parameters)),
                 *statistics,
                 batch > 1,
-            )  # a channel's mean is one number an image
+            )  # the mean of a channel is one number per image
 
         size, product = batch * C * H * W, 4 * batch * C * C
         result.append(

@@ -1,4 +1,4 @@
-"""HaloNet's attention, at the stages of H0 and H1 (which differ outside it alone), of H4, and of timm's hybrids."""
+"""HaloNet's attention in the stages of H0 and H1 (which have the same), H4, and timm's hybrids."""
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ ROWS = [
 
 
 def published(q, kv, height_rel, width_rel, heads, block, halo, stride):
-    """Windows unfolded; logits of the content, of rows and of columns and their sum, each (…, t · t, a · a)."""
+    """Unfold windows; materialise content, row and column logits and their sum, each (…, t · t, a · a)."""
     (B, C, HQ, WQ), (_, _, H, W) = q.shape, kv.shape
     D, a, t, M, N = C // heads, block + 2 * halo, block // stride, -(-H // block), -(-W // block)
     q = F.pad(q, (0, N * t - WQ, 0, M * t - HQ))

@@ -1,4 +1,4 @@
-"""Sparsifiner's layer between qkv and its projection: predictor, mask, and attention to the keys that are kept."""
+"""Sparsifiner's layer between qkv and output projection: predictor, mask, and attention to the kept keys."""
 
 import math
 
@@ -41,7 +41,7 @@ def published(qkv, heads, *params):
     with torch.no_grad():
         M = _mask(q, k, budget, *params)
     L = q @ k.mT * q.shape[-1] ** -0.5
-    L.softmax(-1)  # the dense attention, of which the losses want statistics
+    L.softmax(-1)  # the dense attention, which the losses use
     P = L.clone().masked_fill(M == 0, -math.inf).softmax(-1).nan_to_num()
     return (P @ v).transpose(1, 2).flatten(2)
 

@@ -1,4 +1,4 @@
-"""ELA's strip gate in ResNet-50, as ELA-S places it: after the 3x3 convolution's stage output."""
+"""ELA-S's strip gate in ResNet-50, at the stages' output sizes."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""ULSAM's gate in MobileNetV1, where the paper puts it: layers 8 and 12, 4 subspaces, and its larger maps."""
+"""ULSAM's gate in MobileNetV1 at the paper's positions (layers 8 and 12, 4 subspaces) and on its larger maps."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ MOMENTUM, EPS = 0.9, 1e-5
 
 
 def published(x, w, b, nw, nb, pw, pb, pnw, pnb, rm, rv, prm, prv, training, momentum):
-    """A loop over the subspaces, each with its own convolutions, norms and pool."""
+    """Loop over the subspaces, each with its own convolutions, norms and pooling."""
     parts, g = [], pb.shape[0]
     G = x.shape[1] // g
     for n, part in enumerate(x.chunk(g, 1)):

@@ -1,5 +1,5 @@
-"""Agent-DeiT, -PVT, -Swin and -CSwin in their published form: biases repeated over the batch, logits and probabilities
-in memory, windows and stripes copied, maps permuted for every convolution (arXiv 2312.08874).
+"""Agent-DeiT, -PVT, -Swin and -CSwin with the published arithmetic: biases repeated over the batch, materialised logits
+and probabilities, copied windows and stripes, maps permuted for every convolution (arXiv 2312.08874).
 
 The peer of saccade's `agent_*` in tools/benchmark.py, at 224 x 224; takes the same state dict.
 """
@@ -40,7 +40,7 @@ def merge_heads(x: Tensor) -> Tensor:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor) -> Tensor:
-    """Return softmax(q kᵀ / √D + biases) v with the logits, their sums and the probabilities in memory."""
+    """Return softmax(q kᵀ / √D + biases) v, materialising the logits, their sums and the probabilities."""
     logits = q * q.shape[-1] ** -0.5 @ k.mT
     for bias in biases:
         logits = logits + bias
@@ -48,7 +48,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *biases: Tensor) -> Tensor:
 
 
 class BiasTables(nn.Module):
-    """The bias of one of the two softmaxes: a resized block per agent, plus rows, plus columns; a class token's own."""
+    """The bias of one of the two softmaxes: a resized block per agent, plus rows, plus columns, plus a class
+    token's."""
 
     def __init__(self, heads: int, agents: int, side: int, token: bool):
         super().__init__()
@@ -92,7 +93,7 @@ class AgentAttention(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Swin's: windows of 7, shifted in odd blocks where there are several."""
+    """Swin's attention in windows of 7, shifted in odd blocks if there are several windows."""
 
     def __init__(self, dim: int, heads: int, side: int, odd: bool):
         super().__init__()
@@ -122,7 +123,7 @@ class WindowAttention(nn.Module):
 
 
 class SoftmaxAttention(nn.Module):
-    """DeiT's attention of all tokens."""
+    """DeiT's attention over all tokens."""
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
@@ -135,8 +136,8 @@ class SoftmaxAttention(nn.Module):
 
 
 class StripeAttention(nn.Module):
-    """CSwin's: two branches of stripes, of half the channels each, or one of the full map; the convolution of the
-    values does not see beyond its stripe."""
+    """CSwin's attention: two branches of stripes with half of the channels each, or one branch of the full map; the
+    convolution of the values is padded at the borders of a stripe."""
 
     def __init__(self, dim: int, heads: int, side: int, stripes: list[tuple[int, int]]):
         super().__init__()
@@ -208,7 +209,7 @@ def attention(ours: nn.Module, dim: int, side: int, odd: bool, family: str) -> n
 
 
 class Agent(nn.Module):
-    """The published model of the same sizes as ours."""
+    """The published model, with the sizes of ours."""
 
     def __init__(self, name: str):
         super().__init__()
@@ -250,7 +251,7 @@ class Agent(nn.Module):
         return self.head(x[:, 0] if self.family == "deit" else x.mean(1))
 
     def load(self, ours: nn.Module) -> "Agent":
-        """Take the weights of saccade's model of the same name."""
+        """Load the weights of saccade's model of the same name."""
         state, own = {}, self.state_dict()
         for key, value in ours.state_dict().items():
             key = re.sub(r"^stages\.(\d)\.downsample", lambda m: f"downsamples.{int(m[1]) - 1}", key)

@@ -1,4 +1,4 @@
-"""BiFormer in its published form: NCHW between blocks, window copies, gathered keys and values (arXiv 2303.08810).
+"""BiFormer with the published arithmetic: NCHW between blocks, copied windows, gathered keys and values (2303.08810).
 
 The peer of saccade's `biformer_t/s/b` in tools/benchmark.py; takes the same state dict.
 """
@@ -101,7 +101,7 @@ class BiFormer(nn.Module):
         return self.head(self.norm(x).mean((2, 3)))
 
     def load(self, ours: nn.Module) -> "BiFormer":
-        """Take the weights of saccade's model of the same name."""
+        """Load the weights of saccade's model of the same name."""
         state = {}
         for key, value in ours.state_dict().items():
             key = re.sub(r"^stem\.([34])\.", lambda m: f"downsamples.0.{int(m[1]) - 3}.", key)

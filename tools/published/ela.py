@@ -1,5 +1,6 @@
-"""ELA in its published form, two means and two products over the map, in the networks of saccade's `ela_*` (arXiv
-2403.01123): their peers in tools/benchmark.py, which take the same state dict. The networks are timm's in both.
+"""ELA with the published arithmetic, two means and two products over the map (arXiv 2403.01123).
+
+The peers of saccade's `ela_*` in tools/benchmark.py; they take the same state dict. The networks are timm's in both.
 """
 
 import timm
@@ -34,7 +35,7 @@ class Network(nn.Module):
         return self.net(x)
 
     def load(self, ours: nn.Module) -> "Network":
-        """Take the weights of saccade's model of the same name."""
+        """Load the weights of saccade's model of the same name."""
         self.net.load_state_dict(ours.state_dict())
         return self
 

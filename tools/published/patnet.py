@@ -1,4 +1,4 @@
-"""PATNet in its published form: NCHW, channels split and joined by copies, every norm by itself (arXiv 2503.03148).
+"""PATNet with the published arithmetic: NCHW, channels split and concatenated by copies, separate norms (2503.03148).
 
 The peer of saccade's `patnet_t0` to `patnet_l` in tools/benchmark.py; takes the same state dict.
 """
@@ -15,7 +15,7 @@ DIMS = dict(t0=32, t1=48, t2=64, s=96, m=128, l=160)
 
 
 class Gate(nn.Module):
-    """Of the channels, by their means and deviations."""
+    """The gate of the channels by their means and standard deviations."""
 
     def __init__(self, dim: int):
         super().__init__()
@@ -137,7 +137,7 @@ class PATNet(nn.Module):
         return self.head(self.act(self.hidden(x)).flatten(1))
 
     def load(self, ours: nn.Module) -> "PATNet":
-        """Take the weights of saccade's model of the same name."""
+        """Load the weights of saccade's model of the same name."""
         state, own = {}, self.state_dict()
         for key, value in ours.state_dict().items():
             key = re.sub(r"^stem\.", "layers.0.", key)
@@ -151,6 +151,6 @@ class PATNet(nn.Module):
 
 
 def build(name: str) -> PATNet:
-    """As the published configuration of `name` has it."""
+    """Build the model with the published configuration of `name`."""
     size = name.removeprefix("patnet_")
     return PATNet(size, spatial=size == "t1")

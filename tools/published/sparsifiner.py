@@ -1,5 +1,5 @@
-"""Sparsifiner in its published form: scores, masks and attention dense, the softmax twice, all of them kept until the
-forward ends, where it returns them beside the logits, and tokens masked, not removed (arXiv 2303.13755).
+"""Sparsifiner with the published arithmetic: dense scores, masks and attention, the softmax twice, all kept until the
+end of the forward pass, which returns them with the logits; tokens are masked, not removed (arXiv 2303.13755).
 
 The peer of saccade's `sparsifiner_*` in tools/benchmark.py, at 224 x 224; takes the same state dict.
 """
@@ -128,7 +128,7 @@ class Sparsifiner(nn.Module):
         return logits
 
     def load(self, ours: nn.Module) -> "Sparsifiner":
-        """Take the weights of saccade's model of the same name."""
+        """Load the weights of saccade's model of the same name."""
         state = {}
         for key, value in ours.state_dict().items():
             part = key.split(".")

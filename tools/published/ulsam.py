@@ -1,5 +1,6 @@
-"""ULSAM in its published form, each subspace by itself, in the networks of saccade's `ulsam_*` (arXiv 2006.15102):
-their peers in tools/benchmark.py, which take the same weights. The networks are timm's in both.
+"""ULSAM with the published arithmetic, a loop over the subspaces (arXiv 2006.15102).
+
+The peers of saccade's `ulsam_*` in tools/benchmark.py; they take the same weights. The networks are timm's in both.
 """
 
 import timm
@@ -52,7 +53,7 @@ class Network(nn.Module):
         return self.net(x)
 
     def load(self, ours: nn.Module) -> "Network":
-        """Take the weights of saccade's model of the same name."""
+        """Load the weights of saccade's model of the same name."""
         self.net.load_state_dict(ours.state_dict(), strict=False)
         for key, layer in ours.named_modules():
             if isinstance(layer, ULSAM):

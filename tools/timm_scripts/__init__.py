@@ -1,1 +1,1 @@
-"""Installed as saccade.timm: `python -m saccade.timm SCRIPT …`. (A folder called timm here would hide timm itself.)"""
+"""Installed as saccade.timm: `python -m saccade.timm SCRIPT …`. (A folder called timm would shadow timm itself.)"""

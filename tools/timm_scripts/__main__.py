@@ -4,7 +4,7 @@
   python -m saccade.timm /path/to/pytorch-image-models/validate.py /data/imagenet --model biformer_t --checkpoint FILE
   torchrun --nproc_per_node=8 -m saccade.timm /path/to/pytorch-image-models/train.py …
 
-timm's scripts know only the models that timm registers; everything else about them stays as it is.
+Without this, timm's scripts only know timm's own models. Everything else about them is unchanged.
 """
 
 import os
@@ -17,11 +17,13 @@ def main() -> None:
         sys.exit(__doc__.strip())
     script = sys.argv[1]
     if not os.path.isfile(script):
-        sys.exit(f"error: there is no script {script}: give the path of timm's train.py, validate.py, benchmark.py, …")
+        sys.exit(
+            f"error: script {script} does not exist: give the path of timm's train.py, validate.py, benchmark.py, …"
+        )
     import saccade.backbones  # noqa: F401  (registers)
 
     sys.argv = sys.argv[1:]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as if Python had been given the script
+    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as when Python runs the script
     runpy.run_path(script, run_name="__main__")
 
 

@@ -1,7 +1,7 @@
-"""Images with a label for each pixel: ADE20K, COCO-Stuff, or anybody's own pair of folders.
+"""Images with a label for each pixel: ADE20K, COCO-Stuff, or your own pair of folders.
 
-A label map is an image with one number a pixel. Each layout says which number is which class; all label maps become
-numbers 0 … K - 1, and IGNORED where a pixel is neither learned from nor counted.
+A label map is an image with one number per pixel. Each layout defines which number is which class; labels become
+0 … K - 1, and IGNORED for pixels that are neither trained on nor evaluated.
 """
 
 import os
@@ -54,15 +54,15 @@ class LabelMaps:
     """Base of the layouts below, which implement `classes()`, to set the attributes here, and `pairs(split)`.
 
     root: the folder that has the images and label maps.
-    scale: (long, short): images are enlarged or reduced to the largest of their shape within, in either direction;
-    None: they stay as they are. crop: pixels a side of what training sees. augment: arguments of `Augment`.
-    max_bad: how many images that can't be read a run goes on without. check: how many label maps of a split, evenly
-    spread, are read before training begins; what is wrong with others is reported when they are read.
+    scale: (long, short): images are resized to the largest size within these sides that keeps their aspect ratio; None:
+    they are not resized. crop: size in pixels of the training crop. augment: arguments of `Augment`.
+    max_bad: how many unreadable images a run tolerates. check: how many label maps of a split, evenly spaced, are
+    checked before training; errors in the others are reported when they are read.
     """
 
     class_names: list[str]
     table: np.ndarray  # (256,) int16: number in a file -> label, IGNORED or INVALID
-    meaning: str  # which numbers the files may have, in words
+    meaning: str  # description of the valid numbers
 
     def __init__(
         self,
@@ -78,13 +78,13 @@ class LabelMaps:
         self.max_bad, self.check, self.bad = max_bad, check, {}
         check_section("data.augment", self.augment, Augment, without=("scale", "crop", "fill"))
         if scale is not None and (len(scale) != 2 or min(scale) < 1):
-            raise UserError(f"data.scale={scale} must be two numbers of pixels, of the longer and the shorter side")
+            raise UserError(f"data.scale={scale} must be two sizes in pixels, of the longer and the shorter side")
         if crop < 1:
             raise UserError(f"data.crop={crop} must be 1 or more")
         self.classes()
 
     def classes(self) -> None:
-        """Set class_names, table and meaning. Raises UserError where nothing names the classes."""
+        """Set class_names, table and meaning. Raises UserError if there are no class names."""
         raise NotImplementedError
 
     def pairs(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
@@ -94,19 +94,19 @@ class LabelMaps:
     def match(
         self, images: Path, labels: Path, image_suffix: str = "", label_suffix: str = ""
     ) -> tuple[Strings, Strings]:
-        """Return `match_files` of two folders, which are searched once and what is passed over in them reported."""
+        """Return `match_files` of two folders. They are searched once, and skipped files are reported."""
         if (images, labels) not in self._matched:
             self._matched[images, labels] = match_files(images, labels, image_suffix, label_suffix)
         return self._matched[images, labels]
 
     def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-        """Return the model's own mean and std; `input_size` is what training sees, `scale` what tests begin with."""
+        """Return the model's own mean and std; `input_size` is the training crop, `scale` the size in tests."""
         own = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
         size = (own["input_size"][0], self.img_size, self.img_size)
         return dict(input_size=size, mean=own["mean"], std=own["std"], scale=self.scale)
 
     def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> "Maps":
-        """Return "train", "val" or "test", its first label maps checked and each class's share of them reported.
+        """Return "train", "val" or "test"; check some of its label maps and report each class's share of the pixels.
 
         Raises UserError for a label map that is not valid, naming it, and for a training split with nothing to learn.
         """
@@ -122,9 +122,9 @@ class LabelMaps:
 
 
 def find_split(split: str, images: Path, labels: Path) -> tuple[Path, Path]:
-    """Return the folders of a split's images and label maps, train, val and test by any of their usual names.
+    """Return the folders of a split's images and label maps, by any of the split's usual names.
 
-    Without a test folder that is val's. Raises UserError where there is none for the split.
+    Without a test folder, val is used. Raises UserError if there is no folder for the split.
     """
     own, theirs = split_folders(images), split_folders(labels)
     split = "val" if split == "test" and "test" not in own else split
@@ -134,11 +134,11 @@ def find_split(split: str, images: Path, labels: Path) -> tuple[Path, Path]:
 
 
 class Ade20k(LabelMaps):
-    """ADE20K as its scene parsing benchmark is downloaded (ADEChallengeData2016), or anything laid out like it.
+    """ADE20K's scene parsing benchmark as downloaded (ADEChallengeData2016), or data in the same layout.
 
-    root: has images/{training,validation}, annotations/{training,validation} and objectInfo150.txt, whose names count
-    from 1. Label 0 is ignored, c becomes c - 1. A folder "test" is tested on where there is one, else the validation
-    images are. Other arguments: see LabelMaps.
+    root: has images/{training,validation}, annotations/{training,validation} and objectInfo150.txt, whose classes are
+    numbered from 1. Label 0 is ignored, c becomes c - 1. Tests use a folder "test" if it exists, else the validation
+    images. Other arguments: see LabelMaps.
     """
 
     def classes(self) -> None:
@@ -148,14 +148,14 @@ class Ade20k(LabelMaps):
         self.class_names = _object_names(files[0])
         classes = len(self.class_names)
         self.table = _table({0: IGNORED} | {c + 1: c for c in range(classes)})
-        self.meaning = f"labels must be 1 to {classes}, or 0 where they are to be ignored"
+        self.meaning = f"labels must be 1 to {classes}, or 0 for ignored pixels"
 
     def pairs(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
         return self.match(*find_split(split, self.root / "images", self.root / "annotations"))
 
 
 class CocoStuff(LabelMaps):
-    """COCO-Stuff's 171 classes on COCO's images, in either layout that people have.
+    """COCO-Stuff's 171 classes on COCO's images, in either of its two layouts.
 
     root: has images/{train2017,val2017} and annotations/{train2017,val2017}: either stuffthingmaps_trainval2017's
     pixel maps as downloaded (000000000009.png, category number - 1), or mmsegmentation's converted ones
@@ -169,8 +169,8 @@ class CocoStuff(LabelMaps):
         self.suffix = "_labelTrainIds" if converted else ""
         files = range(171) if converted else [number - 1 for number in (*things.values(), *range(92, 183))]
         self.table = _table({255: IGNORED} | {value: label for label, value in enumerate(files)})
-        known = "0 to 170" if converted else "numbers of COCO-Stuff's categories less one, 0 to 181"
-        self.meaning = f"labels must be {known}, or 255 where they are to be ignored"
+        known = "0 to 170" if converted else "COCO-Stuff's category ids minus one, 0 to 181"
+        self.meaning = f"labels must be {known}, or 255 for ignored pixels"
 
     def pairs(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
         folder = "train2017" if split == "train" else "val2017"
@@ -178,16 +178,15 @@ class CocoStuff(LabelMaps):
 
 
 class Folders(LabelMaps):
-    """One's own images and label maps: ROOT/images, ROOT/labels, and a name a line in ROOT/classes.txt.
+    """Your own images and label maps: ROOT/images, ROOT/labels, and one class name per line in ROOT/classes.txt.
 
-    root: each of images and labels has train, val and perhaps test in it, by any of their usual names; or files, which
-    are then divided at random, the same way each time. An image and its label map have the same path but for the
-    extension. Label c is the class
-    of line c + 1, 255 is ignored. images, labels: other names of the two folders. classes: the names, in place of
-    classes.txt. zero_ignored: label 0 is ignored and c is the class of line c, as in ADE20K. image_suffix,
-    label_suffix: what ends the names of images and of label maps before the extension, where they differ
-    ("_leftImg8bit", "_gtFine_labelTrainIds"). shares: of val and test in an automatic division. Other arguments: see
-    LabelMaps.
+    root: images and labels each have train, val and optionally test, by any of their usual names; or they have files,
+    which are split randomly, always in the same way. An image and its label map have the same path except for the
+    extension. Label c is the class on line c + 1, 255 is ignored. images, labels: other names of the two folders.
+    classes: the class names, instead of classes.txt. zero_ignored: label 0 is ignored and c is the class on line c, as
+    in ADE20K. image_suffix, label_suffix: suffixes of the file names before the extension, if they differ
+    ("_leftImg8bit", "_gtFine_labelTrainIds"). shares: fractions of val and test in an automatic split. Other arguments:
+    see LabelMaps.
     """
 
     def __init__(
@@ -210,22 +209,22 @@ class Folders(LabelMaps):
         self.folders, self.suffixes = (Path(root, images), Path(root, labels)), (image_suffix, label_suffix)
         if len(shares) != 2 or min(shares) < 0 or sum(shares) >= 1:
             raise UserError(
-                f"data.shares={tuple(shares)} must be two shares, of val and test, that leave some to train on"
+                f"data.shares={tuple(shares)} must be two fractions, of val and test, that leave some to train on"
             )
         super().__init__(root, scale, crop, augment, max_bad, check)
 
     def classes(self) -> None:
         file = self.root / "classes.txt"
         if self.names is None and not file.is_file():
-            raise UserError(f"data.root={self.root} has no classes.txt: write the classes' names there, one a line")
+            raise UserError(f"data.root={self.root} has no classes.txt: write the class names there, one per line")
         names = read_text(file).rstrip().splitlines() if self.names is None else self.names
         where = f"{file}, line" if self.names is None else "data.classes, name"
         self.class_names = [str(name).strip() for name in names]
         for line, name in enumerate(self.class_names, 1):
             if not name:
-                raise UserError(f"{where} {line} is empty: name that class, or take the line out")
+                raise UserError(f"{where} {line} is empty: name that class, or remove the line")
             if (before := self.class_names.index(name) + 1) < line:
-                raise UserError(f"{where} {line} is {name!r}, and so is {before}: give each class a name of its own")
+                raise UserError(f"{where} {line} is {name!r}, like {before}: give each class a unique name")
         count, lowest = len(self.class_names), int(self.zero_ignored)
         if not 2 <= count < IGNORED:
             raise UserError(
@@ -234,9 +233,7 @@ class Folders(LabelMaps):
         self.table = _table(
             {255: IGNORED} | ({0: IGNORED} if self.zero_ignored else {}) | {c + lowest: c for c in range(count)}
         )
-        self.meaning = (
-            f"labels must be {lowest} to {count - 1 + lowest}, or {'0 or ' * lowest}255 where they are to be ignored"
-        )
+        self.meaning = f"labels must be {lowest} to {count - 1 + lowest}, or {'0 or ' * lowest}255 for ignored pixels"
 
     def pairs(self, split: str) -> tuple[Sequence[str], Sequence[str]]:
         images, labels = self.folders
@@ -251,12 +248,12 @@ class Folders(LabelMaps):
 
     @classmethod
     def scanned(cls, root: str, images: str = "images", labels: str = "labels", **_: object) -> list[Path]:
-        """Return the folders all of whose images are taken as data: no run may write there."""
+        """Return the folders whose images are all used as data, so that no run may be written there."""
         return [Path(root, images), Path(root, labels)]
 
 
 def _coco_things() -> dict[str, int]:
-    """Return COCO's 80 things and their numbers, which leave some out."""
+    """Return COCO's 80 thing classes and their category ids, which have gaps."""
     from torchvision.models.detection import FasterRCNN_ResNet50_FPN_Weights
 
     names = FasterRCNN_ResNet50_FPN_Weights.COCO_V1.meta["categories"]
@@ -264,14 +261,14 @@ def _coco_things() -> dict[str, int]:
 
 
 def _object_names(file: Path) -> list[str]:
-    """Return the names of objectInfo150.txt: the last column, of several the first, in the first column's order."""
+    """Return the names in objectInfo150.txt: the first name in the last column, in the order of the first column."""
     rows = [line.split("\t") for line in read_text(file).splitlines() if line.strip()]
     try:
         found = {int(row[0]): row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()}
     except (ValueError, IndexError):
         found = {}
     if not found or sorted(found) != list(range(1, len(found) + 1)) or len(found) >= IGNORED:
-        raise UserError(f"{file} does not name classes 1, 2, … in lines of columns with tabs between: fetch it again")
+        raise UserError(f"{file} does not list classes 1, 2, … in tab-separated columns: download it again")
     return [found[number] for number in sorted(found)]
 
 
@@ -283,9 +280,10 @@ def _table(labels: dict[int, int]) -> np.ndarray:
 
 
 def match_files(images: Path, labels: Path, image_suffix: str = "", label_suffix: str = "") -> tuple[Strings, Strings]:
-    """Return the images below a folder and their label maps below another, in the order of their paths.
+    """Return the images below a folder and their label maps below another, sorted by path.
 
-    Raises UserError for a folder that is not there, for a file without its partner, and for two files of one name.
+    Raises UserError for a missing folder, an image or label map without its counterpart, and two files of the same
+    name.
     """
 
     def by_name(folder: Path, suffix: str) -> dict[str, str]:
@@ -299,7 +297,7 @@ def match_files(images: Path, labels: Path, image_suffix: str = "", label_suffix
                 continue
             other = files.setdefault(name.removesuffix(suffix), file)
             if other != file:
-                raise UserError(f"{other} and {file} have one name but for the ending: remove one of them", DATA)
+                raise UserError(f"{other} and {file} differ only in their extension: remove one of them", DATA)
         skipped.report(folder)
         return files
 
@@ -317,11 +315,12 @@ def match_files(images: Path, labels: Path, image_suffix: str = "", label_suffix
 
 
 class Augment:
-    """Augment an image (3, H, W) uint8 and its labels (H, W) at random; both become `crop` a side.
+    """Augment an image (3, H, W) uint8 and its labels (H, W) randomly; both get `crop` pixels per side.
 
-    scale: see LabelMaps; ratios: a factor of it is drawn between them. share: of a crop, the largest that one class may
-    take; after ten attempts any crop does. hflip: probability of mirroring. distort: brightness, contrast, saturation
-    and hue. fill: colour, 0 … 1, of what a smaller image leaves of its crop; it is IGNORED.
+    scale: see LabelMaps; ratios: range of a random factor of it. share: the largest fraction of a crop that one class
+    may have; after ten attempts any crop is used. hflip: probability of a horizontal flip. distort: random brightness,
+    contrast, saturation and hue. fill: colour, 0 … 1, of padding if the image is smaller than the crop; its labels are
+    IGNORED.
     """
 
     def __init__(
@@ -355,14 +354,14 @@ class Augment:
         image, labels = self.flip(F.crop(image, *box), tv_tensors.Mask(F.crop(labels, *box)))
         image = F.to_dtype(image, torch.float32, scale=True)
         if self.distort:
-            image = distorted(image)
+            image = distort_colors(image)
         border = [0, 0, self.crop - image.shape[2], self.crop - image.shape[1]]
         image = F.pad(image, border, fill=self.fill)
         labels = F.pad(labels, border, fill=IGNORED)
         return image.as_subclass(Tensor), labels.as_subclass(Tensor)[0].long()
 
     def _box(self, labels: Tensor) -> tuple[int, int, int, int]:
-        """(top, left, height, width) of a crop in which no class takes more than `share`."""
+        """Return (top, left, height, width) of a crop in which no class has more than `share` of the pixels."""
         height, width = (min(self.crop, side) for side in labels.shape)
         for attempt in range(11):
             top, left = (int(torch.randint(n - c + 1, ())) for n, c in zip(labels.shape, (height, width)))
@@ -374,11 +373,10 @@ class Augment:
         return top, left, height, width
 
 
-def distorted(image: Tensor) -> Tensor:
-    """An image (3, H, W) in [0, 1] with, each at even odds, other brightness, contrast, saturation and hue (SSD's way).
+def distort_colors(image: Tensor) -> Tensor:
+    """Change brightness, contrast, saturation and hue of an image (3, H, W) in [0, 1], each with probability 0.5 (SSD).
 
-    The strengths are mmsegmentation's: brightness ± 32 / 255, contrast and saturation 0.5 … 1.5, hue ± a tenth of the
-    circle.
+    The strengths are mmsegmentation's: brightness ± 32 / 255, contrast and saturation 0.5 … 1.5, hue ± 0.1 of a turn.
     """
     if _uniform(0, 1) < 0.5:
         image = (image + _uniform(-32, 32) / 255).clamp(0, 1)
@@ -398,10 +396,10 @@ def _uniform(low: float, high: float) -> float:
 
 
 class Maps(Dataset):
-    """A split. With `augment`: (image (3, crop, crop) float32 in [0, 1], labels (crop, crop) int64). Without it, the
-    image as it is: (image (3, H, W) uint8, labels (H, W) int64, index), in a batch a list of each.
+    """A split. With `augment`, samples are (image (3, crop, crop) float32 in [0, 1], labels (crop, crop) int64).
+    Without, they are unchanged, (image (3, H, W) uint8, labels (H, W) int64, index), and a batch has a list of each.
 
-    table: number in a file -> label. meaning: of the numbers, in words.
+    table: number in a file -> label. meaning: description of the valid numbers.
     """
 
     def __init__(
@@ -426,12 +424,12 @@ class Maps(Dataset):
         return default_collate(samples) if self.augment is not None else [list(column) for column in zip(*samples)]
 
     def check(self, most: int, split: str, class_names: Sequence[str]) -> None:
-        """Read up to `most` label maps, evenly spread, and report each class's share of their pixels.
+        """Read up to `most` label maps, evenly spaced, and report each class's share of their pixels.
 
-        Where they show fewer than two classes of a training split, the others are read too, until two are seen.
-        Raises UserError for the first that is not valid, and for a training split of fewer than two classes.
+        If those of a training split have fewer than two classes, the others are read too, until two are found.
+        Raises UserError for the first invalid label map, and for a training split with fewer than two classes.
         """
-        from rich.progress import track  # of what is not needed to run a model
+        from rich.progress import track  # here, since running a model does not need it
 
         order = np.linspace(0, len(self) - 1, min(most, len(self))).round().astype(int).tolist()
         sample = dict.fromkeys(order)
@@ -455,24 +453,24 @@ class Maps(Dataset):
         note_classes(where, counts[: len(class_names)], class_names, "pixels", least, hint)
 
     def _count(self, index: int) -> np.ndarray:
-        """Return the pixels of each label (256,) in a label map; none where a file can't be read."""
+        """Count the pixels of each label in a label map, (256,); zeros if a file can't be read."""
         try:
             size, turn = stored_size(self.images[index])
             labels = self._labels(index, size, turn)
-        except (OSError, BadImage):  # counted in training, where a number of them may be allowed
+        except (OSError, BadImage):  # counted in training, which may tolerate some
             return np.zeros(256, np.int64)
         return np.bincount(labels.ravel(), minlength=256)
 
     def _labels(self, index: int, size: tuple[int, int], turn: Image.Transpose | None) -> np.ndarray:
-        """Return the labels (H, W) uint8, upright, of an image that is stored with this width and height.
+        """Return the upright labels (H, W) uint8 of an image that is stored with this width and height.
 
-        turn: what turns the image upright. A label map is turned as its own EXIF data say, or, where it has none and
-        only the size that the image is stored with, as the image is.
+        turn: the transpose that turns the image upright. A label map is turned by its own EXIF orientation, or like the
+        image if it has none and has the stored size of the image.
         """
         name = self.labels[index]
         stored = open_image(read_bytes(name), lambda: name)
         if stored.format in ("JPEG", "MPO"):
-            raise UserError(f"label map {name} is a JPEG file, which does not keep numbers: save it as PNG", DATA)
+            raise UserError(f"label map {name} is a JPEG file, which is lossy: save it as PNG", DATA)
         upright = size[::-1] if turn in SWAPS_SIDES else size
         own = orientation(stored)
         if own is None and stored.size == size != upright:
@@ -482,16 +480,16 @@ class Maps(Dataset):
             colours = found[..., : found.shape[2] - (stored.mode in ("LA", "PA", "RGBA"))]
             if (colours != colours[..., :1]).any():
                 raise UserError(
-                    f"{name} must have one number a pixel to be a label map, it is in colours ({stored.mode}): "
-                    "save it as a grey image, or with a palette, of the classes' numbers",
+                    f"label map {name} must have one number per pixel, got colours ({stored.mode}): "
+                    "save the class numbers as a greyscale or palette image",
                     DATA,
                 )
             found = colours[..., 0]
         if found.dtype.kind not in "uib":
-            raise UserError(f"label map {name} holds floats: save it as a grey image of whole numbers", DATA)
+            raise UserError(f"label map {name} has float values: save it as a greyscale image of integers", DATA)
         if found.shape != upright[::-1]:
             here, there = (f"{height}x{width}" for height, width in (found.shape, upright[::-1]))
-            turned = "" if turn is None else " (turned as its EXIF orientation says)"
+            turned = "" if turn is None else " (by its EXIF orientation)"
             raise UserError(
                 f"label map {name} is {here} pixels, its image {self.images[index]} is {there}{turned}", DATA
             )

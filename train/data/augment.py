@@ -1,8 +1,8 @@
-"""timm's training transform on the bytes of a file, its first steps on the tensor that a JPEG is decoded to.
+"""timm's training transform on the bytes of a file, with its first steps on the tensor that a JPEG is decoded to.
 
-It begins with a random crop, resized, and with flips. PIL's resizing takes as long as decoding the whole JPEG;
-torch's, on pixels as the decoder lays them out, a fifth of that. The same random numbers are drawn in the same order,
-so that the crops are timm's, and the pixels differ by the rounding of the resize.
+These are the random resized crop and the flips. PIL's resizing takes as long as decoding the whole JPEG; torch's, in
+the memory layout of the decoder, a fifth of that. The random numbers are drawn in the same order, so the crops equal
+timm's and the pixels differ only by the rounding of the resize.
 """
 
 import random
@@ -32,23 +32,23 @@ _MODES = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bi
 
 
 class Augment:
-    """What `create_transform(**arguments, is_training=True)` makes of an image, (3, H, W).
+    """Apply `create_transform(**arguments, is_training=True)` to the bytes of a file, giving (3, H, W).
 
-    Where normalising comes last, uint8, which is to be normalised where the model is, at a quarter of the bytes to
-    move; where something follows it (random erasing), float32.
-    decode(data, name): the PIL image of the bytes, where they are no plain JPEG; it raises what is to be raised.
+    If normalisation is the last step, the output is uint8 and is normalised on the model's device, which moves a
+    quarter of the bytes; if another step follows (random erasing), it is float32.
+    decode(data, name): decodes bytes that are not a plain JPEG to a PIL image, or raises.
     """
 
     def __init__(self, decode: Callable[[bytes, Callable[[], str]], Image.Image], **arguments: Any):
         self.decode = decode
         steps = create_transform(**arguments, is_training=True).transforms
         last = next(i for i, step in enumerate(steps) if isinstance(step, Normalize))
-        # Between these is the step from PIL image to tensor. What changes nothing would want a PIL image all the same.
+        # The step from PIL image to tensor is between these. Steps that change nothing would still need a PIL image.
         before, self.after = [step for step in steps[: last - 1] if not _is_idle(step)], steps[last:]
         on_tensors = next((i for i, step in enumerate(before) if not _takes_tensors(step)), len(before))
         self.on_tensors, self.on_pil = before[:on_tensors], Compose(before[on_tensors:])
         for step in self.on_pil.transforms:
-            # RandAugment, at magnitude 10, leaves an image no bits, which makes it black. Pillow 13 refuses that.
+            # RandAugment at magnitude 10 keeps no bits, which makes the image black. Pillow 13 refuses that.
             for op in (*getattr(step, "ops", ()), *chain.from_iterable(getattr(step, "policy", ()))):
                 if op.aug_fn is posterize:
                     op.aug_fn = _posterize
@@ -70,7 +70,7 @@ class Augment:
 
 
 def _is_idle(step: Any) -> bool:
-    """timm puts in a ColorJitter for color_jitter=0."""
+    """Return whether a step changes nothing: timm adds a ColorJitter for color_jitter=0."""
     idle = isinstance(step, ColorJitter)
     return idle and not any((step.brightness, step.contrast, step.saturation, step.hue))
 
@@ -83,7 +83,7 @@ def _takes_tensors(step: Any) -> bool:
 
 
 def _jpeg(data: bytes) -> Tensor | None:
-    """The pixels (3, H, W), uint8, of a grey or colour JPEG; None for anything else, and for a damaged file."""
+    """Decode a greyscale or colour JPEG to uint8 (3, H, W); return None for anything else, and for a damaged file."""
     if data[:2] != b"\xff\xd8":
         return None
     try:
@@ -92,16 +92,16 @@ def _jpeg(data: bytes) -> Tensor | None:
         return None
     if len(pixels) == 1:
         return pixels.expand(3, -1, -1)
-    return pixels if len(pixels) == 3 else None  # of four inks PIL makes colours otherwise than torchvision
+    return pixels if len(pixels) == 3 else None  # PIL converts CMYK differently from torchvision
 
 
 def _pixels(image: Image.Image) -> Tensor:
-    """(3, H, W), uint8, laid out as the image is: each pixel's colours side by side."""
+    """Return the pixels (3, H, W), uint8, in channels-last memory layout."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def _resized_crop(step: RandomResizedCrop, pixels: Tensor) -> Tensor:
-    """As `step` does it to a PIL image."""
+    """Apply `step` to a tensor as it would be applied to a PIL image."""
     top, left, height, width = step.get_params(pixels, step.scale, step.ratio)
     several = isinstance(step.interpolation, (list, tuple))
     mode = _MODES[random.choice(step.interpolation) if several else step.interpolation]

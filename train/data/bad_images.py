@@ -1,4 +1,5 @@
-"""Images that can't be read, and samples that torn shards have lost: named, counted once each, and up to a budget."""
+"""Images that can't be read, and samples missing from truncated shards: listed, counted, and tolerated up to a
+budget."""
 
 import re
 from pathlib import Path
@@ -12,45 +13,47 @@ from ..runtime.errors import DATA, UserError
 
 
 class BadImage(UserError):
-    """An image that can't be read: its name (a file, or tar!member) and why. Who reads batches may go on without it."""
+    """An image that can't be read: its name (a file, or tar!member) and the reason. The loader may continue without
+    it."""
 
     def __init__(self, name: str, reason: str):
         super().__init__(f"{printable(name)} {reason}: repair or remove it", DATA)
         self.name, self.reason = printable(name), reason
 
-    def __reduce__(self) -> tuple:  # between processes
+    def __reduce__(self) -> tuple:  # picklable, to pass between processes
         return BadImage, (self.name, self.reason)
 
 
 def printable(name: str) -> str:
-    """A file's name with what no terminal or text file takes (control characters, bytes that are no text) escaped."""
+    """Escape the control characters and undecodable bytes in a file's name, for terminals and text files."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: repr(found[0])[1:-1], name)
 
 
 class BadImages:
-    """What is bad in a run's data, over all processes, and how many samples of it the budget allows.
+    """The unreadable or missing samples of a run, over all processes, compared with a budget.
 
-    file: where process 0 lists it, a line each: samples, name and reason with tabs between; with `resume`, what it
-    lists counts. source: the data, with `max_bad`, the budget, and `bad`, what it found before any image was read.
+    file: where process 0 lists them, one per line: number of samples, name and reason, separated by tabs; with
+    `resume`, the samples it lists are counted. source: the data, with the budget `max_bad` and, in `bad`, the samples
+    found missing before any image was read.
     """
 
     def __init__(self, file: Path, source: Any, resume: bool = False):
         self.file, self.budget = file, getattr(source, "max_bad", 0)
-        self.known: dict[str, tuple[str, int]] = {}  # name -> (reason, samples), the same in all processes
-        self.new: dict[str, tuple[str, int]] = {}  # found by this one since the last `share`
+        self.known: dict[str, tuple[str, int]] = {}  # name -> (reason, samples), identical in all processes
+        self.new: dict[str, tuple[str, int]] = {}  # found by this process since the last `share`
         if resume and file.exists():
             for line in file.read_text(encoding="utf-8").splitlines():
                 count, name, reason = line.split("\t")
-                self.new[name] = reason, int(count)  # other machines may not see the file
+                self.new[name] = reason, int(count)  # other machines may not have the file
         self.note(getattr(source, "bad", {}))
 
     def note(self, found: dict[str, tuple[str, int]]) -> None:
-        """Note what this process has found, name -> (reason, samples). What is known already changes nothing."""
+        """Record what this process has found, name -> (reason, samples). Known names are ignored."""
         said = {printable(name): (printable(reason), samples) for name, (reason, samples) in found.items()}
         self.new |= {name: what for name, what in said.items() if name not in self.known}
 
     def share(self) -> None:
-        """Count what the processes have noted; all must call it. Raises UserError (code 65) past the budget."""
+        """Exchange what the processes have recorded. All must call it. Raises UserError (code 65) beyond the budget."""
         noted = [self.new]
         if world_size() > 1:
             noted = [{}] * world_size()

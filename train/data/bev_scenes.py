@@ -1,15 +1,15 @@
-"""Small road scenes that six cameras around an ego see, with exact geometry: boxes on a plane, depth, ego motion.
+"""Rendered road scenes for six cameras around an ego vehicle, with exact boxes, depth and ego motion.
 
-    python -m saccade.train.data.bev_scenes FOLDER    writes ten in nuScenes' layout, as v1.0-mini
+    python -m saccade.train.data.bev_scenes FOLDER    writes ten scenes in nuScenes' layout, as v1.0-mini
 
-A scene comes from its seed: an ego that drives and turns, around it cars, trucks, pedestrians and barriers of varied
-sizes, colours and textures, none within another, some of which move; from behind, all look otherwise. A picture is made
-by casting one ray through the centre of every pixel, at the plane and the boxes; its depth and what it hits are exact,
-light is a sun and a sky.
+A scene is determined by its seed: an ego that drives and turns, surrounded by cars, trucks, pedestrians and barriers of
+various sizes, colours and textures, which do not overlap and some of which move; their fronts and backs differ. Images
+are rendered by casting one ray through the centre of every pixel at the ground plane and the boxes, so depth and
+visibility are exact. Light comes from a sun and the sky.
 
-The view's frame is nuScenes' LiDAR's: x to the right, y ahead, z up, its origin `LIDAR` metres above the ground under
-the ego. A box is (x, y, z of its middle, length, width, height, yaw, velocity x, y), in metres, radians from the x axis
-anticlockwise, and metres a second; its length lies along the yaw.
+Coordinates are those of nuScenes' LiDAR: x to the right, y ahead, z up, with the origin `LIDAR` metres above the ground
+at the ego. A box is (x, y, z of its centre, length, width, height, yaw, velocity x, y), in metres, radians (from the x
+axis, counterclockwise) and metres per second; its length is along the yaw.
 """
 
 import argparse
@@ -35,25 +35,25 @@ from ..runtime.errors import UserError, run
 from .bev_frames import ATTRIBUTES, attribute, collate
 
 CLASSES = ("car", "truck", "pedestrian", "barrier")
-SIZES = dict(  # length, width, height, and their spread; metres a second at most
+SIZES = dict(  # length, width and height in metres, their relative spread, and the top speed in metres per second
     car=((4.5, 1.9, 1.6), 0.08, 6.0),
     truck=((6.5, 2.5, 3.0), 0.1, 5.0),
     pedestrian=((0.75, 0.7, 1.75), 0.08, 1.5),
     barrier=((0.6, 2.4, 1.0), 0.1, 0.0),
 )
-CAMERAS = dict(  # degrees from ahead, anticlockwise
+CAMERAS = dict(  # direction in degrees, counterclockwise from straight ahead
     CAM_FRONT=0, CAM_FRONT_LEFT=60, CAM_BACK_LEFT=120, CAM_BACK=180, CAM_BACK_RIGHT=240, CAM_FRONT_RIGHT=300
 )
-LIDAR, CAMERA, FOV = 1.8, 1.6, 70.0  # metres above the ground; degrees across an image
+LIDAR, CAMERA, FOV = 1.8, 1.6, 70.0  # heights above the ground in metres; horizontal field of view in degrees
 STEP = 0.5  # seconds between frames
 MEAN, STD = (0.45,) * 3, (0.25,) * 3
-SEEN = 4  # pixels of all cameras that must show an object for it to count
+SEEN = 4  # least number of pixels, over all cameras, for an object to be annotated
 
 
 @dataclass
 class Frame:
-    """What is seen at one moment: images (N, H, W, 3) uint8, depth (N, H, W) metres (0: sky), lidar2img (N, 4, 4),
-    boxes (n, 9), labels (n,), pixels (n,) that show each object, pose (4, 4) from the view to the world."""
+    """All data of one time step: images (N, H, W, 3) uint8, depth (N, H, W) in metres (0: sky), lidar2img (N, 4, 4),
+    boxes (n, 9), labels (n,), number of visible pixels (n,) per object, pose (4, 4) from LiDAR to world coordinates."""
 
     images: ndarray
     depth: ndarray
@@ -65,11 +65,11 @@ class Frame:
 
 
 class World:
-    """A scene, from the numbers that make it to what is seen in any of its frames."""
+    """A scene: its random parameters, and rendering of any of its frames."""
 
     def __init__(self, seed: int, radius: float, most: int):
         r = self.random = np.random.default_rng(seed)
-        self.heading, self.turning = r.uniform(0, 2 * np.pi), np.deg2rad(r.uniform(-20, 20))  # a second
+        self.heading, self.turning = r.uniform(0, 2 * np.pi), np.deg2rad(r.uniform(-20, 20))  # per second
         self.speed, self.start = r.uniform(0, 6), r.uniform(-200, 200, 2)
         self.sun = np.array([*r.uniform(-1, 1, 2), r.uniform(0.8, 1.6)])
         self.sun /= np.linalg.norm(self.sun)
@@ -97,14 +97,15 @@ class World:
         self.labels = np.array(self.labels, np.int64)
         self.sizes, self.colours = np.array(self.sizes).reshape(-1, 3), np.array(self.colours).reshape(-1, 3)
         yaw = r.uniform(-np.pi, np.pi, len(placed))
-        # The places are those around the ego at time 0; in the world they move from there.
+        # Positions are relative to the ego at time 0 so far; convert them to world coordinates.
         at = np.array([at for at, _ in placed]).reshape(-1, 2)
         turn = rotation(self.heading - np.pi / 2)[:2, :2]
         self.at, self.yaw = at @ turn.T + self.start, yaw + self.heading - np.pi / 2
         self.pace = np.array(self.pace)
 
     def pose(self, time: float) -> ndarray:
-        """From the view at that time to the world: (4, 4). The ego drives an arc."""
+        """Return the transform (4, 4) from LiDAR coordinates at that time to world coordinates. The ego drives an
+        arc."""
         heading = self.heading + self.turning * time
         if abs(self.turning) > 1e-9:
             bow = self.speed / self.turning
@@ -116,7 +117,7 @@ class World:
         return pose
 
     def boxes(self, time: float) -> ndarray:
-        """(n, 9) in the view at that time."""
+        """Return the boxes (n, 9) in LiDAR coordinates at that time."""
         pose = self.pose(time)
         velocity = self.pace[:, None] * np.stack([np.cos(self.yaw), np.sin(self.yaw)], 1)
         at = np.concatenate([self.at + velocity * time, self.sizes[:, 2:] / 2], 1)
@@ -139,13 +140,13 @@ class World:
     def render(
         self, camera: str, boxes: ndarray, pose: ndarray, size: tuple[int, int]
     ) -> tuple[ndarray, ndarray, ndarray]:
-        """(image (H, W, 3) uint8, depth (H, W), which box is hit (H, W), -1: none)."""
+        """Render a camera: image (H, W, 3) uint8, depth (H, W), and index of the visible box (H, W), -1 for none."""
         matrix = projection(camera, size)
         H, W = size
         inverse = np.linalg.inv(matrix)
         v, u = np.meshgrid(np.arange(H) + 0.5, np.arange(W) + 0.5, indexing="ij")
         ray = (np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3) @ inverse[:3, :3].T).astype(np.float32)
-        eye = inverse[:3, 3].astype(np.float32)  # ray is for a depth of one metre
+        eye = inverse[:3, 3].astype(np.float32)  # camera centre; a ray is scaled to a depth of one metre
         with np.errstate(divide="ignore"):
             depth = np.where(ray[:, 2] < 0, (-LIDAR - eye[2]) / ray[:, 2], np.inf)
         depth = np.where(depth < 80, depth, np.inf).astype(np.float32)
@@ -161,7 +162,7 @@ class World:
         return image, np.where(np.isfinite(depth), depth, 0).reshape(H, W), hit.reshape(H, W)
 
     def shade(self, boxes: ndarray, pose: ndarray, eye: ndarray, ray: ndarray, depth: ndarray, hit: ndarray) -> ndarray:
-        """Colours (pixels, 3) from 0 to 1 of what the rays hit."""
+        """Return the colours (pixels, 3), 0 to 1, of the surfaces that the rays hit."""
         up = ray[:, 2] / np.linalg.norm(ray, axis=1)
         colour = self.sky * (1 - 0.35 * up.clip(0)[:, None])
         sun = self.sun @ pose[:3, :3]
@@ -171,7 +172,7 @@ class World:
         shine = np.where(np.abs(at[:, 1] % self.lane - 0.1) < 0.1, 0.85, shine)
         shade = np.zeros(len(at), bool)
         seen = eye + ray[ground] * depth[ground, None]
-        for box in boxes.astype(np.float32):  # their shadows
+        for box in boxes.astype(np.float32):  # shadows
             reach = np.hypot(*box[3:5]) / 2 + box[5] * np.hypot(*sun[:2]) / sun[2]
             rows = np.flatnonzero(np.square(seen[:, :2] - box[:2]).sum(1) < reach**2)
             turn = rotation(box[6])[:3, :3].astype(np.float32)
@@ -181,14 +182,14 @@ class World:
         for i, box in enumerate(boxes):
             mine = hit == i
             turn = rotation(box[6])[:3, :3]
-            at = (eye + ray[mine] * depth[mine, None] - box[:3]) @ turn  # in the box's own axes
+            at = (eye + ray[mine] * depth[mine, None] - box[:3]) @ turn  # in the box's coordinates
             face = np.abs(at / (box[3:6] / 2)).argmax(1)
             normal = np.eye(3)[face] * np.sign(at[np.arange(len(at)), face])[:, None]
             light = 0.45 + 0.6 * (normal @ turn.T @ sun).clip(0)
             paint = self.colours[i] * (1 - 0.25 * (noise(at[:, :2] + at[:, 2:], self.stripes[i]) > 0.5))[:, None]
             name = CLASSES[self.labels[i]]
             ahead, up = at[:, 0] / box[3], at[:, 2] / box[5]  # -1/2 to 1/2
-            if name in ("car", "truck"):  # windows, towards the front; light before and red behind
+            if name in ("car", "truck"):  # windows, white headlights and red tail lights
                 glass = (up > 0.1) & (up < 0.4) & (face < 2) & (ahead > (0.3 if name == "truck" else -0.2))
                 paint = np.where(glass[:, None], [0.08, 0.1, 0.13], paint)
                 lamp = (face == 0) & (up > -0.3) & (up < 0.05)
@@ -198,7 +199,7 @@ class World:
                 head = up > 0.36
                 paint = np.where((head & (ahead > 0))[:, None], [0.75, 0.57, 0.45], paint)
                 paint = np.where((head & (ahead <= 0))[:, None], [0.15, 0.1, 0.05], paint)
-            else:  # stripes before, nothing behind
+            else:  # stripes on the front, none on the back
                 stripe = (at[:, 1] + at[:, 2]) % 0.8 < 0.4
                 paint = np.where(stripe[:, None], [0.9, 0.25, 0.1], [0.95, 0.95, 0.95])
                 paint = np.where((ahead < 0)[:, None], [0.4, 0.4, 0.42], paint)
@@ -207,14 +208,15 @@ class World:
 
 
 def rotation(angle: float) -> ndarray:
-    """Around z: (4, 4)."""
+    """Return the rotation (4, 4) around z."""
     matrix = np.eye(4)
     matrix[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     return matrix
 
 
 def slab(box: ndarray, origin: ndarray, along: ndarray) -> tuple[ndarray, ndarray]:
-    """Where rays (n, 3), in a box's own axes, enter it and leave it, in lengths of `along`; apart where they miss."""
+    """Return where rays (n, 3), in a box's coordinates, enter and leave it, in lengths of `along`. If a ray misses the
+    box, it leaves before it enters."""
     with np.errstate(divide="ignore", invalid="ignore"):
         one, other = (-box[3:6] / 2 - origin) / along, (box[3:6] / 2 - origin) / along
     return np.minimum(one, other).max(1), np.maximum(one, other).min(1)
@@ -227,7 +229,7 @@ def corners(box: ndarray) -> ndarray:
 
 
 def window(box: ndarray, matrix: ndarray, size: tuple[int, int]) -> ndarray:
-    """The pixels, numbered row by row, among which all are that show a box."""
+    """Return the flat indices of the pixels in a rectangle that contains the projection of a box."""
     H, W = size
     u, v, d = matrix[:3, :3] @ corners(box).T + matrix[:3, 3:]
     if d.max() <= 0:
@@ -241,42 +243,43 @@ def window(box: ndarray, matrix: ndarray, size: tuple[int, int]) -> ndarray:
 
 
 def noise(at: ndarray, grain: float) -> ndarray:
-    """A number from 0 to 1 for every square of the plane of that many metres a side: at (n, 2) -> (n,)."""
+    """Return noise (n,), 0 to 1, at points of a plane (n, 2): constant on squares of `grain` metres per side."""
     x, y = np.floor(at / grain).astype(np.int64).T
     mixed = (x * 73856093 ^ y * 19349663) & 0xFFFFFF
     return (mixed * 2654435761 % 2**24) / 2**24
 
 
 def intrinsics(size: tuple[int, int]) -> ndarray:
-    """(3, 3) of every camera; the horizon lies a little above the middle of the image."""
+    """Return the intrinsic matrix (3, 3) of every camera; the horizon is slightly above the image centre."""
     H, W = size
     focal = W / 2 / np.tan(np.deg2rad(FOV) / 2)
     return np.array([[focal, 0, W / 2], [0, focal, 0.42 * H], [0, 0, 1]])
 
 
 def sensor(camera: str) -> ndarray:
-    """From a camera's axes (right, down, ahead) to the view: (4, 4)."""
+    """Return the transform (4, 4) from a camera's coordinates (right, down, ahead) to LiDAR coordinates."""
     turn = rotation(np.deg2rad(CAMERAS[camera]))
     axes = np.eye(4)
     axes[:3, :3] = [[1, 0, 0], [0, 0, 1], [0, -1, 0]]
-    axes[:3, 3] = 0, 0.5, CAMERA - LIDAR  # half a metre ahead of the middle
+    axes[:3, 3] = 0, 0.5, CAMERA - LIDAR  # half a metre ahead of the centre
     return turn @ axes
 
 
 def projection(camera: str, size: tuple[int, int]) -> ndarray:
-    """lidar2img (4, 4): from the view to (u · d, v · d, d, 1) of an image of this size."""
+    """Return lidar2img (4, 4): from LiDAR coordinates to (u · d, v · d, d, 1) for images of this size."""
     matrix = np.eye(4)
     matrix[:3, :3] = intrinsics(size)
     return matrix @ np.linalg.inv(sensor(camera))
 
 
 class BevScenes:
-    """The data of a run, made as it is asked for; the same seed gives the same scenes.
+    """Rendered road scenes as the data of a run. They are rendered on demand; the same seed gives the same scenes.
 
-    train, val, test: scenes of each split. img_size: (height, width) of each of the six images. radius: metres around
-    the ego within which there are objects, at most `most`. frames: moments a sample shows, half a second apart, oldest
-    first; boxes are the last one's. turn: degrees by which a training view is turned at random, either way; mirror:
-    half of them are mirrored, images and all; light: how much their brightness and contrast vary.
+    train, val, test: number of scenes per split. img_size: (height, width) of each of the six images. radius: distance
+    in metres from the ego within which objects are placed, at most `most` of them. frames: frames per sample, half a
+    second apart, oldest first; the boxes are those of the last one. Augmentation in training: turn, the largest random
+    rotation around z in degrees; mirror, whether to flip samples horizontally with probability 0.5; light, the strength
+    of random brightness and contrast.
     """
 
     max_bad, bad = 0, {}
@@ -304,7 +307,7 @@ class BevScenes:
         self.cameras = list(CAMERAS)
 
     def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-        """The preprocessing of this data, as timm names it; a model's own recommendation plays no part."""
+        """Return the preprocessing with timm's keys. It depends on the data only, not on the model's pretrained_cfg."""
         size = (3, *self.img_size)
         return dict(input_size=size, interpolation="bilinear", mean=MEAN, std=STD, crop_pct=1.0, crop_mode="center")
 
@@ -316,7 +319,7 @@ class BevScenes:
 
 
 class Scenes(Dataset):
-    """Samples as saccade.train.tasks.lift has them. Pictures are kept once they are made."""
+    """Samples in the format of saccade.train.tasks.lift. Rendered frames are cached."""
 
     def __init__(self, source: BevScenes, split: str, inputs: dict[str, Any], augmentation: dict[str, Any] | None):
         self.source, self.split, self.inputs, self.augmentation = source, split, inputs, augmentation
@@ -359,20 +362,21 @@ class Scenes(Dataset):
 
 
 def moved(before: ndarray, now: ndarray) -> Tensor:
-    """(3,): (x, y) metres that the ego has moved, in the axes it has now, and degrees by which it has turned."""
-    change = np.linalg.inv(now) @ before  # where it was, seen from where it is
+    """Return the ego motion (3,): (x, y) in metres, in the current axes, and the change of heading in degrees."""
+    change = np.linalg.inv(now) @ before  # the previous pose in current coordinates
     turned = np.rad2deg(np.arctan2(change[1, 0], change[0, 0]))
     return -torch.tensor([change[0, 3], change[1, 3], turned], dtype=torch.float32)
 
 
 def augment(frames: list[dict[str, Tensor]], boxes: Tensor, turn: float, mirror: bool, light: float) -> Tensor:
-    """Turn, mirror and light a sample at random, in place; returns its boxes (n, 9). Matrices follow exactly."""
+    """Augment a sample in place by random rotation, flip and lighting, and return its boxes (n, 9). The projection
+    matrices are changed to match."""
     angle = float(torch.deg2rad((2 * torch.rand(()) - 1) * turn))
     flip = mirror and torch.rand(()) < 0.5
     gain, lift = 1 + light * (2 * torch.rand(2) - 1) * torch.tensor([1.0, 0.3])
     change = torch.from_numpy(rotation(angle)).float()
     if flip:
-        change = torch.diag(torch.tensor([-1.0, 1, 1, 1])) @ change  # mirrored left to right, after it has been turned
+        change = torch.diag(torch.tensor([-1.0, 1, 1, 1])) @ change  # flipped horizontally after the rotation
     for frame in frames:
         frame["images"] = (frame["images"] * gain + (lift - 1)).clamp(0, 1)
         frame["lidar2img"] = frame["lidar2img"] @ torch.linalg.inv(change)
@@ -393,7 +397,7 @@ def augment(frames: list[dict[str, Tensor]], boxes: Tensor, turn: float, mirror:
     return boxes
 
 
-MINI = dict(  # names that nuscenes-devkit knows
+MINI = dict(  # scene names of v1.0-mini in nuscenes-devkit
     mini_train=("0061", "0553", "0655", "0757", "0796", "1077", "1094", "1100"), mini_val=("0103", "0916")
 )
 CATEGORIES = dict(
@@ -402,11 +406,11 @@ CATEGORIES = dict(
 
 
 def write_nuscenes(root: Path, source: BevScenes, frames: int = 4) -> None:
-    """Write v1.0-mini's ten scenes in nuScenes' layout: tables, pictures, LiDAR sweeps (of one point in four that a
-    camera sees). The first eight are `source`'s first of "train", the others of "val". All or nothing: the folder must
-    not be there yet."""
+    """Write ten scenes in nuScenes' layout, as v1.0-mini: tables, images and LiDAR sweeps (a quarter of the visible
+    points). The first eight are `source`'s first of "train", the others of "val". The folder must not exist; on
+    failure, nothing is written."""
     if root.exists():
-        raise UserError(f"{root} is there already: choose another folder")
+        raise UserError(f"{root} already exists: choose another folder")
     scratch = root.with_name(f".{root.name}.tmp")
     shutil.rmtree(scratch, ignore_errors=True)
     tables: dict[str, list[dict]] = {name: [] for name in TABLES}
@@ -428,7 +432,7 @@ def write_nuscenes(root: Path, source: BevScenes, frames: int = 4) -> None:
     visible = add("visibility", 4, level="v80-100", description="")
     sensors = {name: add("sensor", name, channel=name, modality="camera") for name in CAMERAS}
     sensors["LIDAR_TOP"] = add("sensor", "LIDAR_TOP", channel="LIDAR_TOP", modality="lidar")
-    # The ego's axes, ahead, left, up, on the ground; the view's are the LiDAR's.
+    # The ego's axes are ahead, left and up, with the origin on the ground.
     to_ego = rotation(-np.pi / 2)
     to_ego[2, 3] = LIDAR
 
@@ -499,13 +503,14 @@ TABLES += ("sample", "sample_data", "sample_annotation", "map")
 
 
 def quaternion(matrix: ndarray) -> list[float]:
-    """(w, x, y, z) of a rotation."""
+    """Return the quaternion (w, x, y, z) of a rotation."""
     x, y, z, w = Rotation.from_matrix(matrix[:3, :3]).as_quat()
     return [w, x, y, z]
 
 
 def sweep(frame: Frame) -> ndarray:
-    """Points that the cameras see, as a LiDAR's file has them: (n, 5) float32, x, y, z, intensity, ring."""
+    """Return the points visible to the cameras in the format of a LiDAR file, (n, 5) float32: x, y, z, intensity,
+    ring."""
     found = []
     for depth, matrix in zip(frame.depth, frame.lidar2img):
         v, u = np.nonzero(depth)
@@ -519,8 +524,8 @@ def sweep(frame: Frame) -> ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write ten small road scenes in nuScenes' layout, as v1.0-mini.")
-    parser.add_argument("root", type=Path, help="a folder that is not there yet")
+    parser = argparse.ArgumentParser(description="Write ten rendered road scenes in nuScenes' layout, as v1.0-mini.")
+    parser.add_argument("root", type=Path, help="the folder to write; it must not exist")
     parser.add_argument("--size", type=int, nargs=2, default=(56, 96), metavar=("HEIGHT", "WIDTH"), help="of images")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

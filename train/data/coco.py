@@ -1,9 +1,9 @@
-"""Images with boxes and masks, in COCO's json: COCO as it is downloaded, or a json and a folder of one's own.
+"""Images with boxes and masks in COCO's format: COCO as downloaded, or your own JSON file and folder of images.
 
     annotations/instances_train2017.json, annotations/instances_val2017.json, train2017/, val2017/
 
-The training data leave out, as the usual trainers do: crowd annotations; boxes that, clipped to the image, are less
-than a pixel wide or high; masks of no polygon; and images that then have no box. The evaluation has everything.
+As usual, training leaves out crowd annotations; boxes that, clipped to the image, are less than a pixel wide or high;
+masks without a polygon; and images that then have no box. Evaluation uses everything.
 """
 
 import json
@@ -33,18 +33,18 @@ VAL = ("annotations/instances_val2017.json", "val2017")
 
 
 class Coco:
-    """The data of a run.
+    """COCO, or data in its format, as the data of a run.
 
-    root: the folder that the other names are in. train, val, test: (json, folder of images) of each split; test: None
-    for val's. A test json without "annotations" (image_info_test-dev2017.json) can be predicted on, not evaluated.
-    masks: whether training and evaluation have them, where the detector has. short, long: in training an image is
-    resized until its shorter side is `short` pixels, or its longer one is `long` if that comes first; of several
-    numbers it takes one at random. flip: how often training mirrors an image.
-    crop: of DETR's augmentation, dict(short=(400, 500, 600), side=(384, 600)): half the images are first resized to
-    one of these and cut to a part whose sides are at random between those two; None: never.
-    keep_empty: whether training has images without boxes. max_bad: how many images that can't be read, or are not
-    there, a run goes on without.
-    Raises UserError for a json that can't be read, disagrees with itself or names files that are not there.
+    root: the folder that the other names are relative to. train, val, test: (JSON file, folder of images) of each
+    split; test=None uses val. A test file without "annotations" (image_info_test-dev2017.json) allows prediction, not
+    evaluation.
+    masks: whether to use masks in training and evaluation, if the detector has them. short, long: training resizes an
+    image to a shorter side of `short` pixels (one of several numbers, at random), but a longer side of at most `long`.
+    flip: probability of a horizontal flip in training.
+    crop: DETR's augmentation, dict(short=(400, 500, 600), side=(384, 600)): half of the images are first resized to one
+    of `short` and cropped to random sides within `side`; None: none.
+    keep_empty: whether to train on images without boxes. max_bad: how many unreadable or missing images a run
+    tolerates. Raises UserError for a JSON file that can't be read, is inconsistent or lists missing files.
     """
 
     img_size = None  # images differ in size
@@ -67,9 +67,9 @@ class Coco:
         self.short = (short,) if isinstance(short, int) else tuple(short)
         self.long = long
         if not self.short or not all(isinstance(n, int) and n > 0 for n in (*self.short, long)):
-            raise UserError(f"data.short={short}, data.long={long} must be whole numbers of pixels")
+            raise UserError(f"data.short={short}, data.long={long} must be integers, in pixels")
         if not 0 <= flip <= 1:
-            raise UserError(f"data.flip={flip} must be a share, from 0 to 1")
+            raise UserError(f"data.flip={flip} must be a probability from 0 to 1")
         if max_bad < 0:
             raise UserError(f"data.max_bad={max_bad} must be 0 or more")
         if crop is not None:
@@ -78,21 +78,21 @@ class Coco:
         self._places = dict(train=train, val=val, test=val if test is None else test)
         for split, place in self._places.items():
             if len(place) != 2 or not all(isinstance(name, str) for name in place):
-                raise UserError(f"data.{split}={place!r} must be two names: a json file and a folder of images")
+                raise UserError(f"data.{split}={place!r} must be two names: a JSON file and a folder of images")
         self.bad: dict[str, tuple[str, int]] = {}
         self._truths: dict[tuple[str, str], dict[str, Any]] = {}
-        self.categories = self._categories("val")  # the small file: that of train takes half a minute
+        self.categories = self._categories("val")  # the small file: the one of train takes half a minute
         self.class_names = list(self.categories.values())
 
     def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-        """Return the model's own preprocessing; input_size is that of the largest image in training."""
+        """Return the model's own preprocessing; input_size is the largest size in training."""
         inputs = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
         return inputs | dict(input_size=(inputs["input_size"][0], min(max(self.short), self.long), self.long))
 
     def truth(self, split: str) -> dict[str, Any]:
-        """Return the content of the split's json, checked and with iscrowd and area filled in where it lacks them.
+        """Return the content of the split's JSON file, checked, with missing iscrowd and area filled in.
 
-        "annotations" is missing where the json has none.
+        It has no "annotations" if the file has none.
         """
         place = tuple(self._places[split])
         if place not in self._truths:
@@ -102,7 +102,7 @@ class Coco:
     def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> "CocoImages":
         """Return the images of "train", "val" or "test", with each class's share of the boxes reported.
 
-        Raises UserError for a training split without a box, and for a missing mask that detections would be tested on.
+        Raises UserError for a training split without boxes, and for a missing mask if masks are evaluated.
         """
         file, folder = (self.root / name for name in self._places[split])
         categories = self._categories(split)
@@ -110,7 +110,7 @@ class Coco:
             number = next(n for n in {**categories, **self.categories} if categories.get(n) != self.categories.get(n))
             own, other = (repr(c.get(number)) for c in (categories, self.categories))
             raise UserError(
-                f"{file} names category {number} {own}, and {self._places['val'][0]} {other}: "
+                f"category {number} is {own} in {file} but {other} in {self._places['val'][0]}: "
                 "all splits must have the same categories"
             )
         if training and "annotations" not in self.truth(split):
@@ -121,7 +121,7 @@ class Coco:
         if without and not training:
             raise UserError(
                 f"{file} has no mask (segmentation) for the annotations with id {first(list(map(str, without)), 3)}, "
-                "which the detector's masks would be tested on: add them, or train a detector of boxes"
+                "but masks are evaluated: add them, or train a detector of boxes"
             )
         labels = {number: label for label, number in enumerate(self.categories, 1)}
         transform = self.transform if training else None
@@ -131,7 +131,7 @@ class Coco:
         left_out = ", ".join(f"{count} {reason}" for reason, count in dataset.left_out.items() if count)
         objects = np.bincount(dataset.labels[dataset.crowd == 0], minlength=len(labels) + 1)[1:]
         if training and not objects.sum():
-            reasons = f": left out were {left_out}" if left_out else ""
+            reasons = f" (left out: {left_out})" if left_out else ""
             raise UserError(f"{file} has no box to learn from{reasons}", DATA)
         if left_out:
             note(f"{split}: left out of training: {left_out}")
@@ -141,13 +141,13 @@ class Coco:
         return dataset
 
     def _categories(self, split: str) -> dict[int, str]:
-        """Return id -> name, in the order of the ids, which is that of the labels 1 … K."""
+        """Return id -> name, sorted by id, in the order of the labels 1 … K."""
         return {c["id"]: c["name"] for c in sorted(self.truth(split)["categories"], key=lambda c: c["id"])}
 
     def _find_files(self, file: Path, folder: Path, names: list[str]) -> None:
-        """Raise UserError where more files are missing than the budget has room for; reading will meet the others."""
+        """Raise UserError if more files are missing than the budget allows; fewer are reported when they are read."""
         if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}, where the images of {file} should be")
+            raise UserError(f"the folder {folder}, which should have the images of {file}, does not exist")
         there = {entry.name for entry in os.scandir(folder)}
         missing = [name for name in names if name not in there and not (folder / name).is_file()]
         if len(missing) > self.max_bad:
@@ -156,17 +156,17 @@ class Coco:
 
 
 class CocoImages(Dataset):
-    """(image (3, H, W) float32, 0 to 1, not normalised; target) of each index.
+    """A dataset of (image (3, H, W) float32, 0 to 1, not normalised; target).
 
-    In training the image is augmented and of its final size; otherwise it is as it is. An image whose EXIF data say
-    that it is to be turned stays as it is stored where that is the size that the json gives, and else is turned.
+    In training the image is augmented and has its final size; otherwise it is unchanged. An image with an EXIF
+    orientation is rotated unless its stored size is the one in the JSON file.
 
-    target   boxes (n, 4) float32, x1 y1 x2 y2 in the image's pixels; labels (n,) int64, 1 … K; area (n,) float32, the
-             json's, in the file's pixels; iscrowd (n,) int64; image_id (1,) int64; orig_size (2,) int64, the
-             file's H and W; split. In training also masks (n, H, W) uint8, if wanted, decoded now.
+    target   boxes (n, 4) float32, x1 y1 x2 y2 in pixels of the image; labels (n,) int64, 1 … K; area (n,) float32, from
+             the JSON file, in pixels of the file; iscrowd (n,) int64; image_id (1,) int64; orig_size (2,) int64, H and
+             W of the file; split. In training also masks (n, H, W) uint8, if requested.
 
-    aspects (N,): height / width. left_out: how many boxes training does without, by reason. truth: see Coco.truth.
-    labels: of category ids. transform: of (image, target), or None in evaluation.
+    aspects (N,): height / width. left_out: number of boxes left out of training, by reason. truth: see Coco.truth.
+    labels: category id -> label. transform: a function of (image, target), or None in evaluation.
     """
 
     def __init__(
@@ -203,7 +203,7 @@ class CocoImages(Dataset):
         if transform is not None and not keep_empty:
             shown = np.isin(ids, owner[kept])
             images, ids = [image for image, there in zip(images, shown) if there], ids[shown]
-        # Arrays, not objects: each worker process would come to hold its own copy of those.
+        # Arrays, since Python objects would be copied to each worker process by their reference counts.
         index = {number: i for i, number in enumerate(ids.tolist())}
         image_of = np.array([index[i] for i in owner[kept].tolist()], np.int64)
         kept = kept[np.argsort(image_of, kind="stable")]
@@ -227,7 +227,7 @@ class CocoImages(Dataset):
         return self._read(int(np.flatnonzero(self.ids == image_id)[0]))
 
     def _read(self, index: int) -> Image.Image:
-        """Return an image in the size that the json gives. Raises BadImage where the file has another."""
+        """Return an image of the size in the JSON file. Raises BadImage if the file has another size."""
         path, size = self.folder / self.names[index], tuple(self.sizes[index, ::-1].tolist())
         image = open_image(read_bytes(path), lambda: str(path))
         turn, stored = orientation(image), image.size
@@ -236,8 +236,8 @@ class CocoImages(Dataset):
             return image
         if turn in SWAPS_SIDES and stored[::-1] == size:
             return image.transpose(turn)
-        turned = f" ({stored[1]}x{stored[0]} turned as its EXIF data say)" if turn in SWAPS_SIDES else ""
-        raise BadImage(str(path), f"is {stored[0]}x{stored[1]}{turned}, and its json says {size[0]}x{size[1]}")
+        turned = f" ({stored[1]}x{stored[0]} by its EXIF orientation)" if turn in SWAPS_SIDES else ""
+        raise BadImage(str(path), f"is {stored[0]}x{stored[1]}{turned}, but its JSON file says {size[0]}x{size[1]}")
 
     def __getitem__(self, index: int) -> tuple[Tensor, dict[str, Any]]:
         image = self._read(index)
@@ -268,15 +268,15 @@ class CocoImages(Dataset):
 
     @staticmethod
     def collate(samples: Sequence[tuple]) -> tuple[list[Tensor], list[dict[str, Any]]]:
-        """Return images and targets, two lists: images differ in size, and the model pads them."""
+        """Return images and targets as two lists: images differ in size, and the model pads them."""
         images, targets = zip(*samples)
         return list(images), list(targets)
 
 
 def augmentation(short: Sequence[int], long: int, flip: float, crop: dict | None) -> v2.Transform:
-    """Return training's transform of (image, target), see Coco, which drops boxes and masks cut to less than a pixel.
+    """Return the transform of (image, target) for training; see Coco. It drops boxes cropped to less than a pixel.
 
-    Bilinear without antialiasing, as torchvision's detectors resize in evaluation.
+    Resizing is bilinear without antialiasing, as in torchvision's detectors in evaluation.
     """
     steps = [v2.RandomHorizontalFlip(flip)]
     if crop is not None:
@@ -290,16 +290,18 @@ def _per_box(inputs: tuple) -> tuple[Tensor, ...]:
 
 
 class RandomPart(v2.Transform):
-    """Resize an image to one of `short` on its shorter side, and crop it (DETR, arXiv 2005.12872).
+    """Resize an image to a shorter side of one of `short`, and crop it randomly (DETR, arXiv 2005.12872).
 
-    side: least and largest height and width of the crop, each drawn at random; an image that is smaller stays so.
+    side: range of the random height and width of the crop; a smaller image is not cropped.
     """
 
     def __init__(self, short: Sequence[int], side: Sequence[int]):
         super().__init__()
         pixels = [*short, *side]
         if not short or len(side) != 2 or not all(isinstance(n, int) and n > 0 for n in pixels) or side[0] > side[1]:
-            raise UserError(f"data.crop.short={short}, data.crop.side={side} must be pixels, side the least and most")
+            raise UserError(
+                f"data.crop.short={short}, data.crop.side={side} must be in pixels, side the least and the most"
+            )
         self.resize, self.side = v2.RandomShortestSize(list(short), antialias=False), tuple(side)
 
     def forward(self, *inputs: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Read a json in COCO's format: every field of every entry checked before anything is made of it, masks decoded."""
+"""Read JSON files in COCO's format: check every field of every entry, and decode masks."""
 
 import json
 import math
@@ -11,13 +11,13 @@ import numpy as np
 from ..runtime.errors import UserError, closest
 from .files import first, note
 
-OFFENDERS = 3  # that an error names
-LARGEST = 1e7  # of a coordinate, in pixels
+OFFENDERS = 3  # invalid entries that an error lists
+LARGEST = 1e7  # limit of coordinates, in pixels
 Size = tuple[int, int]
 
 
 def read(file: Path) -> dict[str, Any]:
-    """Return the content of a json in COCO's format, with iscrowd and area filled in where it lacks them.
+    """Return the content of a JSON file in COCO's format, with missing iscrowd and area filled in.
 
     Raises UserError naming the first entries that are not valid.
     """
@@ -28,9 +28,9 @@ def read(file: Path) -> dict[str, Any]:
             f"{file} can't be read ({error.strerror}): set data.root and the names of its splits"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file} is no whole json file ({error})") from error
+        raise UserError(f"{file} is not a complete JSON file ({error})") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file} is not in COCO's format: it must hold an object, and holds {_kind(content)}")
+        raise UserError(f"{file} is not in COCO's format: it must contain an object, got {_kind(content)}")
     for key in ("images", "categories"):
         if not isinstance(content.get(key), list) or not content[key]:
             raise UserError(f'{file} is not in COCO\'s format: it needs a list "{key}"{closest(key, content)}')
@@ -40,10 +40,10 @@ def read(file: Path) -> dict[str, Any]:
     for name, count in names.items():
         if count > 1:
             ids = ", ".join(str(c["id"]) for c in content["categories"] if c["name"] == name)
-            raise UserError(f"{file} has {count} categories called {name!r}, of ids {ids}: give each a name of its own")
+            raise UserError(f"{file} has {count} categories called {name!r}, with ids {ids}: give each a unique name")
     files = Counter(image["file_name"] for image in content["images"])
     if double := [name for name, count in files.items() if count > 1]:
-        note(f"{file} lists more than once: {first(double)}")
+        note(f"{file} lists images more than once: {first(double)}")
     if "annotations" not in content:
         return content
     annotations = content["annotations"]
@@ -65,7 +65,7 @@ def read(file: Path) -> dict[str, Any]:
 
 
 def _check_entries(file: Path, key: str, entries: list, fields: dict[str, type]) -> None:
-    """Raise UserError unless each entry has these fields, of these types, and an id of its own."""
+    """Raise UserError unless each entry has these fields, of these types, and a unique id."""
     wrong = []
     seen: set[int] = set()
     for i, entry in enumerate(entries):
@@ -88,12 +88,12 @@ def _check_entries(file: Path, key: str, entries: list, fields: dict[str, type])
     _refuse(file, wrong)
     double = [f"{key}[{i}]" for i, e in enumerate(entries) if e["id"] in seen or seen.add(e["id"])]
     if double:
-        raise UserError(f"{file} is wrong: {_first(double)} have ids that others have too: give each its own")
+        raise UserError(f"{file} is invalid: {_first(double)} have ids that others have too: give each a unique id")
 
 
 def _refuse(file: Path, wrong: list[str]) -> None:
     if wrong:
-        raise UserError(f"{file} is wrong: {_first(wrong, '; ')}: correct {'it' if len(wrong) == 1 else 'them'}")
+        raise UserError(f"{file} is invalid: {_first(wrong, '; ')}: correct {'it' if len(wrong) == 1 else 'them'}")
 
 
 def _fault(annotation: dict[str, Any], sizes: dict[int, Size], categories: set[int]) -> str | None:
@@ -120,7 +120,7 @@ def _fault(annotation: dict[str, Any], sizes: dict[int, Size], categories: set[i
 def mask_fault(segmentation: Any, size: Size) -> str | None:
     """Describe what is invalid about a mask of an image of this height and width, or return None.
 
-    Polygons of fewer than three points are none, as in COCO, and no fault.
+    Polygons of fewer than three points are ignored, as in COCO.
     """
     if segmentation is None:
         return None
@@ -131,14 +131,14 @@ def mask_fault(segmentation: Any, size: Size) -> str | None:
     if not isinstance(segmentation, dict) or not {"size", "counts"} <= segmentation.keys():
         return f"has as segmentation {_kind(segmentation)}, which must be polygons or an object with size and counts"
     if segmentation["size"] != list(size) or not all(type(side) is int for side in segmentation["size"]):
-        return f"has run lengths of size {_short(segmentation['size'])}, and its image is {list(size)}"
+        return f"has run lengths of size {_short(segmentation['size'])}, but its image is {list(size)}"
     counts = segmentation["counts"]
     if isinstance(counts, str):
         counts = _run_lengths(counts)
         if counts is None:
-            return "has run lengths (segmentation.counts) that are cut short or hold other characters than theirs"
+            return "has run lengths (segmentation.counts) that are truncated or have invalid characters"
     elif not isinstance(counts, list) or not all(type(count) is int for count in counts):
-        return f"has as segmentation.counts {_short(counts)}, which must be run lengths: a list of numbers, or a text"
+        return f"has as segmentation.counts {_short(counts)}, which must be run lengths: a list of numbers, or a string"
     if min(counts, default=0) < 0 or sum(counts) != size[0] * size[1]:
         negative = ", some negative," if min(counts, default=0) < 0 else ""
         return f"has run lengths{negative} that add up to {sum(counts)}, not to the image's {size[0]} x {size[1]}"
@@ -150,7 +150,7 @@ def _polygon_fault(polygon: Any, size: Size) -> str | None:
         return f"has among its polygons {_kind(polygon)}"
     try:
         finite = math.isfinite(sum(polygon))
-    except (TypeError, OverflowError):  # null, text, lists; whole numbers without end
+    except (TypeError, OverflowError):  # null, strings, lists; integers that are too large
         finite = False
     if not finite or len(polygon) % 2:
         return f"has the polygon {_short(polygon)}, which must be pairs of finite numbers: x1, y1, x2, y2, …"
@@ -161,10 +161,10 @@ def _polygon_fault(polygon: Any, size: Size) -> str | None:
 
 
 def _run_lengths(text: str) -> list[int] | None:
-    """Return the numbers of COCO's compressed run lengths; None where the text is not such.
+    """Return the numbers of COCO's compressed run lengths; None if the text is not valid.
 
-    A number has five bits a character, the lowest first, and a sixth that says that more follow; from the fourth on it
-    is given as the difference to the one before the last.
+    A character has five bits of a number, lowest first, and a sixth bit that is set if more follow. From the fourth
+    number on, the difference to the second-to-last number is stored.
     """
     counts: list[int] = []
     value = shift = 0
@@ -186,12 +186,12 @@ def _is_polygon(points: Any) -> bool:
 
 
 def has_mask(segmentation: Any) -> bool:
-    """Whether there is a mask: a polygon, or run lengths."""
+    """Return whether a segmentation has a mask: a polygon, or run lengths."""
     return any(map(_is_polygon, segmentation)) if isinstance(segmentation, list) else segmentation is not None
 
 
 def encode_mask(segmentation: Any, height: int, width: int) -> dict[str, Any]:
-    """Return COCO's polygons or run lengths, which must be valid, as pycocotools' compressed run lengths."""
+    """Encode COCO's polygons or run lengths, which must be valid, as pycocotools' compressed run lengths."""
     from pycocotools import mask as coder
 
     if isinstance(segmentation, list):
@@ -202,9 +202,9 @@ def encode_mask(segmentation: Any, height: int, width: int) -> dict[str, Any]:
 
 
 def decode_mask(segmentation: Any, height: int, width: int) -> np.ndarray:
-    """Return COCO's polygons, or run lengths, compressed or not, as a mask (height, width) uint8.
+    """Decode COCO's polygons or run lengths, compressed or not, to a mask (height, width) uint8.
 
-    Raises ValueError for what is not valid: pycocotools would read memory that is not the mask's.
+    Raises ValueError for invalid input, for which pycocotools would read out of bounds.
     """
     from pycocotools import mask as coder
 

@@ -1,7 +1,7 @@
-"""Real handwritten digits that ship with scikit-learn: 1,797 grey images of 8x8, ten classes.
+"""scikit-learn's handwritten digits: 1,797 greyscale images of 8x8 pixels in ten classes.
 
-The test set of the UCI "Optical Recognition of Handwritten Digits" data (E. Alpaydin, C. Kaynak, 1998), in a fixed
-stratified split: 1,257 to train on, 180 to choose the best checkpoint by, 360 to test on.
+They are the test set of the UCI "Optical Recognition of Handwritten Digits" data (E. Alpaydin, C. Kaynak, 1998), in a
+fixed stratified split: 1,257 for training, 180 for selecting the best checkpoint, 360 for testing.
 """
 
 from typing import Any
@@ -20,10 +20,10 @@ MEAN, STD = (0.3,) * 3, (0.35,) * 3
 
 
 class Digits:
-    """The data of a run.
+    """Handwritten digits as the data of a run.
 
-    img_size: pixels a side that the images are enlarged to (bicubic). shift: in training an image is moved at random
-    by up to this many pixels of the 8x8 original each way, what comes in being black.
+    img_size: size in pixels that the images are upscaled to (bicubic). shift: random translation in training by up to
+    this many pixels of the 8x8 original, filled with black.
     """
 
     def __init__(self, img_size: Count = 32, shift: NonNegative = 1.0):
@@ -36,12 +36,12 @@ class Digits:
         self._grey, self._labels = np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
 
     def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-        """The preprocessing of this data, as timm names it; a model's own recommendation plays no part."""
+        """Return the preprocessing with timm's keys. It depends on the data only, not on the model's pretrained_cfg."""
         size = (3, self.img_size, self.img_size)
         return dict(input_size=size, interpolation="bicubic", mean=MEAN, std=STD, crop_pct=1.0, crop_mode="center")
 
     def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> Dataset:
-        """The images of "train", "val" or "test", as (image (3, img_size, img_size) float32 normalised, label)."""
+        """Return "train", "val" or "test": (image (3, img_size, img_size), normalised float32, label) per sample."""
         size = inputs["input_size"][1:]
         chosen = self._splits[split]
         enlarged = [Image.fromarray(image).resize(size[::-1], Image.Resampling.BICUBIC) for image in self._grey[chosen]]

@@ -1,4 +1,4 @@
-"""Find the image files in people's folders, and say what was passed over."""
+"""Find the image files in folders, and report what was skipped."""
 
 import os
 import re
@@ -14,9 +14,9 @@ from ..runtime.distributed import rank
 from ..runtime.errors import DATA, UserError
 from ..runtime.run_folder import is_run
 
-# Pillow registers these formats without being able to decode them here, or with other programs' help only.
+# Formats that Pillow registers but can't decode here, or only with the help of other programs.
 NOT_DECODED = {"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "PALM", "PDF", "WMF"}
-MANY = 12  # classes from which on a line has no room for each share
+MANY = 12  # with this many classes or more, shares are summarised
 HEIF = {".heic", ".heif", ".hif"}
 # Folders that operating systems, archives and network drives add; names that begin with a dot are hidden too.
 SYSTEM_FOLDERS = {
@@ -33,9 +33,9 @@ SPLIT_NAMES = {
 
 @cache
 def image_extensions() -> frozenset[str]:
-    """Return the endings, in lower case with the dot, of the files that Pillow can decode here."""
+    """Return the extensions, in lower case with the dot, of the files that Pillow can decode here."""
     try:
-        from pillow_heif import register_heif_opener  # where it is installed, HEIC files are images too
+        from pillow_heif import register_heif_opener  # if it is installed, HEIC files can be read
 
         register_heif_opener()
     except ImportError:
@@ -51,48 +51,48 @@ def note(text: str) -> None:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is hidden, or one that a system made for itself."""
+    """Return whether a file or folder is hidden, or is created by operating systems."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS | SYSTEM_FILES
 
 
 class Skipped:
-    """Count what a search of folders passes over, for one line to the user."""
+    """Count what a search of folders skips, to report it to the user."""
 
     def __init__(self) -> None:
-        self.endings: Counter[str] = Counter()  # of files that are no images
+        self.endings: Counter[str] = Counter()  # extensions of files that are not images
         self.hidden = 0
         self.runs: list[str] = []
         self.links: list[str] = []
 
     def add(self, other: "Skipped") -> None:
-        """Count what another search passed over too."""
+        """Add what another search skipped."""
         self.endings += other.endings
         self.hidden += other.hidden
         self.runs += other.runs
         self.links += other.links
 
     def report(self, folder: str | Path) -> None:
-        """Tell the user what was passed over below `folder`, if anything was."""
-        parts = [f"{count} {ending or 'without an ending'}" for ending, count in sorted(self.endings.items())]
+        """Tell the user what was skipped below `folder`, if anything."""
+        parts = [f"{count} {ending or 'without extension'}" for ending, count in sorted(self.endings.items())]
         if self.hidden:
             parts.append(f"{self.hidden} hidden")
-        lines = [f"passed over in {folder}: {', '.join(parts)}"] if parts else []
+        lines = [f"skipped in {folder}: {', '.join(parts)}"] if parts else []
         if heif := sum(self.endings[ending] for ending in HEIF):
             lines.append(
-                f"{heif} HEIC {'file was' if heif == 1 else 'files were'} passed over, which Pillow can't read here: "
+                f"skipped {heif} HEIC {'file' if heif == 1 else 'files'}, which Pillow can't read here: "
                 "convert to JPEG or pip install pillow-heif"
             )
-        lines += [f"passed over, being the folder of a run: {run}" for run in self.runs]
-        lines += [f"not followed, being a link to a folder that is read already: {link}" for link in self.links]
+        lines += [f"skipped run folder: {run}" for run in self.runs]
+        lines += [f"skipped link to a folder that is searched anyway: {link}" for link in self.links]
         for line in lines:
             note(line)
 
 
 def image_files(folder: str | Path, skipped: Skipped | None = None, root: str | Path | None = None) -> list[str]:
-    """Return the image files below a folder, sorted; hidden ones, run folders and files that are no images left out.
+    """Return the image files below a folder, sorted, without hidden files, run folders and files that are not images.
 
-    Links to folders are followed, unless they lead to a folder that is read anyway: one that holds them, or one within
-    `root` (None: `folder`). skipped: where what is left out is counted.
+    Links to folders are followed unless the target is searched anyway, that is a parent of the link or a folder within
+    `root` (None: `folder`). skipped: counts what is skipped.
     """
     skipped = Skipped() if skipped is None else skipped
     extensions, images = image_extensions(), []
@@ -112,7 +112,7 @@ def image_files(folder: str | Path, skipped: Skipped | None = None, root: str | 
 
 
 def _files(folder: str, root: str, skipped: Skipped, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Yield the files below a folder. above: the real paths of the folders that the search came through."""
+    """Yield the files below a folder. above: the real paths of its parents in the search."""
     real = os.path.realpath(folder)
     with os.scandir(folder) as entries:
         listed = sorted(entries, key=lambda entry: entry.name)
@@ -130,7 +130,7 @@ def _files(folder: str, root: str, skipped: Skipped, above: tuple[str, ...] = ()
 
 
 def _is_read_already(link: str, root: str, above: Iterable[str]) -> bool:
-    """Whether a link leads into `root` or a folder of `above`, or to one that holds any of them."""
+    """Return whether a link points into `root` or a folder of `above`, or to a parent of any of them."""
     target = os.path.realpath(link)
     return any(_is_within(target, folder) or _is_within(folder, target) for folder in (root, *above))
 
@@ -140,16 +140,17 @@ def _is_within(path: str, folder: str) -> bool:
 
 
 def split_of(name: str) -> str | None:
-    """Return "train", "val" or "test" for a folder's name that means one: Training, valid, test_set, train2017, …"""
+    """Return the split that a folder's name means: "train", "val" or "test" for Training, valid, test_set, …; or
+    None."""
     word = re.sub(r"[^a-z]", "", name.lower())
     word = re.sub(r"(?<=.)(set|data|split|images|imgs)$", "", word)
     return next((split for split, names in SPLIT_NAMES.items() if word in names), None)
 
 
 def split_folders(folder: Path, accept: Iterable[str] | None = None) -> dict[str, Path]:
-    """Return the folders of train, val and test below a folder, by split; any letter case and the usual synonyms do.
+    """Return the folders of train, val and test below a folder, by split. Letter case and usual synonyms are accepted.
 
-    accept: the names of folders that are considered; None: all. Raises UserError where two mean the same split.
+    accept: names of folders to consider; None: all. Raises UserError if two folders mean the same split.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir() if folder.is_dir() else ()):
@@ -163,22 +164,22 @@ def split_folders(folder: Path, accept: Iterable[str] | None = None) -> dict[str
 
 
 def refuse_data_folder(run_dir: Path, data: Mapping[str, Any]) -> None:
-    """Raise UserError for a run folder where its images would be taken for data.
+    """Raise UserError if the images that a run writes to its folder would later be read as data.
 
-    data: the config's section, whose `type` may say with scanned(**arguments) which folders it reads all images of.
+    data: the config's section. Its `type` may have scanned(**arguments), which returns the folders it reads entirely.
     """
-    if data.get("root") is None or is_run(run_dir):  # the folders of runs are passed over
+    if data.get("root") is None or is_run(run_dir):  # run folders are skipped
         return
     scanned = getattr(data["type"], "scanned", None)
     for folder in scanned(**{key: value for key, value in data.items() if key != "type"}) if scanned else ():
         if _is_within(os.path.realpath(run_dir), os.path.realpath(folder)):
             raise UserError(
-                f"--run-dir {run_dir} lies in {folder}, all of whose images are data: choose a folder elsewhere"
+                f"--run-dir {run_dir} is inside {folder}, whose images are all data: choose a folder elsewhere"
             )
 
 
 def read_text(file: Path) -> str:
-    """Return the text of a UTF-8 file, without the byte-order mark that some editors put first."""
+    """Return the text of a UTF-8 file, without a byte-order mark."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -190,10 +191,10 @@ def read_text(file: Path) -> str:
 def note_classes(
     split: str, counts: Iterable[int], names: Iterable[str], unit: str, least: int, hint: str = ""
 ) -> None:
-    """Tell the user how much of a split each class has, and which classes have nothing.
+    """Tell the user each class's share of a split, and which classes have none.
 
-    counts: of the classes `names`, in `unit`. hint: what to add where a class has nothing.
-    Raises UserError where fewer classes than `least` (0, 1 or 2) have something: there is nothing to learn.
+    counts: per class of `names`, in `unit`. hint: added to the message if a class has none.
+    Raises UserError if fewer than `least` (0, 1 or 2) classes have any, since there is nothing to learn.
     """
     counts, names = [int(count) for count in counts], list(names)
     total = sum(counts)
@@ -204,8 +205,8 @@ def note_classes(
     if least > 1 and len(absent) == len(names) - 1 > 0:
         only = next(name for name, count in zip(names, counts) if count)
         raise UserError(
-            f"the {split} split has {unit} of the class {only} alone, none of {first(absent)}: "
-            f"there is nothing to tell apart{because}",
+            f"the {split} split has {unit} of only one class, {only}, and none of {first(absent)}: "
+            f"there is nothing to distinguish{because}",
             DATA,
         )
     if total and len(names) <= MANY:

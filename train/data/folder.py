@@ -1,4 +1,4 @@
-"""A folder of images, sorted into one folder a class: ImageNet's layout, or anybody's own images."""
+"""A folder of images with one subfolder per class: ImageNet's layout, or your own images."""
 
 import os
 from collections.abc import Sequence
@@ -15,17 +15,17 @@ from .images import Files, Source
 
 
 class ImageFolder(Source):
-    """The data of a run.
+    """A folder of images as the data of a run.
 
-    root: either ROOT/train, ROOT/val and perhaps ROOT/test, each with a folder a class, or one folder of class folders,
-    which is then divided at random, the same way each time, every class alike. Splits may have their usual other names,
-    in any letter case (Training, validation, valid, dev, testing, train_set). Images may lie deeper inside their
-    class's folder; hidden files and folders, folders of runs and files that are no images are passed over, and counted.
-    img_size: pixels a side; None: what the model's published weights were trained at. shares: of val and test in an
-    automatic division. augment: arguments of timm.data.create_transform for training (hflip, color_jitter,
-    auto_augment, re_prob, …). sizes: pixels a side in training by the first epoch, as in {0: 192, 280: 224}; None:
-    img_size. max_bad: how many images that can't be read a run goes on without.
-    Raises UserError where there is nothing to learn from, naming the folder.
+    root: either ROOT/train, ROOT/val and optionally ROOT/test, each with one folder per class; or a folder of class
+    folders, which is split randomly, stratified and always in the same way. Usual other names of splits are recognised,
+    case-insensitively (Training, validation, valid, dev, testing, train_set). Images may be in subfolders of their
+    class folder. Hidden files and folders, run folders and files that are not images are skipped and counted.
+    img_size: image size in pixels; None: that of the model's published weights. shares: fractions of val and test in an
+    automatic split. augment: arguments of timm.data.create_transform for training (hflip, color_jitter, auto_augment,
+    re_prob, …). sizes: image size in training from given epochs on, for example {0: 192, 280: 224}; None: img_size.
+    max_bad: how many unreadable images a run tolerates.
+    Raises UserError, naming the folder, if there is nothing to learn.
     """
 
     def __init__(
@@ -40,11 +40,11 @@ class ImageFolder(Source):
         super().__init__(img_size, sizes, augment, max_bad)
         if len(shares) != 2 or min(shares) < 0 or sum(shares) >= 1:
             raise UserError(
-                f"data.shares={tuple(shares)} must be two shares, of val and test, that leave some to train on"
+                f"data.shares={tuple(shares)} must be two fractions, of val and test, that leave some to train on"
             )
         folder = Path(root)
         if not folder.is_dir():
-            raise UserError(f"data.root={root} is no folder: give the folder that holds the class folders")
+            raise UserError(f"data.root={root} is not a folder: give the folder that contains the class folders")
         splits, skipped = find_splits(folder), Skipped()
         if splits:
             if "val" not in splits:
@@ -82,9 +82,9 @@ class ImageFolder(Source):
 
 
 def find_splits(folder: Path) -> dict[str, Path]:
-    """Return the folders of train, val and test; none where `folder` holds class folders.
+    """Return the folders of train, val and test; {} if `folder` contains class folders.
 
-    A class may be called "train" (the vehicle): a single folder of that name is a split if it holds folders alone.
+    A class may be called "train" (the vehicle): a single folder of that name is a split if it contains only folders.
     """
     names = [path.name for path in folder.iterdir() if path.is_dir() and not is_hidden(path.name)]
     splits = {split_of(name) for name in names} - {None}
@@ -102,9 +102,9 @@ def find_splits(folder: Path) -> dict[str, Path]:
 
 
 def scan_classes(folder: Path, skipped: Skipped) -> dict[str, list[str]]:
-    """Return the image files of every class folder, sorted; `skipped` counts what is passed over.
+    """Return the image files of every class folder, sorted; skipped files are counted in `skipped`.
 
-    Raises UserError for a folder without classes or images, and for a class folder that is a link to another.
+    Raises UserError for a folder without classes or images, and for a class folder that is a link to another one.
     """
     classes: dict[str, list[str]] = {}
     real: dict[str, str] = {}
@@ -116,16 +116,16 @@ def scan_classes(folder: Path, skipped: Skipped) -> dict[str, list[str]]:
             skipped.runs.append(entry.path)
             continue
         target = os.path.realpath(entry.path)
-        if entry.is_symlink() and os.path.commonpath([root, target]) == target:  # to a folder that holds this one
+        if entry.is_symlink() and os.path.commonpath([root, target]) == target:  # to a parent folder
             skipped.links.append(entry.path)
             continue
         if (other := real.setdefault(target, entry.path)) != entry.path:
-            raise UserError(f"class folders {other} and {entry.path} are one folder, by a link: remove one of them")
+            raise UserError(f"class folders {other} and {entry.path} are the same, by a link: remove one")
         here = Skipped()
         classes[entry.name] = image_files(entry.path, here, root)
         skipped.add(here)
         if not classes[entry.name] and here.runs and not here.endings:
-            del classes[entry.name]  # a folder of runs
+            del classes[entry.name]  # contains only run folders
         elif not classes[entry.name]:
             others = ", ".join(ending or "none" for ending in sorted(here.endings))
             seen = f" (only files with extension {others})" if others else ""
@@ -136,7 +136,7 @@ def scan_classes(folder: Path, skipped: Skipped) -> dict[str, list[str]]:
 
 
 def _divide(classes: dict[str, list[str]], val: float, test: float) -> dict[str, dict[str, list[str]]]:
-    """Divide each class's files by shares, one image or more for training."""
+    """Split each class's files by the shares of val and test, with at least one image for training."""
     parts: dict[str, dict[str, list[str]]] = dict(train={}, val={}, test={})
     for number, (name, files) in enumerate(classes.items()):
         order = torch.randperm(len(files), generator=torch.Generator().manual_seed(derive_seed(number))).tolist()

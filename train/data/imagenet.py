@@ -1,4 +1,4 @@
-"""ImageNet as people have it: class folders, the original tar files, or webdataset shards."""
+"""ImageNet in any of its usual layouts: class folders, the original tar files, or webdataset shards."""
 
 import io
 import json
@@ -23,18 +23,18 @@ INDEX = "index.json"  # {"classes": [names], "shards": {file name: {"samples", "
 
 
 class ImageNet(Source):
-    """The data of a run.
+    """ImageNet as the data of a run.
 
-    root: a folder with train and val and in each a folder a class (see ImageFolder); with the three files
-    ILSVRC2012_img_train.tar, …_img_val.tar and …_devkit_t12.tar.gz; or with shards that tools/shard.py wrote.
-    train, val, test: or the shards of each split: a file, a pattern ("shards/train-{000000..000146}.tar", "val-*.tar"),
-    a stream ("pipe:aws s3 cp s3://bucket/val-{00..31}.tar -"), or a list of these. Without test that is val.
-    index: the shards' index.json, where it is not beside them. classes: how many there are, where no index says it.
-    cache_dir: where streams are kept; None: the user's cache folder.
-    img_size: pixels a side; None: what the model's published weights were trained at. augment: arguments of
-    timm.data.create_transform for training. sizes: pixels a side in training by the first epoch, as in
-    {0: 192, 280: 224}. max_bad: how many samples a run goes on without, images that can't be read and what torn tars
-    have lost.
+    root: a folder with train and val, each with one folder per class (see ImageFolder); or with the three files
+    ILSVRC2012_img_train.tar, …_img_val.tar and …_devkit_t12.tar.gz; or with shards written by tools/shard.py.
+    train, val, test: instead of root, the shards of each split: a file, a pattern
+    ("shards/train-{000000..000146}.tar", "val-*.tar"), a stream ("pipe:aws s3 cp s3://bucket/val-{00..31}.tar -"), or a
+    list of these. test defaults to val.
+    index: the shards' index.json, if it is not next to them. classes: number of classes, if there is no index.
+    cache_dir: folder for downloaded streams; None: the user's cache folder.
+    img_size: image size in pixels; None: that of the model's published weights. augment: arguments of
+    timm.data.create_transform for training. sizes: image size in training from given epochs on, for example
+    {0: 192, 280: 224}. max_bad: how many unreadable or missing samples a run tolerates.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class ImageNet(Source):
         super().__init__(img_size, sizes, augment, max_bad)
         patterns = {split: given for split, given in dict(train=train, val=val, test=test).items() if given}
         if (root is None) == (not patterns):
-            raise UserError("data needs either root, a folder, or train and val, the shards of each")
+            raise UserError("data needs either root, a folder, or train and val, the shards of each split")
         if root is None:
             folder = Path(cache_dir) if cache_dir else cache_folder() / "shards"
             self._layout: Any = _Shards(patterns, index, classes, folder)
@@ -81,13 +81,13 @@ class ImageNet(Source):
 
     @classmethod
     def scanned(cls, root: str | None = None, **_: object) -> list[Path]:
-        """Return the folders all of whose images are taken as data: no run may write there."""
+        """Return the folders whose images are all used as data, so that no run may be written there."""
         packed = root is None or any(Path(root, name).is_file() for name in (TRAIN, VAL, INDEX))
         return [] if packed else ImageFolder.scanned(root)
 
 
 class _Tars:
-    """The original files. Classes are in the order of their WordNet numbers, as folders are."""
+    """The original files. Classes are sorted by WordNet ID, as folders are."""
 
     def __init__(self, root: Path):
         self.root, self.bad = root, {}
@@ -102,12 +102,13 @@ class _Tars:
             position = {wnid: i for i, wnid in enumerate(self.class_names)}
             self.truth = [position[number[int(i)]] for i in truth.split()]
         except (OSError, tarfile.TarError, KeyError, ValueError, EOFError) as error:
-            raise UserError(f"{kit} can't be read as ImageNet's development kit ({error}): fetch it again") from error
+            message = f"{kit} can't be read as ImageNet's development kit ({error}): download it again"
+            raise UserError(message) from error
 
     def images(self, split: str) -> tuple[Members, list[int]]:
         tar = self.root / (TRAIN if split == "train" else VAL)
         if not tar.is_file():
-            raise UserError(f"there is no {tar}, which the {split} split is made of")
+            raise UserError(f"{tar}, which has the {split} split, does not exist")
         (samples,) = index([tar], "tars" if split == "train" else "files")
         if split == "train":
             position = {f"{wnid}.tar": i for i, wnid in enumerate(self.class_names)}
@@ -123,7 +124,7 @@ class _Tars:
 
 
 def _classes(meta: bytes) -> dict[int, str]:
-    """Return the WordNet number of each class, by its number in the development kit; synsets with children are none."""
+    """Return the WordNet ID of each class by its ID in the development kit; synsets with children are not classes."""
     from scipy.io import loadmat
 
     synsets = loadmat(io.BytesIO(meta), squeeze_me=True)["synsets"]
@@ -131,7 +132,7 @@ def _classes(meta: bytes) -> dict[int, str]:
 
 
 class _Shards:
-    """Shards of each split, by patterns. listed: an index.json; None: the one beside the first shard, if there is."""
+    """Shards of each split, by patterns. listed: an index.json; None: the one next to the first shard, if any."""
 
     def __init__(self, patterns: dict[str, Any], listed: str | None, classes: int | None, cache: Path):
         self.bad, self.cache = {}, cache
@@ -142,9 +143,9 @@ class _Shards:
         known = read_index(fetch(listed, cache) if is_stream(listed) else Path(listed)) if listed else {}
         self.listed: dict[str, dict] = known.get("shards", {})
         if classes is not None and known and classes != len(known["classes"]):
-            raise UserError(f"data.classes={classes}, and {listed} has {len(known['classes'])}")
+            raise UserError(f"data.classes={classes}, but {listed} has {len(known['classes'])}")
         if classes is None and not known:
-            raise UserError("data.classes is missing: the shards have no index.json that says how many there are")
+            raise UserError("data.classes is missing: the shards have no index.json with the number of classes")
         self.class_names = known["classes"] if known else [str(i) for i in range(classes)]
         self.numbered = not known  # nothing names the classes
 
@@ -161,7 +162,7 @@ class _Shards:
         unused = sum((Counter(samples.unused) for samples in indexed), Counter())
         if unused:
             parts = ", ".join(f"{count} {ending}" for ending, count in sorted(unused.items()))
-            note(f"{split}: members of shards that are no part of a sample, passed over: {parts}")
+            note(f"{split}: skipped members of shards that belong to no sample: {parts}")
         for path, name, samples, entry in zip(paths, names, indexed, entries):
             shard = f"{path} ({name})" if is_stream(name) else name
             self.bad |= _missing(shard, samples, entry.get("samples"))
@@ -175,29 +176,29 @@ class _Shards:
         return Members(list(zip(paths, indexed))), np.concatenate([samples.labels for samples in indexed])
 
     def _entry(self, name: str) -> dict[str, Any]:
-        """Return the index's entry of a shard; of a stream, that of the shard that it names."""
+        """Return a shard's entry in the index; for a stream, that of the shard that it names."""
         words = re.split(r"[/\s'\"?&=]+", name) if is_stream(name) else [Path(name).name]
         return next((self.listed[word] for word in words if word in self.listed), {})
 
 
 def _missing(name: str, samples: Samples, expected: int | None) -> dict[str, tuple[str, int]]:
-    """Return what a tar has lost, name -> (reason, samples); where nobody knows how many there were, one at least."""
+    """Return the missing samples of a tar, name -> (reason, samples); at least one if their number is unknown."""
     count = len(samples.names)
-    torn = f": it {samples.torn}" if samples.torn else ""
+    truncated = f": it {samples.truncated}" if samples.truncated else ""
     if expected is not None and count > expected:
-        raise UserError(f"{name} has {count} samples where {expected} are listed: it is another file", DATA)
-    if expected is not None and not torn and expected - count == len(samples.half):
-        expected = None  # each that is lost has a name
+        raise UserError(f"{name} has {count} samples, but {expected} are listed: it is another file", DATA)
+    if expected is not None and not truncated and expected - count == len(samples.incomplete):
+        expected = None  # the name of each missing sample is known
     if expected is not None:
-        return {name: (f"has {count} of {expected} samples{torn}", expected - count)} if count < expected else {}
-    bad = {f"{name}!{member}": (reason, 1) for member, reason in samples.half.items()}
-    if samples.torn and not bad:
-        bad[name] = f"{samples.torn}, how many samples are lost is not known", 1
+        return {name: (f"has {count} of {expected} samples{truncated}", expected - count)} if count < expected else {}
+    bad = {f"{name}!{member}": (reason, 1) for member, reason in samples.incomplete.items()}
+    if samples.truncated and not bad:
+        bad[name] = f"{samples.truncated}, with an unknown number of missing samples", 1
     return bad
 
 
 def _listed(root: Path) -> dict[str, list[str]]:
-    """Return the shards of each split that a folder's index lists."""
+    """Return the shards of each split from a folder's index."""
     splits: dict[str, list[str]] = {}
     for name in sorted(read_index(root / INDEX)["shards"]):
         splits.setdefault(name.rpartition("-")[0], []).append(str(root / name))
@@ -205,12 +206,12 @@ def _listed(root: Path) -> dict[str, list[str]]:
 
 
 def read_index(path: Path) -> dict[str, Any]:
-    """Read an index.json; raises UserError for a file that is none."""
+    """Read an index.json. Raises UserError if it is not valid."""
     try:
         known = json.loads(path.read_bytes())
         classes, shards = known["classes"], known["shards"]
         if not all(isinstance(name, str) for name in classes) or not all(isinstance(v, dict) for v in shards.values()):
             raise TypeError("wrong types")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no index of shards ({error}): tools/shard.py writes one") from error
+        raise UserError(f"{path} is not an index of shards ({error}): write one with tools/shard.py") from error
     return known

@@ -1,6 +1,6 @@
-"""Images with labels, from bytes that lie anywhere to the tensors of a batch.
+"""Images with labels: reading, decoding and transforming them to the tensors of a batch.
 
-A layout (a folder, tars, shards) says which images a split has and where their bytes are; the rest is the same for all.
+A layout (folder, tars, shards) defines the images of a split and where their bytes are; the rest is shared here.
 """
 
 import io
@@ -27,12 +27,12 @@ from .augment import Augment
 from .bad_images import BadImage
 from .files import note, note_classes
 
-_TRANSFORM = ("input_size", "is_training", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # given by `inputs`
-_NO_CHOICE = ("use_prefetcher", "normalize", "separate", "naflex")  # they change what a sample is
+_TRANSFORM = ("input_size", "is_training", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # set by `inputs`
+_NO_CHOICE = ("use_prefetcher", "normalize", "separate", "naflex")  # they change the format of a sample
 
 
 class Strings(Sequence):
-    """Many strings in two arrays. As Python objects, each worker process would come to hold its own copy of them."""
+    """Many strings in two arrays. Python strings would be copied to each worker process by their reference counts."""
 
     def __init__(self, strings: Iterable[str]):
         encoded = [os.fsencode(string) for string in strings]
@@ -47,7 +47,7 @@ class Strings(Sequence):
 
 
 class Files:
-    """Images that are files of their own."""
+    """Images in files."""
 
     def __init__(self, paths: Iterable[str]):
         self.paths = Strings(paths)
@@ -65,10 +65,10 @@ class Files:
 
 
 class Images(Dataset):
-    """(image (3, H, W), label) of each index: float32 normalised, or uint8, which `finish` normalises.
+    """A dataset of (image (3, H, W), label): normalised float32, or uint8, which `finish` normalises.
 
-    files: has __len__, name(index), base(index), which ends with the file's own name, and read(index), its bytes.
-    labels (N,). transforms: of a file's bytes and a function that gives its name, by the first epoch that each is for.
+    files: has __len__, name(index), base(index) (ends with the file name) and read(index) (the file's bytes).
+    labels (N,). transforms: first epoch -> function of a file's bytes and of a function that returns its name.
     """
 
     def __init__(
@@ -84,14 +84,14 @@ class Images(Dataset):
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int) -> None:
-        """From now on, images are as they should be in this epoch."""
+        """Use the transform of this epoch from now on."""
         self.transform = self.transforms[max(first for first in self.transforms if first <= epoch)]
 
     def __len__(self) -> int:
         return len(self.files)
 
     def filename(self, index: int) -> str:
-        """The base name of an image's file, or of the tar's member that it is."""
+        """Return the base name of an image's file or tar member."""
         return self.files.base(index).rpartition("/")[2]
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
@@ -102,7 +102,7 @@ class Images(Dataset):
         return self.transform(data, lambda: self.files.name(index)), int(self.labels[index])
 
     def finish(self, batch: Sequence) -> Sequence:
-        """A batch with its images normalised, wherever they are."""
+        """Normalise the images of a batch, on their device."""
         images, *rest = batch
         if images.dtype == torch.uint8:
             mean, std = (torch.tensor(n, device=images.device).mul(255).view(-1, 1, 1) for n in (self.mean, self.std))
@@ -110,7 +110,7 @@ class Images(Dataset):
         return [images, *rest]
 
 
-# What turns an image upright, by the orientation that its EXIF data give (1: it is).
+# The transpose that turns an image upright, by its EXIF orientation (1: it is upright).
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -131,7 +131,7 @@ SWAPS_SIDES = (
 
 
 def open_image(data: bytes, name: Callable[[], str]) -> Image.Image:
-    """Return the first frame of an image file as it is stored. Raises BadImage, with the name, where it is none."""
+    """Return the first frame of an image file as stored. Raises BadImage with the name if it is not an image."""
     try:
         image = Image.open(io.BytesIO(data))
         image.load()
@@ -143,41 +143,41 @@ def open_image(data: bytes, name: Callable[[], str]) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> Image.Transpose | None:
-    """Return what turns an image upright, by its EXIF data; None where it is upright."""
+    """Return the transpose that turns an image upright, by its EXIF data; None if it is upright."""
     try:
         return _UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation, 1))
-    except Exception:  # damaged EXIF data say nothing
+    except Exception:  # damaged EXIF data are ignored
         return None
 
 
 def stored_size(path: str | Path) -> tuple[tuple[int, int], Image.Transpose | None]:
-    """Return the width and height that a file stores its image with, and what turns it upright, without decoding it."""
+    """Return width and height of an image as stored, and the transpose that turns it upright, without decoding it."""
     with Image.open(path) as image:
-        # Pillow turns TIFF files itself; a PNG file may have EXIF data behind its pixels, but hardly ever has.
+        # Pillow turns TIFF files itself. EXIF data after the pixels of a PNG file are very rare and are not read.
         known = image.format != "TIFF" and (image.format != "PNG" or "exif" in image.info)
         return image.size, orientation(image) if known else None
 
 
 def to_rgb(image: Image.Image, name: Callable[[], str] = lambda: "the image") -> Image.Image:
-    """Return an image with 8 bits a channel, in RGB, by the one rule for what has other values.
+    """Convert an image to RGB with 8 bits per channel, by one rule for all other formats.
 
-    16 bits are divided by 257 (12 bits by 65535 / 4095 less), floats from 0 to 1 multiplied by 255, palettes looked up,
-    transparency left out. Raises BadImage for whole numbers of 32 bits and for floats out of range, whose scale is not
-    known.
+    16-bit values are divided by 257 (12-bit values are first scaled to 16 bits), floats in [0, 1] are multiplied by
+    255, palettes are resolved, transparency is dropped. Raises BadImage for 32-bit integers and for floats out of
+    range, since their scale is unknown.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return Image.fromarray(_from_16_bits(image)).convert("RGB")
     if image.mode == "I":
-        raise BadImage(name(), "has whole numbers of 32 bits, whose range is not known (save it with 8 or 16 bits)")
+        raise BadImage(name(), "has 32-bit integers, whose range is unknown (save it with 8 or 16 bits)")
     if image.mode == "F":
         values = np.asarray(image)
         low, high = float(values.min()), float(values.max())
-        if not (low >= -0.001 and high <= 1.001):  # NaN neither
+        if not (low >= -0.001 and high <= 1.001):  # refuses NaN too
             raise BadImage(name(), f"has floats from {low:g} to {high:g}, which must be from 0 to 1 (scale them)")
         return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
     try:
         return image.convert("RGB")
-    except ValueError as error:  # LAB and the like
+    except ValueError as error:  # for example LAB
         raise BadImage(name(), describe_error(error)) from error
 
 
@@ -192,7 +192,7 @@ def _from_16_bits(image: Image.Image) -> np.ndarray:
 
 
 def decode(data: bytes, name: Callable[[], str]) -> Image.Image:
-    """Return the image that a file's bytes hold, in RGB and upright. Raises BadImage if they hold none."""
+    """Decode a file's bytes to an upright RGB image. Raises BadImage if they are not an image."""
     image = open_image(data, name)
     turn = orientation(image)
     image = to_rgb(image, name)
@@ -212,21 +212,21 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Return the image in a file, in RGB and upright. Raises BadImage, naming the file, where it can't be read."""
+    """Read an image file as an upright RGB image. Raises BadImage, naming the file, if it can't be read."""
     return decode(read_bytes(path), lambda: str(path))
 
 
 def describe_error(error: Exception) -> str:
-    """Say in words why an image can't be read."""
-    unknown = isinstance(error, UnidentifiedImageError)  # its own text holds an address in memory
+    """Describe why an image can't be read."""
+    unknown = isinstance(error, UnidentifiedImageError)  # its message contains a memory address
     reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())
-    return f"can't be read as an image ({'no known format' if unknown else reason})"
+    return f"can't be read as an image ({'unknown format' if unknown else reason})"
 
 
 def note_conversions(read: Callable[[int], bytes], count: int, where: str, sample: int = 64) -> None:
-    """Tell the user which rules apply to unusual images, by up to `sample` of them, evenly spread.
+    """Tell the user how unusual images are converted, judging by up to `sample` images, evenly spaced.
 
-    read: gives the bytes of an image's file. where: which images they are, in words.
+    read: returns the bytes of an image's file. where: a description of the images.
     """
     if rank() > 0:
         return
@@ -236,25 +236,25 @@ def note_conversions(read: Callable[[int], bytes], count: int, where: str, sampl
         try:
             with Image.open(io.BytesIO(read(index))) as image:
                 if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-                    seen["have 16 bits a pixel, which are divided by 257"] += 1
+                    seen["have 16 bits per pixel, which are divided by 257"] += 1
                 if image.mode == "F":
-                    seen["hold floats, which are multiplied by 255"] += 1
+                    seen["have float values, which are multiplied by 255"] += 1
                 if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
-                    seen["have several frames, of which the first is taken"] += 1
+                    seen["have several frames, of which the first is used"] += 1
                 if image.format != "TIFF" and orientation(image) is not None:
-                    seen["are turned as their EXIF orientation says"] += 1
-        except Exception:  # what can't be read is counted when it is needed
+                    seen["are rotated by their EXIF orientation"] += 1
+        except Exception:  # unreadable images are counted when they are used
             continue
     for rule, times in seen.items():
-        of = f"{times} of {len(chosen)} {where}" + (" that were looked at" if len(chosen) < count else "")
+        of = f"{times} of {len(chosen)} {where}" + (" that were checked" if len(chosen) < count else "")
         note(f"{of} {rule}")
 
 
 class Source:
-    """What sources of labelled images have in common: sizes, augmentation and the budget for bad images.
+    """Base class for sources of labelled images: sizes, augmentation and the budget for unreadable images.
 
-    A source gives `class_names` and `images(split)`: the files of "train", "val" or "test" (see Images), and labels.
-    bad: what was found to be missing before any image was read: name -> (reason, how many samples).
+    Subclasses have `class_names` and `images(split)`: the files of "train", "val" or "test" (see Images), and labels.
+    bad: samples found missing before any image was read: name -> (reason, number of samples).
     """
 
     class_names: list[str]
@@ -265,7 +265,9 @@ class Source:
         check("data.augment", self.augment, create_transform, without=(*_TRANSFORM, *_NO_CHOICE), ranges=ranges.AUGMENT)
         whole = all(isinstance(n, int) for pair in self.sizes.items() for n in pair)
         if self.sizes and not (whole and min(self.sizes) == 0 and min(self.sizes.values()) > 0):
-            raise UserError(f"data.sizes={sizes} must say pixels from epoch 0 on, as in {{0: 192, 280: 224}}")
+            raise UserError(
+                f"data.sizes={sizes} must give sizes in pixels from epoch 0 on, for example {{0: 192, 280: 224}}"
+            )
         if max_bad < 0:
             raise UserError(f"data.max_bad={max_bad} must be 0 or more")
 
@@ -273,14 +275,14 @@ class Source:
         raise NotImplementedError
 
     def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-        """The model's own preprocessing, at `img_size`, as timm names it."""
+        """Return the model's own preprocessing at `img_size`, with timm's keys."""
         inputs = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
         if self.img_size:
             inputs["input_size"] = (inputs["input_size"][0], self.img_size, self.img_size)
         return inputs
 
     def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> Images:
-        """The images of "train", "val" or "test", with their labels."""
+        """Return the images of "train", "val" or "test", with their labels."""
         files, labels = self.images(split)
         note_conversions(files.read, len(files), f"{split} images")
         note_classes(
@@ -297,6 +299,6 @@ class Source:
 
 
 def fit_size(height: int, width: int, scale: Sequence[int]) -> tuple[float, float]:
-    """A size of the same shape whose longer side is at most the longer of `scale`, and the shorter the shorter."""
+    """Return the largest size with the same aspect ratio that fits `scale`, longer side within the longer number."""
     factor = min(max(scale) / max(height, width), min(scale) / min(height, width))
     return height * factor, width * factor

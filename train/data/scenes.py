@@ -1,16 +1,16 @@
-"""Scenes to detect and segment: real handwritten digits on real photographs, all from scikit-learn's and scikit-image's
-wheels, so that nothing is fetched; and scikit-image's coins, 24 real objects on one photograph.
+"""Scenes for detection and segmentation: handwritten digits on photographs, and scikit-image's photograph of 24 coins.
 
-The digits are those of saccade.train.data.digits, in its splits; photographs and digits of the val and test scenes are
-in no training scene. Files are written in the layouts of COCO and of ADE20K:
+All images are real and come from the wheels of scikit-learn and scikit-image, so that nothing is downloaded. The digits
+are those of saccade.train.data.digits, in its splits; val and test scenes share no photograph or digit with training
+scenes. Files are written in the layouts of COCO and ADE20K:
 
     OUT/coco/images/{train,val,test}/000001.jpg    OUT/ade20k/images/{training,validation,test}/000001.jpg
     OUT/coco/annotations/instances_SPLIT.json      OUT/ade20k/annotations/{training,validation,test}/000001.png
                                                    OUT/ade20k/objectInfo.txt
 
-COCO's category of digit d has id d + 1 and name "d". ADE20K's label 0 (to be ignored) does not occur, 1 is the
-background, d + 2 is digit d; objectInfo.txt names them as ADE20K's objectInfo150.txt does. Scenes have equal bytes for
-equal arguments, with equal versions of Pillow and numpy.
+Digit d has the COCO category id d + 1 and the name "d". ADE20K's label 0 (ignored) does not occur, 1 is the background,
+d + 2 is digit d; objectInfo.txt lists them in the format of ADE20K's objectInfo150.txt. The same arguments give
+byte-identical files, with the same versions of Pillow and NumPy.
 """
 
 import io
@@ -36,14 +36,14 @@ PHOTOGRAPHS = dict(
 )
 COUNTS = dict(train=600, val=60, test=150)
 FORMATS = ("coco", "ade20k")
-NOTE = "scenes.json"  # in the folder written: how it was asked for
+ARGUMENTS_FILE = "scenes.json"  # in the output folder: the arguments that it was written with
 ADE_SPLITS = dict(train="training", val="validation", test="test")
-CONTRAST = 60  # of a digit's brightness to its background's mean, of 255
+CONTRAST = 60  # least difference between a digit's brightness and the mean of its background, of 255
 
 
 class Ink(NamedTuple):
-    """darkest, brightest: what photographs' brightness is multiplied by, at least and at most. colour: of digits' three
-    channels, at least. visible: share of a digit's pixels that others leave uncovered, at least."""
+    """A style of digits. darkest, brightest: range of the factor of the photographs' brightness. colour: least value of
+    a digit's colour channels. visible: least share of a digit's pixels that is not covered by others."""
 
     darkest: float
     brightest: float
@@ -51,13 +51,13 @@ class Ink(NamedTuple):
     visible: float
 
 
-# light: as chalk on dark photographs, no digit on another, of which a classifier of white digits on black knows a part.
-# any: brighter or darker than what is behind, and over one another: which digit is which takes far longer to learn.
+# light: like chalk on dark photographs, without overlap; close to the white digits on black of data/digits.
+# any: brighter or darker than the background, overlapping; takes far longer to learn.
 INKS = dict(light=Ink(0.3, 0.7, 200, 1.0), any=Ink(0.7, 1.2, 0, 0.6))
 
 
 class Scene(NamedTuple):
-    """image (H, W, 3) uint8; masks (n, H, W) bool, the pixels of each object that are seen; labels (n,), 0 … K-1."""
+    """image (H, W, 3) uint8; masks (n, H, W) bool, the visible pixels of each object; labels (n,), 0 … K-1."""
 
     image: np.ndarray
     masks: np.ndarray
@@ -65,9 +65,9 @@ class Scene(NamedTuple):
 
 
 def scene(split: str, index: int, seed: int = 0, size: int = 160, ink: str = "light") -> Scene:
-    """Scene number `index` of "train", "val" or "test": up to twelve digits, of 18 to 40 % of the picture's height.
+    """Make scene number `index` of "train", "val" or "test": up to twelve digits, of 18 to 40 % of the image's height.
 
-    ink: of INKS.
+    ink: a key of INKS.
     """
     rng = np.random.default_rng([seed, list(COUNTS).index(split), index])
     style = INKS[ink]
@@ -93,18 +93,18 @@ def scene(split: str, index: int, seed: int = 0, size: int = 160, ink: str = "li
 
 
 def coins(half: str) -> Scene:
-    """The left ("train") or the right part ("test") of scikit-image's coins, twelve coins in each; label 0."""
+    """Return the left ("train") or right part ("test") of scikit-image's coins, with twelve coins each; label 0."""
     from scipy.ndimage import binary_fill_holes
     from skimage import data, filters, measure, morphology
 
     image = data.coins()  # (303, 384) uint8
-    # Brighter at the top left: each pixel is held to the brightness around it.
+    # The photograph is brighter at the top left, so each pixel is compared with the brightness around it.
     bright = image > filters.threshold_local(image, 151, offset=-12)
     found = measure.label(morphology.opening(binary_fill_holes(bright), morphology.disk(3)))
     regions = [region for region in measure.regionprops(found) if region.area > 300]
     left = [region for region in regions if region.centroid[1] < image.shape[1] / 2]
     right = [region for region in regions if region not in left]
-    # No straight cut passes between them: each part ends where the other's coins begin, which cuts some of its own.
+    # No straight line separates the halves: each part ends where the other's coins begin, which cuts some of its own.
     if half == "train":
         side, mine = slice(0, min(region.bbox[1] for region in right)), left
     else:
@@ -120,16 +120,16 @@ def write(
     size: int = 160,
     seed: int = 0,
     ink: str = "light",
-    note: str = "",
+    arguments: str = "",
     progress: Callable[[int, int], Any] = lambda done, total: None,
 ) -> None:
-    """Write `counts` scenes of each split into `out`, all of them or, where that fails, nothing.
+    """Write `counts` scenes of each split to the folder `out`. On failure, nothing is written.
 
-    note: what NOTE is to say. progress(done, total) is called after each scene.
-    Raises UserError for a folder that holds something already.
+    arguments: the content of ARGUMENTS_FILE. progress(done, total) is called after each scene.
+    Raises UserError if the folder is not empty.
     """
     total = sum(counts.values())
-    with _Folder(out, note) as folder:
+    with _Folder(out, arguments) as folder:
         done = 0
         for split, count in counts.items():
             writers = [_WRITERS[name](folder / name, split, [str(d) for d in range(10)]) for name in formats]
@@ -143,12 +143,12 @@ def write(
                 writer.finish()
 
 
-def write_coins(out: Path, formats: tuple[str, ...] = FORMATS, note: str = "") -> None:
-    """Write the coins into `out` as `write` does: train and val are the left half, test is the right one.
+def write_coins(out: Path, formats: tuple[str, ...] = FORMATS, arguments: str = "") -> None:
+    """Write the coins to `out` as `write` does: train and val are the left half, test is the right half.
 
-    The val split chooses the best checkpoint: it must not be the half that is tested on.
+    val is not the test half, since it selects the best checkpoint.
     """
-    with _Folder(out, note) as folder:
+    with _Folder(out, arguments) as folder:
         for split in COUNTS:
             for name in formats:
                 writer = _WRITERS[name](folder / name, split, ["coin"])
@@ -157,33 +157,33 @@ def write_coins(out: Path, formats: tuple[str, ...] = FORMATS, note: str = "") -
 
 
 class _Folder:
-    """`out` with all that the block writes, or as it was: the block has a folder beside it that takes its name."""
+    """Write a folder atomically: the block writes to a temporary folder, which is renamed to `out` on success."""
 
-    def __init__(self, out: Path, note: str):
-        self.out, self.note, self.beside = out, note, out.with_name(f".{out.name}.writing")
+    def __init__(self, out: Path, arguments: str):
+        self.out, self.arguments, self.temporary = out, arguments, out.with_name(f".{out.name}.writing")
 
     def __enter__(self) -> Path:
         try:
             if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
                 raise UserError(f"{self.out} is not empty: choose another folder")
-            shutil.rmtree(self.beside, ignore_errors=True)  # of a run that was killed
-            self.beside.mkdir(parents=True)
+            shutil.rmtree(self.temporary, ignore_errors=True)  # left by a killed process
+            self.temporary.mkdir(parents=True)
         except OSError as error:
             raise from_os(error, f"writing {self.out}") from error
-        return self.beside
+        return self.temporary
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         if error is None:
-            write_text(self.beside / NOTE, self.note)
-            self.beside.replace(self.out)
+            write_text(self.temporary / ARGUMENTS_FILE, self.arguments)
+            self.temporary.replace(self.out)
             return
-        shutil.rmtree(self.beside, ignore_errors=True)
+        shutil.rmtree(self.temporary, ignore_errors=True)
         if isinstance(error, OSError):
             raise from_os(error, f"writing {self.out}") from error
 
 
 class _Coco:
-    """A split in COCO's layout. Masks are run-length encoded: polygons could not say them exactly."""
+    """Write a split in COCO's layout. Masks are run-length encoded, since polygons are not exact."""
 
     def __init__(self, root: Path, split: str, names: list[str]):
         self.folder, self.file = root / "images" / split, root / "annotations" / f"instances_{split}.json"
@@ -217,7 +217,7 @@ class _Coco:
 
 
 class _Ade20k:
-    """A split in ADE20K's layout."""
+    """Write a split in ADE20K's layout."""
 
     def __init__(self, root: Path, split: str, names: list[str]):
         self.images, self.labels = (root / kind / ADE_SPLITS[split] for kind in ("images", "annotations"))
@@ -262,14 +262,15 @@ def _photograph(name: str) -> Image.Image:
 
 @cache
 def _glyphs(split: str) -> tuple[np.ndarray, list[int]]:
-    """The digits of a split, with a black margin: (N, 10, 10) uint8; and which they are."""
+    """Return the digits of a split with a black margin, (N, 10, 10) uint8, and their labels."""
     digits = Digits(img_size=8)
     images = digits.dataset(split, digits.inputs({}))
     return np.pad(images.pixels.numpy(), ((0, 0), (1, 1), (1, 1))), images.labels
 
 
 def _background(rng: np.random.Generator, split: str, size: int, ink: Ink) -> np.ndarray:
-    """A square part of one of the split's photographs, mirrored or not, brighter or darker: (size, size, 3) float."""
+    """Return a square crop of one of the split's photographs, (size, size, 3) float, with random flip and
+    brightness."""
     photograph = _photograph(PHOTOGRAPHS[split][rng.integers(len(PHOTOGRAPHS[split]))])
     side = int(rng.uniform(0.4, 1.0) * min(photograph.size))
     x, y = (int(rng.integers(length - side + 1)) for length in photograph.size)
@@ -279,12 +280,13 @@ def _background(rng: np.random.Generator, split: str, size: int, ink: Ink) -> np
 
 
 def _place(rng: np.random.Generator, glyph: np.ndarray, size: int) -> np.ndarray:
-    """The digit enlarged, turned by up to 20 degrees, somewhere in the picture: opacity (size, size), 0 to 1."""
+    """Return the opacity (size, size), 0 to 1, of a digit at a random size and position, rotated by up to 20
+    degrees."""
     height = size * rng.uniform(0.18, 0.4) * len(glyph) / 8
     sides = round(height * rng.uniform(0.7, 1.0)), round(height)
     turned = Image.fromarray(glyph).resize(sides, Image.Resampling.BICUBIC)
     turned = turned.rotate(rng.uniform(-20, 20), Image.Resampling.BICUBIC, expand=True)
-    stroke = np.clip((np.asarray(turned) / 255 - 0.3) / 0.3, 0, 1)  # from what is half grey, sharp edges
+    stroke = np.clip((np.asarray(turned) / 255 - 0.3) / 0.3, 0, 1)  # sharpen the edges
     inside = stroke > 0.5
     rows, columns = (np.flatnonzero(inside.any(axis)) for axis in (1, 0))
     alpha = np.zeros((size, size))
@@ -298,7 +300,7 @@ def _place(rng: np.random.Generator, glyph: np.ndarray, size: int) -> np.ndarray
 
 
 def _paint(rng: np.random.Generator, image: np.ndarray, alpha: np.ndarray, mask: np.ndarray, ink: Ink) -> np.ndarray:
-    """The image with a digit in a colour that stands out from what it covers, lit from one side, a little grainy."""
+    """Return the image with a digit, in a colour that contrasts with the background, shaded and with some noise."""
     behind = _brightness(image[mask]).mean()
     while True:
         colour = rng.uniform(ink.colour, 255, 3)

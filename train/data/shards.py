@@ -1,4 +1,4 @@
-"""Writing webdataset shards: tar files of samples, each an image and, in a .cls file, the number of its class."""
+"""Write webdataset shards: tar files of samples, each an image and a .cls file with its class index."""
 
 import hashlib
 import io
@@ -35,13 +35,13 @@ def write(
     resize: int | None = None,
     progress: Progress = lambda images, total: None,
 ) -> list[str]:
-    """Write a split's shards, out/SPLIT-000000.tar …, and list them in out/index.json; returns their names.
+    """Write a split's shards, out/SPLIT-000000.tar …, list them in out/index.json, and return their names.
 
-    samples: of a shard; the last may have fewer. workers: processes. shuffle: a seed; None: in the source's order.
-    resize: pixels of the shorter side, of images that are larger; others are copied byte by byte. progress: is told how
-    many images are done, and of how many.
-    A shard that is whole, by its checksum, is not written again: after a kill, the same call goes on. Raises UserError
-    for a folder that has other shards of this split, and for data that are not whole.
+    samples: images per shard; the last may have fewer. workers: number of processes. shuffle: a seed; None: keep the
+    source's order. resize: downscale larger images to this shorter side in pixels; other images are copied unchanged.
+    progress(done, total) is called with numbers of images.
+    Complete shards, by their checksums, are not written again: after an interruption, the same call resumes. Raises
+    UserError if the folder has other shards of this split, or if the data are incomplete.
     """
     if samples < 1 or workers < 1 or (resize is not None and resize < 1):
         raise UserError(f"samples={samples}, workers={workers} and resize={resize} must be 1 or more")
@@ -49,7 +49,7 @@ def write(
     if resize:
         note_conversions(files.read, len(files), f"{split} images")
     for name, (reason, _) in source.bad.items():
-        raise UserError(f"{name} {reason}: shards are written of whole data only", DATA)
+        raise UserError(f"{name} {reason}: shards are only written from complete data", DATA)
     order = np.arange(len(files))
     if shuffle is not None:
         order = np.random.default_rng(shuffle).permutation(order)
@@ -88,7 +88,7 @@ def write(
 
 
 def _keys(files: Any, labels: Any, class_names: list[str]) -> Strings:
-    """A name in its shard for each image, without an ending: CLASS/FILE, told apart where several are equal."""
+    """Return a key for each image in its shard, CLASS/FILE without extension, made unique."""
     seen: set[str] = set()
     keys = []
     for i, label in enumerate(labels):
@@ -102,35 +102,35 @@ def _keys(files: Any, labels: Any, class_names: list[str]) -> Strings:
 
 
 def _resume(out: Path, split: str, plan: str, class_names: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is known of a folder: its index, and what earlier calls finished of this split."""
+    """Return a folder's index, and the entries of the shards of this split that earlier calls have finished."""
     known: dict[str, Any] = dict(classes=class_names, shards={}, plans={})
     if (out / INDEX).exists():
         known = dict(plans={}) | read_index(out / INDEX)
     partial = out / f".{split}.partial.json"
     started = json.loads(partial.read_text()) if partial.exists() else None
     theirs = started["plan"] if started else known["plans"].get(split)
-    others = f"{out} has shards of other images or of another division: remove them or choose another folder"
+    others = f"{out} has shards of other images or of other sizes: remove them or choose another folder"
     if (
         known["classes"] != class_names
         or theirs not in (plan, None)
         or (not theirs and list(out.glob(f"{split}-*.tar")))
     ):
         raise UserError(others)
-    for stale in out.glob(f".*{split}-*.tmp"):  # of a process that was killed
+    for stale in out.glob(f".*{split}-*.tmp"):  # left by a killed process
         stale.unlink()
     done = started["shards"] if started else {}
     return known, done or {name: entry for name, entry in known["shards"].items() if name.startswith(f"{split}-")}
 
 
 class _Writer:
-    """Writes shards; each worker process has one."""
+    """Write shards. Each worker process has its own writer."""
 
     def __init__(self, out: Path, files: Any, labels: Any, keys: Strings, resize: int | None, done: dict[str, Any]):
         self.out, self.files, self.labels, self.keys, self.resize = out, files, labels, keys, resize
         self.done = dict(done)
 
     def shard(self, name: str, indices: np.ndarray) -> dict[str, Any]:
-        """What the index says of the shard, written unless it is there and whole."""
+        """Return the index entry of a shard; write the shard unless a complete one exists."""
         path = self.out / name
         entry = self.done.get(name)
         if entry and path.exists() and path.stat().st_size == entry["bytes"] and checksum(path) == entry["sha256"]:
@@ -139,16 +139,16 @@ class _Writer:
             for i in indices.tolist():
                 ending, data = self._image(i)
                 for member, content in ((ending, data), ("cls", str(int(self.labels[i])).encode())):
-                    header = tarfile.TarInfo(f"{self.keys[i]}.{member}")  # of no time and no owner: the same each time
+                    header = tarfile.TarInfo(f"{self.keys[i]}.{member}")  # no time or owner: reproducible bytes
                     header.size = len(content)
                     tar.addfile(header, io.BytesIO(content))
-        (found,) = index([path], "shard")  # kept for who reads the shard, and a check that it can be read
-        if found.torn or found.labels.tolist() != [int(self.labels[i]) for i in indices]:
-            raise UserError(f"{path} is not as it was written: is the disk in order?")
+        (found,) = index([path], "shard")  # checks that the shard can be read, and caches its index for readers
+        if found.truncated or found.labels.tolist() != [int(self.labels[i]) for i in indices]:
+            raise UserError(f"{path} does not contain what was written: check the disk")
         return dict(samples=len(indices), bytes=path.stat().st_size, sha256=checksum(path))
 
     def _image(self, i: int) -> tuple[str, bytes]:
-        """The ending and the bytes of an image, as they were or made smaller."""
+        """Return the extension and bytes of an image, original or downscaled."""
         name = self.files.name(i)
         try:
             data = self.files.read(i)
@@ -174,7 +174,7 @@ _writer: _Writer
 
 
 def _start(writer: _Writer) -> None:
-    """Begin a worker process, which ends when the one that started it does, however that ended."""
+    """Initialise a worker process, which exits when its parent does, even if that was killed."""
     global _writer
     _writer = writer
     parent = multiprocessing.parent_process()

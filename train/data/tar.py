@@ -1,7 +1,7 @@
-"""Images inside tar files, read by their place there, so that any of them is as near as a file in a folder.
+"""Random access to images inside tar files, by their offsets.
 
-One pass over a tar's headers finds its samples; what it found is kept beside the tar (or, where that can't be written,
-in the user's cache folder) until the tar changes.
+One pass over a tar's headers builds an index of its samples. It is cached next to the tar (or in the user's cache
+folder if that is not writable) until the tar changes.
 """
 
 import glob
@@ -28,27 +28,27 @@ from ..runtime.checkpoint import atomic_write
 from ..runtime.errors import DATA, UserError, from_os
 from .images import Strings
 
-VERSION = 2  # of what is kept
-IMAGE = ("jpg", "jpeg", "png", "webp")  # endings of a shard's images
-OPEN = 64  # tars that a process keeps open
+VERSION = 2  # of the cached index
+IMAGE = ("jpg", "jpeg", "png", "webp")  # extensions of a shard's images
+OPEN = 64  # most tars that a process keeps open
 Kind = Literal["files", "tars", "shard"]
 
 
 @dataclass
 class Samples:
-    """What is in a tar: names of the images (member, or tar/member), their places and sizes in bytes, and labels.
+    """The index of a tar: names of its images (member, or tar/member), their offsets and sizes in bytes, and labels.
 
-    labels: of a shard's samples, else -1. half: samples that are lost, for the lack of an image, a label or a key of
-    their own, name -> what is wrong. torn: how the tar ends before its end, or nothing. unused: how many members are no
-    part of a sample, by ending.
+    labels: of a shard's samples, else -1. incomplete: samples without an image, a label or a unique key, name ->
+    reason. truncated: how the tar is truncated or damaged, or "". unused: number of members that belong to no sample,
+    by extension.
     """
 
     names: Strings
     offsets: np.ndarray  # (N,) int64
     sizes: np.ndarray  # (N,) int64
     labels: np.ndarray  # (N,) int64
-    half: dict[str, str]
-    torn: str
+    incomplete: dict[str, str]
+    truncated: str
     unused: dict[str, int]
 
 
@@ -61,7 +61,7 @@ class Members:
         self.samples = [samples for _, samples in tars]
         self.open: OrderedDict[int, io.FileIO] = OrderedDict()
 
-    def __getstate__(self) -> dict:  # to a worker process, which opens files of its own
+    def __getstate__(self) -> dict:  # worker processes open their own files
         return self.__dict__ | dict(open=OrderedDict())
 
     def __len__(self) -> int:
@@ -87,19 +87,19 @@ class Members:
             self.open[tar] = io.FileIO(self.tars[tar])
         self.open.move_to_end(tar)
         size = int(self.samples[tar].sizes[i])
-        data = os.pread(self.open[tar].fileno(), size, int(self.samples[tar].offsets[i]))  # moves no shared position
+        data = os.pread(self.open[tar].fileno(), size, int(self.samples[tar].offsets[i]))  # keeps the file position
         if len(data) < size:
-            raise OSError(f"only {len(data)} of {size} bytes are there")
+            raise OSError(f"has only {len(data)} of {size} bytes")
         return data
 
 
 def index(tars: Sequence[Path], kind: Kind) -> list[Samples]:
-    """The samples of each tar. Raises UserError for one that is none or can't be read.
+    """Return the index of each tar. Raises UserError for a file that is not a tar or can't be read.
 
-    kind: "files": every member is an image; "tars": every member is a tar of images; "shard": members of one name with
-    different endings are a sample, an image and its label: a number in .cls, or "label" in .json.
+    kind: "files": every member is an image; "tars": every member is a tar of images; "shard": members with the same
+    name and different extensions are a sample, an image and its label: a number in .cls, or "label" in .json.
     """
-    with ThreadPoolExecutor(16) as pool:  # storage answers slowly, not little
+    with ThreadPoolExecutor(16) as pool:  # storage may have a high latency
         return list(pool.map(lambda tar: _indexed(tar, kind), tars))
 
 
@@ -110,14 +110,14 @@ def _indexed(tar: Path, kind: Kind) -> Samples:
         places = tar.with_name(f".{tar.name}.index.npz"), cache_folder() / "index" / f"{_digest(tar)}.npz"
         if (kept := _load(places, stamp)) is not None:
             return kept
-        with at_once(tar):
-            if (kept := _load(places, stamp)) is not None:  # by another process, meanwhile
+        with file_lock(tar):
+            if (kept := _load(places, stamp)) is not None:  # written by another process meanwhile
                 return kept
-            if stat.st_size > 20 << 30:  # of ImageNet's size: minutes
-                print(f"reading through the headers of {tar}, once", file=sys.stderr, flush=True)
+            if stat.st_size > 20 << 30:  # takes minutes for ImageNet
+                print(f"indexing {tar} (once)", file=sys.stderr, flush=True)
             found = _scan(tar, kind)
             for place in places:
-                with suppress(UserError), atomic_write(place) as temporary:  # the first may be in a folder to read only
+                with suppress(UserError), atomic_write(place) as temporary:  # the first may be in a read-only folder
                     _store(temporary, found, stamp)
                     break
             return found
@@ -125,15 +125,15 @@ def _indexed(tar: Path, kind: Kind) -> Samples:
         raise from_os(error, f"reading {tar}") from error
 
 
-def at_once(path: Path) -> FileLock:
-    """A lock that one process of this machine holds at a time: for work on a file that all of them will use."""
+def file_lock(path: Path) -> FileLock:
+    """Return a lock between the processes of this machine, for work on a file that all of them use."""
     folder = Path(tempfile.gettempdir(), f"saccade-{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     return FileLock(folder / f"{_digest(path)}.lock")
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what they can make again."""
+    """Return the user's cache folder for saccade."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "saccade")
 
 
@@ -142,7 +142,7 @@ def _digest(path: Path) -> str:
 
 
 def _store(path: Path, samples: Samples, stamp: str) -> None:
-    beside = json.dumps([stamp, samples.half, samples.torn, samples.unused])
+    beside = json.dumps([stamp, samples.incomplete, samples.truncated, samples.unused])
     arrays = dict(offsets=samples.offsets, sizes=samples.sizes, labels=samples.labels)
     names = dict(text=samples.names.text, ends=samples.names.ends)
     with open(path, "wb") as file:
@@ -151,7 +151,7 @@ def _store(path: Path, samples: Samples, stamp: str) -> None:
 
 def _load(places: Sequence[Path], stamp: str) -> Samples | None:
     for place in places:
-        with suppress(Exception), np.load(place, allow_pickle=False) as kept:  # not there, or torn: it is made again
+        with suppress(Exception), np.load(place, allow_pickle=False) as kept:  # missing or damaged: it will be rebuilt
             stamped, *rest = json.loads(kept["beside"].tobytes())
             if stamped == stamp:
                 names = Strings(())
@@ -161,34 +161,35 @@ def _load(places: Sequence[Path], stamp: str) -> Samples | None:
 
 
 def _scan(tar: Path, kind: Kind) -> Samples:
-    """One pass over a tar's headers."""
+    """Index a tar in one pass over its headers."""
     with open(tar, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        members, torn = _members(file, 0, size)
+        members, truncated = _members(file, 0, size)
         if kind == "shard":
-            return _grouped(file, members, torn)
+            return _group(file, members, truncated)
         if kind == "tars":
             inner = []
             for name, offset, length in members:
                 found, ending = _members(file, offset, offset + length)
                 inner += [(f"{name}/{member}", *place) for member, *place in found]
-                torn = torn or (ending and f"{name} {ending}")
+                truncated = truncated or (ending and f"{name} {ending}")
             members = inner
     names, offsets, sizes = zip(*members) if members else ((), (), ())
     places = np.array(offsets, np.int64), np.array(sizes, np.int64)
-    return Samples(Strings(names), *places, np.full(len(names), -1, np.int64), {}, torn, {})
+    return Samples(Strings(names), *places, np.full(len(names), -1, np.int64), {}, truncated, {})
 
 
 def _members(file: io.BufferedReader, begin: int, end: int) -> tuple[list[tuple[str, int, int]], str]:
-    """The files in a tar that is the part begin … end of a file: (name, offset in the file, size); how it is torn.
+    """Return the files of a tar that is the range begin … end of a file, (name, offset in the file, size); and how it
+    is truncated or damaged, or "".
 
-    tarfile takes a torn header for the end. A whole tar ends with a block of zeros.
+    tarfile takes a damaged header for the end of the tar. A complete tar ends with a block of zeros.
     """
     found, position = [], begin
     try:
         with tarfile.open(fileobj=_Part(file, begin, end), mode="r:") as tar:
             for member in tar:
-                tar.members = []  # which it would keep
+                tar.members = []  # free the members that it collects
                 data, length = begin + member.offset_data, member.size if member.isreg() else 0
                 if data + length > end:
                     return found, f"ends within {member.name}"
@@ -196,7 +197,7 @@ def _members(file: io.BufferedReader, begin: int, end: int) -> tuple[list[tuple[
                 if member.isreg():
                     found.append((member.name, data, length))
     except tarfile.ReadError as error:
-        return found, "is damaged" if found else f"is no tar file ({error})"
+        return found, "is damaged" if found else f"is not a tar file ({error})"
     file.seek(position)
     block = file.read(min(tarfile.BLOCKSIZE, end - position))
     whole = block == bytes(tarfile.BLOCKSIZE)
@@ -204,7 +205,7 @@ def _members(file: io.BufferedReader, begin: int, end: int) -> tuple[list[tuple[
 
 
 class _Part(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A byte range of a file, as a file."""
 
     def __init__(self, file: io.BufferedReader, begin: int, end: int):
         self.file, self.begin, self.end, self.position = file, begin, end, 0
@@ -232,14 +233,14 @@ class _Part(io.RawIOBase):
 
 
 def key_and_ending(name: str) -> tuple[str, str]:
-    """Of a shard's member, as webdataset divides it: at the first dot of the base name."""
+    """Split a shard member's name as webdataset does: at the first dot of the base name."""
     folder, slash, base = name.rpartition("/")
     key, _, ending = base.partition(".")
     return folder + slash + key, ending.lower()
 
 
-def _grouped(file: io.BufferedReader, members: list[tuple[str, int, int]], torn: str) -> Samples:
-    """Return a shard's samples: of each key an image and its label."""
+def _group(file: io.BufferedReader, members: list[tuple[str, int, int]], truncated: str) -> Samples:
+    """Return a shard's samples: an image and its label per key."""
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int | None] = {}
     lost: dict[str, str] = {}
@@ -247,7 +248,7 @@ def _grouped(file: io.BufferedReader, members: list[tuple[str, int, int]], torn:
     unused: Counter[str] = Counter()
     for name, offset, size in members:
         key, ending = key_and_ending(name)
-        if name.rpartition("/")[2].startswith("."):  # as macOS adds to tars
+        if name.rpartition("/")[2].startswith("."):  # macOS adds such files to tars
             unused["hidden"] += 1
         elif ending in IMAGE:
             if key in images:
@@ -267,42 +268,42 @@ def _grouped(file: io.BufferedReader, members: list[tuple[str, int, int]], torn:
             others.append((name, key, ending))
     whole = [key for key in images if labels.get(key) is not None]
     lost |= {images[key][0]: "has no label" for key in images if labels.get(key) is None}
-    lost |= {key: "has a label and no image" for key in labels if key not in images}
+    lost |= {key: "has a label but no image" for key in labels if key not in images}
     known = set(whole)
     for name, key, ending in others:
         if key in known:
-            continue  # a caption, say, or a depth map, beside the sample's image
-        if ending.rpartition(".")[2] in IMAGE:  # more than one dot
+            continue  # for example a caption or a depth map of the sample
+        if ending.rpartition(".")[2] in IMAGE:  # the name has more than one dot
             lost[name] = f"has no label (its key is {key}: a key ends at the first dot)"
         else:
             unused[f".{ending}" if ending else "without an ending"] += 1
     names, offsets, sizes = zip(*(images[key] for key in whole)) if whole else ((), (), ())
     places = np.array(offsets, np.int64), np.array(sizes, np.int64)
     numbers = np.array([labels[key] for key in whole], np.int64)
-    return Samples(Strings(names), *places, numbers, lost, torn, dict(unused))
+    return Samples(Strings(names), *places, numbers, lost, truncated, dict(unused))
 
 
 def _label(text: bytes, ending: str) -> int | None:
-    """Return the number in a .cls member, or the "label" of a .json one; None where there is no whole number."""
+    """Return the number in a .cls member, or the "label" of a .json member; None if it is not an integer."""
     try:
         label = text.decode("utf-8-sig").strip() if ending == "cls" else json.loads(text)["label"]
     except (ValueError, KeyError, TypeError):
         return None
     if isinstance(label, float) and label.is_integer():
         label = int(label)
-    number = str(label)  # not a bool's
+    number = str(label)  # "True" and "False" do not match below
     return int(number) if re.fullmatch(r"-?\d{1,9}", number, re.ASCII) else None
 
 
 def fetch(url: str, folder: Path, size: int | None = None, sha256: str | None = None) -> Path:
-    """The file in `folder` that holds what a stream gives ("pipe:aws s3 cp … -", "https://…"), fetched if need be.
+    """Download a stream ("pipe:aws s3 cp … -", "https://…") to a file in `folder`, unless it is already there.
 
-    Processes of one machine fetch it once. size, sha256: what it must have. Raises UserError where it has not.
+    The processes of one machine download it once. size, sha256: expected values; others raise a UserError.
     """
     from webdataset.gopen import gopen
 
     target = folder / f"{hashlib.sha256(url.encode()).hexdigest()[:24]}.tar"
-    with at_once(target):
+    with file_lock(target):
         if target.exists() and size in (None, target.stat().st_size):
             return target
         with atomic_write(target) as temporary:
@@ -319,12 +320,12 @@ def fetch(url: str, folder: Path, size: int | None = None, sha256: str | None = 
                     raise from_os(error, f"fetching {url} to {folder}") from error
                 raise UserError(f"{url} can't be fetched ({error})", DATA) from error
             if sha256 and checksum(temporary) != sha256:
-                raise UserError(f"{url} gave {temporary.stat().st_size} bytes that are not those of the index", DATA)
+                raise UserError(f"{url} gave {temporary.stat().st_size} bytes that do not match the index", DATA)
     return target
 
 
 def checksum(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     sha = hashlib.sha256()
     with open(path, "rb") as file:
         for piece in iter(lambda: file.read(1 << 20), b""):
@@ -333,17 +334,17 @@ def checksum(path: Path) -> str:
 
 
 def expand(patterns: str | Sequence[str]) -> Iterator[str]:
-    """Paths and streams that patterns stand for: braces as in shells, and * ? [] among local files.
+    """Expand patterns into paths and streams: braces as in shells, and the wildcards * ? [] for local files.
 
-    Raises UserError for a pattern that is none, or that no file matches, and for a file that is not there.
+    Raises UserError for an invalid pattern, a pattern that matches no file, and a file that does not exist.
     """
     from webdataset.shardlists import expand_urls
 
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
             names = expand_urls(pattern)
-        except ValueError as error:  # braces that don't close, variables that are not set
-            raise UserError(f"{pattern} is no pattern of shards ({error})") from error
+        except ValueError as error:  # unbalanced braces, unset variables
+            raise UserError(f"{pattern} is not a valid pattern of shards ({error})") from error
         for name in names:
             if is_stream(name):
                 yield name
@@ -355,5 +356,5 @@ def expand(patterns: str | Sequence[str]) -> Iterator[str]:
 
 
 def is_stream(name: str) -> bool:
-    """Whether a shard's name is one of webdataset's streams, not a local file's."""
+    """Return whether a shard's name is a webdataset stream, not a local file."""
     return name.startswith("pipe:") or "://" in name

@@ -1,4 +1,4 @@
-"""Further images to test a model on, whose classes are known: ImageNetV2, -A, -R, -Sketch, or a folder of one's own."""
+"""Another folder of labelled images to test a model on: ImageNetV2, -A, -R, -Sketch, or your own."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,20 +13,20 @@ from .images import Files, Source
 
 
 class TestFolder(Source):
-    """A folder of class folders, each named as a class of the model is, or all of them by the classes' numbers.
+    """A folder of class folders, named by the model's classes or by their indices.
 
-    class_names: of the model, in its order. A folder that has some of them only is a test on those: `classes` are their
-    numbers among the model's `model_classes`, to which its outputs are to be restricted; labels and this object's
-    `class_names` are theirs. img_size, max_bad: as of ImageFolder.
-    Raises UserError for a folder whose name is no class of the model.
+    class_names: of the model, in its order. If the folder has only some of the classes, the test is restricted to them:
+    `classes` are their indices among the model's `model_classes`, and labels and `class_names` refer to them.
+    img_size, max_bad: see ImageFolder.
+    Raises UserError for a folder whose name is not a class of the model.
     """
 
-    __test__ = False  # pytest, it is no test
+    __test__ = False  # not a test class for pytest
 
     def __init__(self, root: str, class_names: Sequence[str], img_size: int | None = None, max_bad: int = 0):
         super().__init__(img_size, None, None, max_bad)
         if not Path(root).is_dir():
-            raise UserError(f"--images {root} is no folder: give the folder that holds the class folders")
+            raise UserError(f"--images {root} is not a folder: give the folder that contains the class folders")
         skipped = Skipped()
         files = scan_classes(Path(root), skipped)
         skipped.report(root)
@@ -36,7 +36,7 @@ class TestFolder(Source):
         for name in files:
             if name not in number:
                 raise UserError(
-                    f"{Path(root, name)} is no class of the model, which has {len(class_names)}"
+                    f"{Path(root, name)} is not a class of the model, which has {len(class_names)}"
                     f"{closest(name, class_names)}"
                 )
         found = sorted(files, key=number.__getitem__)  # as numbers: "10" comes after "9"
@@ -46,13 +46,13 @@ class TestFolder(Source):
         self._samples = [(path, label) for label, name in enumerate(found) for path in files[name]]
 
     def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
-        """The model's own preprocessing for tests, at `img_size`, as timm names it."""
+        """Return the model's own preprocessing for tests at `img_size`, with timm's keys."""
         inputs = resolve_data_config(pretrained_cfg=pretrained_cfg, use_test_size=self.img_size is None)
         if self.img_size:
             inputs["input_size"] = (inputs["input_size"][0], self.img_size, self.img_size)
         return inputs
 
     def images(self, split: str) -> tuple[Files, Sequence[int]]:
-        """All of them, whatever the split."""
+        """Return all images, for any split."""
         paths, labels = zip(*self._samples)
         return Files(paths), labels

@@ -1,4 +1,4 @@
-"""Whether a model's confidence is what it gets right: the expected calibration error, over any number of processes."""
+"""The expected calibration error, over any number of processes: how far a model's confidence is from its accuracy."""
 
 import torch
 from torch import Tensor
@@ -7,10 +7,10 @@ from ..runtime.distributed import all_reduce_sum
 
 
 class Calibration:
-    """Counts over the images of a split, by confidence: the largest softmax probability of an image.
+    """Count the images of a split by confidence, the largest softmax probability of an image.
 
-    Guo et al. 2017 (arXiv 1706.04599): bin m of M holds confidences in ((m-1)/M, m/M], and the error is the mean over
-    all images of how far their bin's accuracy lies from its mean confidence.
+    Guo et al. 2017 (arXiv 1706.04599): bin m of M has the confidences in ((m-1)/M, m/M]. The error is the mean over all
+    images of the absolute difference between accuracy and mean confidence of their bin.
     """
 
     def __init__(self, device: torch.device, bins: int = 15):

@@ -1,8 +1,8 @@
-"""Average precision and recall as COCO defines them, of boxes and of masks, over any number of processes.
+"""COCO's average precision and recall of boxes and masks, over any number of processes.
 
-The numbers are pycocotools', to the last digit; where faster-coco-eval is installed it computes them, several times as
-fast. In percent, as all of this project's. Beside them: every class's, precision against recall, and what went wrong on
-each image.
+The numbers equal those of pycocotools exactly. If faster-coco-eval is installed, it computes them several times as
+fast. Metrics are in percent. Also computed: the metrics of every class, precision over recall, and the mistakes on each
+image.
 """
 
 import importlib.util
@@ -39,15 +39,15 @@ SUMMARY = dict(
     ar_medium=("recall", None, 2, 2),
     ar_large=("recall", None, 3, 2),
 )
-SURE, OVERLAP = 0.5, 0.5  # score from which a detection counts as a claim; IoU from which it is of an object
+SURE, OVERLAP = 0.5, 0.5  # for `mistakes`: least score of a detection, and least IoU with an object to match it
 
 
 class CocoMetric:
-    """Detections of a split; every process adds its own, `result` brings them together.
+    """Collect the detections of a split. Every process adds its own; `result` gathers them.
 
-    truth: the split's json (saccade.train.data.coco.Coco.truth). classes: their names, in the order of labels 1 … K,
-    which is that of the category ids. masks: whether masks are evaluated too. faster: whether by faster-coco-eval;
-    None: where it is installed. Raises UserError for masks that the json does not have.
+    truth: the content of the split's JSON file (saccade.train.data.coco.Coco.truth). classes: names in the order of the
+    labels 1 … K, which is that of the category ids. masks: whether to evaluate masks too. faster: whether to use
+    faster-coco-eval; None: if it is installed. Raises UserError if masks are missing in the JSON file.
     """
 
     def __init__(self, truth: dict[str, Any], classes: Sequence[str], masks: bool, faster: bool | None = None):
@@ -59,18 +59,18 @@ class CocoMetric:
         without = [a["id"] for a in truth.get("annotations", ()) if masks and not has_mask(a.get("segmentation"))]
         if without:
             raise UserError(
-                f"{len(without)} annotations that masks would be tested on have none, that with id {without[0]} among "
-                "them: add their segmentation, or train a detector of boxes"
+                f"masks are evaluated, but {len(without)} annotations have none, for example the one with id "
+                f"{without[0]}: add their segmentation, or train a detector of boxes"
             )
         self.seen: dict[int, list[dict[str, Any]]] = {}  # image id -> detections, in COCO's submission format
 
     def update(self, image_ids: Sequence[int] | Tensor, outputs: Sequence[dict[str, Tensor]]) -> None:
         """Add the detections on some images.
 
-        outputs: of each image boxes (n, 4) as x1 y1 x2 y2 in pixels of the image itself, scores (n,), labels (n,)
-        from 1 and, with masks, masks (n, 1, H, W) or (n, H, W), the pixels' probabilities; n may be 0. Masks are
-        encoded at once, for they need a thousand times the memory.
-        Raises UserError where boxes or scores are not finite.
+        outputs: per image boxes (n, 4) as x1 y1 x2 y2 in pixels of the original image, scores (n,), labels (n,) from 1
+        and, with masks, masks (n, 1, H, W) or (n, H, W) of probabilities; n may be 0. Masks are encoded immediately,
+        since they need a thousand times the memory.
+        Raises UserError if boxes or scores are not finite.
         """
         for image_id, output in zip(map(int, image_ids), outputs):
             boxes, scores = (output[name].detach().double().cpu() for name in ("boxes", "scores"))
@@ -91,15 +91,15 @@ class CocoMetric:
             self.seen[image_id] = detections
 
     def result(self) -> tuple[dict[str, float], dict[str, Any] | None]:
-        """Return ({box_ap, box_ap50, …, mask_ap, …, images}, detail), of all processes, which must all call it.
+        """Return ({box_ap, box_ap50, …, mask_ap, …, images}, detail) over all processes, which must all call it.
 
-        Averages are over the images that were seen; NaN where there is nothing to average (no large object, say).
-        detail, in process 0 alone (None in others):
+        Averages are over the images that were added; NaN if there is nothing to average (for example no large object).
+        detail, only in process 0 (None in others):
         results    the detections, in COCO's submission format (see write_results)
         classes    a row for each class: class, images, objects, box_ap, box_ap50, …; see as_csv
         precision  box and mask: (10 IoUs, 101 recalls, K), -1 where a class has no object: IOUS and RECALLS
-        pictures   what went wrong on each image, the worst first: see mistakes
-        Of a json without annotations there are the results alone.
+        pictures   the mistakes on each image, worst first: see mistakes
+        Without annotations in the JSON file, there are only the results.
         """
         parts: list = [self.seen]
         if world_size() > 1:
@@ -137,7 +137,7 @@ class CocoMetric:
 
 
 def encode(mask: Tensor) -> dict[str, Any]:
-    """Return the pixels of a mask (H, W), of probabilities or bool, that are over one half, run-length encoded."""
+    """Run-length encode the pixels above 0.5 of a mask (H, W) of probabilities or bool."""
     from pycocotools import mask as coder
 
     encoded = coder.encode(np.asfortranarray((mask > 0.5).cpu().numpy(), np.uint8))
@@ -149,7 +149,7 @@ def evaluate(
 ) -> dict[str, np.ndarray]:
     """Return precision (10 IoUs, 101 recalls, K, 4 sizes, 3 counts of detections) and recall (without the 101).
 
-    kind: bbox or segm. Sizes are all, small, medium, large; counts 1, 10, 100 an image.
+    kind: bbox or segm. Sizes are all, small, medium, large; counts are 1, 10, 100 per image.
     """
     if faster:
         from faster_coco_eval import COCO
@@ -176,7 +176,7 @@ def evaluate(
         judge.accumulate()
     precision, recall = (np.asarray(judge.eval[name]) for name in ("precision", "recall"))
     if faster:
-        # pycocotools' precision is tp / (tp + fp + 2.2e-16): seen where a first detection is right and no second is.
+        # pycocotools' precision is tp / (tp + fp + 2.2e-16), which matters if only the first detection is correct.
         places = np.searchsorted(judge.params.recThrs, 1.5 / objects)  # between the first object found and the second
         k, size = np.indices(places.shape)
         second = precision[:, places, k, size]
@@ -188,10 +188,10 @@ def evaluate(
 def _renumber(
     truth: dict[str, Any], results: list[dict[str, Any]], images: Sequence[int], kind: str
 ) -> tuple[dict[str, Any], list[dict[str, Any]], list[int]]:
-    """Return copies with the ids 1, 2, … of images, categories and annotations, in the order of the ids that they had.
+    """Return copies with ids 1, 2, … for images, categories and annotations, in the order of their ids.
 
-    The evaluators take an annotation of id 0 for none and write into what they are given. Masks become run lengths, so
-    that nothing else reaches them; of results the other kind is left out, since a box would give a mask's size.
+    The evaluators treat an annotation with id 0 as missing and modify their inputs. Masks become run lengths, the only
+    format that is passed on; results keep only boxes or masks, since a box would determine the size of a mask.
     """
     image_of = {old: new for new, old in enumerate(sorted(images), 1)}
     category_of = {old: new for new, old in enumerate(sorted(c["id"] for c in truth["categories"]), 1)}
@@ -217,7 +217,7 @@ def _renumber(
 
 
 def _objects(truth: dict[str, Any], sizes: Sequence[Sequence[float]]) -> np.ndarray:
-    """Return how many objects there are to find of each class and size, (K, 4); at least 1."""
+    """Return the number of objects of each class and size, (K, 4); at least 1."""
     objects = [a for a in truth["annotations"] if not a["iscrowd"]]
     category, area = (np.array([a[name] for a in objects]) for name in ("category_id", "area"))
     classes = sorted(c["id"] for c in truth["categories"])
@@ -226,7 +226,7 @@ def _objects(truth: dict[str, Any], sizes: Sequence[Sequence[float]]) -> np.ndar
 
 
 def summary(evaluated: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return COCO's twelve numbers in percent, of what `evaluate` returned; NaN for those that average nothing."""
+    """Return COCO's twelve metrics in percent from the output of `evaluate`; NaN if there is nothing to average."""
     numbers = {}
     for name, (table, iou, size, most) in SUMMARY.items():
         values = evaluated[table][..., size, most]
@@ -237,13 +237,13 @@ def summary(evaluated: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def mistakes(truth: dict[str, Any], seen: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return what went wrong on each image, the most mistakes first, by boxes, taking detections of score SURE or more.
+    """Return the mistakes on each image, by boxes, for detections with a score of SURE or more; most mistakes first.
 
-    From the highest score on, a detection takes the object of its class that it overlaps most, by OVERLAP or more, and
-    that is still free. Then any that overlaps an object of another class that no one has taken is confused with it;
-    the rest are false, except on crowds of their class, and objects that nothing took are missed.
-    Of each image: image_id, file_name, found (how many are right), and lists: missed, annotations; false, results;
-    confused, pairs of result and annotation.
+    In order of their scores, detections are matched to the unmatched object of their class with the largest overlap, at
+    least OVERLAP. A remaining detection that overlaps an unmatched object of another class is confused; the others are
+    false, except on crowds of their class. Unmatched objects are missed.
+    Returns per image: image_id, file_name, found (number of correct detections), and lists: missed (annotations), false
+    (results), confused (pairs of result and annotation).
     """
     from pycocotools import mask as coder
 
@@ -295,5 +295,5 @@ def _best(overlap: np.ndarray, allowed: np.ndarray) -> int | None:
 
 
 def write_results(file: Path, results: list[dict[str, Any]]) -> None:
-    """Write the detections as COCO's server takes them: [{"image_id", "category_id", "bbox", "score", …}, …]."""
+    """Write the detections in COCO's submission format: [{"image_id", "category_id", "bbox", "score", …}, …]."""
     write_text(file, json.dumps(results) + "\n")

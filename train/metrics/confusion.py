@@ -1,4 +1,4 @@
-"""What a confusion count says of the classes: their accuracy, and which are taken for which."""
+"""Tables from confusion counts: the accuracy of each class, and which classes are confused."""
 
 import csv
 import io
@@ -8,9 +8,9 @@ from torch import Tensor
 
 
 def per_class(confusion: Tensor, names: list[str]) -> list[dict]:
-    """For each class: class, images, right, top1 (percent; None without images), taken_for and times.
+    """Return a row per class: class, images, right, top1 (percent; None without images), taken_for and times.
 
-    confusion: counts (true class, predicted). taken_for: what its other images were most often called, None if none.
+    confusion: counts (true class, predicted). taken_for: the most frequent wrong prediction, None if there is none.
     """
     rows = []
     for i, (name, row) in enumerate(zip(names, confusion.cpu())):
@@ -32,7 +32,7 @@ def per_class(confusion: Tensor, names: list[str]) -> list[dict]:
 
 
 def confused(confusion: Tensor, names: list[str], most: int = 20) -> list[dict]:
-    """The pairs with most mistakes: true, predicted, images; fewer than `most` where there are fewer."""
+    """Return up to `most` pairs of classes with the most mistakes: true, predicted, images."""
     wrong = confusion.cpu().clone().fill_diagonal_(0).flatten()
     order = torch.argsort(wrong, descending=True, stable=True)[:most].tolist()
     return [
@@ -43,7 +43,7 @@ def confused(confusion: Tensor, names: list[str], most: int = 20) -> list[dict]:
 
 
 def as_csv(rows: list[dict]) -> str:
-    """The rows as a CSV file with a header; what is None is left empty."""
+    """Format rows as CSV with a header; None becomes an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -52,13 +52,13 @@ def as_csv(rows: list[dict]) -> str:
 
 
 def worst(rows: list[dict], most: int = 5) -> list[str]:
-    """Lines for people: a table of the classes with the lowest accuracy that have any mistake."""
+    """Format a table of the classes with the lowest accuracy, without those that have no mistakes."""
     failing = sorted((row for row in rows if row["times"]), key=lambda row: row["top1"])[:most]
     if not failing:
         return []
     width = max(len("worst classes"), *(len(row["class"]) for row in failing))
     lines = [f"  {'worst classes':{width}}  images    top1  most often taken for"]
     for row in failing:
-        said = f"{row['taken_for']} ({row['times']} of {row['images']})"
-        lines.append(f"  {row['class']:{width}}  {row['images']:6d}  {row['top1']:6.2f}  {said}")
+        taken_for = f"{row['taken_for']} ({row['times']} of {row['images']})"
+        lines.append(f"  {row['class']:{width}}  {row['images']:6d}  {row['top1']:6.2f}  {taken_for}")
     return lines

@@ -1,7 +1,7 @@
-"""ImageNet's validation images with all the labels that people accept for them.
+"""ImageNet's validation images with the reassessed labels (ReaL), of which an image may have several.
 
-Beyer et al. 2020 (arXiv 2006.07159): real.json lists, for ILSVRC2012_val_00000001, …_00000002 and so on, the classes
-that an image may be called; an image for which none was agreed on does not count.
+Beyer et al. 2020 (arXiv 2006.07159): real.json lists the accepted classes of ILSVRC2012_val_00000001, …_00000002 and so
+on. Images without an accepted class are not counted.
 """
 
 import json
@@ -19,7 +19,7 @@ from ..runtime.errors import UserError
 
 
 def read_labels(file: str, classes: int) -> list[list[int]]:
-    """The lists of a real.json, or with "timm" of the copy that comes with it. Raises UserError for another file."""
+    """Read the lists of a real.json, or with "timm" those of timm's copy. Raises UserError for an invalid file."""
     try:
         text = pkgutil.get_data("timm.data", "_info/imagenet_real_labels.json") if file == "timm" else None
         labels = json.loads(text if text is not None else Path(file).read_text(encoding="utf-8"))
@@ -30,22 +30,22 @@ def read_labels(file: str, classes: int) -> list[list[int]]:
         ) from error
     if largest >= classes:
         raise UserError(
-            f"--real {file} has class {largest}, and the model is tested on {classes} classes: "
+            f"--real {file} has class {largest}, but the model is tested on {classes} classes: "
             "these labels are for classifiers of ImageNet's 1000 classes"
         )
     return labels
 
 
 class Accepted(Dataset):
-    """A dataset of (image, label) with a third: which of the classes are accepted, (classes,) bool, perhaps none.
+    """A dataset of (image, label) with a third item, the mask of accepted classes, (classes,) bool.
 
-    file: see read_labels. Raises UserError for data whose images have no file names.
+    file: see read_labels. Raises UserError if the data's images have no file names.
     """
 
     def __init__(self, dataset: Any, file: str, classes: int):
         if not hasattr(dataset, "filename"):
             raise UserError(
-                "--real needs the images' file names, which this data does not give: use a folder of images"
+                "--real needs the images' file names, which this data does not have: use a folder of images"
             )
         self.dataset, self.labels, self.classes = dataset, read_labels(file, classes), classes
 
@@ -67,10 +67,10 @@ class Accepted(Dataset):
 
 
 class Real:
-    """Counts over the images that have accepted labels; every process adds its own, `result` sums them."""
+    """Count over the images that have accepted labels. Every process adds its own; `result` sums them."""
 
     def __init__(self, device: torch.device):
-        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # right at once, in five, images
+        self.counts = torch.zeros(3, dtype=torch.int64, device=device)  # top-1 correct, top-5 correct, images
 
     def update(self, logits: Tensor, accepted: Tensor) -> None:
         """Count a batch: logits (B, classes), accepted (B, classes) bool."""
@@ -78,6 +78,6 @@ class Real:
         self.counts += torch.stack([hits[:, 0].sum(), hits.any(1).sum(), accepted.any(1).sum()])
 
     def result(self) -> tuple[dict[str, float], int]:
-        """(real_top1 and real_top5 in percent, the images that counted); no percents where none did."""
+        """Return (real_top1 and real_top5 in percent, number of images that count); no metrics if there are none."""
         top1, top5, images = all_reduce_sum(self.counts).tolist()
         return (dict(real_top1=100 * top1 / images, real_top5=100 * top5 / images) if images else {}), images

@@ -1,4 +1,4 @@
-"""Mean IoU and its kin from the confusion counts of a whole set, as mmsegmentation defines them."""
+"""Mean IoU and accuracies from the confusion counts of a whole split, as mmsegmentation defines them."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ from ..runtime.distributed import all_reduce_sum, world_size
 
 
 class Confusion:
-    """Counts pixels (true class, predicted) over a split; every process adds its own, `result` sums them.
+    """Count pixels (true class, predicted) over a split. Every process adds its own; `result` sums them.
 
-    Pixels whose label is `ignored` do not count. worst: how many images `result` names.
+    Pixels with the label `ignored` are not counted. worst: how many of the worst images `result` returns.
     """
 
     def __init__(self, classes: int, device: torch.device, ignored: int = 255, worst: int = 12):
@@ -22,7 +22,7 @@ class Confusion:
         self._rows: list[tuple[float, int]] = []  # (mean IoU, index) of the worst images
 
     def update(self, labels: Tensor, predicted: Tensor, index: int) -> None:
-        """Count an image: labels and predicted classes, both (H, W) int64; index: which image of the split."""
+        """Count an image: labels and predicted classes, both (H, W) int64; index: the image's index in the split."""
         counts = confusion(labels, predicted, len(self.counts), self.ignored)
         self.counts += counts
         self.images += 1
@@ -33,7 +33,7 @@ class Confusion:
     def result(self) -> tuple[dict[str, float], dict[str, object]]:
         """Return ({miou, macc, aacc (percent), images}, {confusion: counts, worst: indices of images, worst first}).
 
-        What is not defined, for lack of a labelled pixel, is NaN.
+        Metrics are NaN if there are no labelled pixels.
         """
         counts, images = all_reduce_sum(self.counts).cpu(), int(all_reduce_sum(self.images))
         classes, pixels = per_class(counts), int(counts.sum())
@@ -52,7 +52,7 @@ class Confusion:
 
 
 def gather(rows: Tensor) -> Tensor:
-    """Return the rows of all processes, after each other."""
+    """Return the rows of all processes, concatenated."""
     if world_size() == 1:
         return rows
     found = [torch.empty_like(rows) for _ in range(world_size())]
@@ -61,15 +61,15 @@ def gather(rows: Tensor) -> Tensor:
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int, ignored: int = 255) -> Tensor:
-    """Return the pixels by (true class, predicted)."""
+    """Return the number of pixels by (true class, predicted)."""
     kept = labels != ignored
     return torch.bincount(labels[kept] * classes + predicted[kept], minlength=classes**2).view(classes, classes)
 
 
 def per_class(counts: Tensor) -> dict[str, Tensor]:
-    """Return, of counts (true class, predicted), iou and acc (recall) of each class in float64, 0 … 1, and its pixels.
+    """Return iou and acc (recall) of each class in float64, 0 … 1, and its pixels, from counts (true class, predicted).
 
-    NaN where a class is neither labelled nor predicted (iou) or not labelled (acc).
+    NaN if a class is neither labelled nor predicted (iou) or not labelled (acc).
     """
     right, labelled, predicted = (n.double() for n in (counts.diagonal(), counts.sum(1), counts.sum(0)))
     return dict(iou=right / (labelled + predicted - right), acc=right / labelled, pixels=counts.sum(1))
@@ -90,5 +90,5 @@ def table(counts: Tensor, names: Sequence[str]) -> list[dict]:
 
 
 def _mean(values: Tensor) -> float:
-    """Return the mean in percent of the classes where it is defined; NaN where there is none."""
+    """Return the mean in percent over the classes where it is defined; NaN if there are none."""
     return 100 * float(values.nanmean())

@@ -1,4 +1,4 @@
-"""How many images a second: the model alone, and with all that brings the images to it."""
+"""Images per second: of the model alone, and including data loading."""
 
 import time
 
@@ -10,13 +10,13 @@ from ..runtime.measure import synchronize
 
 
 class Speed:
-    """Watches a model's calls from when it is made; `result` ends that and sums over all processes.
+    """Time a model's calls from construction until `result`, which sums over all processes.
 
-    A process's first batch, which allocates and may compile, does not count where there are others.
+    A process's first batch, which allocates memory and may compile, is not counted if there are others.
     """
 
     def __init__(self, model: nn.Module, device: torch.device):
-        self.device, self.calls = device, []  # (images, when the call began, when it ended)
+        self.device, self.calls = device, []  # (images, start time, end time)
         self._hooks = [model.register_forward_pre_hook(self._before), model.register_forward_hook(self._after)]
 
     def _before(self, _: nn.Module, inputs: tuple) -> None:
@@ -28,7 +28,7 @@ class Speed:
         self.calls[-1] = (*self.calls[-1][:2], time.perf_counter())
 
     def result(self) -> dict[str, float]:
-        """images_per_s with loading, model_images_per_s."""
+        """Return images_per_s, including data loading, and model_images_per_s."""
         for hook in self._hooks:
             hook.remove()
         if not self.calls:

@@ -1,4 +1,4 @@
-"""Top-1 and top-5 accuracy, the mean loss and the confusion counts, exact over any number of processes."""
+"""Top-1 and top-5 accuracy, mean loss and confusion counts, exact over any number of processes."""
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from ..runtime.errors import UserError
 
 
 class TopK:
-    """Counts over the images of a split; every process adds its own, `result` sums them."""
+    """Count over the images of a split. Every process adds its own; `result` sums them."""
 
     def __init__(self, classes: int, device: torch.device):
         self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
@@ -28,11 +28,11 @@ class TopK:
     def result(self) -> tuple[dict[str, float], Tensor]:
         """Return (top1 and top5 in percent, mean cross-entropy loss, images), confusion counts (true class, predicted).
 
-        Without images the metrics are NaN. Raises UserError where the model's outputs are not finite.
+        Without images the metrics are NaN. Raises UserError if the model's outputs are not finite.
         """
         confusion, top5, loss = all_reduce_sum(self.confusion), all_reduce_sum(self.top5), all_reduce_sum(self.loss)
         images = int(confusion.sum())
-        if not images:  # all of them can't be read, or the evaluation was cut short
+        if not images:  # none can be read, or the evaluation was interrupted
             return dict.fromkeys(("top1", "top5", "loss"), float("nan")) | dict(images=0), confusion.cpu()
         if not torch.isfinite(loss):
             raise UserError(

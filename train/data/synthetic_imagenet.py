@@ -1,4 +1,4 @@
-"""A stand-in for ImageNet in the layouts that people have it in: right names and labels, pictures of no meaning."""
+"""Synthetic ImageNet in the layouts of the real one: correct file names and labels, meaningless images."""
 
 import io
 import tarfile
@@ -12,30 +12,30 @@ KIT = "ILSVRC2012_devkit_t12"
 Splits = dict[str, dict[str, tuple[str, bytes]]]  # {"train" or "val": {file name: (wnid, JPEG)}}
 
 
-def images(wnids: Sequence[str], per_class: int, val: int, size: tuple[int, int] = (500, 375)) -> Splits:
-    """JPEGs of width and height `size`; val images are numbered without regard to their class, as ImageNet's are."""
+def make_images(wnids: Sequence[str], per_class: int, val: int, size: tuple[int, int] = (500, 375)) -> Splits:
+    """Make JPEGs of (width, height) `size`. val images are numbered independently of their class, as in ImageNet."""
     train = {
-        f"{wnid}_{10 * i + 3}.JPEG": (wnid, picture(1000 * c + i, size))
+        f"{wnid}_{10 * i + 3}.JPEG": (wnid, make_jpeg(1000 * c + i, size))
         for c, wnid in enumerate(wnids)
         for i in range(per_class)
     }
     classes = np.random.default_rng(0).integers(0, len(wnids), val)
     validation = {
-        f"ILSVRC2012_val_{i + 1:08d}.JPEG": (wnids[c], picture(10**7 + i, size)) for i, c in enumerate(classes)
+        f"ILSVRC2012_val_{i + 1:08d}.JPEG": (wnids[c], make_jpeg(10**7 + i, size)) for i, c in enumerate(classes)
     }
     return dict(train=train, val=validation)
 
 
-def picture(seed: int, size: tuple[int, int]) -> bytes:
-    """A JPEG of smooth colours that differ from seed to seed."""
+def make_jpeg(seed: int, size: tuple[int, int]) -> bytes:
+    """Return a JPEG with a smooth colour gradient that depends on the seed."""
     corners = np.random.default_rng(seed).integers(0, 255, (3, 4, 3), dtype=np.uint8)
     file = io.BytesIO()
     Image.fromarray(corners).resize(size, Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
     return file.getvalue()
 
 
-def folder(root: Path, splits: Splits) -> Path:
-    """ROOT/train/WNID/NAME."""
+def write_folders(root: Path, splits: Splits) -> Path:
+    """Write class folders: ROOT/SPLIT/WNID/NAME."""
     for split, files in splits.items():
         for name, (wnid, data) in files.items():
             path = root / split / wnid / name
@@ -44,20 +44,20 @@ def folder(root: Path, splits: Splits) -> Path:
     return root
 
 
-def tars(root: Path, splits: Splits, wnids: Sequence[str] | None = None) -> Path:
-    """ImageNet's original three files. wnids: of all classes, where not each has an image."""
+def write_tars(root: Path, splits: Splits, wnids: Sequence[str] | None = None) -> Path:
+    """Write ImageNet's three original files. wnids: those of all classes, if some have no images."""
     root.mkdir(parents=True, exist_ok=True)
     train, val = splits["train"], splits["val"]
     used = tuple(dict.fromkeys(wnid for wnid, _ in train.values()))
-    inner = {w: tarred({name: data for name, (wnid, data) in train.items() if wnid == w}) for w in used}
-    (root / "ILSVRC2012_img_train.tar").write_bytes(tarred({f"{wnid}.tar": data for wnid, data in inner.items()}))
-    (root / "ILSVRC2012_img_val.tar").write_bytes(tarred({name: data for name, (_, data) in val.items()}))
-    (root / f"{KIT}.tar.gz").write_bytes(devkit(wnids or used, [wnid for wnid, _ in val.values()]))
+    inner = {w: make_tar({name: data for name, (wnid, data) in train.items() if wnid == w}) for w in used}
+    (root / "ILSVRC2012_img_train.tar").write_bytes(make_tar({f"{wnid}.tar": data for wnid, data in inner.items()}))
+    (root / "ILSVRC2012_img_val.tar").write_bytes(make_tar({name: data for name, (_, data) in val.items()}))
+    (root / f"{KIT}.tar.gz").write_bytes(make_devkit(wnids or used, [wnid for wnid, _ in val.values()]))
     return root
 
 
-def devkit(wnids: Sequence[str], truth: Sequence[str]) -> bytes:
-    """ILSVRC2012_devkit_t12.tar.gz, with synsets above the classes as the real one has, in an order of its own."""
+def make_devkit(wnids: Sequence[str], truth: Sequence[str]) -> bytes:
+    """Return ILSVRC2012_devkit_t12.tar.gz, with parent synsets and its own order of classes, as in the real one."""
     from scipy.io import savemat
 
     fields = [("ILSVRC2012_ID", "f8"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "f8")]
@@ -70,23 +70,23 @@ def devkit(wnids: Sequence[str], truth: Sequence[str]) -> bytes:
     lines = "".join(f"{ids[wnid]}\n" for wnid in truth)
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w:gz") as tar:
-        add(tar, f"{KIT}/data/meta.mat", meta.getvalue())
-        add(tar, f"{KIT}/data/ILSVRC2012_validation_ground_truth.txt", lines.encode())
-        add(tar, f"{KIT}/readme.txt", b"")
+        add_file(tar, f"{KIT}/data/meta.mat", meta.getvalue())
+        add_file(tar, f"{KIT}/data/ILSVRC2012_validation_ground_truth.txt", lines.encode())
+        add_file(tar, f"{KIT}/readme.txt", b"")
     return file.getvalue()
 
 
-def tarred(files: dict[str, bytes]) -> bytes:
-    """The bytes of a tar file with these members."""
+def make_tar(files: dict[str, bytes]) -> bytes:
+    """Return the bytes of a tar file with these members."""
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
         for name, data in files.items():
-            add(tar, name, data)
+            add_file(tar, name, data)
     return file.getvalue()
 
 
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    """A file, from its bytes."""
+def add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    """Add a file to a tar from its bytes."""
     header = tarfile.TarInfo(name)
     header.size = len(data)
     tar.addfile(header, io.BytesIO(data))
