@@ -138,7 +138,7 @@ def break_folder(root):
         (break_colours, r"annotations/training/ADE_1\.png must have one number per pixel, got colours"),
         (break_pair, r"images/training/ADE_1\.png has no label map .*annotations/training/ADE_1\.\*: add or remove"),
         (break_picture, r"annotations/training/ADE_1\.png has no image .*images/training/ADE_1\.\*: add or remove"),
-        (break_names, r"objectInfo150\.txt does not name classes 1, 2, "),
+        (break_names, r"objectInfo150\.txt does not list classes 1, 2, "),
         (break_folder, r"there is no folder .*annotations/training"),
     ],
 )
@@ -166,7 +166,7 @@ def test_files_that_are_no_images_are_left_to_the_budget(ade):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (dict(scale=(512,)), r"data\.scale=\(512,\) must be two numbers"),
+        (dict(scale=(512,)), r"data\.scale=\(512,\) must be two sizes"),
         (dict(crop=0), r"data\.crop=0 must be 1 or more"),
         (dict(augment=dict(flip=0.5)), r"unknown key data\.augment\.flip, did you mean hflip"),
         (dict(augment=dict(ratios=(2, 1))), r"data\.augment\.ratios=\(2, 1\) must be"),

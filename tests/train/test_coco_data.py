@@ -349,7 +349,7 @@ def test_splits_that_do_not_do(root):
     with pytest.raises(UserError, match=r"crowds.json has no box to learn from \(left out: 9 crowds\)$"):
         training(root, train=("crowds.json", "pictures"))
     with pytest.raises(
-        UserError, match=r"all.json has no mask \(segmentation\) for the annotations with id 106, which"
+        UserError, match=r"all.json has no mask \(segmentation\) for the annotations with id 106, but"
     ):
         coco(root).dataset("val", {})
     coco(root, masks=False).dataset("val", {})
@@ -516,7 +516,7 @@ def test_turned_images(root):
         (dict(flip=1.5), "data.flip=1.5 must be a probability"),
         (dict(max_bad=-1), "data.max_bad=-1 must be 0 or more"),
         (dict(crop=dict(short=(20,))), "data.crop.side is missing"),
-        (dict(crop=dict(short=(20,), side=(9, 5))), r"data.crop.side=\(9, 5\) must be pixels"),
+        (dict(crop=dict(short=(20,), side=(9, 5))), r"data.crop.side=\(9, 5\) must be in pixels"),
         (dict(train=("all.json",)), r"data.train=\('all.json',\) must be two names"),
     ],
 )

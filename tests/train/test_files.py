@@ -76,7 +76,7 @@ def test_folders_of_runs_are_no_classes(pets, capsys):
         (pets / run / "config.py").write_text(HEADER)
     data = ImageFolder(str(pets))
     assert data.class_names == ["cat", "dog"] and len(used(data)) == 8
-    assert capsys.readouterr().out.count("being the folder of a run") == 3
+    assert capsys.readouterr().out.count("skipped run folder") == 3
     refuse_data_folder(pets / "run", dict(type=ImageFolder, root=str(pets)))  # to resume it
     refuse_data_folder(pets.parent / "pets_run", dict(type=ImageFolder, root=str(pets)))
 
@@ -91,11 +91,11 @@ def test_no_run_is_written_among_the_images(tmp_path, pets, kind):
         image(tmp_path / f"split/{split}/cat/0.png")
     data = dict(type=kind, root=str(tmp_path / "split"))
     refuse_data_folder(tmp_path / "split/run", data)  # which is neither split
-    with pytest.raises(UserError, match=r"lies in .*split/val, all of"):
+    with pytest.raises(UserError, match=r"is inside .*split/val, whose"):
         refuse_data_folder(tmp_path / "split/val/run", data)
     maps = dict(type=Folders, root=str(tmp_path), labels="masks")
     refuse_data_folder(tmp_path / "run", maps)
-    with pytest.raises(UserError, match=r"lies in .*masks, all of"):
+    with pytest.raises(UserError, match=r"is inside .*masks, whose"):
         refuse_data_folder(tmp_path / "masks/run", maps)
     refuse_data_folder(pets / "run", dict(type=Coco, root=str(pets)))  # its json lists the images
 

@@ -276,7 +276,7 @@ def _group(file: io.BufferedReader, members: list[tuple[str, int, int]], truncat
         if ending.rpartition(".")[2] in IMAGE:  # the name has more than one dot
             lost[name] = f"has no label (its key is {key}: a key ends at the first dot)"
         else:
-            unused[f".{ending}" if ending else "without an ending"] += 1
+            unused[f".{ending}" if ending else "without extension"] += 1
     names, offsets, sizes = zip(*(images[key] for key in whole)) if whole else ((), (), ())
     places = np.array(offsets, np.int64), np.array(sizes, np.int64)
     numbers = np.array([labels[key] for key in whole], np.int64)
