@@ -348,9 +348,7 @@ def test_splits_that_do_not_do(root):
     write(root, broken(lambda c: [a.update(iscrowd=1) for a in c["annotations"]]), "crowds.json")
     with pytest.raises(UserError, match=r"crowds.json has no box to learn from \(left out: 9 crowds\)$"):
         training(root, train=("crowds.json", "pictures"))
-    with pytest.raises(
-        UserError, match=r"all.json has no mask \(segmentation\) for the annotations with id 106, but"
-    ):
+    with pytest.raises(UserError, match=r"all.json has no mask \(segmentation\) for the annotations with id 106, but"):
         coco(root).dataset("val", {})
     coco(root, masks=False).dataset("val", {})
 
