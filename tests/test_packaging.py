@@ -14,7 +14,8 @@ else:
 
 ROOT = Path(__file__).parents[1]
 INSTALLED = {folder: folder for folder in ("backbones", "configs", "ops", "train")}
-INSTALLED |= {"tools/timm_scripts": "timm", "backbones/integrations": "integrations"}
+INSTALLED |= {"tools/timm_scripts": "timm", "tools/cli": "cli", "backbones/integrations": "integrations"}
+INSTALLED |= {"tools": "tools"}
 
 
 def modules() -> set[str]:
@@ -23,7 +24,8 @@ def modules() -> set[str]:
         f"saccade/{name}/{file.relative_to(ROOT / folder).as_posix()}"
         for folder, name in INSTALLED.items()
         for file in (ROOT / folder).rglob("*.py")
-        if folder == "backbones/integrations" or "integrations" not in file.parts
+        if folder in ("backbones/integrations", "tools/timm_scripts", "tools/cli")
+        or not {"integrations", "timm_scripts", "cli"} & set(file.parts)
     }
 
 

@@ -68,7 +68,8 @@ class Section(dict):
 def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a config and apply overrides such as "optimizer.lr=1e-3"; values are Python literals, else strings.
 
-    path: a config file, or the folder of a run. An override without a value ("model.drop_path_rate=") removes the key.
+    path: a config file, the folder of a run, or the name of a config that comes with saccade ("imagenet/biformer_s").
+    An override without a value ("model.drop_path_rate=") removes the key.
     `~` and variables such as $HOME in paths are expanded. Returns plain dicts with classes in place. Raises UserError
     where the file or an override can't be read.
     """
@@ -89,7 +90,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _find(path: Path) -> Path:
-    """Return the config file that a path means: itself, or the config.py of a run's folder."""
+    """Return the config file that a path means: itself, the config.py of a run's folder, or one of the package's."""
     if path.is_dir():
         if not (path / "config.py").is_file():
             raise UserError(
@@ -97,8 +98,13 @@ def _find(path: Path) -> Path:
             )
         return path / "config.py"
     if not path.is_file():
+        shipped = Path(__file__).parents[2] / "configs"
+        if len(path.parts) == 2 and (file := shipped / path.with_suffix(".py")).is_file():
+            return file
         if path.suffix != ".py":
-            raise UserError(f"there is no config file and no run {path}{closest(path.name, _names(path.parent))}")
+            near = _names(path.parent) or [f"{path.parent}/{name[:-3]}" for name in _names(shipped / path.parent)]
+            name = path.name if _names(path.parent) else str(path)
+            raise UserError(f"there is no config file and no run {path}{closest(name, near)}")
         raise UserError(f"there is no config {path}{closest(path.name, _names(path.parent))}")
     return path
 
