@@ -2,9 +2,8 @@
 
 Paper: "DFA3D: 3D Deformable Attention For 2D-to-3D Feature Lifting", ICCV 2023, arXiv 2307.12972, on BEVFormer's
 encoder (arXiv 2203.17270). Published code: IDEA-Research/3D-deformable-attention@cc38675, for non-commercial use only:
-this file is written from a description of it, and equals it in float64. The published weights of the encoder and the
-depth network load (`checkpoint_filter_fn`); the published image backbone, a ResNet-101 with deformable convolutions, is
-not in timm; any backbone of timm can replace it.
+this file is written from a description of it, and equals it in float64. The published weights load
+(`checkpoint_filter_fn`). The published image backbone is resnet_dcn's; any backbone of timm can replace it.
 
 Frames. The view's frame is the caller's, metres, z up: nuScenes' LiDAR has x to the right and y ahead. Cell (i, j) of
 the map (B, E, H, W), row i, column j, is the column of air over y_min + (i + 0.5) · (y_max - y_min) / H and
@@ -22,7 +21,6 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import Mlp
 from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
@@ -35,6 +33,7 @@ from ..ops.precision import full, no_autocast
 from .base import create_model
 from .dfa3d_depth import DepthHead, depth_bins, depth_target
 from .published import Rules, rename_key
+from .resnet_dcn import MEAN, STD, ResNetDCN
 
 NEAR = 1e-5  # metres in front of a camera, beyond which a point is visible
 
@@ -293,9 +292,11 @@ class Encoder(nn.Module):
         shapes: list[tuple[int, int]],
         reference: Tensor,
         seen: Tensor,
+        scene_start: Tensor | None = None,
     ) -> Tensor:
         """As the layers' arguments; before (B, Q, E), the previous view, turned as the present one, or None; shift
-        (B, 2): how far (x, y) the cells have moved since, from 0 to 1 over the map. -> (B, Q, E).
+        (B, 2): how far (x, y) the cells have moved since, from 0 to 1 over the map; scene_start (B,) bool: True where
+        there is no previous view. -> (B, Q, E).
 
         The present frame of the first layer is that of all layers, as published; with no previous view it is each
         layer's own. All look at shifted places, also in the present frame, as published.
@@ -306,7 +307,11 @@ class Encoder(nn.Module):
         cells = torch.stack(torch.broadcast_tensors(x[None], y[:, None]), -1).flatten(0, 1)
         where = cells + shift.to(cells)[:, None]  # (B, Q, 2)
         frames = None if before is None else (before, query)
+        first = query
         for layer in self.layers:
+            if before is not None and scene_start is not None:
+                is_first = scene_start[:, None, None]
+                frames = torch.where(is_first, query, before), torch.where(is_first, query, first)
             arguments = (position, frames, shape, where, value, depth, shapes, reference, seen)
             if self.grad_checkpointing and self.training:
                 query = checkpoint(layer, query, *arguments, use_reentrant=False)
@@ -315,18 +320,22 @@ class Encoder(nn.Module):
         return query
 
 
-def align(view: Tensor, yaw: Tensor) -> Tensor:
+def align(view: Tensor, yaw: Tensor, center: tuple[float, float] | None = None) -> Tensor:
     """Rotate the view (B, E, H, W) for a vehicle that has turned by yaw (B,) degrees, anticlockwise seen from above.
 
-    x points to the right, y ahead. The centre is the middle of the map; nearest neighbours, zero outside the old view.
-    The published code rotates around cell (100, 100) whatever the size.
+    x points to the right, y ahead. center: the point (x, y), in cells from the map's corner, that stays where it is;
+    None: the middle. Nearest neighbours, zero outside the old view.
     """
     H, W = view.shape[2:]
-    cos, sin = yaw.to(view.dtype).deg2rad().cos(), yaw.to(view.dtype).deg2rad().sin()
-    zero = torch.zeros_like(cos)
-    turn = torch.stack([cos, -sin * H / W, zero, sin * W / H, cos, zero], -1).unflatten(-1, (2, 3))
-    grid = F.affine_grid(turn, list(view.shape), align_corners=False)
-    return F.grid_sample(view, grid, mode="nearest", align_corners=False)
+    x0, y0 = (W / 2, H / 2) if center is None else center
+    dd: dict[str, Any] = dict(dtype=full(yaw), device=view.device)
+    cos, sin = (f(yaw.to(**dd).deg2rad())[:, None, None] for f in (torch.cos, torch.sin))
+    x, y = torch.arange(W, **dd) + 0.5 - x0, (torch.arange(H, **dd) + 0.5 - y0)[:, None]
+    column, row = (cos * x - sin * y + (x0 - 0.5)).round(), (sin * x + cos * y + (y0 - 0.5)).round()
+    inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)  # (B, H, W)
+    index = (row.clamp(0, H - 1) * W + column.clamp(0, W - 1)).long().flatten(1)
+    turned = view.flatten(2).gather(2, index[:, None].expand(-1, view.shape[1], -1)).unflatten(2, (H, W))
+    return torch.where(inside[:, None], turned, 0.0).to(view.dtype)
 
 
 class ExtraLevel(nn.Module):
@@ -344,8 +353,8 @@ class BEVLifter(nn.Module):
     """Map images of the cameras around a vehicle to its bird's-eye view.
 
     Args:
-        backbone: a timm model with feature maps, by name; backbone_args: its arguments (drop_path_rate, …);
-            backbone_pretrained: with the weights that timm publishes.
+        backbone: "resnet101_dcn", the published one, or a timm model with feature maps, by name; backbone_args: its
+            arguments (drop_path_rate, …); backbone_pretrained: with the weights that timm publishes.
         in_chans: channels of the images.
         strides: of the maps that are lifted, as many as levels; one twice the backbone's last is made by a convolution.
         depth_stride: of the map from which depth is estimated: one of them.
@@ -362,12 +371,14 @@ class BEVLifter(nn.Module):
         depth_network: False: none; `depth` is given to forward.
         cams: cameras that have an embedding each; 0: none has, and there may be any number.
         can_bus: numbers that describe the ego's motion for `can_bus` of forward; 0: none.
+        rotation_center: (x, y) in cells from the view's corner, about which the previous view is turned; None: the
+            middle, where the ego is. Published models turn it about (100, 100), whatever their size.
         drop_rate: dropout in the encoder.
     """
 
     def __init__(
         self,
-        backbone: str = "resnet101",
+        backbone: str = "resnet101_dcn",
         backbone_args: dict[str, Any] | None = None,
         backbone_pretrained: bool = False,
         in_chans: int = 3,
@@ -388,6 +399,7 @@ class BEVLifter(nn.Module):
         depth_network: bool = True,
         cams: int = 6,
         can_bus: int = 18,
+        rotation_center: tuple[float, float] | None = None,
         drop_rate: float = 0.1,
     ):
         super().__init__()
@@ -401,22 +413,39 @@ class BEVLifter(nn.Module):
             raise ValueError(f"bev_size must be (height, width), got {bev_size}")
         if len(depth_bound) != 3:
             raise ValueError(f"depth_bound must be (nearest, farthest, bin), got {depth_bound}")
+        if rotation_center is not None and len(rotation_center) != 2:
+            raise ValueError(f"rotation_center must be (x, y) or None, got {rotation_center}")
         if depth_stride not in strides:
             raise ValueError(f"depth_stride must be one of strides={tuple(strides)}, got {depth_stride}")
         self.in_chans, self.num_classes, self.num_features = in_chans, 0, embed_dims
         self.strides, self.bev_size, self.pc_range = tuple(strides), (bev_size[0], bev_size[1]), tuple(pc_range)
         self.pillar, self.cams, self.can_bus = pillar, cams, can_bus
         self.depth_bound = (depth_bound[0], depth_bound[1], depth_bound[2])
+        self.rotation_center = rotation_center
 
-        arguments = dict(features_only=True, in_chans=in_chans, pretrained=backbone_pretrained) | (backbone_args or {})
-        reductions = timm.create_model(backbone, **arguments | dict(pretrained=False)).feature_info.reduction()
+        is_published = backbone == "resnet101_dcn"
+        if is_published and backbone_pretrained:
+            raise ValueError(
+                "backbone_pretrained must be False for resnet101_dcn, which timm does not publish, got True"
+            )
+        arguments = dict(in_chans=in_chans) | (backbone_args or {})
+        if is_published:
+            reductions = list(ResNetDCN.strides)
+        else:
+            arguments = dict(features_only=True, pretrained=backbone_pretrained) | arguments
+            reductions = timm.create_model(backbone, **arguments | dict(pretrained=False)).feature_info.reduction()
         own = [stride for stride in self.strides if stride in reductions]
         if list(self.strides) not in (own, [*own, 2 * reductions[-1]]):
             raise ValueError(
                 f"strides must be some of {backbone}'s {reductions}, and may end with one more, got {strides}"
             )
-        self.backbone = timm.create_model(backbone, **arguments, out_indices=[reductions.index(s) for s in own])
-        self.fpn = FeaturePyramidNetwork(self.backbone.feature_info.channels(), embed_dims)
+        if is_published:
+            self.backbone = ResNetDCN(own, **arguments)
+            channels = self.backbone.channels
+        else:
+            self.backbone = timm.create_model(backbone, **arguments, out_indices=[reductions.index(s) for s in own])
+            channels = self.backbone.feature_info.channels()
+        self.fpn = FeaturePyramidNetwork(channels, embed_dims)
         self.extra = ExtraLevel(embed_dims) if len(own) < len(self.strides) else None
 
         bins = depth_bins(self.depth_bound)
@@ -452,9 +481,13 @@ class BEVLifter(nn.Module):
         )
         for embedding in (self.level_embed, self.camera_embed, self.query):
             if embedding is not None:
-                nn.init.normal_(embedding, std=0.02)
+                nn.init.normal_(embedding)
         nn.init.uniform_(self.row_embed)
         nn.init.uniform_(self.column_embed)
+        for mlp in (self.can_bus_mlp, *(layer.mlp for layer in self.encoder.layers)):
+            for module in mlp.modules() if mlp is not None else ():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
@@ -491,6 +524,7 @@ class BEVLifter(nn.Module):
         motion: Tensor | None = None,
         can_bus: Tensor | None = None,
         cameras: Tensor | None = None,
+        scene_start: Tensor | None = None,
     ) -> Tensor:
         """maps as of `maps`, bins (B, N, D, h, w): a depth distribution, of whatever size; size (H, W) of the images;
         the rest as of `forward`."""
@@ -525,9 +559,11 @@ class BEVLifter(nn.Module):
             if motion is not None:
                 span = motion.new_tensor([b - a for a, b in zip(self.pc_range[:2], self.pc_range[3:5])])
                 shift = motion[:, :2] / span
-                prev_bev = align(prev_bev, motion[:, 2])
+                prev_bev = align(prev_bev, motion[:, 2], self.rotation_center)
+                if scene_start is not None:
+                    shift = torch.where(scene_start[:, None], 0.0, shift)
             before = prev_bev.flatten(2).transpose(-2, -1)
-        out = self.encoder(query, position, before, shift, (H, W), value, depth, shapes, reference, seen)
+        out = self.encoder(query, position, before, shift, (H, W), value, depth, shapes, reference, seen, scene_start)
         return out.transpose(-2, -1).unflatten(2, (H, W))
 
     def forward(
@@ -540,6 +576,7 @@ class BEVLifter(nn.Module):
         cameras: Tensor | None = None,
         depth: Tensor | None = None,
         return_depth: bool = False,
+        scene_start: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor | None]:
         """Return the view (B, E, H_bev, W_bev).
 
@@ -549,23 +586,27 @@ class BEVLifter(nn.Module):
         prev_bev   (B, E, H_bev, W_bev): the view that this model gave for the frame before.
         motion     (B, 3): since then the ego has moved by (x, y) metres, in the axes of the present view, and turned by
                    as many degrees, anticlockwise seen from above. Without it the views lie on each other as they are.
-        can_bus    (B, can_bus): what else is known of the ego's motion; published: nuScenes' pose and CAN bus messages.
+                   Published: of the ego's origin, not the LiDAR's, and as if the ground were level.
+        can_bus    (B, can_bus): what else is known of the ego's motion; published: nuScenes' pose and CAN bus messages,
+                   see saccade.train.data.nuscenes.
         cameras    (B, N) bool: False where a camera is missing, whatever its image holds (but NaN).
         depth      (B, N, H, W): metres before the camera where they are known, as of a LiDAR, else 0. It takes the
                    depth network's place: bins within two of the nearest in each cell are 1, others and unknown ones 0.
         return_depth
                    returns (view, codes): the depth network's probabilities; see `maps`.
+        scene_start (B,) bool: True for samples that have no frame before; prev_bev and motion play no part in them.
 
         Raises ValueError for shapes that do not go together.
         """
-        self._check(images, lidar2img, prev_bev, motion, can_bus, cameras, depth)
+        self._check(images, lidar2img, prev_bev, motion, can_bus, cameras, depth, scene_start)
         maps, codes = self.maps(images)
         bins = None
         if self.lift_depth and depth is not None:
             bins = self.depth_target(depth, tolerance=2)
         elif self.lift_depth:
             bins = self.depth.decode(codes.flatten(0, 1)).unflatten(0, codes.shape[:2])
-        view = self.lift(maps, bins, lidar2img, (images.shape[3], images.shape[4]), prev_bev, motion, can_bus, cameras)
+        size = images.shape[3], images.shape[4]
+        view = self.lift(maps, bins, lidar2img, size, prev_bev, motion, can_bus, cameras, scene_start)
         return (view, codes) if return_depth else view
 
     def depth_target(self, depth: Tensor, tolerance: int = 0) -> Tensor:
@@ -577,7 +618,7 @@ class BEVLifter(nn.Module):
         """Targets for `maps`'s codes: (B, N, codes, H / depth_stride, W / depth_stride) of depth (B, N, H, W)."""
         return self.depth.encode(self.depth_target(depth).flatten(0, 1)).unflatten(0, depth.shape[:2])
 
-    def _check(self, images, lidar2img, prev_bev, motion, can_bus, cameras, depth) -> None:
+    def _check(self, images, lidar2img, prev_bev, motion, can_bus, cameras, depth, scene_start) -> None:
         if images.dim() != 5 or images.shape[2] != self.in_chans:
             raise ValueError(f"images must be (B, cameras, {self.in_chans}, H, W), got {tuple(images.shape)}")
         B, N, _, H, W = images.shape
@@ -590,6 +631,7 @@ class BEVLifter(nn.Module):
             ("can_bus", can_bus, (B, self.can_bus)),
             ("cameras", cameras, (B, N)),
             ("depth", depth, (B, N, H, W)),
+            ("scene_start", scene_start, (B,)),
         ):
             if t is not None and tuple(t.shape) != shape:
                 raise ValueError(f"{name} must be {shape}, got {tuple(t.shape)}")
@@ -607,22 +649,53 @@ ENCODER_KEYS: Rules = [  # published name of an encoder's entry -> ours, applied
     (r"\.norms\.2\.", ".norm3."),
 ]
 PUBLISHED_KEYS: Rules = [
-    (r"^pts_bbox_head\.transformer\.encoder\.", "encoder."),
+    (r"^img_backbone\.", "backbone."),
+    (r"^img_neck\.lateral_convs\.(\d+)\.conv\.", r"fpn.inner_blocks.\1.0."),
+    (r"^img_neck\.fpn_convs\.(\d+)\.conv\.", r"fpn.layer_blocks.\1.0."),
     (r"^pts_dpt_head\.", "depth."),
+    (r"^pts_bbox_head\.bev_embedding\.weight$", "query"),
+    (r"^pts_bbox_head\.positional_encoding\.row_embed\.weight$", "row_embed"),
+    (r"^pts_bbox_head\.positional_encoding\.col_embed\.weight$", "column_embed"),
+    (r"^pts_bbox_head\.transformer\.level_embeds$", "level_embed"),
+    (r"^pts_bbox_head\.transformer\.cams_embeds$", "camera_embed"),
+    (r"^pts_bbox_head\.transformer\.can_bus_mlp\.norm\.", "can_bus_mlp.4."),
+    (r"^pts_bbox_head\.transformer\.can_bus_mlp\.", "can_bus_mlp."),
+    (r"^pts_bbox_head\.transformer\.encoder\.", "encoder."),
     *[(r"^(encoder\..*)" + pattern, r"\1" + ours) for pattern, ours in ENCODER_KEYS],
 ]
 
 
 def rename(key: str) -> str:
-    """Return our name for a key of a published state dict; our own keys stay unchanged."""
+    """Return our name for a key of a published state dict; those of its head and our own keys stay unchanged."""
     return rename_key(key, PUBLISHED_KEYS)
 
 
-def checkpoint_filter_fn(state_dict: dict, model: BEVLifter) -> dict[str, Tensor]:
-    """Convert weights of a published detector to ours.
+def convert(state_dict: dict[str, Tensor], model: "BEVLifter") -> dict[str, Tensor]:
+    """Convert a published detector's tensors to those of a lifter with its backbone; its head is left out.
 
-    Of a published one the encoder and the depth network are taken and must fit; the rest (its image backbone is another
-    network, its neck and embeddings are named otherwise) is the model's own.
+    Published models have rows of level embeddings for levels that they do not have, and one with known depth a depth
+    network that it does not use: both are left out.
+    """
+    taken = {ours: value for key, value in state_dict.items() if not (ours := rename(key)).startswith("pts_bbox_head.")}
+    extra = f"fpn.layer_blocks.{len(model.fpn.inner_blocks)}.0."
+    if model.extra is not None:
+        taken = {key.replace(extra, "extra.conv."): value for key, value in taken.items()}
+    if "level_embed" in taken:
+        taken["level_embed"] = taken["level_embed"][: len(model.strides)]
+    if (stem := taken.get("backbone.conv1.weight")) is not None and stem.ndim == 4:
+        taken["backbone.conv1.weight"] = stem.flip(1)  # published images are BGR
+    if model.depth is None:
+        taken = {key: value for key, value in taken.items() if not key.startswith("depth.")}
+    if not model.lift_depth:
+        taken = {key: value for key, value in taken.items() if "sampling_offsets_depth" not in key}
+    return taken
+
+
+def checkpoint_filter_fn(state_dict: dict, model: BEVLifter) -> dict[str, Tensor]:
+    """Convert weights of a published detector to ours, all of which must fit.
+
+    Of a lifter with another backbone than the published one, the encoder and the depth network are taken; the rest is
+    the model's own.
     """
     for container in ("state_dict", "model"):
         if isinstance(state_dict.get(container), dict):
@@ -630,12 +703,11 @@ def checkpoint_filter_fn(state_dict: dict, model: BEVLifter) -> dict[str, Tensor
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     if not any(key.startswith("pts_bbox_head.") for key in state_dict):
         return state_dict
-    own = model.state_dict()
-    taken = {rename(key): value for key, value in state_dict.items()}
-    taken = {key: value for key, value in taken.items() if key.startswith(("encoder.", "depth."))}
-    if model.depth is None:
-        taken = {k: v for k, v in taken.items() if not k.startswith("depth.") and "sampling_offsets_depth" not in k}
-    wanted = [key for key in own if key.startswith(("encoder.", "depth.")) and not key.endswith("num_batches_tracked")]
+    own, taken, parts = model.state_dict(), convert(state_dict, model), ("",)
+    if not isinstance(model.backbone, ResNetDCN):
+        parts = ("encoder.", "depth.")
+        taken = {key: value for key, value in taken.items() if key.startswith(parts)}
+    wanted = [key for key in own if key.startswith(parts) and not key.endswith("num_batches_tracked")]
     for key in [*wanted, *(key for key in taken if key not in own)]:
         has, wants = (tuple(d[key].shape) if key in d else "missing" for d in (taken, own))
         if has != wants:
@@ -650,8 +722,8 @@ def _cfg(height: int, width: int) -> dict:
         pool_size=None,
         crop_pct=1.0,
         interpolation="bilinear",
-        mean=IMAGENET_DEFAULT_MEAN,
-        std=IMAGENET_DEFAULT_STD,
+        mean=MEAN,
+        std=STD,
         first_conv=None,
         classifier=None,
         license="IDEA License 1.0, non-commercial",  # of the published code and weights
@@ -662,8 +734,8 @@ def _cfg(height: int, width: int) -> dict:
 
 
 VARIANTS: dict[str, dict[str, Any]] = dict(
-    dfa3d_bev_s=dict(strides=(32,), bev_size=(150, 150), layers=3),
-    dfa3d_bev_b=dict(strides=(8, 16, 32, 64), bev_size=(200, 200), layers=6),
+    dfa3d_bev_s=dict(strides=(32,), bev_size=(150, 150), layers=3, rotation_center=(100.0, 100.0)),
+    dfa3d_bev_b=dict(strides=(8, 16, 32, 64), bev_size=(200, 200), layers=6, rotation_center=(100.0, 100.0)),
 )
 SOURCE = "the authors' links: https://github.com/IDEA-Research/3D-deformable-attention"
 WEIGHTS = dict(
@@ -678,8 +750,13 @@ default_cfgs = generate_default_cfgs(
 def _create(name: str, pretrained: bool, **kwargs) -> BEVLifter:
     if kwargs.get("num_classes"):
         raise ValueError(f"{name} has no classifier: num_classes must be 0, got {kwargs['num_classes']}")
-    kwargs = VARIANTS[name] | dict(kwargs_filter=("num_classes", "global_pool")) | kwargs
-    return create_model(BEVLifter, name, pretrained, checkpoint_filter_fn, WEIGHTS[name], **kwargs)
+    middle = dict(rotation_center=None) if "bev_size" in kwargs else {}  # of another view than the published one
+    kwargs = VARIANTS[name] | middle | dict(kwargs_filter=("num_classes", "global_pool")) | kwargs
+    model = create_model(BEVLifter, name, pretrained, checkpoint_filter_fn, WEIGHTS[name], **kwargs)
+    if not isinstance(model.backbone, ResNetDCN):  # images are prepared as its backbone wants them
+        wanted = {key: model.backbone.pretrained_cfg[key] for key in ("mean", "std")}
+        model.pretrained_cfg = model.default_cfg = model.pretrained_cfg | wanted
+    return model
 
 
 @register_model

@@ -204,7 +204,8 @@ def train(
     aspects = getattr(training, "aspects", None)
     order = TrainingOrder(len(training), batch_size, seed, state.step, steps, accumulate, repeats, aspects)
     training_batches = iter(batches(training, order, seed, workers, device, bad))
-    order = EvaluationOrder(len(validation), max(1, batch_size // world_size()))
+    sequences = getattr(validation, "sequences", None)
+    order = EvaluationOrder(len(validation), max(1, batch_size // world_size()), sequences)
     validation_batches = batches(validation, order, seed, workers, device, bad)
     resumed_at = state.step
     stop.catch_interrupts()

@@ -1,16 +1,20 @@
 """BEVFormer's recipe with DFA3D on nuScenes: 24 epochs of AdamW, 8 samples a step, the image backbone at a tenth.
 
+Published runs start from FCOS3D's ResNet-101 with deformable convolutions: give its file, r101_dcn_fcos3d_pretrain.pth of
+BEVFormer's releases, as checkpoint=…; with none, the frozen stem and first stage would stay random. A backbone of timm
+is trained with model.backbone=resnet101 model.backbone_pretrained=True. With the CAN bus expansion in data.root, the
+ego's accelerations and velocities are given as published, else zeros.
+
 Lengths are in steps, 3,516 an epoch, as the warm-up takes 500. The stem, the first stage and all BatchNorms of the
-backbone are frozen. Differs from the published runs: the backbone is timm's ResNet-101 with ImageNet's weights, without
-deformable convolutions and FCOS3D's training; there is no CAN bus, which is not in nuScenes' own tables, whose poses
-give the ego's motion; tests show each sample its own `frames`, where theirs carry the view through the whole scene; the
-cosine follows the step, not the epoch; brightness is multiplied by 0.875 to 1.125, where theirs adds up to 32.
+backbone are frozen. Differs from the published runs: the cosine follows the step, not the epoch; brightness is
+multiplied by 0.875 to 1.125, where theirs adds up to 32.
 """
 
 from saccade.train.data.nuscenes import NuScenes
 from saccade.train.tasks.lift import Lift
 
-model = dict(name="dfa3d_bev_b", backbone="resnet101", backbone_pretrained=True, can_bus=0)
+# Published models turn the view of before about the point (100, 100) of the map, whatever its size.
+model = dict(name="dfa3d_bev_b", backbone="resnet101_dcn", can_bus=18, rotation_center=(100.0, 100.0))
 data = dict(type=NuScenes, root="data/nuscenes", frames=4)
 task = dict(type=Lift, head="decoder")
 freeze = tuple(f"lifter.backbone.{part}" for part in ("conv1", "layer1", "*bn?", "*downsample.1"))

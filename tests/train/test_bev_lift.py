@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 from saccade.train.data.bev_scenes import CAMERAS, LIDAR, MEAN, STD, BevScenes, augment, corners, moved
-from saccade.train.data.nuscenes import Samples
+from saccade.train.data.loader import EvaluationOrder
+from saccade.train.data.nuscenes import NuScenes, Samples, ego_motion, grid, split_scenes
 from saccade.train.models.bev import CentreHead, DecoderHead
 from saccade.train.runtime.checkpoint import read
 from saccade.train.runtime.errors import UserError
@@ -280,17 +281,18 @@ def test_mistakes_are_one_sentence(model, task, said):
 
 
 def test_earlier_frames():
-    """In tests the frames just before, fewer where a scene begins; in training the last four without a random one."""
+    """In tests none, as the view is carried on; in training the last four without a random one, or those just before,
+    fewer where a scene begins."""
     tables = SimpleNamespace(get=lambda table, token: dict(prev=str(int(token) - 1) if int(token) else ""))
     source = SimpleNamespace(tables=tables, frames=4)
     inputs = dict(mean=(0.5,) * 3, std=(0.5,) * 3)
-    assert Samples(source, [], inputs, None).earlier("9") == ["6", "7", "8"]
-    assert Samples(source, [], inputs, None).earlier("1") == ["0"]
+    assert Samples(source, [], inputs, None).earlier("9") == []
     training = Samples(source, [], inputs, dict(skip=True, distort=False))
     drawn = [training.earlier("9") for _ in range(64)]
     assert {"".join(frames) for frames in drawn} == {"678", "578", "568", "567"}
     assert {"".join(training.earlier("2")) for _ in range(64)} == {"01", "0", "1"}
-    assert Samples(source, [], inputs, dict(skip=False, distort=False)).earlier("9") == ["6", "7", "8"]
+    adjacent = Samples(source, [], inputs, dict(skip=False, distort=False))
+    assert adjacent.earlier("9") == ["6", "7", "8"] and adjacent.earlier("1") == ["0"]
 
 
 def test_decoder_ignores_boxes_out_of_range():
@@ -341,3 +343,93 @@ def test_two_processes_train(strategy, start, tmp_path):
     # bf16's rounding, the only difference, is magnified where boxes of equal score change places.
     for name in ("mAP", "mASE", "mATE"):
         assert here[name] == pytest.approx(there[name], abs=0.05), name
+
+
+def test_numbers_of_the_ego(tmp_path):
+    """Position, rotation, the first CAN bus message after the sample, yaw; differences to the frame before."""
+    (tmp_path / "can_bus").mkdir()
+    rows = [
+        dict(utime=time, accel=[k, 2, 3], rotation_rate=[4, 5, 6], vel=[7, 8, k], pos=[0, 0, 0])
+        for k, time in ((1, 10), (2, 20), (3, 30))
+    ]
+    (tmp_path / "can_bus" / "scene-7_pose.json").write_text(json.dumps(rows))
+    turned = [np.cos(-np.pi / 3), 0, 0, np.sin(-np.pi / 3)]  # 120 degrees clockwise
+    table = dict(
+        a=dict(translation=[5.0, 6.0, 1.0], rotation=turned), b=dict(translation=[6.0, 3.0, 1.5], rotation=[1, 0, 0, 0])
+    )
+    tables = SimpleNamespace(
+        get=lambda name, token: dict(
+            sample_data=dict(ego_pose_token=token), ego_pose=table.get(token), scene=dict(name=token)
+        )[name]
+    )
+    source = SimpleNamespace(root=str(tmp_path), tables=tables)
+    source.messages = lambda scene: NuScenes._messages(source, scene)
+    samples = {
+        token: dict(data=dict(LIDAR_TOP=token), timestamp=time, scene_token="scene-7")
+        for token, time in (("a", 20), ("b", 99))
+    }
+    first, second = (NuScenes.ego(source, samples[token]) for token in "ab")
+    degrees = 240.0
+    assert first == pytest.approx([5, 6, 1, *turned, 3, 2, 3, 4, 5, 6, 7, 8, 3, np.deg2rad(degrees), degrees])
+    assert second[7:16].tolist() == [3, 2, 3, 4, 5, 6, 7, 8, 3]  # the last, where none comes after
+    motion, bus = ego_motion(first, None)
+    assert not motion.any() and bus[[0, 1, 2, 17]].tolist() == [0, 0, 0, 0] and bus[16] == pytest.approx(4 * np.pi / 3)
+    motion, bus = ego_motion(second, first)
+    # The ego looks along the world's x axis: right is -y, ahead is x.
+    torch.testing.assert_close(motion, torch.tensor([3.0, 1.0, -240.0]), rtol=1e-5, atol=1e-5)
+    assert bus[[0, 1, 2, 17]].tolist() == [1, -3, 0.5, -240]
+    samples["a"]["scene_token"] = "scene-8"  # which has no messages
+    assert not NuScenes.ego(source, samples["a"])[7:16].any()
+    (tmp_path / "can_bus" / "scene-9_pose.json").write_text('[{"utime": 3}]')
+    with pytest.raises(UserError, match=r"the CAN bus messages .*scene-9_pose.json can't be read \('accel'\)"):
+        source.messages("scene-9")
+
+
+def test_views_are_carried_through_a_scene():
+    """Until the next scene begins, or a frame is missing."""
+    torch.manual_seed(0)
+    data = source(frames=2)
+    task = Lift(data)
+    net = task.model(**MODEL).eval()
+    dataset = data.dataset("val", INPUTS)
+    frames = [dataset.collate([dataset[i]])["frames"][1] for i in (0, 1)]
+    order = [(0, True), (1, False), (2, False), (4, False), (5, True)]
+    batches = [
+        dict(
+            frames=[frames[i % 2] | dict(scene_start=torch.tensor([start]))], boxes=[torch.zeros(0, 9)],
+            labels=[torch.zeros(0).long()], index=torch.tensor([i]), streams=True,
+        )
+        for i, start in order
+    ]  # fmt: skip
+    views = []
+    net.head.register_forward_pre_hook(lambda module, inputs: views.append(inputs[0]))
+    with torch.no_grad():
+        _, detail = task.evaluate(net, batches)
+        assert list(detail["detections"]) == [0, 1, 2, 4, 5]
+        zero, one = frames
+        want = [net.look(zero, None)[0]]
+        want += [net.look(one, want[0])[0]]
+        want += [net.look(zero, want[1])[0], net.look(zero, None)[0], net.look(one, None)[0]]
+    for got, expected in zip(views, want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert (want[2] - want[0]).abs().max() > 1e-3
+
+
+def test_scenes_are_not_divided():
+    tables = SimpleNamespace(get=lambda table, token: dict(scene_token=token[0]))
+    sequences = split_scenes(tables, ["a1", "a2", "b1", "c1", "c2"])
+    assert sequences == [[0, 1], [2], [3, 4]]
+    assert list(EvaluationOrder(5, 2, sequences)) == [[(0, i)] for i in range(5)]
+
+
+def test_grid_mask():
+    """Squares of half the period, everywhere; the published sizes."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        kept = grid(12, 30)
+        assert kept.shape == (12, 30) and set(kept.flatten().tolist()) == {0.0, 1.0}
+        torch.manual_seed(seed)
+        period = int(torch.randint(2, 12, ()))
+        side = min(max(int(period / 2 + 0.5), 1), period - 1)
+        assert torch.equal(kept[:, period:], kept[:, :-period]) and torch.equal(kept[period:], kept[:-period])
+        assert (1 - kept[:, :period]).sum(1).unique().tolist() in ([0, side], [side])

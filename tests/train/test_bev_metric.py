@@ -133,5 +133,13 @@ def test_layout_is_the_world(layout):
     assert known.float().mean() > 0.1
     assert ((depth - true)[known].abs() < 0.01).float().mean() > 0.85  # a camera is shown what another one sees, too
     assert torch.equal(dataset[0]["frames"][0]["motion"].abs() < 1e-5, torch.ones(3, dtype=torch.bool))
-    batch = dataset.collate([dataset[0], dataset[1]])
+    # In tests one frame after another of each scene, in training those before as well, fewer where a scene begins.
+    batch = dataset.collate([dataset[1]])
+    assert len(batch["frames"]) == 1 and batch["streams"] and dataset.sequences[:2] == [[0, 1], [2, 3]]
+    starts = [bool(dataset[i]["frames"][0]["scene_start"]) for i in range(4)]
+    assert starts == [True, False, True, False] and last["can_bus"].shape == (18,) and not last["can_bus"][7:16].any()
+    training = source.dataset("train", source.inputs({}), training=True)
+    training.augmentation["skip"] = False
+    batch = training.collate([training[0], training[1]])
     assert len(batch["frames"]) == 2 and batch["frames"][0]["images"].shape == (2, 6, 3, 32, 64)
+    assert [frame["scene_start"].tolist() for frame in batch["frames"]] == [[True, True], [True, False]]

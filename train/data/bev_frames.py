@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-RANGES = dict(  # metres from the ego
-    car=50.0, truck=50.0, bus=50.0, trailer=50.0, construction_vehicle=50.0, pedestrian=40.0, motorcycle=40.0,
-    bicycle=40.0, traffic_cone=30.0, barrier=30.0,
+RANGES = dict(  # metres from the ego; the classes in the order of published detectors
+    car=50.0, truck=50.0, construction_vehicle=50.0, bus=50.0, trailer=50.0, barrier=30.0, motorcycle=40.0,
+    bicycle=40.0, pedestrian=40.0, traffic_cone=30.0,
 )  # fmt: skip
 ATTRIBUTES = (
     "cycle.with_rider",

@@ -141,12 +141,17 @@ class TrainingOrder:
 
 
 class EvaluationOrder:
-    """Every image once over all processes, in batches of this process's share; the last ones may be short."""
+    """Every image once over all processes, in batches of this process's share; the last ones may be short.
 
-    def __init__(self, images: int, batch_size: int):
+    sequences: indices of images that one process must get one after another, each a batch of its own; None: none.
+    """
+
+    def __init__(self, images: int, batch_size: int, sequences: list[list[int]] | None = None):
         self.batches = [list(range(i, min(i + batch_size, images))) for i in range(0, images, batch_size)][
             rank() :: world_size()
         ]
+        if sequences is not None:
+            self.batches = [[index] for sequence in sequences[rank() :: world_size()] for index in sequence]
 
     def __len__(self) -> int:
         return len(self.batches)

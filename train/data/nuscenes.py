@@ -2,8 +2,15 @@
 
 The view's frame is the LiDAR's of a sample: x to the right, y ahead, z up. Matrices account for how the ego moves
 between the LiDAR's moment and each camera's.
+
+A frame's `can_bus` is what published BEVFormer and DFA3D get: the ego's position in the world less that of the frame
+before (3), its quaternion w, x, y, z (4), acceleration, rotation rate and velocity (9), yaw in radians from 0 to 2π,
+and yaw in degrees less that of the frame before. Where there is no frame before, the differences are 0. The nine come
+from the CAN bus expansion, a download of its own: from the first message after the sample; without it they are 0.
 """
 
+import json
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +28,7 @@ from ..runtime.config import Count, Fraction, NonNegativeInt, Positive
 from ..runtime.errors import UserError
 from .bad_images import BadImage
 from .bev_frames import ATTRIBUTES, RANGES, attribute, collate
-from .bev_scenes import moved, quaternion
+from .bev_scenes import quaternion
 from .files import note_classes
 from .images import read_image
 from .nuscenes_tables import check_tables
@@ -33,11 +40,14 @@ SPLITS = {"v1.0-trainval": ("train", "val"), "v1.0-mini": ("mini_train", "mini_v
 class NuScenes:
     """The data of a run.
 
-    root: the folder that has samples/ and the tables' folder `version`. scale: of the images, which are then padded to
-    multiples of 32 on the right and the bottom. frames: key frames a sample shows, oldest first; fewer where a scene
-    begins. In training only: skip: the earlier frames are those of the last `frames` that remain when a random one is
-    left out, so that intervals vary; distort: photometric distortion; grid_mask: the probability of GridMask
-    (arXiv 2001.04086), of all images and depths of the last frame alike. max_bad: see saccade.train.data.bad_images.
+    root: the folder that has samples/ and the tables' folder `version`, and can_bus/ if the CAN bus expansion is there.
+    scale: of the images, which are then padded to multiples of 32 on the right and the bottom. frames: key frames that
+    a training sample shows, oldest first; fewer where a scene begins. In tests a sample shows one frame: the frames of
+    a scene come in their order, and the view is carried on; with frames=1 each is for itself.
+    In training only: samples without boxes are left out. skip: the earlier frames are those of the last `frames` that
+    remain when a random one is left out, so that intervals vary; distort: photometric distortion; grid_mask: the
+    probability of GridMask (arXiv 2001.04086), of all images and depths of the last frame alike.
+    max_bad: see saccade.train.data.bad_images.
     "val" and "test" are the validation scenes.
     """
 
@@ -71,10 +81,11 @@ class NuScenes:
         self.augmentation = dict(skip=skip, distort=distort, grid_mask=grid_mask)
         self.max_bad, self.bad = max_bad, {}
         self.class_names = list(RANGES)
+        self.messages = lru_cache(maxsize=None)(self._messages)
         first = next((row for row in self.tables.sample_data if row["width"] and row["height"]), None)
         if first is None:
             raise UserError(f"{Path(root, version)}/sample_data.json lists no image with a width and a height")
-        self.img_size = tuple(32 * -(-round(scale * first[side]) // 32) for side in ("height", "width"))
+        self.img_size = tuple(32 * -(-int(scale * first[side]) // 32) for side in ("height", "width"))
 
     def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
         """The preprocessing, as timm names it: the size of the data, the mean and deviation of the model."""
@@ -99,6 +110,8 @@ class NuScenes:
 
     def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> Dataset:
         self.evaluated = self.tokens(split)
+        if training and self.version != "v1.0-test":
+            self.evaluated = [token for token in self.evaluated if sum(self.count([token]))]
         if self.version != "v1.0-test":  # which has no annotations
             note_classes(split, self.count(self.evaluated), self.class_names, "boxes", least=int(training))
         return Samples(self, self.evaluated, inputs, self.augmentation if training else None)
@@ -150,6 +163,42 @@ class NuScenes:
         ego = self.tables.get("ego_pose", row["ego_pose_token"])
         return rigid(ego) @ rigid(self.tables.get("calibrated_sensor", row["calibrated_sensor_token"]))
 
+    def ego(self, sample: dict[str, Any]) -> ndarray:
+        """Return a sample's (18,) numbers of the ego, as the module's docstring has them, but absolute."""
+        row = self.tables.get("sample_data", sample["data"]["LIDAR_TOP"])
+        pose = self.tables.get("ego_pose", row["ego_pose_token"])
+        ahead = rigid(pose)[:2, 0]
+        yaw = np.arctan2(ahead[1], ahead[0]) % (2 * np.pi)
+        times, values = self.messages(self.tables.get("scene", sample["scene_token"])["name"])
+        after = min(np.searchsorted(times, sample["timestamp"], side="right"), len(times) - 1)
+        measured = values[after] if len(times) else np.zeros(9)
+        return np.array([*pose["translation"], *pose["rotation"], *measured, yaw, np.rad2deg(yaw)])
+
+    def _messages(self, scene: str) -> tuple[ndarray, ndarray]:
+        """Return the times (n,) in microseconds and the nine numbers (n, 9) of a scene's messages of its pose."""
+        file = Path(self.root, "can_bus", f"{scene}_pose.json")
+        if not file.is_file():
+            return np.zeros(0), np.zeros((0, 9))
+        try:
+            rows = json.loads(file.read_text(encoding="utf-8"))
+            times = np.array([row["utime"] for row in rows], np.int64)
+            values = np.array([[*row["accel"], *row["rotation_rate"], *row["vel"]] for row in rows], np.float64)
+            if values.shape != (len(rows), 9) or not np.isfinite(values).all():
+                raise ValueError("accel, rotation_rate and vel must be three finite numbers each")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"the CAN bus messages {file} can't be read ({error}): unpack them again") from error
+        return times, values
+
+
+def ego_motion(now: ndarray, before: ndarray | None) -> tuple[Tensor, Tensor]:
+    """Return the motion (3,) and can_bus (18,) of a frame, from NuScenes.ego's of it and of the frame before."""
+    bus = now.copy()
+    bus[[0, 1, 2, 17]] -= now[[0, 1, 2, 17]] if before is None else before[[0, 1, 2, 17]]
+    beyond = bus[16] - np.arctan2(bus[1], bus[0])  # the yaw, seen from the direction of travel
+    distance = np.hypot(bus[0], bus[1])
+    motion = [distance * np.sin(beyond), distance * np.cos(beyond), bus[17]]
+    return torch.tensor(motion, dtype=torch.float32), torch.from_numpy(bus).float()
+
 
 def rigid(row: dict[str, Any]) -> ndarray:
     """(4, 4) of a table's translation and rotation (w, x, y, z)."""
@@ -168,35 +217,43 @@ class Samples(Dataset):
         self.source, self.tokens, self.inputs, self.augmentation = source, tokens, inputs, augmentation
         self.mean, self.std = (torch.tensor(inputs[name]).view(3, 1, 1) for name in ("mean", "std"))
         self.distort = RandomPhotometricDistort() if augmentation and augmentation["distort"] else None
+        self.streams = augmentation is None and source.frames > 1
+        self.sequences = split_scenes(source.tables, tokens) if self.streams else None
 
     def __len__(self) -> int:
         return len(self.tokens)
 
     def collate(self, samples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Of samples at the beginning of a scene the first frame is repeated, the ego standing still."""
+        """Samples at the beginning of a scene have their first frame several times; the view of the last one counts."""
         most = max(len(sample["frames"]) for sample in samples)
         for sample in samples:
-            still = sample["frames"][0] | dict(motion=torch.zeros(3))
-            sample["frames"] = [still] * (most - len(sample["frames"])) + sample["frames"]
-        return collate(samples)
+            sample["frames"] = sample["frames"][:1] * (most - len(sample["frames"])) + sample["frames"]
+        return collate(samples) | (dict(streams=True) if self.streams else {})
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        tables, token = self.source.tables, self.tokens[index]
-        frames, last = [], None
-        for sample in (*self.earlier(token), token):
-            frame, pose = self.frame(tables.get("sample", sample))
-            frame["motion"] = moved(pose if last is None else last, pose)
+        source, token = self.source, self.tokens[index]
+        samples = [source.tables.get("sample", name) for name in (*self.earlier(token), token)]
+        before = samples[0]["prev"] if self.streams else ""
+        last = source.ego(source.tables.get("sample", before)) if before else None
+        frames = []
+        for sample in samples:
+            now = source.ego(sample)
+            frame, pose = self.frame(sample)
+            frame["motion"], frame["can_bus"] = ego_motion(now, last)
+            frame["scene_start"] = torch.tensor(last is None)
             frames.append(frame)
-            last = pose
+            last = now
         if self.augmentation and torch.rand(()) < self.augmentation["grid_mask"]:
             kept = grid(*self.source.img_size)
             frames[-1] |= {name: frames[-1][name] * kept for name in ("images", "depth")}
-        boxes, labels, attributes = self.annotations(tables.get("sample", token), last)
+        boxes, labels, attributes = self.annotations(samples[-1], pose)
         return dict(frames=frames, boxes=boxes, labels=labels, attributes=attributes, index=torch.tensor(index))
 
     def earlier(self, token: str) -> list[str]:
-        """Return the frames to show before a sample's own, oldest first."""
-        skip = bool(self.augmentation and self.augmentation["skip"])
+        """Return the frames to show before a sample's own, oldest first: none in tests."""
+        if self.augmentation is None:
+            return []
+        skip = self.augmentation["skip"]
         before: list[str] = []
         for _ in range(self.source.frames - (not skip)):
             token = token and self.source.tables.get("sample", token)["prev"]  # "" before a scene's first
@@ -225,14 +282,17 @@ class Samples(Dataset):
             row = tables.get("sample_data", sample["data"][camera])
             picture = torch.from_numpy(np.array(read_image(Path(source.root, row["filename"])))).permute(2, 0, 1)
             picture = self.distort(picture) if self.distort else picture
-            tall, wide = (round(source.scale * side) for side in picture.shape[1:])
-            picture = interpolate(picture[None].float() / 255, (tall, wide), mode="bilinear", antialias=True)[0]
-            images.append(pad((picture - self.mean) / self.std, (0, W - wide, 0, H - tall)))
-            matrix = np.eye(4)
             known = tables.get("calibrated_sensor", row["calibrated_sensor_token"])["camera_intrinsic"]
-            matrix[:3, :3] = np.diag([source.scale, source.scale, 1]) @ known
-            matrices.append(matrix @ np.linalg.inv(source.pose(sample["data"][camera])) @ pose)
-            depths.append(sparse_depth(points, matrices[-1], (H, W)))
+            matrix = np.eye(4)
+            matrix[:3, :3] = known
+            matrix = matrix @ np.linalg.inv(source.pose(sample["data"][camera])) @ pose
+            depth = sparse_depth(points, matrix, tuple(picture.shape[1:]))
+            tall, wide = (int(source.scale * side) for side in picture.shape[1:])
+            # As OpenCV resizes: bilinear without antialiasing, and depth by the nearest pixel.
+            picture = interpolate(picture[None].float() / 255, (tall, wide), mode="bilinear")[0]
+            depths.append(pad(interpolate(depth[None, None], (tall, wide))[0, 0], (0, W - wide, 0, H - tall)))
+            images.append(pad((picture - self.mean) / self.std, (0, W - wide, 0, H - tall)))
+            matrices.append(np.diag([source.scale, source.scale, 1, 1]) @ matrix)
         matrices = torch.from_numpy(np.stack(matrices)).float()
         frame = dict(images=torch.stack(images), lidar2img=matrices, depth=torch.stack(depths))
         frame["cameras"] = torch.tensor(present)
@@ -274,8 +334,17 @@ def sparse_depth(points: ndarray, matrix: ndarray, size: tuple[int, int]) -> Ten
 
 def grid(height: int, width: int) -> Tensor:
     """(height, width), 0 in a lattice of squares of random size and place, 1 between: GridMask without its turn."""
-    period = int(torch.randint(2, max(3, min(height, width)), ()))
+    period = int(torch.randint(2, max(3, height), ()))
+    side = min(max(int(period / 2 + 0.5), 1), period - 1)
     down, right = torch.randint(period, (2,)).tolist()
-    row = (torch.arange(height) + down) % period < max(1, period // 2)
-    column = (torch.arange(width) + right) % period < max(1, period // 2)
+    row = (torch.arange(height) + down) % period < side
+    column = (torch.arange(width) + right) % period < side
     return 1.0 - (row[:, None] & column).float()
+
+
+def split_scenes(tables: Any, tokens: list[str]) -> list[list[int]]:
+    """Return the indices of samples, in the order of time, of each scene."""
+    scenes: dict[str, list[int]] = {}
+    for index, token in enumerate(tokens):
+        scenes.setdefault(tables.get("sample", token)["scene_token"], []).append(index)
+    return list(scenes.values())

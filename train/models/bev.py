@@ -6,6 +6,7 @@ the view's frame. Every head has the same three: forward(view (B, E, H, W)) -> i
 """
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +16,10 @@ from timm.layers import Mlp
 from torch import Tensor, nn
 from torchvision.ops import sigmoid_focal_loss
 
-from ...backbones.dfa3d import DeformableAttention
+from ...backbones.dfa3d import ENCODER_KEYS, DeformableAttention, convert, rename
+from ...backbones.published import Rules, rename_key
+from ..runtime.distributed import all_reduce_sum, world_size
+from .body import to_full_precision
 
 CODE_WEIGHTS = (1.0,) * 8 + (0.2,) * 2  # velocity is hard to see
 
@@ -23,8 +27,8 @@ CODE_WEIGHTS = (1.0,) * 8 + (0.2,) * 2  # velocity is hard to see
 class BevDetector(nn.Module):
     """A lifter and a head: frames, oldest first, to the head's outputs on the last one's view.
 
-    A frame is a dict of the lifter's arguments: images, lidar2img, and as there are motion, can_bus, cameras, depth.
-    known_depth: depth is given to the lifter, in the depth network's place.
+    A frame is a dict of the lifter's arguments: images, lidar2img, and as there are motion, can_bus, cameras, depth,
+    scene_start. known_depth: depth is given to the lifter, in the depth network's place.
     """
 
     def __init__(self, lifter: nn.Module, head: nn.Module, known_depth: bool = False):
@@ -32,18 +36,25 @@ class BevDetector(nn.Module):
         self.lifter, self.head, self.known_depth = lifter, head, known_depth
 
     def look(self, frame: dict[str, Tensor], before: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        given = {name: frame[name] for name in ("motion", "can_bus", "cameras") if name in frame}
+        """Return (the view of a frame, the depth network's codes); before: the view of the frame before, if any."""
+        given = {name: frame[name] for name in ("motion", "can_bus", "cameras", "scene_start") if name in frame}
         if before is None:
             given.pop("motion", None)
+        if not self.lifter.can_bus:
+            given.pop("can_bus", None)
         depth = frame["depth"] if self.known_depth else None
         return self.lifter(frame["images"], frame["lidar2img"], before, **given, depth=depth, return_depth=True)
 
-    def forward(self, frames: Sequence[dict[str, Tensor]]) -> tuple[Any, Tensor | None]:
-        """(the head's outputs, the depth network's codes (B, N, codes, h, w) of the last frame).
+    def forward(
+        self, frames: Sequence[dict[str, Tensor]], before: Tensor | None = None, return_view: bool = False
+    ) -> tuple[Any, ...]:
+        """Return (the head's outputs, the depth network's codes (B, N, codes, h, w) of the last frame), and with
+        return_view the last view too.
 
-        What came before is looked at without a gradient, and as in evaluation, as published.
+        What came before is looked at without a gradient, and as in evaluation, as published. before: the view before
+        the first frame.
         """
-        view = None
+        view = before
         if len(frames) > 1:
             learning = [module for module in self.lifter.modules() if module.training]
             self.lifter.eval()
@@ -53,7 +64,7 @@ class BevDetector(nn.Module):
             for module in learning:
                 module.training = True
         view, codes = self.look(frames[-1], view)
-        return self.head(view), codes
+        return (self.head(view), codes, view) if return_view else (self.head(view), codes)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -102,7 +113,7 @@ class CentreHead(nn.Module):
 
     def forward(self, view: Tensor) -> tuple[Tensor, Tensor]:
         x = self.shared(view)
-        return self.peaks(x).float(), self.codes(x).float()  # logits (B, classes, H, W), (B, 10, H, W)
+        return to_full_precision((self.peaks(x), self.codes(x)))  # logits (B, classes, H, W), (B, 10, H, W)
 
     def place(self, boxes: Tensor) -> Tensor:
         """Where boxes lie, in cells: (n, 2), x and y."""
@@ -169,6 +180,11 @@ class CentreHead(nn.Module):
         return found
 
 
+def inverse_sigmoid(p: Tensor) -> Tensor:
+    """The logit, with p and 1 - p of 1e-5 at least, each by itself."""
+    return (p.clamp(min=1e-5) / (1 - p).clamp(min=1e-5)).log()
+
+
 class DecoderLayer(nn.Module):
     """Queries look at each other, at the view around their reference points, and into themselves; post-norm."""
 
@@ -229,6 +245,12 @@ class DecoderHead(nn.Module):
 
         self.kinds = nn.ModuleList(branch(classes, True) for _ in range(layers))
         self.codes = nn.ModuleList(branch(10, False) for _ in range(layers))
+        self.register_buffer("code_weights", torch.tensor(CODE_WEIGHTS), persistent=False)
+        for parameter in self.layers.parameters():
+            if parameter.ndim > 1:
+                nn.init.xavier_uniform_(parameter)
+        for layer in self.layers:
+            layer.cross.init_weights()
         nn.init.xavier_uniform_(self.reference.weight)
         nn.init.zeros_(self.reference.bias)
         for kind in self.kinds:
@@ -240,16 +262,16 @@ class DecoderHead(nn.Module):
         B = len(view)
         flat = view.flatten(2).mT
         position, x = self.query.weight.expand(B, -1, -1).chunk(2, -1)
-        where = self.reference(position).float().sigmoid()
+        where = to_full_precision(self.reference(position)).sigmoid()
         out = []
         low, high = where.new_tensor(self.low), where.new_tensor(self.high)
         for layer, kind, branch in zip(self.layers, self.kinds, self.codes):
             x = layer(x, position, flat, self.shape, where)
-            code = branch(x).float()
-            at = (code[..., [0, 1, 4]] + where.logit(1e-5)).sigmoid()
+            code = to_full_precision(branch(x))
+            at = (code[..., [0, 1, 4]] + inverse_sigmoid(where)).sigmoid()
             metres = at * (high - low) + low
             code = torch.cat([metres[..., :2], code[..., 2:4], metres[..., 2:], code[..., 5:]], -1)
-            out.append((kind(x).float(), code))
+            out.append((to_full_precision(kind(x)), code))
             where = at.detach()
         return out
 
@@ -274,18 +296,23 @@ class DecoderHead(nn.Module):
     def loss(
         self, outputs: list[tuple[Tensor, Tensor]], boxes: Sequence[Tensor], labels: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """Boxes whose centre lies beyond pc_range in x or y, which no reference point reaches, do not count."""
+        """Boxes whose centre lies beyond pc_range in x or y, which no reference point reaches, do not count.
+
+        Sums are divided by the mean number of boxes of all processes, 1 at least.
+        """
         low, high = self.low[:2], self.high[:2]
         inside = [((b[:, :2] > b.new_tensor(low)) & (b[:, :2] < b.new_tensor(high))).all(1) for b in boxes]
         boxes, labels = ([part[kept] for part, kept in zip(parts, inside)] for parts in (boxes, labels))
-        wanted, count = [self.encode(own) for own in boxes], max(1, sum(map(len, boxes)))
+        wanted = [self.encode(own) for own in boxes]
+        total = torch.tensor(float(sum(map(len, boxes))), device=outputs[0][0].device)
+        count = max(1.0, float(all_reduce_sum(total)) / world_size())
         losses: dict[str, Tensor] = {}
         for i, (logits, codes) in enumerate(outputs):
             target, off = torch.zeros_like(logits), codes.sum() * 0
             for b, (want, kinds) in enumerate(zip(wanted, labels)):
                 rows, columns = self.match(logits[b], codes[b], want, kinds)
                 target[b, rows, kinds[columns]] = 1
-                off = off + ((codes[b, rows] - want[columns]).abs() * codes.new_tensor(CODE_WEIGHTS)).sum()
+                off = off + ((codes[b, rows] - want[columns]).abs() * self.code_weights).sum()
             name = "" if i == len(outputs) - 1 else f"_{i}"
             losses[f"classes{name}"] = 2.0 * sigmoid_focal_loss(logits, target, 0.25, 2.0, "sum") / count
             losses[f"boxes{name}"] = 0.25 * off / count
@@ -297,12 +324,42 @@ class DecoderHead(nn.Module):
             score, index = logits.sigmoid().flatten().topk(min(self.most, logits.numel()))
             c = codes[index // self.classes]
             x, y, width, length, z, height, sin, cos, vx, vy = c.unbind(-1)
-            size = [t.clamp(-5, 5).exp() for t in (length, width, height)]
+            size = [t.exp() for t in (length, width, height)]
             box = torch.stack([x, y, z, *size, torch.atan2(sin, cos), vx, vy], -1)
             low, high = c.new_tensor(self.low[:2]) - self.margin, c.new_tensor(self.high[:2]) + self.margin
             kept = ((box[:, :2] >= low) & (box[:, :2] <= high)).all(1)
             found.append((box[kept], score[kept], index[kept] % self.classes))
         return found
+
+
+HEAD_KEYS: Rules = [  # published name of an entry of the head -> DecoderHead's, applied in order
+    (r"^pts_bbox_head\.query_embedding\.", "query."),
+    (r"^pts_bbox_head\.cls_branches\.", "kinds."),
+    (r"^pts_bbox_head\.reg_branches\.", "codes."),
+    (r"^pts_bbox_head\.transformer\.reference_points\.", "reference."),
+    (r"^pts_bbox_head\.transformer\.decoder\.", ""),
+    (r"\.attentions\.0\.attn\.", ".attn."),
+    (r"\.attentions\.1\.output_proj\.", ".proj."),
+    (r"\.attentions\.1\.", ".cross."),
+    *ENCODER_KEYS,
+]
+
+
+def from_published(tensors: dict[str, Tensor], net: BevDetector) -> dict[str, Tensor]:
+    """Convert a published detector's tensors to those of a detector with its backbone and decoder.
+
+    The published angle r is -yaw - pi/2: its sine is -cos(yaw) and its cosine -sin(yaw), so that two rows of the last
+    layers change places and signs. The weights of the loss, which such a file has too, are set.
+    """
+    converted = {f"lifter.{key}": value for key, value in convert(tensors, net.lifter).items()}
+    for key, value in tensors.items():
+        if key == "pts_bbox_head.code_weights" and value.shape == net.head.code_weights.shape:
+            net.head.code_weights.copy_(value)
+        elif rename(key).startswith("pts_bbox_head."):  # not of the lifter
+            if re.search(r"reg_branches\.\d+\.4\.", key) and len(value) == 10:
+                value = torch.cat([value[:6], -value[7:8], -value[6:7], value[8:]])
+            converted[f"head.{rename_key(key, HEAD_KEYS)}"] = value
+    return converted
 
 
 HEADS = dict(centre=CentreHead, decoder=DecoderHead)

@@ -1,5 +1,6 @@
 """Detection in a bird's-eye view: several cameras' images to boxes around the ego."""
 
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -7,11 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ...backbones.dfa3d import convert
+from ...backbones.resnet_dcn import ResNetDCN
 from ..metrics.nuscenes import NuScenesMetric
-from ..models.bev import BevDetector, make_head
-from ..models.body import load_whole
-from ..models.build import create, read_weights
-from ..models.class_names import class_sized, find_labels, fit_head
+from ..models import published
+from ..models.bev import BevDetector, from_published, make_head
+from ..models.build import create
+from ..models.class_names import find_labels, fit_head
+from ..models.weights import Weights
 from ..runtime.checkpoint import write_json, write_text
 from ..runtime.config import Fraction, NonNegative
 from ..runtime.errors import UserError
@@ -22,7 +26,7 @@ class Lift(Task):
     """Boxes from the bird's-eye view of a lifter, whose name and arguments are the model section.
 
     A sample is dict(frames, boxes (n, 9), labels (n,), index): frames, oldest first, are dicts of what a lifter takes
-    (images, lidar2img, and as there are depth, motion, can_bus, cameras), boxes those of the last one, as
+    (images, lidar2img, and as there are depth, motion, can_bus, cameras, scene_start), boxes those of the last one, as
     saccade.train.metrics.nuscenes has them.
 
     head: "centre" (CenterPoint's) or "decoder" (DETR's, as published); head_args: its arguments, see
@@ -49,7 +53,12 @@ class Lift(Task):
     def model(
         self, name: str, checkpoint: Any = None, new_head: bool = False, pretrained: bool = False, **kwargs: Any
     ) -> nn.Module:
-        """Build the detector. checkpoint: of this task; with new_head, layers of the classes' size may differ."""
+        """Build the detector.
+
+        checkpoint: of this task, or a published detector's file. With new_head, layers of the classes' size may differ;
+        and for the backbone resnet101_dcn the file may be of another detector with it (FCOS3D), as OpenMMLab writes
+        them: the backbone is taken, and the neck if it fits.
+        """
         lifter = create(name, 0, pretrained=pretrained, **kwargs)
         if not hasattr(lifter, "lift"):
             raise UserError(f"model.name={name} is no lifter: take dfa3d_bev_s or dfa3d_bev_b")
@@ -60,14 +69,30 @@ class Lift(Task):
         head = make_head(self.head, lifter, len(self.class_names), **self.head_args)
         net = BevDetector(lifter, head, self.known_depth)
         if checkpoint is not None:
-            file = Path(checkpoint)
-            tensors = read_weights(file)
-            if new_head and not self.match_head(file, reorders=False)[0]:
-                other = BevDetector(lifter, make_head(self.head, lifter, len(self.class_names) + 1, **self.head_args))
-                tensors = fit_head(tensors, class_sized(net, other), net.state_dict(), None)
-            load_whole(net, tensors, file, new_head)
+            self._load(net, published.read_published(checkpoint), new_head)
         net.pretrained_cfg, net.num_classes = lifter.pretrained_cfg, len(self.class_names)
         return net
+
+    def _load(self, net: BevDetector, weights: Weights, new_head: bool) -> None:
+        """Load the weights of a file; see `model`."""
+        file, tensors = weights.file, weights.tensors
+        if published.is_lifter(tensors):
+            is_same = isinstance(net.lifter.backbone, ResNetDCN)
+            if not is_same or self.head != "decoder":
+                needed = "model.backbone=resnet101_dcn" if not is_same else "task.head=decoder"
+                raise UserError(f"checkpoint {file} is of a published detector in a bird's-eye view: it needs {needed}")
+            tensors = from_published(tensors, net)
+        elif not any(key.startswith("lifter.") for key in tensors):
+            if not (new_head and isinstance(net.lifter.backbone, ResNetDCN)):
+                kind = published.describe(tensors)
+                raise UserError(f"checkpoint {file} is of {kind}, not of a whole detector in a bird's-eye view")
+            taken = load_start(net.lifter, tensors, file)
+            self.messages += (f"{file} is of {published.describe(tensors)}: {taken} taken, all else starts anew",)
+            return
+        if new_head and not self.match_head(weights, reorders=False)[0]:
+            own = net.state_dict()
+            tensors = fit_head(tensors, list(filter(published.SIZED_BY_CLASS.search, own)), own, None)
+        published.load_heads(net, tensors, file, new_head)
 
     def probe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Show the model one camera's black image; raises UserError in its own words if it can't take it."""
@@ -107,11 +132,22 @@ class Lift(Task):
         model.head.boxes = renumber
 
     def evaluate(self, model: nn.Module, batches: Iterable) -> tuple[dict[str, float], dict[str, Any]]:
-        """Return nuScenes' metrics in percent; its numbers for each class, and this process's detections."""
+        """Return nuScenes' metrics in percent; its numbers for each class, and this process's detections.
+
+        Batches that have "streams" are of one sample each, in the order of time: the view of one is the next one's
+        previous view, until a frame whose scene_start is true.
+        """
         metric = NuScenesMetric(self.class_names)
         detections: dict[int, tuple[Tensor, ...]] = {}
+        memory, last = None, None
         for batch in batches:
-            outputs, _ = model(batch["frames"])
+            if last is not None and int(batch["index"][0]) != last + 1:  # the frame before could not be read
+                memory = None
+            if batch.get("streams"):
+                outputs, _, memory = model(batch["frames"], memory, return_view=True)
+                last = int(batch["index"][-1])
+            else:
+                outputs, _ = model(batch["frames"])
             for i, predicted in enumerate(model.head.boxes(outputs)):
                 index = int(batch["index"][i])
                 attributes = batch["attributes"][i] if "attributes" in batch else None
@@ -162,6 +198,32 @@ class Lift(Task):
     @classmethod
     def predictor(cls, folder: Path, settings: dict[str, Any], device: torch.device, **options: Any) -> Predictor:
         raise UserError("a lifter needs all cameras of a sample and their matrices: see docs/bev.md")
+
+
+def load_start(lifter: nn.Module, tensors: dict[str, Tensor], file: Path) -> str:
+    """Load the backbone of another published detector into a lifter's, and its neck if it fits.
+
+    tensors: under OpenMMLab's names, with or without `img_`. Returns what was taken. Raises UserError where the
+    backbone does not fit.
+    """
+    kind = published.describe(tensors)
+    tensors = {re.sub(r"^(backbone|neck)\.", r"img_\1.", key): value for key, value in tensors.items()}
+    if not any(key.startswith("img_backbone.") for key in tensors):
+        tensors = {f"img_backbone.{key}": value for key, value in tensors.items()}
+    tensors = convert(tensors, lifter)
+    own = {key: value.shape for key, value in lifter.state_dict().items() if not key.endswith("num_batches_tracked")}
+    wanted = {key for key in own if key.startswith("backbone.")}
+    unlike = [key for key in sorted(wanted) if key not in tensors or tensors[key].shape != own[key]]
+    if unlike:
+        has = tuple(tensors[unlike[0]].shape) if unlike[0] in tensors else "missing"
+        raise UserError(
+            f"checkpoint {file} is of {kind} whose backbone is not a ResNet-101 with deformable convolutions: "
+            f"{unlike[0]} is {has} there and {tuple(own[unlike[0]])} here, and {len(unlike) - 1} more differ"
+        )
+    neck = {key for key in own if key.startswith(("fpn.", "extra."))}
+    has_neck = all(key in tensors and tensors[key].shape == own[key] for key in neck)
+    lifter.load_state_dict({key: tensors[key] for key in wanted | (neck if has_neck else set())}, strict=False)
+    return "its backbone and its neck are" if has_neck else "its backbone is"
 
 
 def depth_loss(codes: Tensor, target: Tensor) -> Tensor:

@@ -28,13 +28,9 @@ TABLE = [
             "task.head_args": None,
             "task.depth_weight": 0.5,
             "task.known_depth": False,
-            "model.backbone": Differs(
-                "resnet101", "ResNet-101, caffe style, with DCNv2", "the backbone is timm's ResNet-101"
-            ),
-            "model.backbone_pretrained": Differs(
-                True, "FCOS3D", "without deformable convolutions and FCOS3D's training"
-            ),
-            "model.can_bus": Differs(0, 18, "there is no CAN bus"),
+            "model.backbone": "resnet101_dcn",
+            "model.can_bus": 18,
+            "model.rotation_center": (100.0, 100.0),
             "freeze": tuple(f"lifter.backbone.{part}" for part in ("conv1", "layer1", "*bn?", "*downsample.1")),
             "data.skip": True,
             "data.grid_mask": 0.7,
