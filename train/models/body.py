@@ -3,14 +3,11 @@
 import math
 import re
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
-
-from ..runtime.errors import UserError
 
 
 class OnBody(nn.Module):
@@ -77,23 +74,3 @@ def to_full_precision(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: to_full_precision(part) for key, part in value.items()}
     return type(value)(map(to_full_precision, value))
-
-
-def load_whole(model: nn.Module, tensors: dict[str, Tensor], file: Path, new_head: bool) -> None:
-    """Load all of a model's weights; with `new_head`, those of another shape, as other classes make them, are left out.
-
-    Raises UserError where anything else differs.
-    """
-    own = model.state_dict()
-    unlike = [key for key in own if key not in tensors or own[key].shape != tensors[key].shape]
-    unlike += [key for key in tensors if key not in own]
-    resized = [key for key in unlike if key in own and key in tensors]
-    if new_head and len(resized) == len(unlike) and len(unlike) < len(own) / 4:
-        tensors = own | {key: value for key, value in tensors.items() if key not in resized}
-    elif unlike:
-        has, wants = (tuple(d[unlike[0]].shape) if unlike[0] in d else "missing" for d in (tensors, own))
-        raise UserError(
-            f"checkpoint {file} is of another model: {unlike[0]} is {has} there and {wants} here, and "
-            f"{len(unlike) - 1} more differ; give the model and task sections that it was trained with"
-        )
-    model.load_state_dict(tensors)
