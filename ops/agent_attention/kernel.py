@@ -72,6 +72,13 @@ def neighbours(x_ptr, n, stride_n, dy, dx, h, w, T: tl.constexpr, D: tl.constexp
     return load(x_ptr, T + y * w + x, stride_n, ok, D, BLOCK_D).to(tl.float32)
 
 
+@triton.jit
+def take_tile(pid, count, BLOCK: tl.constexpr):
+    """Split a program's index into its tile of `count` agents or tokens and the remaining index."""
+    tiles = (count + BLOCK - 1) // BLOCK
+    return pid % tiles * BLOCK + tl.arange(0, BLOCK), pid // tiles
+
+
 @triton.jit(do_not_specialize=SIZES)
 def gather_kernel(
     k_ptr, v_ptr, agents_ptr, rows_ptr, columns_ptr, token_ptr, part_ptr, lse_ptr,
@@ -81,10 +88,7 @@ def gather_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
-    pid = pid // heads
-    tiles = (a + BLOCK_A - 1) // BLOCK_A
-    m = pid % tiles * BLOCK_A + tl.arange(0, BLOCK_A)
-    pid = pid // tiles
+    m, pid = take_tile(pid // heads, a, BLOCK_A)
     b = (pid % B).to(tl.int64)
     split = pid // B
     mine = m < a
@@ -141,10 +145,8 @@ def read_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
-    pid = pid // heads
-    tiles = (N + BLOCK_N - 1) // BLOCK_N
-    n = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    b = (pid // tiles).to(tl.int64)
+    n, pid = take_tile(pid // heads, N, BLOCK_N)
+    b = pid.to(tl.int64)
     mine = n < N
     q = load(q_ptr + b * stride_qb + head * D, n, stride_qn, mine, D, BLOCK_D)
     agents_ptr += b * a * heads * D + head * D
@@ -195,9 +197,7 @@ def tokens_kernel(
     pid = tl.program_id(0)
     head = pid % heads
     pid = pid // heads
-    tiles = (N + BLOCK_N - 1) // BLOCK_N
-    n = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    chunk = pid // tiles
+    n, chunk = take_tile(pid, N, BLOCK_N)
     mine = n < N
     c = head * D
     C = heads * D
@@ -286,10 +286,7 @@ def agents_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
-    pid = pid // heads
-    tiles = (a + BLOCK_A - 1) // BLOCK_A
-    m = pid % tiles * BLOCK_A + tl.arange(0, BLOCK_A)
-    pid = pid // tiles
+    m, pid = take_tile(pid // heads, a, BLOCK_A)
     b = (pid % B).to(tl.int64)
     split = pid // B
     mine = m < a
@@ -334,13 +331,8 @@ def bias_kernel(
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
-    pid = pid // heads
-    agent_tiles = (a + BLOCK_A - 1) // BLOCK_A
-    m = pid % agent_tiles * BLOCK_A + tl.arange(0, BLOCK_A)
-    pid = pid // agent_tiles
-    tiles = (N + BLOCK_N - 1) // BLOCK_N
-    n = pid % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
-    chunk = pid // tiles
+    m, pid = take_tile(pid // heads, a, BLOCK_A)
+    n, chunk = take_tile(pid, N, BLOCK_N)
     ok = (n < N)[:, None] & (m < a)[None, :]
     one = bias(rows_ptr, columns_ptr, token_ptr, head, n[:, None], m[None, :], ok, a, h, w, S, T)
     dbias = tl.full((BLOCK_N, BLOCK_A), 0, tl.float32)
