@@ -46,61 +46,40 @@ def halo_attention(
         return reference.halo_attention(q, kv, height_rel, width_rel, heads, block, halo, stride, scale, scale_pos)
     else:
         _check(q, kv, height_rel, width_rel, heads, block, halo, stride)
+        scale = height_rel.shape[1] ** -0.5 if scale is None else scale
+        settings = eager.Settings(heads, block, halo, stride, scale, scale_pos)
         device = q.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             if q.dtype != torch.float64:  # as in PyTorch's own matrix products
                 q, kv = (z.to(torch.get_autocast_dtype(device)) for z in (q, kv))
             with torch.autocast(device, enabled=False):
-                return _attend(q, kv, height_rel, width_rel, heads, block, halo, stride, scale, scale_pos)
-        return _attend(q, kv, height_rel, width_rel, heads, block, halo, stride, scale, scale_pos)
+                return _attend(q, kv, height_rel, width_rel, settings)
+        return _attend(q, kv, height_rel, width_rel, settings)
 
 
-def _attend(
-    q: Tensor,
-    kv: Tensor,
-    height_rel: Tensor,
-    width_rel: Tensor,
-    heads: int,
-    block: int,
-    halo: int,
-    stride: int,
-    scale: float | None,
-    scale_pos: bool,
-) -> Tensor:
-    D = height_rel.shape[1]
+def _attend(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, settings: eager.Settings) -> Tensor:
+    D, (heads, block, halo, stride, *_) = height_rel.shape[1], settings
     if kv.numel() == 0:  # an empty result that depends on every input, for autograd
         v = kv.unflatten(1, (heads, kv.shape[1] // heads))[:, :, D:].flatten(1, 2)
         return v[:, :, ::stride, ::stride] + (q.sum() + height_rel.sum() + width_rel.sum()).to(kv.dtype)
-    scale = D**-0.5 if scale is None else scale
     cannot = []
     if max(D, kv.shape[1] // heads - D) > 256:
         cannot.append("a head dimension over 256")
     if block + 2 * halo > 32:
         cannot.append(f"a window of {block + 2 * halo} pixels per side, over 32")
-    args = q, kv, height_rel, width_rel, heads, block, halo, stride, scale, scale_pos
     if use_triton(q, kv, height_rel, width_rel, cannot=cannot):
-        return _triton(*args)
-    return eager.halo_attention(*args)
+        return _triton(q, kv, height_rel, width_rel, settings)
+    return eager.halo_attention(q, kv, height_rel, width_rel, settings)
 
 
-def _triton(
-    q: Tensor,
-    kv: Tensor,
-    height_rel: Tensor,
-    width_rel: Tensor,
-    heads: int,
-    block: int,
-    halo: int,
-    stride: int,
-    scale: float,
-    scale_pos: bool,
-) -> Tensor:
+def _triton(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, settings: eager.Settings) -> Tensor:
     from . import op  # imports Triton, so not at the top of the file
 
-    rows, columns = reference.position_logits(q, height_rel, width_rel, heads, block, halo, stride)
+    *sizes, scale, scale_pos = settings
+    rows, columns = reference.position_logits(q, height_rel, width_rel, *sizes)
     if scale_pos:
         rows, columns = rows * scale, columns * scale
-    return op.fwd(q, kv, rows, columns, heads, block, halo, stride, scale)[0]
+    return op.fwd(q, kv, rows, columns, *sizes, scale)[0]
 
 
 def _check(

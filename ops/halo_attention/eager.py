@@ -8,7 +8,7 @@ innermost axis has only `a` elements, which is three times slower.
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,24 +24,25 @@ from . import reference
 CHUNK_BYTES = 4 << 20
 
 
-def halo_attention(
-    q: Tensor,
-    kv: Tensor,
-    height_rel: Tensor,
-    width_rel: Tensor,
-    heads: int,
-    block: int,
-    halo: int,
-    stride: int,
-    scale: float,
-    scale_pos: bool,
-) -> Tensor:
+class Settings(NamedTuple):
+    """The arguments of halo_attention that are not tensors."""
+
+    heads: int
+    block: int
+    halo: int
+    stride: int
+    scale: float
+    scale_pos: bool = False
+
+
+def halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, settings: Settings) -> Tensor:
     """See saccade.ops.halo_attention, which checks the arguments."""
+    tensors = q, kv, height_rel, width_rel
     if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        attend = plain
-    else:
-        attend = reference.halo_attention if use_definition(q) else HaloAttention.apply
-    return attend(q, kv, height_rel, width_rel, heads, block, halo, stride, scale, scale_pos)
+        return plain(*tensors, *settings)
+    if use_definition(q):
+        return reference.halo_attention(*tensors, *settings)
+    return HaloAttention.apply(*tensors, settings)
 
 
 def memory_format(x: Tensor) -> torch.memory_format:
@@ -56,10 +57,10 @@ def empty(like: Tensor, channels: int) -> Tensor:
 
 class HaloAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *inputs) -> Tensor:
-        ctx.save_for_backward(*inputs[:4])
-        ctx.rest = inputs[4:]
-        return forward(*inputs)
+    def forward(ctx: Any, q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, settings: Settings) -> Tensor:
+        ctx.save_for_backward(q, kv, height_rel, width_rel)
+        ctx.settings = settings
+        return forward(q, kv, height_rel, width_rel, settings)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -67,25 +68,14 @@ class HaloAttention(torch.autograd.Function):
 
             def f(*tensors: Tensor) -> Tensor:
                 with no_autocast(dout):
-                    return reference.halo_attention(*tensors, *ctx.rest)
+                    return reference.halo_attention(*tensors, *ctx.settings)
 
-            return *definition_gradients(f, ctx.saved_tensors, ctx.needs_input_grad[:4], dout), *[None] * 6
-        return *backward(dout, *ctx.saved_tensors, *ctx.rest), *[None] * 6
+            return *definition_gradients(f, ctx.saved_tensors, ctx.needs_input_grad[:4], dout), None
+        return *backward(dout, *ctx.saved_tensors, ctx.settings), None
 
 
-def forward(
-    q: Tensor,
-    kv: Tensor,
-    height_rel: Tensor,
-    width_rel: Tensor,
-    heads: int,
-    block: int,
-    halo: int,
-    stride: int,
-    scale: float,
-    scale_pos: bool,
-) -> Tensor:
-    g = Geometry(q, kv, height_rel, heads, block, halo, stride, scale, scale_pos)
+def forward(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, settings: Settings) -> Tensor:
+    g, heads = Geometry(q, kv, height_rel, settings), settings.heads
     tables = [g.table(z) for z in (height_rel, width_rel)]
     out = g.empty(g.Dv)
     queries, outs, pixels = g.tiles(g.pad_to_tiles(q)), g.tiles(out), kv.unflatten(1, (heads, -1))
@@ -99,19 +89,9 @@ def forward(
 
 
 def backward(
-    dout: Tensor,
-    q: Tensor,
-    kv: Tensor,
-    height_rel: Tensor,
-    width_rel: Tensor,
-    heads: int,
-    block: int,
-    halo: int,
-    stride: int,
-    scale: float,
-    scale_pos: bool,
+    dout: Tensor, q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    g = Geometry(q, kv, height_rel, heads, block, halo, stride, scale, scale_pos)
+    g, heads, scale = Geometry(q, kv, height_rel, settings), settings.heads, settings.scale
     tables = [g.table(z) for z in (height_rel, width_rel)]
     dq, dkv = g.empty(g.D), empty(kv, kv.shape[1])
     queries, dqs, douts = g.tiles(g.pad_to_tiles(q)), g.tiles(dq), g.tiles(g.pad_to_tiles(dout))
@@ -154,7 +134,7 @@ def plain(
     scale: float,
     scale_pos: bool,
 ) -> Tensor:
-    return forward(q, kv, height_rel, width_rel, heads, block, halo, stride, scale, scale_pos)
+    return forward(q, kv, height_rel, width_rel, Settings(heads, block, halo, stride, scale, scale_pos))
 
 
 @plain.register_fake
@@ -176,7 +156,7 @@ def plain_bwd(
     scale: float,
     scale_pos: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return backward(dout, q, kv, height_rel, width_rel, heads, block, halo, stride, scale, scale_pos)
+    return backward(dout, q, kv, height_rel, width_rel, Settings(heads, block, halo, stride, scale, scale_pos))
 
 
 @plain_bwd.register_fake
@@ -200,18 +180,8 @@ class Geometry:
     """The partition of a map into windows, and the computation on n windows: those of a group of images and heads and
     of some rows of blocks."""
 
-    def __init__(
-        self,
-        q: Tensor,
-        kv: Tensor,
-        height_rel: Tensor,
-        heads: int,
-        block: int,
-        halo: int,
-        stride: int,
-        scale: float,
-        scale_pos: bool,
-    ):
+    def __init__(self, q: Tensor, kv: Tensor, height_rel: Tensor, settings: Settings):
+        heads, block, halo, stride, scale, scale_pos = settings
         self.B, C, self.H, self.W = kv.shape
         self.q, self.heads, self.block, self.halo, self.scale = q, heads, block, halo, scale
         self.position_scale = scale if scale_pos else 1.0

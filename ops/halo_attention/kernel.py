@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import FLOOR, LOG2E, once, softmax_step
-from .eager import empty
+from .eager import Settings, empty
 
 SIZES = ["H", "W", "HQ", "WQ", "M", "N"]
 
@@ -43,6 +43,25 @@ def program(heads, M, N, TILES: tl.constexpr):
 def offsets(channel, y, x, stride_c, stride_y, stride_x):
     """Return the offsets of pixels (y, x) by channels."""
     return (y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x)[:, None] + (channel.to(tl.int64) * stride_c)[None, :]
+
+
+@triton.jit
+def queries(m, I, J, HQ, WQ, SIDE: tl.constexpr):
+    """Return row and column on their map of queries m of block (I, J), and a mask of those that exist."""
+    y = I * SIDE + m // SIDE
+    x = J * SIDE + m % SIDE
+    return y, x, (m < SIDE * SIDE) & (y < HQ) & (x < WQ)
+
+
+@triton.jit
+def cells(n, top, left, H, W, A: tl.constexpr):
+    """Return row and column of cells n in the window that begins at (top, left), row and column on the map, and a mask
+    of those that are on the map."""
+    i = n // A
+    j = n % A
+    y = top + i
+    x = left + j
+    return i, j, y, x, (n < A * A) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
 
 
 @triton.jit
@@ -78,10 +97,7 @@ def fwd_kernel(
 ):  # fmt: skip
     A: tl.constexpr = BLOCK + 2 * HALO
     b, head, I, J, tile = program(heads, M, N, TILES)
-    m = tile * OWN + tl.arange(0, OWN)
-    y = I * SIDE + m // SIDE
-    x = J * SIDE + m % SIDE
-    ok = (m < SIDE * SIDE) & (y < HQ) & (x < WQ)
+    y, x, ok = queries(tile * OWN + tl.arange(0, OWN), I, J, HQ, WQ, SIDE)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_V)
     q_ptr += b * stride_qb + head * D * stride_qc
@@ -97,15 +113,10 @@ def fwd_kernel(
     acc = tl.full((OWN, BLOCK_V), 0, tl.float32)
     for start in range(0, A * A, WALKED):
         n = start + tl.arange(0, WALKED)
-        i = n // A
-        j = n % A
-        ky = I * BLOCK - HALO + i
-        kx = J * BLOCK - HALO + j
-        there = (n < A * A) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
-        k = tl.load(k_ptr + offsets(d, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (d < D)[None, :], 0.0)
-        v = tl.load(
-            v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (e < DV)[None, :], 0.0
-        )
+        i, j, ky, kx, inside = cells(n, I * BLOCK - HALO, J * BLOCK - HALO, H, W, A)
+        of_keys, of_values = inside[:, None] & (d < D)[None, :], inside[:, None] & (e < DV)[None, :]
+        k = tl.load(k_ptr + offsets(d, ky, kx, stride_kc, stride_ky, stride_kx), of_keys, 0.0)
+        v = tl.load(v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), of_values, 0.0)
         hot = one_hot(i, j, A, POSITIONS).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         s = tl.dot(pos, tl.trans(hot), s, input_precision="ieee") * LOG2E
@@ -132,10 +143,7 @@ def dq_kernel(
 ):  # fmt: skip
     A: tl.constexpr = BLOCK + 2 * HALO
     b, head, I, J, tile = program(heads, M, N, TILES)
-    m = tile * OWN + tl.arange(0, OWN)
-    y = I * SIDE + m // SIDE
-    x = J * SIDE + m % SIDE
-    ok = (m < SIDE * SIDE) & (y < HQ) & (x < WQ)
+    y, x, ok = queries(tile * OWN + tl.arange(0, OWN), I, J, HQ, WQ, SIDE)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_V)
     c = tl.arange(0, POSITIONS)
@@ -163,15 +171,10 @@ def dq_kernel(
     dpos = tl.full((OWN, POSITIONS), 0, tl.float32)
     for start in range(0, A * A, WALKED):
         n = start + tl.arange(0, WALKED)
-        i = n // A
-        j = n % A
-        ky = I * BLOCK - HALO + i
-        kx = J * BLOCK - HALO + j
-        there = (n < A * A) & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
-        k = tl.load(k_ptr + offsets(d, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (d < D)[None, :], 0.0)
-        v = tl.load(
-            v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), there[:, None] & (e < DV)[None, :], 0.0
-        )
+        i, j, ky, kx, inside = cells(n, I * BLOCK - HALO, J * BLOCK - HALO, H, W, A)
+        of_keys, of_values = inside[:, None] & (d < D)[None, :], inside[:, None] & (e < DV)[None, :]
+        k = tl.load(k_ptr + offsets(d, ky, kx, stride_kc, stride_ky, stride_kx), of_keys, 0.0)
+        v = tl.load(v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), of_values, 0.0)
         hot = one_hot(i, j, A, POSITIONS).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         s = tl.dot(pos, tl.trans(hot), s, input_precision="ieee") * LOG2E
@@ -237,10 +240,7 @@ def dkdv_kernel(
         visited = step // STEPS
         block_y = I0 + visited // across
         block_x = J0 + visited % across
-        n = step % STEPS * WALKED + tl.arange(0, WALKED)
-        y = block_y * SIDE + n // SIDE
-        x = block_x * SIDE + n % SIDE
-        ok = (n < SIDE * SIDE) & (y < HQ) & (x < WQ)
+        y, x, ok = queries(step % STEPS * WALKED + tl.arange(0, WALKED), block_y, block_x, HQ, WQ, SIDE)
         query = y.to(tl.int64) * WQ + x
         lse = once(tl.load(lse_ptr + query, ok, float("inf")))  # exp2(s - inf) = 0 masks lanes without a query
         delta = once(tl.load(delta_ptr + query, ok, 0.0))
@@ -311,8 +311,9 @@ def launch_options(itemsize: int, D: int, Dv: int, block: int, halo: int, side: 
     )
 
 
-def _launch(q: Tensor, kv: Tensor, heads: int, block: int, halo: int, stride: int, scale: float):
+def _launch(q: Tensor, kv: Tensor, settings: Settings):
     """Return sizes, and the options for tiles of queries and of keys."""
+    heads, block, halo, stride, scale, _ = settings
     (_, C, HQ, WQ), (_, CK, H, W) = q.shape, kv.shape
     side, hip = block // stride, torch.version.hip is not None
     fixed = q.element_size(), C // heads, (CK - C) // heads, block, halo, side
@@ -320,15 +321,13 @@ def _launch(q: Tensor, kv: Tensor, heads: int, block: int, halo: int, stride: in
     return (heads, H, W, HQ, WQ, triton.cdiv(H, block), triton.cdiv(W, block), scale), *options
 
 
-def fwd(
-    q: Tensor, kv: Tensor, rows: Tensor, columns: Tensor, heads: int, block: int, halo: int, stride: int, scale: float
-) -> tuple[Tensor, Tensor]:
+def fwd(q: Tensor, kv: Tensor, rows: Tensor, columns: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Return the output (B, heads · Dv, H', W') and, for the backward pass, the base-2 log-sum-exp of the logits
     (B, heads, H', W'). rows and columns (B, heads, H', W', a) are the position logits, with a contiguous last axis."""
-    B, C, HQ, WQ = q.shape
+    (B, C, HQ, WQ), heads = q.shape, settings.heads
     out = empty(q, kv.shape[1] - C)
     lse = q.new_empty(B, heads, HQ, WQ, dtype=torch.float32)
-    sizes, options, _ = _launch(q, kv, heads, block, halo, stride, scale)
+    sizes, options, _ = _launch(q, kv, settings)
     strides = *q.stride(), *kv.stride(), *rows.stride()[:4], *columns.stride()[:4], *out.stride()
     grid = (B * sizes[5] * sizes[6] * options["TILES"] * heads,)
     with torch.cuda.device_of(q):
@@ -344,20 +343,16 @@ def bwd(
     columns: Tensor,
     out: Tensor,
     lse: Tensor,
-    heads: int,
-    block: int,
-    halo: int,
-    stride: int,
-    scale: float,
+    settings: Settings,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, kv, rows and columns."""
     dq, dkv = empty(q, q.shape[1]), empty(kv, kv.shape[1])
     drows, dcolumns, delta = (
         torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device) for z in (rows, columns, lse)
     )
-    sizes, of_queries, of_keys = _launch(q, kv, heads, block, halo, stride, scale)
+    sizes, of_queries, of_keys = _launch(q, kv, settings)
     maps = *q.stride(), *kv.stride(), *rows.stride()[:4], *columns.stride()[:4]
-    programs = q.shape[0] * sizes[5] * sizes[6] * heads
+    programs = q.shape[0] * sizes[5] * sizes[6] * settings.heads
     with torch.cuda.device_of(q):
         dq_kernel[(programs * of_queries["TILES"],)](
             q, kv, rows, columns, out, dout, lse, delta, dq, drows, dcolumns,

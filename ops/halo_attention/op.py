@@ -7,7 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..registration import no_second_derivative
 from . import kernel
-from .eager import empty
+from .eager import Settings, empty
 
 
 @custom_op("saccade::halo_attention_fwd", mutates_args=())
@@ -15,11 +15,11 @@ def fwd(
     q: Tensor, kv: Tensor, rows: Tensor, columns: Tensor, heads: int, block: int, halo: int, stride: int, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the output and, for the backward pass, the log-sum-exp, from queries, keys, values and position logits."""
-    return kernel.fwd(q, kv, rows, columns, heads, block, halo, stride, scale)
+    return kernel.fwd(q, kv, rows, columns, Settings(heads, block, halo, stride, scale))
 
 
 @fwd.register_fake
-def _(q, kv, rows, columns, heads, block, halo, stride, scale):
+def _(q, kv, rows, columns, heads, *rest):
     B, C, H, W = q.shape
     return empty(q, kv.shape[1] - C), q.new_empty(B, heads, H, W, dtype=torch.float32)
 
@@ -40,7 +40,7 @@ def bwd(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradients of q, kv, rows and columns."""
-    return kernel.bwd(dout, q, kv, rows, columns, out, lse, heads, block, halo, stride, scale)
+    return kernel.bwd(dout, q, kv, rows, columns, out, lse, Settings(heads, block, halo, stride, scale))
 
 
 @bwd.register_fake
@@ -52,8 +52,7 @@ def _(dout, q, kv, rows, columns, *rest):
 
 
 def _save(ctx, inputs, output):
-    *tensors, heads, block, halo, stride, scale = inputs
-    ctx.rest = heads, block, halo, stride, scale
+    tensors, ctx.rest = inputs[:4], inputs[4:]
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors, *output)
 
