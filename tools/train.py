@@ -4,6 +4,7 @@
   python tools/train.py configs/digits/resnet18.py optimizer.lr=5e-4 epochs=10 --run-dir runs/short
   python tools/train.py configs/digits/resnet18.py model.drop_path_rate=      without this key of the config
   python tools/train.py runs/short --resume
+  python tools/train.py configs/digits/resnet18.py --print-config      every key, its value, type and meaning
   torchrun --nproc_per_node=2 tools/train.py configs/digits/resnet18.py
   python tools/train.py configs/finetune/folder.py data.root=/path/to/images checkpoint=weights.safetensors
 
@@ -29,6 +30,12 @@ def main() -> None:
     parser.add_argument("--run-dir", type=Path, help="output folder (default: runs/ and the config's folder and name)")
     parser.add_argument("--resume", action="store_true", help="continue from the run's last checkpoint, if it has one")
     parser.add_argument("--overwrite", action="store_true", help="start again, removing the earlier run's files")
+    parser.add_argument(
+        "--print-config",
+        action="store_true",
+        help="print every key with its value, type and default, and train nothing",
+    )
+    parser.add_argument("--json", action="store_true", help="with --print-config: a JSON list of objects")
     args, unknown = parser.parse_known_intermixed_args()
 
     # Imported here, so that --help is fast.
@@ -48,6 +55,9 @@ def main() -> None:
                 raise UserError(config.option_hint(*option_and_value(unknown[0]), keys))
             settings = config.load(path, args.overrides)
             engine.validate(settings)
+            if args.print_config:
+                print_config(settings, args.json)
+                return
             folder = path if path.is_dir() else path.parent
             run_dir = args.run_dir and args.run_dir.expanduser()
             if run_dir is None and is_run(folder):  # an earlier run, to resume or overwrite in place
@@ -58,6 +68,27 @@ def main() -> None:
         with removed_if_empty(run_dir):
             engine.prepare_folder(run_dir, resume, args.overwrite)
             engine.train(run_dir, resume, **settings)
+
+
+def print_config(settings: dict, as_json: bool) -> None:
+    """Print what `key=value` can set: a table for people, or JSON."""
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+    from saccade.train.keys import list_keys
+
+    keys = list_keys(settings)
+    if as_json:
+        print(json.dumps([key._asdict() for key in keys], indent=2))
+        return
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = Table("key", "value", "default", "type", "what it does", box=None, pad_edge=False)
+    for key in keys:
+        changed = key.value is not None and key.value != key.default
+        shown = (key.name, key.value or key.default, key.default if changed else "", key.type, key.help)
+        table.add_row(*(text.replace("[", r"\[") for text in shown), style="bold" if changed else "dim")
+    console.print(table)
 
 
 def option_and_value(option: str) -> tuple[str, str]:

@@ -106,9 +106,10 @@ def train(
     precision: of autocast.
     strategy: ddp: each process has a full model; fsdp: weights, gradients and optimizer state are sharded over the
     processes (torch's FSDP2).
-    sync_bn: BatchNorm over all processes. compile, channels_last, grad_checkpointing: switches.
+    sync_bn: BatchNorm over all processes. compile: by torch.compile. channels_last: memory format of weights and maps.
+    grad_checkpointing: recompute activations in the backward pass.
     seed: 0 to 2**32 - 1. workers: loader processes per process, 0 or more. device: cpu or cuda (None: cuda if any).
-    log_every, save_every: steps, 1 or more; eval_every: epochs, 1 or more (None: each). A checkpoint is saved before
+    log_every, save_every: steps, 1 or more. eval_every: epochs, 1 or more (None: each). A checkpoint is saved before
     and after each evaluation too.
     trackers: of "tensorboard" and "wandb", which get what the log gets.
     Raises UserError for errors that the user can fix and, with the state saved, after SIGTERM or SIGUSR1 (exit code 75)

@@ -276,10 +276,10 @@ class BevScenes:
     """Rendered road scenes as the data of a run. They are rendered on demand; the same seed gives the same scenes.
 
     train, val, test: number of scenes per split. img_size: (height, width) of each of the six images. radius: distance
-    in metres from the ego within which objects are placed, at most `most` of them. frames: frames per sample, half a
-    second apart, oldest first; the boxes are those of the last one. Augmentation in training: turn, the largest random
-    rotation around z in degrees; mirror, whether to flip samples horizontally with probability 0.5; light, the strength
-    of random brightness and contrast.
+    in metres from the ego within which objects are placed. most: objects of a scene, at most. seed: of the scenes.
+    frames: frames per sample, half a second apart, oldest first; the boxes are those of the last one.
+    Augmentation in training: turn: the largest random rotation around z in degrees. mirror: whether to flip samples
+    horizontally with probability 0.5. light: strength of random brightness and contrast.
     """
 
     max_bad, bad = 0, {}

@@ -40,7 +40,8 @@ SPLITS = {"v1.0-trainval": ("train", "val"), "v1.0-mini": ("mini_train", "mini_v
 class NuScenes:
     """The data of a run.
 
-    root: the folder that has samples/ and the tables' folder `version`, and can_bus/ if the CAN bus expansion is there.
+    root: the folder that has samples/ and the tables' folder, and can_bus/ if the CAN bus expansion is there.
+    version: name of the tables' folder.
     scale: of the images, which are then padded to multiples of 32 on the right and the bottom. frames: key frames that
     a training sample shows, oldest first; fewer where a scene begins. In tests a sample shows one frame: the frames of
     a scene come in their order, and the view is carried on; with frames=1 each is for itself.

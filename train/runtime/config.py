@@ -234,7 +234,7 @@ def check(
         if spelled is not None and not isinstance(value, str) and not _fits(value, hint) and _fits(spelled, hint):
             settings[key] = value = spelled
         if not _fits(value, hint):
-            raise UserError(f"{prefix}{key} must be {_describe(hint)}; got {value!r}")
+            raise UserError(f"{prefix}{key} must be {describe(hint)}; got {value!r}")
         allowed = (ranges or {}).get(key)
         for number in value if isinstance(value, (list, tuple)) else (value,):
             if allowed and _is_number(number) and number not in allowed:
@@ -302,16 +302,16 @@ def _fits(value: Any, hint: Any) -> bool:
     return isinstance(value, hint)
 
 
-def _describe(hint: Any) -> str:
+def describe(hint: Any) -> str:
     """Describe a type hint for people: "a number, 0 or more"."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        named = dict.fromkeys(_describe(option) for option in args if getattr(option, "__name__", "") != "Tensor")
+        named = dict.fromkeys(describe(option) for option in args if getattr(option, "__name__", "") != "Tensor")
         return (", or " if any("," in name for name in named) else " or ").join(named)
     if origin is Literal:
         return f"{'one of ' if len(args) > 1 else ''}{', '.join(map(repr, args))}"
     if origin is Annotated:
-        return ", ".join([_describe(args[0]), *(str(extra) for extra in args[1:] if isinstance(extra, Range))])
+        return ", ".join([describe(args[0]), *(str(extra) for extra in args[1:] if isinstance(extra, Range))])
     base = origin or hint
     if base is type(None):
         return "None"
@@ -323,8 +323,8 @@ def _describe(hint: Any) -> str:
         if not args:
             return "a list"
         if issubclass(base, tuple) and args[-1] is not Ellipsis:
-            return f"{len(args)} values ({', '.join(_describe(item) for item in args)})"
-        return f"a list, each item {_describe(args[0])}"
+            return f"{len(args)} values ({', '.join(describe(item) for item in args)})"
+        return f"a list, each item {describe(args[0])}"
     return getattr(hint, "__name__", None) or str(hint).replace("typing.", "")
 
 

@@ -27,8 +27,8 @@ from .task import Predictor, Task, format_counts
 class Classify(Task):
     """One label an image; a batch is (images (B, 3, H, W), labels (B,)).
 
-    smoothing: of the labels. mixup, cutmix: their alpha (0: off), chosen between by switch_prob, applied to a batch
-    with probability mix_prob. bce: binary cross-entropy of each class instead of a softmax over them. bce_threshold:
+    smoothing: of the labels. mixup, cutmix: their alpha (0: off). switch_prob: probability of cutmix where both are on.
+    mix_prob: probability that a batch is mixed. bce: binary cross-entropy of each class instead of a softmax over them. bce_threshold:
     the share of a class in a mixed image above which its target is 1, else 0 (None: the share is the target).
     """
 

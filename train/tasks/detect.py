@@ -41,6 +41,8 @@ class Detect(Task):
     ours that can have `out_norms` gets them, but for Agent-PVT's, which are published without.
     """
 
+    documented_in = detectors.create, detectors.Detector
+
     def __init__(
         self,
         data: Any,
