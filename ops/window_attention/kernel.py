@@ -15,6 +15,7 @@ vertical distance and sums w x w over all pairs of rows at that distance and ove
 (2h - 1) w² elements per head, or N² if N is at most 64. PyTorch sums their diagonals.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -30,18 +31,20 @@ SIZES = ["B", "H", "W", "h", "w", "s_h", "s_w", "heads"]
 
 @triton.jit
 def divide(n, d):
-    """Return n // d for 0 <= n < 2**20: the rounding error in fp32 is far less than the added half."""
-    return ((n.to(tl.float32) + 0.5) * (1.0 / d.to(tl.float32))).to(tl.int32)
+    """Return n // d for 0 <= n < 2**20: an estimate in fp32, which may be one off, and its correction."""
+    q = ((n.to(tl.float32) + 0.5) * (1.0 / d.to(tl.float32))).to(tl.int32)
+    q -= (q * d > n).to(tl.int32)
+    return q + (n - q * d >= d).to(tl.int32)
 
 
 @triton.jit
-def tokens(n, within, window, H, W, h, w, s_h, s_w):
+def tokens(n, within, window, H, W, h, w, s_h, s_w, KW: tl.constexpr):
     """Return for tokens n of a window: row and column on the map, 64-bit because they are multiplied by strides;
     whether they are on the map, not its padding; on which side of the seams they are, -1 if not `within` the window;
     and the offset that their position adds to an index of the bias."""
     columns = (W + w - 1) // w
     n = tl.where(within, n, 0)
-    row = divide(n, w)
+    row = n // KW if KW else divide(n, w)
     column = n - row * w
     y = window // columns * h + row + s_h
     x = window % columns * w + column + s_w
@@ -56,21 +59,13 @@ def tokens(n, within, window, H, W, h, w, s_h, s_w):
 
 
 @triton.jit
-def padding(pad_ptr, C, d, D: tl.constexpr, PAD: tl.constexpr):
-    """Load key and value of a padding token."""
+def load(ptr, at, on, side, d, pad_ptr, D: tl.constexpr, PAD: tl.constexpr):
+    """Load a tile of queries, keys or values from the map; with PAD, padding tokens are read from pad_ptr."""
+    ptrs = ptr + at[:, None] + d[None, :]
     if PAD:
-        return tl.load(pad_ptr + C + d, d < D, 0.0), tl.load(pad_ptr + 2 * C + d, d < D, 0.0)
-    else:
-        return 0, 0
-
-
-@triton.jit
-def load(ptr, at, on, side, d, value, D: tl.constexpr, PAD: tl.constexpr):
-    """Load a tile of keys or values from the map; with PAD, padding tokens get `value`."""
-    x = tl.load(ptr + at[:, None] + d[None, :], on[:, None] & (d < D)[None, :], 0.0)
-    if PAD:
-        x = tl.where(((side >= 0) & (on == 0))[:, None], value[None, :], x)
-    return x
+        ptrs = tl.where(on[:, None], ptrs, pad_ptr + d[None, :])
+        on = side >= 0
+    return tl.load(ptrs, on[:, None] & (d < D)[None, :], 0.0)
 
 
 @triton.jit
@@ -100,30 +95,32 @@ def fwd_kernel(
     stride_b, stride_h, stride_w, stride_t,
     H, W, h, w, s_h, s_w, heads, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAD: tl.constexpr, BIAS: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
+    if KH:
+        h, w = KH, KW
     head, first, window, b = program(tl.program_id(0), H, W, h, w, heads, BLOCK_M)
     N = h * w
     C = heads * D
     n = first + tl.arange(0, BLOCK_M)
-    y, x, on, side, at = tokens(n, n < N, window, H, W, h, w, s_h, s_w)
+    y, x, on, side, at = tokens(n, n < N, window, H, W, h, w, s_h, s_w, KW)
     d = tl.arange(0, BLOCK_D)
     qkv_ptr += b * stride_b + head * D
     stride_t = tl.cast(stride_t, tl.int64)
     bias_ptr += head * (2 * h - 1) * (2 * w - 1)
     middle = (h - 1) * (2 * w - 1) + w - 1
-    pad_k, pad_v = padding(pad_ptr + head * D, C, d, D, PAD)
-    q = load(qkv_ptr, y * stride_h + x * stride_w, on, side, d, 0, D, False)
+    pad_ptr += head * D + C
+    q = load(qkv_ptr, y * stride_h + x * stride_w, on, side, d, pad_ptr, D, False)
 
     m = tl.full((BLOCK_M,), FLOOR, tl.float32)
     l = tl.full((BLOCK_M,), 0, tl.float32)
     acc = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
     for start in range(0, N, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
-        ky, kx, k_on, k_side, k_at = tokens(i, i < N, window, H, W, h, w, s_h, s_w)
+        ky, kx, k_on, k_side, k_at = tokens(i, i < N, window, H, W, h, w, s_h, s_w, KW)
         key = ky * stride_h + kx * stride_w
-        k = load(qkv_ptr + stride_t, key, k_on, k_side, d, pad_k, D, PAD)
-        v = load(qkv_ptr + 2 * stride_t, key, k_on, k_side, d, pad_v, D, PAD)
+        k = load(qkv_ptr + stride_t, key, k_on, k_side, d, pad_ptr, D, PAD)
+        v = load(qkv_ptr + 2 * stride_t, key, k_on, k_side, d, pad_ptr + C, D, PAD)
         s = logits(q, k, side, k_side, at, k_at, bias_ptr, middle, scale, BIAS)
         m, l, acc = softmax_step(s, v, m, l, acc)
     pixel = (b * H + y) * W + x
@@ -138,22 +135,24 @@ def dq_kernel(
     stride_b, stride_h, stride_w, stride_t, stride_db, stride_dh, stride_dw,
     H, W, h, w, s_h, s_w, heads, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAD: tl.constexpr, BIAS: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
+    if KH:
+        h, w = KH, KW
     head, first, window, b = program(tl.program_id(0), H, W, h, w, heads, BLOCK_M)
     N = h * w
     C = heads * D
     n = first + tl.arange(0, BLOCK_M)
-    y, x, on, side, at = tokens(n, n < N, window, H, W, h, w, s_h, s_w)
+    y, x, on, side, at = tokens(n, n < N, window, H, W, h, w, s_h, s_w, KW)
     d = tl.arange(0, BLOCK_D)
     mine = on[:, None] & (d < D)[None, :]
     qkv_ptr += b * stride_b + head * D
     stride_t = tl.cast(stride_t, tl.int64)
     bias_ptr += head * (2 * h - 1) * (2 * w - 1)
     middle = (h - 1) * (2 * w - 1) + w - 1
-    pad_k, pad_v = padding(pad_ptr + head * D, C, d, D, PAD)
-    q = load(qkv_ptr, y * stride_h + x * stride_w, on, side, d, 0, D, False)
-    dout = load(dout_ptr + b * stride_db + head * D, y * stride_dh + x * stride_dw, on, side, d, 0, D, False)
+    pad_ptr += head * D + C
+    q = load(qkv_ptr, y * stride_h + x * stride_w, on, side, d, pad_ptr, D, False)
+    dout = load(dout_ptr + b * stride_db + head * D, y * stride_dh + x * stride_dw, on, side, d, pad_ptr, D, False)
     pixel = (b * H + y) * W + x
     out = tl.load(out_ptr + (pixel * C + head * D)[:, None] + d[None, :], mine, 0.0)
     row = (b * heads + head) * H * W + y * W + x
@@ -164,10 +163,10 @@ def dq_kernel(
     dq = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
     for start in range(0, N, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
-        ky, kx, k_on, k_side, k_at = tokens(i, i < N, window, H, W, h, w, s_h, s_w)
+        ky, kx, k_on, k_side, k_at = tokens(i, i < N, window, H, W, h, w, s_h, s_w, KW)
         key = ky * stride_h + kx * stride_w
-        k = load(qkv_ptr + stride_t, key, k_on, k_side, d, pad_k, D, PAD)
-        v = load(qkv_ptr + 2 * stride_t, key, k_on, k_side, d, pad_v, D, PAD)
+        k = load(qkv_ptr + stride_t, key, k_on, k_side, d, pad_ptr, D, PAD)
+        v = load(qkv_ptr + 2 * stride_t, key, k_on, k_side, d, pad_ptr + C, D, PAD)
         s = logits(q, k, side, k_side, at, k_at, bias_ptr, middle, scale, BIAS)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
@@ -182,14 +181,16 @@ def dkdv_kernel(
     stride_b, stride_h, stride_w, stride_t, stride_db, stride_dh, stride_dw,
     H, W, h, w, s_h, s_w, heads, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    PAD: tl.constexpr, BIAS: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
+    if KH:
+        h, w = KH, KW
     pid = tl.program_id(0)
     head, first, window, b = program(pid, H, W, h, w, heads, BLOCK_M)
     N = h * w
     C = heads * D
     n = first + tl.arange(0, BLOCK_M)
-    y, x, on, side, at = tokens(n, n < N, window, H, W, h, w, s_h, s_w)
+    y, x, on, side, at = tokens(n, n < N, window, H, W, h, w, s_h, s_w, KW)
     d = tl.arange(0, BLOCK_D)
     qkv_ptr += b * stride_b + head * D
     stride_t = tl.cast(stride_t, tl.int64)
@@ -198,20 +199,20 @@ def dkdv_kernel(
     middle = (h - 1) * (2 * w - 1) + w - 1
     lse_ptr += (b * heads + head) * H * W
     delta_ptr += (b * heads + head) * H * W
-    pad_k, pad_v = padding(pad_ptr + head * D, C, d, D, PAD)
+    pad_ptr += head * D + C
     key = y * stride_h + x * stride_w
-    k = load(qkv_ptr + stride_t, key, on, side, d, pad_k, D, PAD)
-    v = load(qkv_ptr + 2 * stride_t, key, on, side, d, pad_v, D, PAD)
+    k = load(qkv_ptr + stride_t, key, on, side, d, pad_ptr, D, PAD)
+    v = load(qkv_ptr + 2 * stride_t, key, on, side, d, pad_ptr + C, D, PAD)
 
     dk = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
     dv = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
     for start in range(0, N, BLOCK_N):
         i = start + tl.arange(0, BLOCK_N)
-        qy, qx, q_on, q_side, q_at = tokens(i, i < N, window, H, W, h, w, s_h, s_w)
+        qy, qx, q_on, q_side, q_at = tokens(i, i < N, window, H, W, h, w, s_h, s_w, KW)
         lse = once(tl.load(lse_ptr + qy * W + qx, q_on, float("inf")))  # exp2(s - inf) = 0 masks padding tokens
         delta = once(tl.load(delta_ptr + qy * W + qx, q_on, 0.0))
-        q = load(qkv_ptr, qy * stride_h + qx * stride_w, q_on, q_side, d, 0, D, False)
-        dout = load(dout_ptr, qy * stride_dh + qx * stride_dw, q_on, q_side, d, 0, D, False)
+        q = load(qkv_ptr, qy * stride_h + qx * stride_w, q_on, q_side, d, pad_ptr, D, False)
+        dout = load(dout_ptr, qy * stride_dh + qx * stride_dw, q_on, q_side, d, pad_ptr, D, False)
         s = logits(k, q, side, q_side, -at, -q_at, bias_ptr, middle, scale, BIAS)  # distances are query - key
         p = tl.exp2(s - lse[None, :])
         dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
@@ -235,9 +236,12 @@ def dbias_kernel(
     qkv_ptr, pad_ptr, bias_ptr, lse_ptr, dout_ptr, delta_ptr, ds_ptr,
     stride_b, stride_h, stride_w, stride_t, stride_db, stride_dh, stride_dw,
     B, per, H, W, h, w, s_h, s_w, heads, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PAD: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PAD: tl.constexpr,
 ):  # fmt: skip
     """Sum dS over the pairs of rows at each distance, query - key: ds (chunks of `per` windows, heads, 2h-1, w, w)."""
+    if KH:
+        h, w = KH, KW
     pid = tl.program_id(0)
     head = pid % heads
     pid = pid // heads
@@ -255,7 +259,7 @@ def dbias_kernel(
     C = heads * D
     stride_t = tl.cast(stride_t, tl.int64)
     middle = (h - 1) * (2 * w - 1) + w - 1
-    pad_k, pad_v = padding(pad_ptr + head * D, C, d, D, PAD)
+    pad_ptr += head * D + C
 
     total = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
     pairs = h - tl.abs(dy)
@@ -263,14 +267,14 @@ def dbias_kernel(
         window = first + step // pairs
         b = (window // windows).to(tl.int64)
         row = step % pairs + tl.maximum(dy, 0)  # row of the queries
-        y, x, on, side, at = tokens(row * w + i, i < w, window % windows, H, W, h, w, s_h, s_w)
-        ky, kx, k_on, k_side, k_at = tokens((row - dy) * w + j, j < w, window % windows, H, W, h, w, s_h, s_w)
+        y, x, on, side, at = tokens(row * w + i, i < w, window % windows, H, W, h, w, s_h, s_w, KW)
+        ky, kx, k_on, k_side, k_at = tokens((row - dy) * w + j, j < w, window % windows, H, W, h, w, s_h, s_w, KW)
         base = qkv_ptr + b * stride_b + head * D
         key = ky * stride_h + kx * stride_w
-        q = load(base, y * stride_h + x * stride_w, on, side, d, 0, D, False)
-        k = load(base + stride_t, key, k_on, k_side, d, pad_k, D, PAD)
-        v = load(base + 2 * stride_t, key, k_on, k_side, d, pad_v, D, PAD)
-        dout = load(dout_ptr + b * stride_db + head * D, y * stride_dh + x * stride_dw, on, side, d, 0, D, False)
+        q = load(base, y * stride_h + x * stride_w, on, side, d, pad_ptr, D, False)
+        k = load(base + stride_t, key, k_on, k_side, d, pad_ptr, D, PAD)
+        v = load(base + 2 * stride_t, key, k_on, k_side, d, pad_ptr + C, D, PAD)
+        dout = load(dout_ptr + b * stride_db + head * D, y * stride_dh + x * stride_dw, on, side, d, pad_ptr, D, False)
         at_lse = (b * heads + head) * H * W + y * W + x
         lse = once(tl.load(lse_ptr + at_lse, on, float("inf")))
         delta = once(tl.load(delta_ptr + at_lse, on, 0.0))
@@ -286,10 +290,13 @@ def bwd_kernel(
     qkv_ptr, pad_ptr, bias_ptr, dout_ptr, dqkv_ptr, dpad_ptr, ds_ptr,
     stride_b, stride_h, stride_w, stride_t, stride_db, stride_dh, stride_dw,
     B, per, H, W, h, w, s_h, s_w, heads, scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr,
 ):  # fmt: skip
     """Compute all gradients for `per` windows that fit in one tile each; ds (chunks, heads, N, N) is summed over
     them."""
+    if KH:
+        h, w = KH, KW
     pid = tl.program_id(0)
     head = pid % heads
     chunk = pid // heads
@@ -302,20 +309,24 @@ def bwd_kernel(
     stride_t = tl.cast(stride_t, tl.int64)
     bias_ptr += head * (2 * h - 1) * (2 * w - 1)
     middle = (h - 1) * (2 * w - 1) + w - 1
-    pad_k, pad_v = padding(pad_ptr + head * D, C, d, D, PAD)
-    dpad_k = tl.full((BLOCK_D,), 0, tl.float32)
-    dpad_v = tl.full((BLOCK_D,), 0, tl.float32)
+    pad_ptr += head * D + C
     total = tl.full((BLOCK, BLOCK), 0, tl.float32)
+    if BIAS:  # the same for all windows: its values take half the registers of their addresses
+        _, _, _, _, at = tokens(n, n < N, 0, H, W, h, w, s_h, s_w, KW)
+        bias = tl.load(bias_ptr + (at[:, None] - at[None, :] + middle)) * LOG2E
     for i in range(chunk * per, min((chunk + 1) * per, windows * B)):
         b = (i // windows).to(tl.int64)
-        y, x, on, side, at = tokens(n, n < N, i % windows, H, W, h, w, s_h, s_w)
+        y, x, on, side, _ = tokens(n, n < N, i % windows, H, W, h, w, s_h, s_w, KW)
         token = y * stride_h + x * stride_w
         base = qkv_ptr + b * stride_b + head * D
-        q = load(base, token, on, side, d, 0, D, False)
-        k = load(base + stride_t, token, on, side, d, pad_k, D, PAD)
-        v = load(base + 2 * stride_t, token, on, side, d, pad_v, D, PAD)
-        dout = load(dout_ptr + b * stride_db + head * D, y * stride_dh + x * stride_dw, on, side, d, 0, D, False)
-        s = logits(q, k, side, side, at, at, bias_ptr, middle, scale, BIAS)
+        q = load(base, token, on, side, d, pad_ptr, D, False)
+        k = load(base + stride_t, token, on, side, d, pad_ptr, D, PAD)
+        v = load(base + 2 * stride_t, token, on, side, d, pad_ptr + C, D, PAD)
+        dout = load(dout_ptr + b * stride_db + head * D, y * stride_dh + x * stride_dw, on, side, d, pad_ptr, D, False)
+        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+        if BIAS:
+            s += bias
+        s = tl.where(side[:, None] == side[None, :], s, float("-inf"))
         p = tl.exp2(s - tl.max(s, 1)[:, None])
         p = p / tl.sum(p, 1)[:, None]
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
@@ -331,12 +342,9 @@ def bwd_kernel(
         tl.store(to + 2 * C, dv.to(dqkv_ptr.dtype.element_ty), on[:, None] & has)
         if PAD:
             out = ((side >= 0) & (on == 0))[:, None]
-            dpad_k += tl.sum(tl.where(out, dk, 0.0), 0)
-            dpad_v += tl.sum(tl.where(out, dv, 0.0), 0)
-    if PAD:
-        dpad_ptr += chunk.to(tl.int64) * 2 * C + head * D + d
-        tl.store(dpad_ptr, dpad_k, d < D)
-        tl.store(dpad_ptr + C, dpad_v, d < D)
+            part = dpad_ptr + tl.cast(i, tl.int64) * 2 * C + head * D + d  # of each window: sums would take registers
+            tl.store(part, tl.sum(tl.where(out, dk, 0.0), 0), d < D)
+            tl.store(part + C, tl.sum(tl.where(out, dv, 0.0), 0), d < D)
     if BIAS:
         ds_ptr += pid.to(tl.int64) * N * N + (n * N)[:, None] + n[None, :]
         tl.store(ds_ptr, total, (n < N)[:, None] & (n < N)[None, :])
@@ -366,8 +374,14 @@ def fits_tile(itemsize: int, D: int, N: int) -> bool:
     return TILE[itemsize] >= N and D <= 32
 
 
+def window_options(h: int, w: int) -> dict:
+    """Return a square window's size as constexprs, so that divisions by it are multiplications; (0, 0) for others, as
+    stripes grow with the image and would be compiled for every size."""
+    return dict(KH=h, KW=w) if h == w <= 32 else dict(KH=0, KW=0)
+
+
 def launch_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
-    """Return constexprs and launch options for windows of N tokens."""
+    """Return constexprs and launch options for N tokens to divide into tiles."""
     rows, walked, warps, stages = TILES[itemsize, max(32, _block(D))]
     return dict(
         D=D,
@@ -379,14 +393,14 @@ def launch_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
     )
 
 
-def tile_options(itemsize: int, D: int, N: int) -> dict:
-    """Of bwd_kernel."""
+def tile_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
+    """Return those of bwd_kernel for windows of N tokens."""
     block = max(16, triton.next_power_of_2(N))
-    return dict(D=D, BLOCK_D=_block(D), BLOCK=block, num_warps=8 if block == 64 else 4, num_stages=1)
+    return dict(D=D, BLOCK_D=_block(D), BLOCK=block, num_warps=8 if block == 64 and not hip else 4, num_stages=1)
 
 
 def owner_options(itemsize: int, D: int, w: int, hip: bool) -> dict:
-    """Of dbias_kernel."""
+    """Return those of dbias_kernel for windows of w columns."""
     options = launch_options(itemsize, D, w, hip)
     if itemsize == 4 or D > 128:
         options |= dict(BLOCK_M=16, BLOCK_N=16, num_warps=4, num_stages=1)
@@ -418,7 +432,7 @@ def fwd(
         fwd_kernel[grid](
             qkv, lse if pad is None else pad.contiguous(), lse if bias is None else bias.contiguous(), out, lse,
             *qkv.stride()[:4], H, W, *window, *shift, heads, scale,
-            PAD=pad is not None, BIAS=bias is not None, **options,
+            **window_options(*window), PAD=pad is not None, BIAS=bias is not None, **options,
         )  # fmt: skip
     return out, lse
 
@@ -447,16 +461,16 @@ def bwd(
     windows, hip = B * _count(H, W, window), torch.version.hip is not None
     tensors = qkv, lse if pad is None else pad.contiguous(), lse if bias is None else bias.contiguous()
     strides, sizes = (*qkv.stride()[:4], *dout.stride()[:3]), (H, W, h, w, *shift, heads, scale)
-    given = dict(PAD=pad is not None, BIAS=bias is not None)
+    given = dict(PAD=pad is not None, BIAS=bias is not None, **window_options(h, w))
     with torch.cuda.device_of(qkv):
         if fits_tile(qkv.element_size(), D, N):
             per = 1 if bias is None else max(4, triton.cdiv(windows * heads, PROGRAMS))
             chunks = triton.cdiv(windows, per)
-            parts = lse.new_empty((0 if pad is None else chunks, 2, C))
+            parts = lse.new_empty((0 if pad is None else windows, 2, C))
             ds = lse.new_empty((0 if bias is None else chunks, heads, N, N))
             bwd_kernel[(chunks * heads,)](
                 *tensors, dout, dqkv, parts, ds, *strides, B, per, *sizes, **given,
-                **tile_options(qkv.element_size(), D, N),
+                **tile_options(qkv.element_size(), D, N, hip),
             )  # fmt: skip
             if bias is not None:
                 dbias = diagonals(ds.sum(0), (h, w)).contiguous()
@@ -474,8 +488,9 @@ def bwd(
                 chunks = triton.cdiv(windows, per)
                 ds = lse.new_empty(chunks, heads, 2 * h - 1, w, w)
                 dbias_kernel[(chunks * owners,)](
-                    *tensors, lse, dout, delta, ds, *strides, B, per, *sizes, PAD=pad is not None, **options
-                )
+                    *tensors, lse, dout, delta, ds, *strides, B, per, *sizes,
+                    **window_options(h, w), PAD=pad is not None, **options,
+                )  # fmt: skip
                 dbias = sum_diagonals(ds.sum(0))
         if pad is not None:
             dpad[0] = 0
@@ -488,12 +503,17 @@ def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]
     itemsize = 4 if dtype == "fp32" else 2
     floats = dict.fromkeys(("bias_ptr", "lse_ptr", "delta_ptr", "dpad_ptr", "ds_ptr"), "*fp32")
     for D in (D for size, D in TILES if size == itemsize):
-        for given in (dict(PAD=True, BIAS=False), dict(PAD=False, BIAS=True)):
-            for kernel in (fwd_kernel, dq_kernel, dkdv_kernel):
-                yield kernel, floats, given | launch_options(itemsize, D, 1024, hip)
-            if given["BIAS"]:
-                for w in (16, 64):
-                    yield dbias_kernel, floats, dict(PAD=True) | owner_options(itemsize, D, w, hip)
-            for N in (16, 32, 64):
-                if fits_tile(itemsize, D, N):
-                    yield bwd_kernel, floats, given | tile_options(itemsize, D, N)
+        for pad, bias in itertools.product((False, True), repeat=2):
+            for h, w in ((7, 7), (8, 8), (56, 7), (4, 4), (5, 3)):
+                given = dict(PAD=pad, BIAS=bias, **window_options(h, w))
+                if fits_tile(itemsize, D, h * w):
+                    yield bwd_kernel, floats, given | tile_options(itemsize, D, h * w, hip)
+                elif h * w < 32:
+                    continue
+                else:
+                    for kernel in (dq_kernel, dkdv_kernel):
+                        yield kernel, floats, given | launch_options(itemsize, D, h * w, hip)
+                    if bias:
+                        options = owner_options(itemsize, D, w, hip) | window_options(h, w)
+                        yield dbias_kernel, floats, dict(PAD=pad) | options
+                yield fwd_kernel, floats, given | launch_options(itemsize, D, h * w, hip)
