@@ -366,7 +366,6 @@ TILES = {
 }
 # Enough to fill the largest GPU several times: with fewer tiles, the tokens or images are split among programs.
 PROGRAMS = 512
-HIP = torch.version.hip is not None
 
 
 def tile(itemsize: int, D: int, a: int, hip: bool) -> dict:
@@ -422,7 +421,7 @@ def fwd(
     softmaxes, (B, heads, a) and (B, heads, N)."""
     (B, N, C), M, a = q.shape, k.shape[1], agents.shape[1]
     q, k, v, agents = _readable(q), _readable(k), _readable(v), agents.contiguous()
-    options = tile(q.element_size(), C // heads, a, HIP)
+    options = tile(q.element_size(), C // heads, a, torch.version.hip is not None)
     out = q.new_empty(B, N, C)
     va = q.new_empty(B, heads, a, C // heads)
     lse1, lse2 = (q.new_empty(B, heads, n, dtype=torch.float32) for n in (a, N))
@@ -491,7 +490,7 @@ def bwd(
 def _tokens(x, y, agents, z, tables, lse, delta, dout, weight, heads, scale, dx, dy, keys):
     """Run tokens_kernel and, with many agents, bias_kernel. Return the gradients of the bias (heads, N, a) and taps."""
     (B, N, C), a = x.shape, agents.shape[1]
-    options = tile(x.element_size(), C // heads, a, HIP)
+    options = tile(x.element_size(), C // heads, a, torch.version.hip is not None)
     pointers, sizes, T = _tables(*tables)
     tiles, agent_tiles = triton.cdiv(N, options["BLOCK_N"]), triton.cdiv(a, options["BLOCK_A"])
     single, conv = agent_tiles == 1, keys and weight is not None
@@ -518,7 +517,7 @@ def _tokens(x, y, agents, z, tables, lse, delta, dout, weight, heads, scale, dx,
 def _agents(x, y, agents, z, tables, lse, delta, heads, scale, keys):
     """Return the gradients of the agents and of z, (B, heads, a, D) in float32."""
     (B, N, C), a = x.shape, agents.shape[1]
-    options = tile(x.element_size(), C // heads, a, HIP)
+    options = tile(x.element_size(), C // heads, a, torch.version.hip is not None)
     pointers, sizes, T = _tables(*tables)
     programs = B * heads * triton.cdiv(a, options["BLOCK_A"])
     share = _share(N, programs, options["BLOCK_N"])

@@ -354,8 +354,8 @@ def _launch(qkv: Tensor, K: int, heads: int, regions: tuple[int, int], scale: fl
 def _bits(idx: Tensor, P: int, of_keys: bool = False) -> Tensor:
     """Return the bit table (B, P, P // 32 + 2), int32: row p has bit r if region p is routed to region r (with of_keys:
     if r is routed to p), and bit P if an index of region p is out of range."""
-    member = torch.zeros(*idx.shape[:2], 32 * (P // 32 + 2), dtype=torch.bool, device=idx.device)
-    member.scatter_(2, idx.where((idx >= 0) & (idx < P), P).long(), True)
+    member = torch.zeros(*idx.shape[:2], 32 * (P // 32 + 2), dtype=torch.int32, device=idx.device)
+    member.scatter_(2, idx.where((idx >= 0) & (idx < P), P).long(), 1)
     if of_keys:
         member[..., :P] = member[..., :P].mT.clone()
     bit = torch.arange(32, dtype=torch.int32, device=idx.device)
