@@ -19,7 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 # The commands, in the order of the help: a file of tools/ or a module of this package.
-PROGRAMS = ["train", "test", "predict", "probe", "compare", "convert", "shard", "benchmark", "plot_attention"]
+PROGRAMS = ["train", "test", "predict", "probe", "compare", "convert", "export", "shard", "benchmark", "plot_attention"]
 MODULES = ["configs", "zoo", "doctor"]
 
 
