@@ -35,6 +35,7 @@ class Lift(Task):
     """
 
     scores = ("NDS", "mAP", "mAP_2m")
+    of_lifters = True
 
     def __init__(
         self,

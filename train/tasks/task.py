@@ -61,10 +61,12 @@ class Task:
     """The base of all tasks.
 
     methods: the model's methods besides forward that `loss` calls. scores: metrics, in percent, that curves are drawn
-    of; the first chooses the best checkpoint. messages: for the user, on what was done with a checkpoint.
+    of; the first chooses the best checkpoint. messages: for the user, on what was done with a checkpoint. of_lifters:
+    whether its models are lifters of several cameras.
     """
 
     class_names: list[str]
+    of_lifters = False
     methods: tuple[str, ...] = ()
     scores: tuple[str, ...]
     messages: tuple[str, ...] = ()
