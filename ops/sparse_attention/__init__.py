@@ -50,10 +50,11 @@ def connectivity(
             q, k, proj_q, proj_q_bias, proj_k, proj_k_bias, down, up, topk, coef_threshold, basis_threshold, alive
         )
     else:
-        tensors = q, k, proj_q, proj_q_bias, proj_k, proj_k_bias, down, up
-        _check_predictor(*tensors, topk, alive)
+        predictor = eager.Predictor(proj_q, proj_q_bias, proj_k, proj_k_bias, down, up)
+        selection = eager.Selection(topk, coef_threshold, basis_threshold, alive)
+        _check_predictor(q, k, predictor, selection)
         with no_autocast(q):
-            return eager.connectivity(*tensors, topk, coef_threshold, basis_threshold, alive)
+            return eager.connectivity(q, k, predictor, selection)
 
 
 def sparse_mask(
@@ -118,23 +119,30 @@ def predict_mask(
         )
         return reference.sparse_mask(scores, budget, threshold, alive)
     else:
-        tensors = q, k, proj_q, proj_q_bias, proj_k, proj_k_bias, down, up
-        _check_predictor(*tensors, topk, alive)
+        predictor = eager.Predictor(proj_q, proj_q_bias, proj_k, proj_k_bias, down, up)
+        selection = eager.Selection(topk, coef_threshold, basis_threshold, alive)
+        _check_predictor(q, k, predictor, selection)
         _check_rule(q.shape[2], budget, threshold)
-        return _predict(*tensors, budget, threshold, topk, coef_threshold, basis_threshold, alive)
+        return _predict(q, k, predictor, selection, budget, threshold)
 
 
-def _predict(*args) -> Tensor:
-    tensors, rest = args[:8], args[8:]
-    (_, _, N, D), c, K = tensors[0].shape, tensors[2].shape[0], tensors[6].shape[1]
+def _predict(
+    q: Tensor,
+    k: Tensor,
+    predictor: eager.Predictor,
+    selection: eager.Selection,
+    budget: int | None,
+    threshold: float | None,
+) -> Tensor:
+    (_, _, N, D), c, K = q.shape, predictor.proj_q.shape[0], predictor.down.shape[1]
     limits = [("head dimension", D, 64), ("projection", c, 64), ("basis", K, 128), ("number of tokens", N, MAX_TOKENS)]
     cannot = [f"a {name} of {size}, over {most}" for name, size, most in limits if size > most]
-    with no_autocast(tensors[0]), torch.no_grad():
-        if tensors[0].numel() and use_triton(*tensors, cannot=cannot):
+    with no_autocast(q), torch.no_grad():
+        if q.numel() and use_triton(q, k, *predictor, cannot=cannot):
             from . import op  # imports Triton, so not at the top of the file
 
-            return op.mask(*(t.detach() for t in tensors), *rest)
-        return eager.predict_mask(*tensors, *rest)
+            return op.mask(*(t.detach() for t in (q, k, *predictor)), budget, threshold, *selection)
+        return eager.predict_mask(q, k, predictor, selection, budget, threshold)
 
 
 def sparse_attention(qkv: Tensor, mask: Tensor, heads: int, scale: float | None = None) -> Tensor:
@@ -176,18 +184,8 @@ def unpack_mask(mask: Tensor, N: int) -> Tensor:
     return reference.unpack(mask, N)
 
 
-def _check_predictor(
-    q: Tensor,
-    k: Tensor,
-    proj_q: Tensor,
-    proj_q_bias: Tensor,
-    proj_k: Tensor,
-    proj_k_bias: Tensor,
-    down: Tensor,
-    up: Tensor,
-    topk: int | None,
-    alive: Tensor | None,
-) -> None:
+def _check_predictor(q: Tensor, k: Tensor, predictor: eager.Predictor, selection: eager.Selection) -> None:
+    proj_q, down, topk = predictor.proj_q, predictor.down, selection.topk
     if q.dim() != 4 or q.shape[2] < 1 or not q.dtype.is_floating_point:
         raise ValueError(f"q must be floating point of shape (B, heads, N, D), got {q.dtype} of shape {tuple(q.shape)}")
     if k.shape != q.shape or k.dtype != q.dtype:
@@ -200,7 +198,7 @@ def _check_predictor(
         raise ValueError(f"down must be ({N}, K) for the N = {N} tokens of q, got {tuple(down.shape)}")
     K = down.shape[1]
     shapes = dict(proj_q_bias=(c,), proj_k=(c, D), proj_k_bias=(c,), up=(N, K))
-    named = dict(proj_q=proj_q, proj_q_bias=proj_q_bias, proj_k=proj_k, proj_k_bias=proj_k_bias, down=down, up=up, k=k)
+    named = predictor._asdict() | dict(k=k)
     for name, shape in shapes.items():
         if named[name].shape != shape:
             raise ValueError(f"{name} must be {shape}, got {tuple(named[name].shape)}")
@@ -211,7 +209,7 @@ def _check_predictor(
             raise ValueError(f"{name} must be on {q.device} as q is, got {p.device}")
     if topk is not None and not 1 <= topk <= K:
         raise ValueError(f"topk must be None or from 1 to K = {K}, got {topk}")
-    _check_alive(alive, q, N - 1)
+    _check_alive(selection.alive, q, N - 1)
 
 
 def _check_alive(alive: Tensor | None, x: Tensor, patches: int) -> None:

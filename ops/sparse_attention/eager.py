@@ -7,7 +7,7 @@ scaled_dot_product_attention with an additive mask, which is decoded from the bi
 
 from functools import partial
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,18 +30,37 @@ CHUNK_BYTES = 4 << 20  # bytes of scores at a time, which stay in cache during t
 ROUNDS = 7
 
 
-def connectivity(
-    q, k, proj_q, proj_q_bias, proj_k, proj_k_bias, down, up, topk, coef_threshold, basis_threshold, alive
-):
-    A = coefficients(q, k, proj_q, proj_q_bias, proj_k, proj_k_bias, down, topk, coef_threshold, alive)
-    return A @ reference.basis(up.to(A.dtype), basis_threshold)
+class Predictor(NamedTuple):
+    """The weights of the predictor; see saccade.ops.connectivity."""
+
+    proj_q: Tensor
+    proj_q_bias: Tensor
+    proj_k: Tensor
+    proj_k_bias: Tensor
+    down: Tensor
+    up: Tensor
 
 
-def coefficients(q, k, proj_q, proj_q_bias, proj_k, proj_k_bias, down, topk, coef_threshold, alive) -> Tensor:
+class Selection(NamedTuple):
+    """Which coefficients and basis values count; see saccade.ops.connectivity."""
+
+    topk: int | None
+    coef_threshold: float
+    basis_threshold: float | None
+    alive: Tensor | None
+
+
+def connectivity(q: Tensor, k: Tensor, predictor: Predictor, selection: Selection) -> Tensor:
+    """See saccade.ops.connectivity, which checks the arguments."""
+    A = coefficients(q, k, predictor, selection)
+    return A @ reference.basis(predictor.up.to(A.dtype), selection.basis_threshold)
+
+
+def coefficients(q: Tensor, k: Tensor, predictor: Predictor, selection: Selection) -> Tensor:
+    """Return the coefficients A of each patch query, (B, heads, N-1, K)."""
     _, heads, _, D = q.shape
-    q, k, W_q, b_q, W_k, b_k, P = (
-        t.to(full(q)) for t in (q[:, :, 1:], k, proj_q, proj_q_bias, proj_k, proj_k_bias, down[None])
-    )
+    (topk, coef_threshold, _, alive), (*weights, down, _) = selection, predictor
+    q, k, W_q, b_q, W_k, b_k, P = (t.to(full(q)) for t in (q[:, :, 1:], k, *weights, down[None]))
     if alive is not None:
         P = P * with_cls(alive)[..., None]
     kP = (
@@ -59,19 +78,19 @@ def coefficients(q, k, proj_q, proj_q_bias, proj_k, proj_k_bias, down, topk, coe
 
 
 def predict_mask(
-    q, k, proj_q, proj_q_bias, proj_k, proj_k_bias, down, up, budget, threshold, topk, coef_threshold, basis_threshold,
-    alive,
-) -> Tensor:  # fmt: skip
-    A = coefficients(q, k, proj_q, proj_q_bias, proj_k, proj_k_bias, down, topk, coef_threshold, alive)
-    N = up.shape[0]
-    U = F.pad(reference.basis(up.to(A.dtype), basis_threshold), (0, -N % 32))
+    q: Tensor, k: Tensor, predictor: Predictor, selection: Selection, budget: int | None, threshold: float | None
+) -> Tensor:
+    """See saccade.ops.predict_mask, which checks the arguments."""
+    A = coefficients(q, k, predictor, selection)
+    N = predictor.up.shape[0]
+    U = F.pad(reference.basis(predictor.up.to(A.dtype), selection.basis_threshold), (0, -N % 32))
 
     def words(A: Tensor, alive: Tensor | None) -> Tensor:
         S = A @ U
         S[..., N:] = -float("inf")
         return _words(S, N, budget, threshold, alive)
 
-    return _by_images(words, A, alive, A.shape[1] * A.shape[2] * U.shape[1] * A.element_size())
+    return _by_images(words, A, selection.alive, A.shape[1] * A.shape[2] * U.shape[1] * A.element_size())
 
 
 def sparse_mask(scores: Tensor, budget: int | None, threshold: float | None, alive: Tensor | None) -> Tensor:

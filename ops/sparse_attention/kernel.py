@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import FLOOR, LOG2E, once, softmax_step
+from .eager import Predictor, Selection
 from .reference import basis, with_cls
 
 WORD = tl.constexpr(32)
@@ -335,36 +336,24 @@ def bwd(dout: Tensor, qkv: Tensor, mask: Tensor, out: Tensor, lse: Tensor, heads
 
 
 def mask(
-    q: Tensor,
-    k: Tensor,
-    proj_q: Tensor,
-    proj_q_bias: Tensor,
-    proj_k: Tensor,
-    proj_k_bias: Tensor,
-    down: Tensor,
-    up: Tensor,
-    budget: int | None,
-    threshold: float | None,
-    topk: int | None,
-    coef_threshold: float,
-    basis_threshold: float | None,
-    alive: Tensor | None,
+    q: Tensor, k: Tensor, predictor: Predictor, selection: Selection, budget: int | None, threshold: float | None
 ) -> Tensor:
     """Return the bit mask, (B, heads, N, ceil(N / 32)) int32."""
-    (B, heads, N, D), K, c = q.shape, down.shape[1], proj_q.shape[0]
+    topk, coef_threshold, basis_threshold, alive = selection
+    (B, heads, N, D), K, c = q.shape, predictor.down.shape[1], predictor.proj_q.shape[0]
     bits = torch.empty(B, heads, N, triton.cdiv(N, 32), dtype=torch.int32, device=q.device)
     if bits.numel() == 0:
         return bits
     q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))
-    U = basis(up.float(), basis_threshold).contiguous()
+    U = basis(predictor.up.float(), basis_threshold).contiguous()
     fold = q.new_empty(B, heads, D + 1, K, dtype=torch.float32)
     there = bits if alive is None else with_cls(alive).to(torch.uint8)  # not read if None
-    predictor = (t.contiguous() for t in (proj_q, proj_q_bias, proj_k, proj_k_bias, down))
+    weights = (t.contiguous() for t in predictor[:5])  # all but `up`
     scale = heads**-0.5 * LOG2E.value
     fold_options, options = basis_options(D, c), mask_options(D, K, N)
     with torch.cuda.device_of(q):
         basis_kernel[(B * heads * triton.cdiv(K, fold_options["BLOCK_K"]),)](
-            k, *predictor, there, fold, *k.stride()[:3], heads, N, c, K, scale,
+            k, *weights, there, fold, *k.stride()[:3], heads, N, c, K, scale,
             ALIVE=alive is not None, **fold_options,
         )  # fmt: skip
         mask_kernel[(B * heads * triton.cdiv(N, ROWS),)](

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..registration import autocast_as_attention, no_second_derivative
 from . import kernel
+from .eager import Predictor, Selection
 
 
 @custom_op("saccade::sparse_attention_fwd", mutates_args=())
@@ -62,10 +63,8 @@ def mask(
     basis_threshold: float | None,
     alive: Tensor | None,
 ) -> Tensor:
-    return kernel.mask(
-        q, k, proj_q, proj_q_bias, proj_k, proj_k_bias, down, up,
-        budget, threshold, topk, coef_threshold, basis_threshold, alive,
-    )  # fmt: skip
+    predictor = Predictor(proj_q, proj_q_bias, proj_k, proj_k_bias, down, up)
+    return kernel.mask(q, k, predictor, Selection(topk, coef_threshold, basis_threshold, alive), budget, threshold)
 
 
 @mask.register_fake

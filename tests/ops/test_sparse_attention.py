@@ -178,9 +178,12 @@ def test_published_predictor(name, f):
     params = [p[key] for key in ("proj_c_q.weight", "proj_c_q.bias", "proj_c_k.weight", "proj_c_k.bias")]
     rule = dict(topk=4, basis_threshold=0.02) if "recon" not in name else dict(topk=None, basis_threshold=None)
     down, up = p["proj_n"], p["proj_back_n"]
-    S = f.connectivity(*x, *params, down, up, coef_threshold=0.0, alive=None, **rule)
+    if f is eager:
+        given = eager.Predictor(*params, down, up), eager.Selection(rule["topk"], 0.0, rule["basis_threshold"], None)
+        S, A = eager.connectivity(*x, *given), eager.coefficients(*x, *given)
+    else:
+        S, A = f.connectivity(*x, *params, down, up, **rule), f.coefficients(*x, *params, down, rule["topk"])
     parity.assert_equal("approx_attn", S, want["approx_attn"])
-    A = f.coefficients(*x, *params, down, rule["topk"], 0.0, None)
     parity.assert_equal("basis_coef", A, want["basis_coef"])
     for mask in (f.sparse_mask(S.detach(), 13, None, None), plain_mask(*x, *params, down, up, budget=13, **rule)):
         parity.assert_equal("attn_mask", unpack_mask(mask, 50).double(), want["attn_mask"])
