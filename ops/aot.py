@@ -32,6 +32,7 @@ OPERATORS = [
     "dfa3d",
     "gaussian_gate",
     "halo_attention",
+    "neighborhood_attention",
     "sparse_attention",
     "spatial_gate",
     "strip_gate",
@@ -46,15 +47,17 @@ class Card(NamedTuple):
     arch: int | str
     warp: int
     shared: int  # limit per program in bytes; on CUDA, 1 KB less than a multiprocessor has
+    warps: int = 64  # limit per multiprocessor
 
 
 CARDS = {
     "sm_80": Card("cuda", 80, 32, 163 << 10),
+    "sm_89": Card("cuda", 89, 32, 99 << 10, 48),
     "sm_90": Card("cuda", 90, 32, 227 << 10),
     "sm_100": Card("cuda", 100, 32, 227 << 10),
     "gfx942": Card("hip", "gfx942", 64, 64 << 10),
 }
-WARPS, REGISTERS, PROGRAMS = 64, 65536, 32  # limits per multiprocessor of these CUDA GPUs
+REGISTERS = 65536  # per multiprocessor of these CUDA GPUs
 
 
 class Usage(NamedTuple):
@@ -77,11 +80,21 @@ class Usage(NamedTuple):
     @property
     def occupancy(self) -> float | None:
         """Estimate the occupancy of a CUDA multiprocessor: resident warps over their maximum."""
-        if CARDS[self.card].backend != "cuda":
+        card = CARDS[self.card]
+        if card.backend != "cuda":
             return None
         registers = -(-self.registers // 8) * 8 * 32 * self.warps  # allocated 8 per thread at a time
-        shared = (CARDS[self.card].shared + 1024) // (self.shared + 1024)  # the system reserves 1024 per program
-        return min(REGISTERS // registers, shared, WARPS // self.warps, PROGRAMS) * self.warps / WARPS
+        shared = (card.shared + 1024) // (self.shared + 1024)  # the system reserves 1024 per program
+        programs = min(REGISTERS // registers, shared, card.warps // self.warps, card.warps // 2)
+        return programs * self.warps / card.warps
+
+    def describe(self) -> str:
+        """Return one line for people."""
+        occupancy = "" if self.occupancy is None else f"{self.occupancy:5.0%} of warps"
+        return (
+            f"{self.card:7} {self.kernel:12} {self.dtype:5} {self.registers:4} registers {self.spills:5} bytes spilled "
+            f"{self.shared:7} shared {occupancy}  {self.tile}{'  ! ' if self.problem else ''}{self.problem}"
+        )
 
 
 def build(kernel, dtype: str, pointers: dict, options: dict, card: str):
@@ -167,12 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.json:
             print(json.dumps(row._asdict() | dict(occupancy=row.occupancy, problem=row.problem)), flush=True)
         else:
-            occupancy = "" if row.occupancy is None else f"{row.occupancy:5.0%} of warps"
-            print(
-                f"{row.card:7} {row.kernel:12} {row.dtype:5} {row.registers:4} registers {row.spills:5} bytes spilled "
-                f"{row.shared:7} shared {occupancy}  {row.tile}{'  ! ' if row.problem else ''}{row.problem}",
-                flush=True,
-            )
+            print(row.describe(), flush=True)
         problems += bool(row.problem)
     return 1 if problems else 0
 

@@ -1,24 +1,26 @@
 """Record the kernels that a function launches, with neither a GPU nor values.
 
-    with FakeTensorMode(), record() as launches:
-        model(images).sum().backward()
+    launches = record_model(lambda: timm.create_model("biformer_t"), lambda: [torch.randn(8, 3, 224, 224)])
 
-Operators take their Triton implementation, as on a GPU, and every launch is recorded instead of run. The tensors must
-be fake ones on the CPU. This tells which kernels a model needs (saccade.ops.aot compiles them for any card), how many
-are compiled for different image sizes, and what each of them reads and writes.
+Operators take their Triton implementation, as on a GPU, and every launch is recorded instead of run, on fake tensors.
+This tells which kernels a model needs (saccade.ops.aot compiles them for any card) and how many are compiled for
+different image sizes.
 """
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
@@ -80,9 +82,22 @@ class _Implementations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _Numbers(TorchFunctionMode):
+    """Compute what constructors read as numbers, such as the rates of drop path, where a fake tensor has no values."""
+
+    READ = ("item", "tolist", "split", "unbind", "__iter__", "__getitem__")
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        real = args and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor)
+        if func is torch.linspace or (real and getattr(func, "__name__", "") in self.READ):
+            with unset_fake_temporarily():
+                return func(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
 @contextlib.contextmanager
 def record(hip: bool = False) -> Iterator[list[Launch]]:
-    """Record launches instead of running them; hip: with the tiles for AMD's cards."""
+    """Record launches of fake tensors on the CPU instead of running them; hip: with the tiles for AMD's cards."""
     launches: list[Launch] = []
 
     def run(kernel, *args, grid, warmup, **kwargs):
@@ -95,6 +110,32 @@ def record(hip: bool = False) -> Iterator[list[Launch]]:
         stack.enter_context(mock.patch.object(torch.version, "hip", "recorded" if hip else None))
         stack.enter_context(_Implementations())
         yield launches
+
+
+def record_model(
+    create: Callable[[], nn.Module],
+    inputs: Callable[[], Sequence[Tensor]],
+    dtype: torch.dtype = torch.float32,
+    hip: bool = False,
+    backward: bool = True,
+) -> list[Launch]:
+    """Record what a model launches in a forward and, unless told otherwise, a backward pass.
+
+    create and inputs make the model and its arguments on fake tensors; all floating-point ones get dtype.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            with _Numbers():
+                model = create()
+            with record(hip) as launches:
+                outs = [x for x in tree_leaves(model(*inputs())) if isinstance(x, Tensor) and x.requires_grad]
+                if backward:
+                    sum(x.float().sum() for x in outs).backward()
+    finally:
+        torch.set_default_dtype(default)
+    return launches
 
 
 def compile_launch(launch: Launch, target: GPUTarget):
