@@ -21,7 +21,7 @@ from .tasks.classify import Classify
 from .tasks.task import Predictor
 
 AUTHOR = "saccade predict"  # the Software entry of the PNG files written here, which may be replaced
-LACKING = dict(  # what is said where a task's predictor does not have a method
+LACKING = dict(  # error messages for methods that a task's predictor does not have
     draw="--out needs a task that draws on images, such as detection or segmentation",
     label_map="--format png is for segmenters, which label each pixel",
     to_coco="--format coco is for detectors, which predict boxes",
@@ -53,7 +53,7 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
     if not files:
         raise UserError(f"{', '.join(map(str, paths))} holds no images: give image files or folders of them")
     if not any(map(os.path.exists, files)):
-        raise UserError(f"there is no image {next(iter(files))}")
+        raise UserError(f"the image {next(iter(files))} does not exist")
     return list(files)
 
 
@@ -69,7 +69,7 @@ def predictor(run_dir: Path, device: str | None = None, **options: Any) -> Predi
     task = settings["task"]["type"] if settings else Classify
     for name in options:
         if name not in inspect.signature(task.predictor).parameters:
-            raise UserError(f"--{name} does not go with {run_dir}, whose task is {task.__name__}")
+            raise UserError(f"--{name} does not apply to {run_dir}, whose task is {task.__name__}")
     return task.predictor(run_dir, settings, choose_device(device), **options)
 
 

@@ -1,7 +1,7 @@
-"""Probe a frozen backbone's features: by a linear classifier, or by their nearest neighbours.
+"""Probe a frozen backbone's features with a linear classifier or k-nearest neighbours.
 
-The features are what the model's own head gives its classifier (`forward_head(…, pre_logits=True)`), of images as in
-tests. All processes compute them, each image once.
+The features are the inputs of the model's classifier (`forward_head(…, pre_logits=True)`), of images preprocessed as in
+tests. The processes share the images.
 """
 
 import inspect
@@ -35,7 +35,7 @@ class KNN:
     """Weighted k-nearest neighbours, by cosine: each of the k training images votes exp(cosine / temperature).
 
     As in Wu et al. 2018 (arXiv 1805.01978), with k and temperature of Caron et al. 2021 (arXiv 2104.14294). A class
-    without a vote is no prediction, also not among five.
+    without votes is never predicted, not even in the top 5.
     """
 
     def __init__(self, k: Count = 20, temperature: Positive = 0.07):
@@ -63,11 +63,11 @@ class KNN:
 
 
 class LogisticProbe:
-    """Logistic regression on standardised features (scikit-learn's), its C the one that does best on val.
+    """scikit-learn's logistic regression on standardised features, with the C that is best on val.
 
-    Rather than a layer trained by SGD: the problem is convex, so that there is one answer, of no learning rate, number
-    of epochs or processes. C: inverse strengths of the penalty to try, the smaller of equals being taken. iterations:
-    of L-BFGS for each, at most; metrics.json says whether it converged. All features are in the memory of one process.
+    Unlike a layer trained by SGD, its result does not depend on a learning rate, epochs or processes, since the problem
+    is convex. C: inverse regularization strengths to try; of equally good ones the smallest is chosen. iterations: at
+    most, of L-BFGS; metrics.json has whether it converged. All features are in the memory of one process.
     """
 
     def __init__(self, C: tuple = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0), iterations: Count = 1000):
@@ -212,7 +212,7 @@ class _Numbered(Dataset):
 def validate(config: dict) -> None:
     """Check a config against what `run` takes; raises UserError for an unknown key, value or name.
 
-    Where the checkpoint is of a run, what the config does not say of the model and of data.img_size is set as there.
+    If the checkpoint is of a run, missing keys of the model section and data.img_size are set from that run.
     """
     _take_from_run(config)
     check("", config, run)
@@ -229,7 +229,7 @@ def validate(config: dict) -> None:
 
 
 def _take_from_run(config: dict) -> None:
-    """Complete a config by the model section and the image size of the run that its checkpoint is of."""
+    """Complete a config with the model section and image size of the run that its checkpoint is from."""
     weights = Path(str(config.get("checkpoint")))
     folder = weights if weights.is_dir() else weights.parent
     file = next((f for f in (folder / "config.py", folder.parent / "config.py") if f.is_file()), None)
@@ -239,7 +239,7 @@ def _take_from_run(config: dict) -> None:
     settings = load(file)
     theirs = {k: v for k, v in settings["model"].items() if k not in ("pretrained", "pretrained_cfg_overlay")}
     if config["model"].get("name", theirs.get("name")) != theirs.get("name"):
-        return  # another model was asked for: the checkpoint will be held to that
+        return  # another model is requested: loading will check the checkpoint against it
     config["model"] = theirs | config["model"]
     accepted = inspect.signature(config["data"]["type"]).parameters if isinstance(config["data"], dict) else {}
     size = settings["data"].get("img_size")

@@ -83,4 +83,4 @@ def test_own_folder(command, tmp_path):
 
 def test_predict_says_what_is_missing(command, tmp_path):
     code, _, err = command("predict", tmp_path, tmp_path / "none.png")
-    assert code == 2 and "there is no image" in err
+    assert code == 2 and "does not exist" in err

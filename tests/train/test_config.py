@@ -78,7 +78,7 @@ def test_dump_loads_again(tmp_path):
             "removes a key that the config does not set; an empty text is model.drop_path_rate=''",
         ),
         ("epochs.x=1", "epochs.x can't be set: epochs is a value"),
-        ("epochs", "'epochs' is no override"),
+        ("epochs", "'epochs' is not an override"),
         ("data=3", "data must be a section, dict(key=value, …); got 3"),
         ("data.type=Digits", "data needs type=… , a class that the config file imports; got 'Digits'"),
     ],

@@ -92,7 +92,7 @@ def test_modules_to_keep_in_eval_mode():
         ("layer9", "freeze: 'layer9' matches no part of the model with weights, did you mean layer"),
         (["layer1", "stem*"], r"freeze: 'stem\*' matches no part of the model"),
         ("maxpool", "'maxpool' matches no part of the model with weights"),
-        ("*", r"freeze='\*' leaves nothing to learn"),
+        ("*", r"freeze='\*' leaves no trainable parameters"),
     ],
 )
 def test_mistakes(what, sentence):

@@ -67,7 +67,7 @@ def test_parts_of_like_aspect(ranks, world, accumulate):
         dealt = flat(dealt)
         turned = dealt[-step % len(dealt) :] + dealt[: -step % len(dealt)]
         assert flat(turned) == sorted(images, key=lambda key: aspects[key[1]])
-    with pytest.raises(UserError, match="repeats=2 does not go with images of many sizes"):
+    with pytest.raises(UserError, match="repeats=2 can't be combined with images of different sizes"):
         TrainingOrder(50, 12, 3, 0, 9, accumulate, 2, aspects)
 
 

@@ -24,7 +24,7 @@ def says(result, code: int, *words: str) -> None:
         (["model.name=resnet81"], ["unknown model resnet81, did you mean resnet"]),
         (["model.drop_rat=0.1"], ["no argument model.drop_rat, did you mean drop_rate"]),
         (["epoch=3"], ["unknown key epoch, did you mean epochs"]),
-        (["epochs"], ["'epochs' is no override"]),
+        (["epochs"], ["'epochs' is not an override"]),
         (["model.name=vit_tiny_patch16_224", "model.img_size=48"], ["can't take images of 16x16", "Input height (16)"]),
         (["model.num_classes=3"], ["model.num_classes can't be set"]),
         (["optimizer.lr=-1"], ["optimizer.lr must be more than 0; got -1"]),

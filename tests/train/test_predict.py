@@ -135,7 +135,7 @@ def test_which_images(tmp_path):
     (tmp_path / "none/below").mkdir(parents=True)
     with pytest.raises(UserError, match="none holds no images"):
         predict.find_images([tmp_path / "none"])
-    with pytest.raises(UserError, match=r"there is no image .*gone\.png"):
+    with pytest.raises(UserError, match=r"the image .*gone\.png does not exist"):
         predict.find_images([tmp_path / "gone.png"])
     assert len(predict.find_images([tmp_path / "gone.png", a])) == 2
 
@@ -178,7 +178,7 @@ def test_json_over_an_input(command, classifier_run, tmp_path):
     [
         (["--top", "-1"], "--top must be 1 or more classes, got -1"),
         (["--top", "0"], "--top must be 1 or more classes, got 0"),
-        (["--threshold", "0.5"], "--threshold does not go with"),
+        (["--threshold", "0.5"], "--threshold does not apply to"),
         (["--format", "coco"], "--format coco needs --json FILE"),
         (["--format", "png"], "--format png needs --out FOLDER"),
         (["--format", "png", "--out", "o"], "--format png is for segmenters"),

@@ -1,12 +1,11 @@
-"""Which images each process sees at each step, and how they get there.
+"""The order of images, their distribution to processes and steps, and loading.
 
-Every random number is a function of (seed, epoch or step, image or process), never of history. The order of an epoch
-is a function of (seed, epoch); step s takes the next `batch_size` images of it, each process its contiguous part;
-what augmentation does to an image is a function of (seed, epoch, image), and so is the image that stands in for one
-that can't be read. So a run is the same with any number of loader workers and of processes, and starts in the middle
-of an epoch as if it had been there from the beginning.
+Every random number is a function of (seed, epoch or step, image or process), not of earlier ones. The order of an epoch
+is a function of (seed, epoch); step s takes the next `batch_size` images, and each process a contiguous part of them.
+The augmentation of an image is a function of (seed, epoch, image), and so is the replacement of an unreadable image. So
+a run is the same with any number of loader workers and processes, and can resume in the middle of an epoch.
 
-A sample's key is (epoch, index), or (epoch, index, copy) where an epoch has an image several times.
+A sample's key is (epoch, index), or (epoch, index, copy) if an epoch has an image several times.
 """
 
 import random
@@ -23,22 +22,22 @@ from ..runtime.distributed import derive_seed, rank, world_size
 from ..runtime.errors import DATA, UserError
 from .bad_images import BadImage, BadImages
 
-STANDINS = 100  # that are tried in a bad image's place
+MAX_REPLACEMENTS = 100  # images that are tried as a replacement of an unreadable one
 
 
 class Seeded(Dataset):
-    """A dataset addressed by keys, from which all random numbers come. A dataset may have set_epoch(epoch).
+    """A dataset that is indexed by keys, which determine all random numbers. The dataset may have set_epoch(epoch).
 
-    replace: another image takes the place of one that can't be read; otherwise the batch is shorter.
+    replace: replace unreadable images by others; otherwise the batch is shorter.
     """
 
     def __init__(self, dataset: Dataset, seed: int, replace: bool):
         self.dataset, self.seed, self.replace = dataset, seed, replace
 
     def __getitems__(self, keys: list[tuple[int, ...]]) -> tuple[list, dict[str, str]] | UserError:
-        """The samples of a batch, and name -> reason of the images that can't be read.
+        """Return the samples of a batch, and name -> reason of the unreadable images.
 
-        Python's, numpy's and torch's generators are left as they were found.
+        The states of Python's, NumPy's and torch's random generators are restored.
         """
         states = random.getstate(), np.random.get_state(), torch.get_rng_state()
         bad: dict[str, str] = {}
@@ -53,11 +52,11 @@ class Seeded(Dataset):
         return samples, bad
 
     def _sample(self, key: tuple[int, ...], bad: dict[str, str]) -> list:
-        """The sample of a key or what stands in for it; none in evaluation, if it can't be read."""
+        """Return [sample of a key or of its replacement]; in evaluation [] if the image can't be read."""
         epoch, index = key[:2]
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
-        for attempt in range(STANDINS):
+        for attempt in range(MAX_REPLACEMENTS):
             seed = derive_seed("image", self.seed, *key)
             random.seed(seed)
             np.random.seed(seed % 2**32)
@@ -70,12 +69,12 @@ class Seeded(Dataset):
                     return []
             index = derive_seed("instead", self.seed, epoch, key[1], attempt) % len(self.dataset)
         raise UserError(
-            f"{STANDINS} images in a row can't be read, {next(iter(bad))} among them: see to the data", DATA
+            f"{MAX_REPLACEMENTS} images in a row can't be read, {next(iter(bad))} among them: check the data", DATA
         )
 
 
 def steps_per_epoch(images: int, batch_size: int, accumulate: int = 1) -> int:
-    """Full batches in an epoch. Raises UserError where there is none, or the processes can't share a batch equally."""
+    """Return the full batches in an epoch. Raises UserError for none, or if processes can't share a batch equally."""
     parts = world_size() * accumulate
     if batch_size % parts:
         raise UserError(
@@ -87,14 +86,14 @@ def steps_per_epoch(images: int, batch_size: int, accumulate: int = 1) -> int:
 
 
 class TrainingOrder:
-    """Batches of keys for steps start … stop - 1 of this process, `accumulate` batches a step.
+    """Batches of keys for steps start … stop - 1 of this process, `accumulate` batches per step.
 
-    repeats: an epoch has each of its images so many times (repeated augmentation, arXiv 1901.09335), one copy after the
-    other, and is as long as ever: it sees images / repeats of them. A step's batch is then dealt out image by image, so
-    that copies go to different processes, as DeiT does it.
-    aspects: (images,) height / width. A step's batch is then dealt out sorted by it, so that its parts, each padded to
-    one size, are padded little. What is in the batch is as random as ever. Parts take turns: no process always
-    gets the tallest.
+    repeats: how many times an epoch has each of its images (repeated augmentation, arXiv 1901.09335), consecutively.
+    The length of an epoch is unchanged, so it has images / repeats different images. The batch of a step is then
+    distributed image by image, so that copies go to different processes, as in DeiT.
+    aspects: (images,) height / width. The batch of a step is then distributed sorted by it, so that its parts, each
+    padded to one size, need little padding. The contents of a batch stay random, and the parts alternate between the
+    processes.
     """
 
     def __init__(
@@ -112,7 +111,7 @@ class TrainingOrder:
         self.accumulate, self.per_epoch = accumulate, steps_per_epoch(images, batch_size, accumulate)
         self.repeats, self.aspects = repeats, aspects
         if aspects is not None and repeats > 1:
-            raise UserError(f"repeats={repeats} does not go with images of many sizes: leave it at 1")
+            raise UserError(f"repeats={repeats} can't be combined with images of different sizes: leave it at 1")
 
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulate
@@ -141,9 +140,9 @@ class TrainingOrder:
 
 
 class EvaluationOrder:
-    """Every image once over all processes, in batches of this process's share; the last ones may be short.
+    """Batches of this process, such that all processes together have every image once; the last may be smaller.
 
-    sequences: indices of images that one process must get one after another, each a batch of its own; None: none.
+    sequences: lists of indices that one process must get in order, in batches of one image; None: none.
     """
 
     def __init__(self, images: int, batch_size: int, sequences: list[list[int]] | None = None):
@@ -161,9 +160,9 @@ class EvaluationOrder:
 
 
 class Batches:
-    """The collated batches of a loader on a device, without bad images. skipped: how many the last pass has left out.
+    """The collated batches of a loader, on a device. skipped: number of unreadable images left out in the last pass.
 
-    finish: what is done to each batch when it is there.
+    finish: a function applied to each batch on the device.
     """
 
     def __init__(
@@ -193,12 +192,11 @@ class Batches:
 def batches(
     dataset: Dataset, order: Iterable, seed: int, workers: int, device: torch.device, bad: BadImages | None = None
 ) -> Batches:
-    """The batches that `order` lists, `workers` processes reading ahead (0: this one reads).
+    """Return the batches of `order`, with `workers` processes loading ahead (0: this process loads).
 
-    A dataset may say with `collate(samples)` what a batch of samples is, and with `finish(batch)` what is to be done to
-    it on the device.
-    bad: where images that can't be read are noted; None: the first one raises. In training another stands in for it.
-    Iteration raises the UserError of what goes wrong in a worker.
+    A dataset may have `collate(samples)`, which makes a batch, and `finish(batch)`, which is applied on the device.
+    bad: where unreadable images are recorded; None: the first one raises. In training they are replaced by others.
+    Iteration raises the UserError of an error in a worker.
     """
     loader = DataLoader(
         Seeded(dataset, seed, replace=isinstance(order, TrainingOrder)),
@@ -214,7 +212,7 @@ def batches(
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which the terminal sends to worker processes too, to the process that reads from them."""
+    """Ignore Ctrl-C in a worker, which the terminal sends to it too: the main process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -226,7 +224,7 @@ def _collate(collate: Callable[[list], Any], loaded: Any) -> Any:
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """A batch with its tensors, in whatever lists, tuples and dicts, on the device."""
+    """Move the tensors in a batch, in any lists, tuples and dicts, to the device."""
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):

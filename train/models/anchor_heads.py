@@ -38,11 +38,11 @@ class Anchors:
 
     @property
     def count(self) -> int:
-        """How many anchors a cell has."""
+        """Return the number of anchors per cell."""
         return len(RATIOS) * len(self.scales)
 
     def base(self, stride: int) -> Tensor:
-        """Return the anchors (A, 4) of a cell at the origin, float64."""
+        """Return the anchors (A, 4) of the cell at the origin, float64."""
         ratios = torch.tensor(RATIOS, dtype=torch.float64).sqrt()[:, None]
         sides = stride * torch.tensor(self.scales, dtype=torch.float64)
         half = torch.stack((sides / ratios, sides * ratios), -1).flatten(0, 1) / 2
@@ -68,17 +68,17 @@ class Anchors:
 
 
 def flatten_maps(maps: Sequence[Tensor], size: int) -> list[Tensor]:
-    """Maps (B, A · size, H, W) as (B, H · W · A, size) each."""
+    """Reshape maps (B, A · size, H, W) to (B, H · W · A, size)."""
     return [x.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, size)) for x in maps]
 
 
 class RPNHead(nn.Module):
     """Proposals for the R-CNNs: one class, scored by a sigmoid.
 
-    proposals: of an image that reach the box heads in evaluation; training takes twice as many of a level before NMS.
+    proposals: number per image for the box heads in evaluation; training takes twice as many per level before NMS.
     rpn_samples: anchors sampled per image in training, at most half of them positive.
     of_cascade: the training settings of Cascade R-CNN: twice the proposals after NMS too, smooth L1, and no anchors
-    that reach out of the image.
+    that extend beyond the image.
     """
 
     def __init__(self, channels: int, anchors: Anchors, proposals: int, rpn_samples: int, of_cascade: bool):

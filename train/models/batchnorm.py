@@ -13,10 +13,10 @@ from ..runtime.errors import UserError
 def check_batch_statistics(
     model: nn.Module, frozen: Sequence[nn.Module], images: int, probe: Callable[[nn.Module], None]
 ) -> None:
-    """Raise UserError where a BatchNorm would compute a variance of one value per channel.
+    """Raise UserError if a BatchNorm would compute a variance of one value per channel.
 
-    frozen: modules that stay in eval mode. images: those of one forward pass of a process. probe: runs the model on one
-    image.
+    frozen: modules that stay in eval mode. images: number of images in one forward pass of a process. probe: runs the
+    model on one image.
     """
     if images > 1:
         return
@@ -41,5 +41,5 @@ def check_batch_statistics(
         if count * images * (world_size() if synchronized else 1) == 1:
             raise UserError(
                 f"{name or 'the model'} is a BatchNorm that would train on one value per channel (a map of 1x1, one "
-                "image in a forward pass of a process): raise batch_size, lower accumulate, or take larger images"
+                "image per forward pass of a process): raise batch_size, lower accumulate, or use larger images"
             )

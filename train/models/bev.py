@@ -1,8 +1,8 @@
-"""Detectors of boxes in a bird's-eye view: a lifter of saccade.backbones, and a head on the view that it makes.
+"""Detectors in a bird's-eye view: a lifter of saccade.backbones, and a head on its view.
 
-A box is (x, y, z of its middle, length, width, height, yaw, velocity x, y) in metres, radians and metres a second, in
-the view's frame. Every head has the same three: forward(view (B, E, H, W)) -> its outputs, loss(outputs, boxes, labels)
--> {name: scalar, already weighted}, and boxes(outputs) -> for each sample (boxes (n, 9), scores (n,), labels (n,)).
+A box is (x, y, z of its centre, length, width, height, yaw, velocity x, y) in metres, radians and metres per second, in
+the view's coordinates. Every head has forward(view (B, E, H, W)) -> outputs, loss(outputs, boxes, labels) -> {name:
+weighted scalar}, and boxes(outputs) -> for each sample (boxes (n, 9), scores (n,), labels (n,)).
 """
 
 import math
@@ -21,11 +21,11 @@ from ...backbones.published import Rules, rename_key
 from ..runtime.distributed import all_reduce_sum, world_size
 from .body import to_full_precision
 
-CODE_WEIGHTS = (1.0,) * 8 + (0.2,) * 2  # velocity is hard to see
+CODE_WEIGHTS = (1.0,) * 8 + (0.2,) * 2  # velocity is hard to estimate
 
 
 class BevDetector(nn.Module):
-    """A lifter and a head: frames, oldest first, to the head's outputs on the last one's view.
+    """A lifter and a head: from frames, oldest first, to the head's outputs on the view of the last one.
 
     A frame is a dict of the lifter's arguments: images, lidar2img, and as there are motion, can_bus, cameras, depth,
     scene_start. known_depth: depth is given to the lifter, in the depth network's place.
@@ -68,7 +68,7 @@ class BevDetector(nn.Module):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
-        """Two layers: the image backbone, and all else. A layer_decay of 0.1 is the backbone's share of the rate."""
+        """Return two layers, the image backbone and the rest: layer_decay=0.1 is the backbone's share of the rate."""
         return dict(stem=r"^lifter\.backbone\.", blocks=r"^(?:lifter\.(?!backbone\.)|head\.)")
 
     @torch.jit.ignore
@@ -77,10 +77,10 @@ class BevDetector(nn.Module):
 
 
 class CentreHead(nn.Module):
-    """The centres of boxes as peaks of a map a class, and at each peak the box (CenterPoint, arXiv 2006.11275).
+    """Centres of boxes as peaks of one map per class, and the box at each peak (CenterPoint, arXiv 2006.11275).
 
-    Its yaw is told from the ray on which the ego sees the cell, as monocular detectors do: what a box looks like from a
-    camera says that angle, wherever around the ego it stands.
+    Yaw is relative to the ray from the ego to the cell, as in monocular detectors: this is the angle that determines
+    what a box looks like, wherever it is around the ego.
 
     Args:
         dim: E, of the view.
@@ -116,16 +116,16 @@ class CentreHead(nn.Module):
         return to_full_precision((self.peaks(x), self.codes(x)))  # logits (B, classes, H, W), (B, 10, H, W)
 
     def place(self, boxes: Tensor) -> Tensor:
-        """Where boxes lie, in cells: (n, 2), x and y."""
+        """Return the positions of boxes in cells, x and y, (n, 2)."""
         return (boxes[:, :2] - boxes.new_tensor(self.low)) / boxes.new_tensor(self.cell)
 
     def ray(self, cells: Tensor) -> Tensor:
-        """Radians from the x axis at which cells (n, 2), x and y, lie from the ego, the view's origin: (n, 1)."""
+        """Return the direction of cells (n, 2), x and y, seen from the ego, in radians from the x axis, (n, 1)."""
         x, y = ((cells + 0.5) * cells.new_tensor(self.cell) + cells.new_tensor(self.low)).split(1, 1)
         return torch.atan2(y, x)
 
     def heat(self, boxes: Tensor, labels: Tensor, shape: tuple[int, int, int]) -> Tensor:
-        """(classes, H, W): around every centre's cell, where it is 1, a bell as wide as the box."""
+        """Return (classes, H, W): a Gaussian around the cell of every centre, where it is 1, as wide as the box."""
         heat = boxes.new_zeros(shape)
         at = self.place(boxes).floor()
         y, x = torch.arange(shape[1], device=boxes.device), torch.arange(shape[2], device=boxes.device)
@@ -164,7 +164,7 @@ class CentreHead(nn.Module):
         logits, codes = outputs
         W = logits.shape[3]
         p = logits.sigmoid()
-        p = torch.where(F.max_pool2d(p, 3, 1, 1) == p, p, 0.0)  # of neighbours, the highest
+        p = torch.where(F.max_pool2d(p, 3, 1, 1) == p, p, 0.0)  # keep local maxima
         found = []
         for scores, code in zip(p, codes):
             score, index = scores.flatten().topk(min(self.most, scores.numel()))
@@ -181,12 +181,12 @@ class CentreHead(nn.Module):
 
 
 def inverse_sigmoid(p: Tensor) -> Tensor:
-    """The logit, with p and 1 - p of 1e-5 at least, each by itself."""
+    """Return the logit, with p and 1 - p each clamped to at least 1e-5."""
     return (p.clamp(min=1e-5) / (1 - p).clamp(min=1e-5)).log()
 
 
 class DecoderLayer(nn.Module):
-    """Queries look at each other, at the view around their reference points, and into themselves; post-norm."""
+    """Self-attention of queries, deformable attention to the view around their reference points, an MLP; post-norm."""
 
     def __init__(self, dim: int, heads: int, points: int, hidden: int, drop: float):
         super().__init__()
@@ -207,9 +207,9 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderHead(nn.Module):
-    """DETR's decoder over the view, as BEVFormer has it: queries that become boxes, refined layer by layer.
+    """DETR's decoder over the view, as in BEVFormer: queries that become boxes, refined layer by layer.
 
-    The loss is of a one-to-one match (scipy's Hungarian algorithm) at every layer.
+    The loss uses a one-to-one matching (SciPy's Hungarian algorithm) at every layer.
 
     Args:
         dim: E, of the view. classes: how many. bev_size, pc_range: of the view.
@@ -257,8 +257,8 @@ class DecoderHead(nn.Module):
             nn.init.constant_(kind[-1].bias, -math.log(99))
 
     def forward(self, view: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """Of each layer, class logits (B, Q, classes) and codes (B, Q, 10): (cx, cy, log w, log l, cz, log h, sin, cos,
-        vx, vy) of the yaw and in metres."""
+        """Return per layer class logits (B, Q, classes) and codes (B, Q, 10): (cx, cy, log w, log l, cz, log h, sin and
+        cos of the yaw, vx, vy), in metres."""
         B = len(view)
         flat = view.flatten(2).mT
         position, x = self.query.weight.expand(B, -1, -1).chunk(2, -1)
@@ -282,8 +282,8 @@ class DecoderHead(nn.Module):
 
     @torch.no_grad()
     def match(self, logits: Tensor, codes: Tensor, wanted: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Which query is which box: (queries, boxes), the pairs of least cost. Published: focal 2, L1 0.25 over the
-        first eight numbers."""
+        """Match queries to boxes with the least total cost; return (queries, boxes). The cost is as published: 2 times
+        focal, 0.25 times L1 of the first eight numbers."""
         from scipy.optimize import linear_sum_assignment
 
         p = logits.sigmoid()
@@ -296,9 +296,10 @@ class DecoderHead(nn.Module):
     def loss(
         self, outputs: list[tuple[Tensor, Tensor]], boxes: Sequence[Tensor], labels: Sequence[Tensor]
     ) -> dict[str, Tensor]:
-        """Boxes whose centre lies beyond pc_range in x or y, which no reference point reaches, do not count.
+        """Return the losses. Boxes with a centre outside pc_range in x or y, which no reference point can reach, do not
+        count.
 
-        Sums are divided by the mean number of boxes of all processes, 1 at least.
+        Sums are divided by the mean number of boxes over all processes, at least 1.
         """
         low, high = self.low[:2], self.high[:2]
         inside = [((b[:, :2] > b.new_tensor(low)) & (b[:, :2] < b.new_tensor(high))).all(1) for b in boxes]
@@ -366,7 +367,7 @@ HEADS = dict(centre=CentreHead, decoder=DecoderHead)
 
 
 def make_head(kind: str, lifter: nn.Module, classes: int, **kwargs: Any) -> nn.Module:
-    """The head of a task's section, sized to a lifter. Raises UserError for an argument that it does not have."""
+    """Build the head of a task's section for a lifter. Raises UserError for an unknown argument."""
     from ..runtime.config import check
 
     given = ("dim", "classes", "bev_size", "pc_range")

@@ -1,4 +1,4 @@
-"""What a detector or segmenter has of the timm model it stands on: maps, parameter groups, weights from files."""
+"""The backbone of detectors and segmenters, a timm model: maps, parameter groups, weights from files."""
 
 import math
 import re
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 
 class OnBody(nn.Module):
-    """A whole model with a `body`, made by saccade.train.models.build.create_features, as its `backbone`.
+    """A model whose `backbone` is a `body` from saccade.train.models.build.create_features.
 
-    It answers what timm's optimisers and the engine ask of a classifier. no_decay: patterns of parameters' names that
-    get no weight decay, beside those that the body's own model names.
+    It has the methods that timm's optimizers and the engine call on a classifier. no_decay: patterns of parameter names
+    without weight decay, besides those of the body's own model.
     """
 
     no_decay: tuple[str, ...] = ()
@@ -48,7 +48,7 @@ def _unflattened(name: str) -> str:
 
 
 def freeze_batchnorm(module: nn.Module) -> None:
-    """Have a module's BatchNorms use their running statistics; weights and biases go on learning."""
+    """Make a module's BatchNorms use their running statistics; their weights and biases are still trained."""
     for child in module.modules():
         if isinstance(child, nn.modules.batchnorm._BatchNorm):
             child.eval()

@@ -79,7 +79,7 @@ def assign(
 def sample(assigned: Tensor, count: int, fraction: float) -> tuple[Tensor, Tensor]:
     """Draw positives, at most `fraction` of `count`, and negatives that fill `count`; returns their indices.
 
-    assigned: of `assign`. All are taken where there are no more than wanted.
+    assigned: from `assign`. If there are fewer than wanted, all are drawn.
     """
 
     def draw(candidates: Tensor, most: int) -> Tensor:

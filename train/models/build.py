@@ -1,4 +1,4 @@
-"""Models by name, from timm's registry: the one place where training meets them."""
+"""Build models by name, from timm's registry."""
 
 import inspect
 import json
@@ -51,7 +51,7 @@ def create(
 
     checkpoint: a file of weights that timm can load (published, timm's, or of a run here), or a run folder. With
     `new_head`, a classifier of another size than ours is left out. pretrained: the weights that timm publishes.
-    Raises UserError for a name, an argument or a file that does not do, saying what would.
+    Raises UserError for an invalid name, argument or file, naming valid ones.
     """
     _known(name)
     try:
@@ -59,7 +59,7 @@ def create(
         if checkpoint is None:
             with _published_weights(name, pretrained):
                 return timm.create_model(**arguments, pretrained=pretrained)
-        with torch.device("meta"):  # whatever is wrong with the arguments is said before the file is opened
+        with torch.device("meta"):  # errors in the arguments are raised before the file is opened
             heads = timm.create_model(**arguments).pretrained_cfg.get("classifier") or ()
     except TypeError as error:
         raise _unknown_argument(name, error) from error
@@ -87,7 +87,7 @@ def _published_weights(name: str, pretrained: bool) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, URLError, ConnectionError) as error:
         hub = timm.get_pretrained_cfg(name) if is_model(split_model_name_tag(name)[0]) else None
         source = (hub and (hub.hf_hub_id or hub.url)) or name
-        reason = "there is no network" if offline else _first_line(error)
+        reason = "no network connection" if offline else _first_line(error)
         raise UserError(
             f"the published weights of {name} ({source}) can't be downloaded ({reason}): connect to the network, or "
             "download their file elsewhere and give it with checkpoint=FILE"
@@ -124,10 +124,10 @@ def create_features(
     norms: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """A timm model that returns its stages' maps: images (B, 3, H, W) to a list of (B, C, H / s, W / s).
+    """Build a timm model that returns its stages' maps: images (B, 3, H, W) to a list of (B, C, H / s, W / s).
 
-    out_indices: the maps wanted, or what picks them, given the strides of all (None: what the model gives); its
-    `feature_info` has their channels C and strides s.
+    out_indices: the maps to return, or a function of all strides that chooses them (None: the model's default); the
+    model's `feature_info` has their channels C and strides s.
     checkpoint: a classifier's weights, or those of a published detector's or segmenter's backbone, as in `create`. The
     classifier in them is left out; norms of the maps that a file lacks start anew. Or the tensors of such a backbone.
     pretrained: the weights that timm publishes.
@@ -138,7 +138,7 @@ def create_features(
     _known(name)
     wanted: dict[str, Any] = {}
     try:
-        with torch.device("meta"):  # whatever is wrong with the arguments is said before a file is opened
+        with torch.device("meta"):  # errors in the arguments are raised before a file is opened
             whole = timm.create_model(name, **kwargs)
         if norms and "out_norms" in inspect.signature(type(whole)).parameters and not name.startswith("agent_pvt"):
             kwargs = dict(out_norms=True) | kwargs
@@ -326,7 +326,7 @@ def _disagreements(error: Exception) -> list[tuple[str, str]]:
 
 
 def _unknown_argument(name: str, error: TypeError) -> UserError:
-    """The sentence for an argument that a model does not take."""
+    """Return the error for an argument that a model does not take."""
     unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
     if not unknown:
         return UserError(f"{name} can't be built: {error}")
@@ -346,7 +346,7 @@ def _first_line(error: BaseException) -> str:
 
 @torch.no_grad()
 def probe(model: nn.Module, input_size: tuple[int, int, int]) -> None:
-    """Show the model a black image (channels, height, width); raises UserError in its own words if it can't take it."""
+    """Run the model on a black image (channels, height, width). Raises UserError with its message if it fails."""
     training = model.training
     first = next(model.parameters())
     try:

@@ -17,7 +17,7 @@ def read_class_names(weights: Path) -> list[str] | None:
     if weights.suffix in (".pth", ".pt") and weights.is_file():
         try:
             classes = read_published(weights).classes
-        except UserError:  # whoever loads the weights says what is wrong
+        except UserError:  # loading the weights will raise it
             return None
         return [name.strip() for name in classes] if classes else None
     if weights.suffix == ".safetensors" and weights.is_file():
@@ -60,7 +60,7 @@ def rename_classes(model: Sequence[str], class_map: dict[str, str]) -> list[str]
                 "for one of the data"
             )
         renamed[theirs] = ours
-    # A class of the model that is given to none, and has the name of a class of the data, is another class.
+    # An unmapped class of the model with the name of a class of the data is a different class.
     free = {name: f"{name} (of the model)" for name in class_map}
     return [(free | renamed).get(name, name) for name in model]
 
@@ -79,19 +79,19 @@ def match_classes(data: Sequence[str], model: Sequence[str], subset: bool = Fals
         parts += [f"the data do not have the model's {_few(missing)}"] if missing else []
         raise UserError(
             f"the data's classes are not the model's: {', and '.join(parts)}; test on data of the model's classes, or "
-            "say which is which with --class-map FILE.json"
+            "map the names with --class-map FILE.json"
         )
     repeated = [name for name in data if list(data).count(name) > 1 or list(model).count(name) > 1]
     if repeated:
         raise UserError(
             f"the class name {repeated[0]!r} occurs twice, and the data's classes are in another order than the "
-            "model's: give each class a name of its own"
+            "model's: give each class a unique name"
         )
     return [list(model).index(name) for name in data]
 
 
 def _few(names: Sequence[str]) -> str:
-    """Name the first three of them."""
+    """List the first three."""
     return ", ".join(map(repr, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 

@@ -1,4 +1,4 @@
-"""The head of a fully convolutional network (arXiv:1411.4038) on one map, and what segmentation heads share.
+"""The head of a fully convolutional network (arXiv:1411.4038) on one map, and the base of segmentation heads.
 
 Parameters have the names of MMSegmentation's files.
 """
@@ -12,12 +12,12 @@ from .fpn import ConvUnit
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Resize maps (B, C, h, w) bilinearly, the corners of pixels aligned, not their centres."""
+    """Resize maps (B, C, h, w) bilinearly, with align_corners=False."""
     return x if tuple(x.shape[2:]) == tuple(size) else interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
 class SegmentationHead(nn.Module):
-    """A head that ends in dropout of whole channels and `conv_seg`, a 1x1 convolution to the classes."""
+    """A head that ends with channel dropout and `conv_seg`, a 1x1 convolution to the classes."""
 
     def __init__(self, channels: int, num_classes: int, drop_rate: float):
         super().__init__()

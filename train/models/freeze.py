@@ -1,4 +1,4 @@
-"""Parts of a model that do not learn."""
+"""Freeze parts of a model."""
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -10,19 +10,19 @@ from ..runtime.errors import UserError, closest
 
 
 def freeze(model: nn.Module, what: int | str | Sequence[str]) -> list[nn.Module]:
-    """Take gradients from a part of a model; returns its modules, which are to be kept in eval mode.
+    """Freeze a part of a model; returns its modules, which must be kept in eval mode.
 
-    what: the number of first stages (of a model without stages: blocks), the stem included, as the model's own
-    group_matcher divides it. Or names of modules and parameters with all that is below them: "stem", "stages.0",
-    "*.norm1", "pos_embed". In eval mode a frozen BatchNorm keeps its statistics, and nothing is dropped at random.
-    Raises UserError for a number or a name that the model does not have, and where nothing would be left to learn.
+    what: the number of first stages (of a model without stages: blocks), including the stem, as defined by the model's
+    group_matcher. Or names of modules and parameters, with everything below them: "stem", "stages.0", "*.norm1",
+    "pos_embed". In eval mode a frozen BatchNorm keeps its statistics, and there is no dropout.
+    Raises UserError for a number or name that the model does not have, and if nothing would be left to train.
     """
     frozen = _first_stages(model, what) if isinstance(what, int) else _named(model, what)
     parameters = {parameter for name, parameter in model.named_parameters() if name in frozen}
     for parameter in parameters:
         parameter.requires_grad_(False)
     if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise UserError(f"freeze={what!r} leaves nothing to learn: name less, or fewer stages")
+        raise UserError(f"freeze={what!r} leaves no trainable parameters: freeze fewer modules or stages")
 
     def whole(module: nn.Module) -> list[nn.Module]:
         own = set(module.parameters())
@@ -34,7 +34,7 @@ def freeze(model: nn.Module, what: int | str | Sequence[str]) -> list[nn.Module]
 
 
 def _first_stages(model: nn.Module, count: int) -> set[str]:
-    group = group_parameters(model, model.group_matcher(coarse=True), reverse=True)  # the stem is 0, the head the last
+    group = group_parameters(model, model.group_matcher(coarse=True), reverse=True)  # stem 0, head last
     stages = max(group.values()) - 1
     if not 1 <= count <= stages:
         raise UserError(f"freeze={count} must be 1 to {stages}, the number of stages of this model")

@@ -1,4 +1,4 @@
-"""Segmenters around any timm model, and how they label images of any size: whole or in windows, at several scales.
+"""Segmenters on any timm model, and inference on images of any size: whole or in windows, at several scales.
 
 They compute what MMSegmentation 0.x does, and their parameters have the names of its files.
 """
@@ -21,16 +21,16 @@ from .semantic_fpn import SemanticFPN
 from .upernet import UPerNet
 
 Place = tuple[int, int, int, int]  # top, left, height and width of a window
-ROWS = 2**24  # logits of the final map that are in memory at once: 64 MiB in fp32
+ROWS = 2**24  # logits of the final map per chunk of rows: 64 MiB in fp32
 
 
 @dataclass
 class Inference:
-    """How an image becomes the model's inputs, its "views".
+    """How an image is converted to the model's inputs, its "views".
 
     scale: (long, short): the image is resized to the largest size of its aspect ratio within; None: it keeps its size.
     multiple: both sides are made multiples of this by a second resize, as in BiFormer's Semantic FPN.
-    scales, flip: factors of `scale`, and mirrored images beside each, over which softmaxes are averaged.
+    scales, flip: factors of `scale`, and whether to add flipped images; softmaxes are averaged over them.
     crop, stride: (height, width) of windows that cover the view, and the largest distance between them; logits are
     averaged where windows overlap. None: the view is one window.
     """
@@ -58,7 +58,7 @@ class Inference:
         return tuple(-(-side // self.multiple) * self.multiple for side in size)
 
     def windows(self, height: int, width: int) -> list[Place]:
-        """All windows, as mmsegmentation places them: the last ones end at the edge."""
+        """Return all windows, at mmsegmentation's positions: the last ones end at the edge."""
         if self.crop is None:
             return [(0, 0, height, width)]
         stride = self.stride or self.crop
@@ -73,7 +73,7 @@ def _places(length: int, crop: int, stride: int) -> tuple[int, list[int]]:
 
 
 class Segmenter(OnBody):
-    """A backbone with a decode head, and in training an auxiliary one. It is called with one of two things:
+    """A backbone with a decode head, and in training an auxiliary head. Its input is one of:
 
     images (B, 3, H, W) in [0, 1]: returns logits (B, num_classes, H / s, W / s), s being the stride of the backbone's
     finest map; in training (logits, the auxiliary head's logits or None).
@@ -104,7 +104,7 @@ class Segmenter(OnBody):
         self.pretrained_cfg, self.inference = backbone.pretrained_cfg, inference or Inference()
         channels = backbone.feature_info.channels()[-4:]
         if len(channels) < 2:
-            raise UserError(f"{head} needs a backbone that gives two maps or more, not {len(channels)}")
+            raise UserError(f"{head} needs a backbone with two or more maps, got {len(channels)}")
         common = dict(num_classes=num_classes, drop_rate=drop_rate)
         self.auxiliary_head = FCNHead(channels, **common) if auxiliary else None
         if head == "semantic_fpn":
@@ -153,16 +153,17 @@ class Segmenter(OnBody):
 
 
 class View:
-    """The logits of a picture's view, from those of its windows. What is as large as the view is made some rows a time.
+    """The logits of an image's view, from those of its windows. Tensors of the view's size are computed in chunks of
+    rows.
 
-    windows: place and logits (classes, h, w) of each. size: (H, W) of the view. mirrored: left to right.
+    windows: position and logits (classes, h, w) of each. size: (H, W) of the view. mirrored: flipped horizontally.
     """
 
     def __init__(self, windows: list[tuple[Place, Tensor]], size: Sequence[int], mirrored: bool):
         self.windows, self.size, self.mirrored = windows, size, mirrored
 
     def rows(self, start: int, stop: int) -> Tensor:
-        """Rows of the view's logits (classes, stop - start, W): the windows', enlarged, averaged where they overlap."""
+        """Return rows of the view's logits (classes, stop - start, W): resized windows, averaged where they overlap."""
         first = self.windows[0][1]
         sums = first.new_zeros(len(first), stop - start, self.size[1])
         counts = first.new_zeros(stop - start, self.size[1])
@@ -175,14 +176,14 @@ class View:
         return sums.div_(counts)
 
     def rows_at(self, size: Sequence[int], start: int, stop: int) -> Tensor:
-        """Rows of the logits enlarged, once more, to the picture's own `size` (H, W), not mirrored any more."""
+        """Return rows of the logits resized to the image's `size` (H, W), and flipped back."""
         low, high = _sources(self.size[0], size[0], start, stop)
         rows = enlarged(self.rows(low, high), size, start, stop, of=self.size[0], first=low)
         return rows.flip(2) if self.mirrored else rows
 
 
 def label_map(views: Sequence[View], size: Sequence[int]) -> Tensor:
-    """The label map (H, W) int64 of a picture of this size: the largest logit, or mean softmax of several views."""
+    """Return an image's label map (H, W) int64: the largest logit, or the largest mean softmax of several views."""
     classes = len(views[0].windows[0][1])
     step = max(1, ROWS // (classes * size[1]))
     labels = []
@@ -197,15 +198,15 @@ def label_map(views: Sequence[View], size: Sequence[int]) -> Tensor:
 
 
 def _sources(height: int, new_height: int, start: int, stop: int) -> tuple[int, int]:
-    """The range of rows, of `height`, that rows start … stop - 1 of a bilinear enlargement to `new_height` mix."""
+    """Return the range of rows, of `height`, that rows start … stop - 1 of a bilinear resize to `new_height` read."""
     low = ((start + 0.5) * height / new_height - 0.5, (stop - 0.5) * height / new_height - 0.5)
     return max(0, math.floor(low[0]) - 1), min(height, math.floor(low[1]) + 3)
 
 
 def enlarged(x: Tensor, size: Sequence[int], start: int, stop: int, of: int | None = None, first: int = 0) -> Tensor:
-    """Rows start … stop - 1 of maps x (C, h, w), resized to `size` (H, W) as `resize` does.
+    """Return rows start … stop - 1 of maps x (C, h, w) resized to `size` (H, W) as `resize` does.
 
-    of: the height of the whole maps, of which x has the rows from `first` on; None: x is whole.
+    of: the height of the complete maps, of which x has the rows that begin at `first`; None: x is complete.
     """
     of = x.shape[1] if of is None else of
     rows = torch.arange(start, stop, device=x.device, dtype=torch.float64)

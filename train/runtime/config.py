@@ -163,7 +163,7 @@ def _override(settings: Section, override: str) -> None:
     """Apply one key=value of the command line."""
     path, equals, text = override.partition("=")
     if not equals or not path:
-        raise UserError(f"{override!r} is no override: write key=value or section.key=value")
+        raise UserError(f"{override!r} is not an override: write key=value or section.key=value")
     *names, key = path.split(".")
     section = settings
     for depth, name in enumerate(names):

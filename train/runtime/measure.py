@@ -87,7 +87,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def peak_allocated(step: Callable[[], object], device: torch.device) -> int:
-    """The most bytes that PyTorch has allocated at once within step(), over what it held before: also inside custom
+    """Return the peak bytes that PyTorch allocates within step(), beyond those allocated before: also inside custom
     operators, so the buffers of kernels count."""
     if device.type == "cuda":
         torch.cuda.synchronize()

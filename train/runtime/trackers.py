@@ -1,4 +1,4 @@
-"""Trackers that get what a run logs: TensorBoard and Weights & Biases.
+"""Trackers for a run's log: TensorBoard and Weights & Biases.
 
 mmengine's visualisation backends do the same, but begin a new record when a run resumes; these continue the old one.
 
@@ -30,7 +30,7 @@ class TensorBoard:
     def __init__(self, folder: Path, config: str, step: int):
         from torch.utils.tensorboard import SummaryWriter
 
-        # What an earlier process logged behind the step that the run goes on from is not shown.
+        # Events that an earlier process logged after the step at which this one resumes are hidden.
         self._writer = SummaryWriter(folder / "tensorboard", purge_step=step + 1 if step else None)
         if not step:
             self._writer.add_text("config", f"```\n{_utf8(config)}\n```")
@@ -89,12 +89,12 @@ TRACKERS: dict[str, Any] = dict(tensorboard=TensorBoard, wandb=Wandb)
 
 
 def _utf8(text: str) -> str:
-    """Escape what UTF-8 can't encode: bytes of file names that are no text."""
+    """Escape characters that UTF-8 can't encode: undecodable bytes of file names."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 class Guarded:
-    """A tracker that reports its first failure with `message` and is then left alone."""
+    """A tracker that reports its first failure with `message` and is then disabled."""
 
     def __init__(self, name: str, start: Callable[[], Any], message: Callable[[str], None]):
         self._name, self._message, self._tracker = name, message, None

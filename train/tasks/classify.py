@@ -1,4 +1,4 @@
-"""Image classification: what a batch, a loss, a prediction and a metric are."""
+"""Image classification: its batches, losses, predictions and metrics."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -25,11 +25,12 @@ from .task import Predictor, Task, format_counts
 
 
 class Classify(Task):
-    """One label an image; a batch is (images (B, 3, H, W), labels (B,)).
+    """One label per image; a batch is (images (B, 3, H, W), labels (B,)).
 
-    smoothing: of the labels. mixup, cutmix: their alpha (0: off). switch_prob: probability of cutmix where both are on.
-    mix_prob: probability that a batch is mixed. bce: binary cross-entropy of each class instead of a softmax over them. bce_threshold:
-    the share of a class in a mixed image above which its target is 1, else 0 (None: the share is the target).
+    smoothing: of the labels. mixup, cutmix: their alpha (0: off). switch_prob: probability of cutmix if both are on.
+    mix_prob: probability that a batch is mixed. bce: binary cross-entropy of each class instead of a softmax over them.
+    bce_threshold: the share of a class in a mixed image above which its target is 1, else 0 (None: the share is the
+    target).
     """
 
     scores = ("top1",)
@@ -106,7 +107,7 @@ class Classify(Task):
         model.register_forward_hook(lambda module, images, logits: logits[:, kept])
 
     def targets(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Return images and what the criterion compares logits with: mixed images with class shares, or labels."""
+        """Return images and targets of the criterion: mixed images with class probabilities, or labels."""
         images, labels = batch
         if self._mix is None:
             return images, labels
@@ -117,7 +118,7 @@ class Classify(Task):
         return self._mix(images, labels)
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return (scalar loss, what to log beside it); for unmixed labels that is the batch's accuracy in percent."""
+        """Return (scalar loss, values to log); for unmixed labels these are the batch's accuracy in percent."""
         images, targets = self.targets(batch)
         logits = model(images).float()
         loss = self.criterion(logits, targets)
@@ -126,7 +127,7 @@ class Classify(Task):
         return loss, {"top1": 100 * (logits.detach().argmax(1) == targets).float().mean()}
 
     def draw_batch(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
-        """Draw its images augmented and mixed, with their labels; random numbers are drawn as `targets` does."""
+        """Draw the augmented and mixed images of a batch with their labels; random numbers are those of `targets`."""
         images, targets = self.targets([part.clone() for part in batch])
         if targets.dim() == 1:
             captions = [self.class_names[label] for label in targets.tolist()]
@@ -159,8 +160,8 @@ class Classify(Task):
         return metrics | real_metrics, dict(confusion=confusion, calibration=bins, real_images=num_real)
 
     def report(self, folder: Path, detail: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Write folder/classes.csv, the accuracy of every class; returns further entries of metrics.json, and lines for
-        people: the worst classes."""
+        """Write folder/classes.csv, the accuracy of every class; return further entries of metrics.json, and lines to
+        print: the worst classes."""
         rows = per_class(detail["confusion"], self.class_names)
         write_text(folder / "classes.csv", as_csv(rows))
         entries = dict(confused=confused(detail["confusion"], self.class_names), calibration=detail["calibration"])
@@ -169,8 +170,8 @@ class Classify(Task):
         return entries, worst(rows)
 
     def draw_results(self, folder: Path, model: nn.Module, dataset: Any, detail: Any) -> list[Path]:
-        """Plot the confusion matrix, the calibration, and what the model attends to on some images."""
-        # matplotlib takes a second to import, and only this needs it.
+        """Plot the confusion matrix, the calibration, and the model's attention on some images."""
+        # Imported here, since matplotlib takes a second to import.
         from ..visual.attention import plot_attention
         from ..visual.confusion import plot_confusion, plot_reliability
 

@@ -96,7 +96,7 @@ class Detect(Task):
         return model
 
     def probe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Show the detector a black image; raises UserError in its own words if it can't take it."""
+        """Run the detector on a black image. Raises UserError with its message if it fails."""
         probe(_Listed(model), inputs["input_size"])
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

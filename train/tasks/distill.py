@@ -21,11 +21,11 @@ IMAGES = 168  # a GPU's share of the published batch, over which the reconstruct
 
 
 def reconstruction_loss(connectivity: Sequence[Tensor], attention: Sequence[Tensor]) -> Tensor:
-    """Return the squared distance of predicted scores from softmax attention, averaged over the layers.
+    """Return the squared distance between predicted scores and softmax attention, averaged over the layers.
 
     connectivity  per layer (B, heads, N-1, N): of a student's `distill(images, recon=True)`.
-    attention     per layer (B, heads, N, N), the teacher's; of the class token, whose row is left out, nothing is
-                  predicted. Or the student's own, as the published self-distillation has it: gradients go there too.
+    attention     per layer (B, heads, N, N), the teacher's, whose row of the class token is left out since it is not
+                  predicted. Or the student's own, as in the published self-distillation, which then gets gradients too.
 
     The sum is over images, heads, queries and keys, so it grows with the batch. Published weight: 0.01.
     """
@@ -93,7 +93,7 @@ class Distill(Classify):
         return net
 
     def trained(self, model: nn.Module) -> nn.Module:
-        """Return the student, whose forward pass gives what the losses need; other phases' parameters are frozen."""
+        """Return the student, whose forward pass returns the losses' inputs; other phases' parameters are frozen."""
         for name, parameter in model.named_parameters():
             parameter.requires_grad_((".predictor." in name) == (self.phase == "predictors"))
         if self.phase == "sparse":
@@ -126,7 +126,7 @@ class Distill(Classify):
 
 
 class _Student(nn.Module):
-    """`Sparsifiner.distill` as a forward pass, which is where DistributedDataParallel looks."""
+    """`Sparsifiner.distill` as a forward pass, which DistributedDataParallel requires."""
 
     def __init__(self, model: nn.Module, recon: bool):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Detection in a bird's-eye view: several cameras' images to boxes around the ego."""
+"""Detection in a bird's-eye view: from the images of several cameras to boxes around the ego."""
 
 import re
 from collections.abc import Iterable, Sequence
@@ -96,7 +96,7 @@ class Lift(Task):
         published.load_heads(net, tensors, file, new_head)
 
     def probe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Show the model one camera's black image; raises UserError in its own words if it can't take it."""
+        """Run the model on one camera's black image. Raises UserError with its message if it fails."""
         device, training = next(model.parameters()).device, model.training
         C, H, W = inputs["input_size"]
         frame = dict(
@@ -133,7 +133,7 @@ class Lift(Task):
         model.head.boxes = renumber
 
     def evaluate(self, model: nn.Module, batches: Iterable) -> tuple[dict[str, float], dict[str, Any]]:
-        """Return nuScenes' metrics in percent; its numbers for each class, and this process's detections.
+        """Return nuScenes' metrics in percent; the metrics of each class, and this process's detections.
 
         Batches that have "streams" are of one sample each, in the order of time: the view of one is the next one's
         previous view, until a frame whose scene_start is true.

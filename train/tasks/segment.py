@@ -108,7 +108,7 @@ class Segment(Task):
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the cross-entropy of logits enlarged to the labels' size, by class_weights, averaged over all pixels.
 
-        Ignored pixels count as zeros, as in mmsegmentation: so processes with different numbers of them weigh alike.
+        Ignored pixels count as zeros, as in mmsegmentation, so that processes with different numbers have equal weight.
         """
         if is_sharded(model):
             raise UserError("strategy=fsdp is not for segmentation, whose tests run the model unequally often: use ddp")
@@ -138,7 +138,7 @@ class Segment(Task):
         return counts.result()
 
     def draw_batch(self, folder: Path, batch: Any, inputs: dict[str, Any]) -> Path:
-        """Draw the augmented images, and each with the colors of its labels beside it."""
+        """Draw the augmented images, each next to its labels in color."""
         images, labels = (part[:12].cpu() for part in batch)
         pixels = (255 * images.clamp(0, 1)).byte().permute(0, 2, 3, 1).numpy()
         rows = [[(image, None), (image, true)] for image, true in zip(pixels, labels.numpy())]
@@ -146,7 +146,7 @@ class Segment(Task):
         return label_maps.save_contact_sheet(rows, ("image", "labels"), self.class_names, file, columns=3)
 
     def report(self, folder: Path, detail: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
-        """Write folder/classes.csv, the IoU of every class; returns these, and the worst classes as lines."""
+        """Write folder/classes.csv, the IoU of every class; return these, and lines with the worst classes."""
         rows = table(detail["confusion"], self.class_names)
         write_text(folder / "classes.csv", as_csv(rows))
         known = sorted((row for row in rows if row["iou"] is not None), key=lambda row: row["iou"])[:5]
@@ -156,7 +156,7 @@ class Segment(Task):
         return dict(classes={row["class"]: row["iou"] for row in rows}), lines
 
     def draw_results(self, folder: Path, model: nn.Module, dataset: Any, detail: Any) -> list[Path]:
-        """Draw images of the split, and the worst of them, beside labels and predictions."""
+        """Draw some images of the split and the worst ones, next to labels and predictions."""
         some = np.linspace(0, len(dataset) - 1, min(8, len(dataset))).round().astype(int).tolist()
         files = []
         for name, chosen in (("overlays", dict.fromkeys(some)), ("worst", detail["worst"][:8])):

@@ -1,6 +1,6 @@
-"""What the engine, tests and predictions ask of any task; a task says what its batches, losses and metrics are.
+"""The interface of tasks to training, testing and prediction: a task defines its batches, losses and metrics.
 
-The engine knows no more of a task than this: nothing of labels, boxes or maps. A task is built from its section of the
+The engine uses nothing else of a task; it does not know labels, boxes or maps. A task is built from its section of the
 config and the data source: `Task(source, **arguments)`.
 """
 
@@ -24,9 +24,9 @@ def format_counts(counts: Counter[str]) -> str:
 
 
 class Predictor:
-    """A finished model that takes images as they are.
+    """A trained model that takes images without preprocessing.
 
-    class_names: of the model. A record is what it predicts of an image, as JSON can hold it. Not every task has `draw`,
+    class_names: of the model. A record is the prediction for an image, as JSON values. Not every task has `draw`,
     `label_map` and `to_coco`.
     """
 
@@ -37,11 +37,11 @@ class Predictor:
         raise NotImplementedError
 
     def describe(self, record: dict[str, Any]) -> str:
-        """Return one line for people on a record."""
+        """Describe a record in one line of text."""
         raise NotImplementedError
 
     def summarize(self, records: Sequence[dict[str, Any]]) -> str:
-        """Return one line for people on all records: how often each class was predicted."""
+        """Summarize all records in one line of text: how often each class was predicted."""
         raise NotImplementedError
 
     def draw(self, image: Image.Image, record: dict[str, Any], limit: int = 50) -> Image.Image:
@@ -49,7 +49,7 @@ class Predictor:
         raise NotImplementedError
 
     def label_map(self, record: dict[str, Any]) -> Image.Image:
-        """Return a record's class of each pixel as a grey image, whose values count from 0 in the model's order."""
+        """Return a record's label map as a greyscale image of class indices."""
         raise NotImplementedError
 
     def to_coco(self, records: Sequence[tuple[Path, tuple[int, int], dict[str, Any]]]) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Task:
         return model
 
     def probe(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """Show the model a black image; raises UserError in its own words if it can't take it."""
+        """Run the model on a black image. Raises UserError with the model's message if it fails."""
         probe(model, inputs["input_size"])
 
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
@@ -143,18 +143,18 @@ class Task:
         raise NotImplementedError
 
     def report(self, folder: Path, detail: Any) -> tuple[dict[str, Any], list[str]]:
-        """Write tables into the folder; returns further entries of metrics.json, and lines for people."""
+        """Write tables into the folder; return further entries of metrics.json, and lines to print."""
         return {}, []
 
     def plot_training(self, folder: Path) -> list[Path]:
-        """Plot the curves of folder/log.jsonl into folder/pictures; returns the files."""
+        """Plot the curves of folder/log.jsonl into folder/pictures; return the files."""
         from ..visual.curves import plot_curves  # matplotlib takes a second to import, and only this needs it
 
         file = plot_curves(folder / "log.jsonl", folder / "pictures" / "curves.png", self.scores)
         return [file] if file is not None else []
 
     def draw_results(self, folder: Path, model: nn.Module, dataset: Any, detail: Any) -> list[Path]:
-        """Draw what a test shows into folder/pictures; returns the files. detail: of `evaluate` on the dataset."""
+        """Draw the results of a test into folder/pictures; return the files. detail: from `evaluate` on the dataset."""
         return []
 
     def export(self, model: nn.Module, folder: Path, inputs: dict[str, Any], class_names: list[str]) -> None:
