@@ -144,7 +144,7 @@ def test_evaluation_has_everything_as_it_is(root):
     assert len(truth["annotations"]) == 9 and truth["annotations"][0] == content()["annotations"][0] | dict(
         iscrowd=0, area=200
     )
-    assert np.array_equal(dataset.picture(20), Image.open(root / "pictures/20.png"))
+    assert np.array_equal(dataset.load_image(20), Image.open(root / "pictures/20.png"))
 
 
 def test_annotations_may_be_in_any_order(root):

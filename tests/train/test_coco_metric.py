@@ -164,7 +164,7 @@ def test_cut_short_before_the_first_image(faster):
         pytest.importorskip("faster_coco_eval")
     metrics, detail = measured(fuzz()[0], {}, faster=faster)
     assert metrics.pop("images") == 0 and np.isnan(list(metrics.values())).all() and len(metrics) == 24
-    assert detail["results"] == detail["pictures"] == []
+    assert detail["results"] == detail["mistakes"] == []
 
 
 def test_no_large_object_no_number():

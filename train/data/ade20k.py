@@ -301,17 +301,17 @@ def match_files(images: Path, labels: Path, image_suffix: str = "", label_suffix
         skipped.report(folder)
         return files
 
-    pictures, maps = by_name(images, image_suffix), by_name(labels, label_suffix)
+    files, maps = by_name(images, image_suffix), by_name(labels, label_suffix)
     for own, others, folder, suffix, what in (
-        (pictures, maps, labels, label_suffix, "label map"),
-        (maps, pictures, images, image_suffix, "image"),
+        (files, maps, labels, label_suffix, "label map"),
+        (maps, files, images, image_suffix, "image"),
     ):
         alone = sorted(own.keys() - others.keys())
         if alone:
             more = f" (nor have {len(alone) - 1} others)" if len(alone) > 1 else ""
             raise UserError(f"{own[alone[0]]} has no {what} {folder / alone[0]}{suffix}.*{more}: add or remove", DATA)
-    names = sorted(pictures)
-    return Strings(pictures[name] for name in names), Strings(maps[name] for name in names)
+    names = sorted(files)
+    return Strings(files[name] for name in names), Strings(maps[name] for name in names)
 
 
 class Augment:

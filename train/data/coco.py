@@ -222,7 +222,7 @@ class CocoImages(Dataset):
     def filename(self, index: int) -> str:
         return self.names[index]
 
-    def picture(self, image_id: int) -> Image.Image:
+    def load_image(self, image_id: int) -> Image.Image:
         """Return the image with that id. Raises BadImage."""
         return self._read(int(np.flatnonzero(self.ids == image_id)[0]))
 

@@ -98,7 +98,7 @@ class CocoMetric:
         results    the detections, in COCO's submission format (see write_results)
         classes    a row for each class: class, images, objects, box_ap, box_ap50, …; see as_csv
         precision  box and mask: (10 IoUs, 101 recalls, K), -1 where a class has no object: IOUS and RECALLS
-        pictures   the mistakes on each image, worst first: see mistakes
+        mistakes   those on each image, worst first: see the function `mistakes`
         Without annotations in the JSON file, there are only the results.
         """
         parts: list = [self.seen]
@@ -119,7 +119,7 @@ class CocoMetric:
         images = sorted(seen)
         results = [entry for image in images for entry in seen[image]]
         metrics: dict[str, float] = {}
-        detail: dict[str, Any] = dict(results=results, classes=[], precision={}, pictures=[])
+        detail: dict[str, Any] = dict(results=results, classes=[], precision={}, mistakes=[])
         mine = [a for a in self.truth.get("annotations", ()) if a["image_id"] in seen and not a["iscrowd"]]
         for name, number in zip(self.classes, self.categories):
             objects = [a["image_id"] for a in mine if a["category_id"] == number]
@@ -132,7 +132,7 @@ class CocoMetric:
                 for k, row in enumerate(detail["classes"]):
                     one = summary({name: evaluated[name][..., k : k + 1, :, :] for name in ("precision", "recall")})
                     row |= {f"{kind}_{name}": None if np.isnan(value) else value for name, value in one.items()}
-            detail["pictures"] = mistakes(self.truth, seen)
+            detail["mistakes"] = mistakes(self.truth, seen)
         return metrics | dict(images=len(images)), detail
 
 

@@ -161,7 +161,7 @@ class Detect(Task):
         known = [row for row in detail["classes"] if row.get(kind) is not None]
         worst = sorted(known, key=lambda row: row[kind])[:5]
         lines = [f"  {row['class']}: {kind} {row[kind]:.1f} ({row['objects']} objects)" for row in worst]
-        mistakes = {name: sum(len(row[name]) for row in detail["pictures"]) for name in ("missed", "false", "confused")}
+        mistakes = {name: sum(len(row[name]) for row in detail["mistakes"]) for name in ("missed", "false", "confused")}
         return dict(mistakes=mistakes), ["the worst classes:", *lines] if len(known) > 5 else lines
 
     def draw_results(self, folder: Path, model: nn.Module, dataset: Any, detail: Any) -> list[Path]:
@@ -172,20 +172,20 @@ class Detect(Task):
         for result in detail["results"]:
             if result["score"] >= SURE:
                 detections.setdefault(result["image_id"], []).append(result)
-        ids = sorted(row["image_id"] for row in detail["pictures"])
+        ids = sorted(row["image_id"] for row in detail["mistakes"])
         tiles = []
         for image_id in ids[:: max(1, len(ids) // MAX_TILES)][:MAX_TILES]:
             objects = [_to_object(names[r["category_id"]], r) for r in detections.get(image_id, ())]
             with suppress(BadImage):
-                drawn = boxes.draw_detections(dataset.picture(image_id), objects, self.class_names, legend=False)
+                drawn = boxes.draw_detections(dataset.load_image(image_id), objects, self.class_names, legend=False)
                 tiles.append((drawn, f"image {image_id}: {len(objects)} detections"))
         if tiles:
             files.append(boxes.save_tiles(tiles, figures / "detections.png"))
-        rows = [row for row in detail["pictures"] if row["missed"] or row["false"] or row["confused"]]
+        rows = [row for row in detail["mistakes"] if row["missed"] or row["false"] or row["confused"]]
         tiles = []
         for row in rows[:MAX_TILES]:
             with suppress(BadImage):
-                tiles.append(boxes.draw_mistakes(dataset.picture(row["image_id"]), row, names))
+                tiles.append(boxes.draw_mistakes(dataset.load_image(row["image_id"]), row, names))
         if tiles:
             files.append(boxes.save_tiles(tiles, figures / "worst.png"))
         if detail["precision"]:
