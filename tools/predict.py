@@ -5,6 +5,7 @@
   python tools/predict.py runs/detector photos/ --threshold 0.5 --out drawings/
   python tools/predict.py runs/detector photos/ --json detections.json --format coco
   python tools/predict.py runs/segmenter photos/ --out maps/ --format png
+  find . -name '*.jpg' | python tools/predict.py runs/pets - --format jsonl > predictions.jsonl
 
 Images that can't be read are listed at the end, after all others are done. Input files and files that saccade did not
 write are never overwritten. Exit codes: 0 done, 2 an argument is wrong, 65 some images could not be read, others as in
@@ -19,17 +20,21 @@ from pathlib import Path
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a finished run")
-    parser.add_argument("images", type=Path, nargs="+", help="images, or folders of them")
+    parser.add_argument(
+        "images", type=Path, nargs="+", help="images, or folders of them; -: a list of them on standard input, by line"
+    )
     parser.add_argument("--top", type=int, help="classifiers: classes to list per image (default: 3)")
     parser.add_argument("--threshold", type=float, help="detectors: the lowest score, from 0 to 1 (default: 0.5)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the predictions to this file")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="write images with the predictions drawn on them")
     parser.add_argument(
         "--format",
-        choices=["json", "coco", "png"],
+        choices=["json", "jsonl", "coco", "png"],
         default="json",
-        help="coco: write --json in COCO's format (detectors); png: write label maps to --out (segmenters)",
+        help="jsonl: print a JSON object per image as soon as it is predicted; coco: write --json in COCO's format "
+        "(detectors); png: write label maps to --out (segmenters)",
     )
+    parser.add_argument("--batch-size", type=int, default=8, help="images at once (default: %(default)s)")
     parser.add_argument(
         "--max-drawn", type=int, default=50, help="most objects drawn on an image (default: %(default)s)"
     )
@@ -39,7 +44,9 @@ def main() -> None:
     from saccade.train import predict
 
     options = {name: value for name in ("top", "threshold") if (value := getattr(args, name)) is not None}
-    predict.run(args.run, args.images, args.json, args.out, args.format, args.device, args.max_drawn, **options)
+    predict.run(
+        args.run, args.images, args.json, args.out, args.format, args.device, args.max_drawn, args.batch_size, **options
+    )
 
 
 if __name__ == "__main__":

@@ -3,12 +3,15 @@
 import inspect
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from PIL import Image, PngImagePlugin
+from rich.console import Console
+from rich.progress import track
 
 from .data.bad_images import BadImage, printable
 from .data.files import Skipped, image_files
@@ -40,10 +43,14 @@ class Prediction(NamedTuple):
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """Return the files among `paths` and, sorted, the image files below its folders, each once.
 
-    Files that are not there are kept: whoever reads them reports them. Raises UserError where nothing is left.
+    A path of - stands for the lines of standard input. Files that are not there are kept: whoever reads them reports
+    them. Raises UserError where nothing is left.
     """
     files: dict[Path, None] = {}
+    given: list[Path] = []
     for path in paths:
+        given += [Path(line.rstrip("\r\n")) for line in sys.stdin if line.strip()] if str(path) == "-" else [path]
+    for path in given:
         if path.is_dir():
             skipped = Skipped()
             files |= dict.fromkeys(map(Path, image_files(path, skipped)))
@@ -51,7 +58,8 @@ def find_images(paths: Sequence[Path]) -> list[Path]:
         else:
             files[path] = None
     if not files:
-        raise UserError(f"{', '.join(map(str, paths))} holds no images: give image files or folders of them")
+        what = "standard input" if [str(path) for path in paths] == ["-"] else ", ".join(map(str, paths))
+        raise UserError(f"{what} holds no images: give image files or folders of them")
     if not any(map(os.path.exists, files)):
         raise UserError(f"the image {next(iter(files))} does not exist")
     return list(files)
@@ -166,12 +174,14 @@ def run(
     form: str = "json",
     device: str | None = None,
     max_drawn: int = 50,
+    batch_size: int = 8,
     **options: Any,
 ) -> None:
     """Print the predictions on images, and a summary; write them as JSON or images.
 
-    json_file, out: see tools/predict.py, whose --format is `form`. options: of the task's predictor. Raises UserError
-    (code 65) at the end where images could not be read or predicted on, which are listed.
+    json_file, out: see tools/predict.py, whose --format is `form`. batch_size: images that the model gets at once.
+    options: of the task's predictor. Raises UserError (code 65) at the end where images could not be read or predicted
+    on, which are listed.
     """
     if form == "coco" and json_file is None:
         raise UserError("--format coco needs --json FILE, the file to write")
@@ -179,6 +189,8 @@ def run(
         raise UserError("--format png needs --out FOLDER, where the label maps are written")
     if max_drawn < 1:
         raise UserError(f"--max-drawn must be 1 or more objects, got {max_drawn}")
+    if batch_size < 1:
+        raise UserError(f"--batch-size must be 1 or more images, got {batch_size}")
     images = find_images(paths)
     if json_file is not None:
         check_json(json_file, images)
@@ -189,15 +201,22 @@ def run(
             raise UserError(sentence)
     done: list[Prediction] = []
     bad: list[BadImage] = []
-    for result in predict(model, images, out=out, maps=form == "png", max_drawn=max_drawn):
+    results = predict(model, images, batch_size, out, form == "png", max_drawn)
+    # A bar on a terminal, unless the lines go there: then they show the progress.
+    hidden = not sys.stderr.isatty() or sys.stdout.isatty()
+    for result in track(results, "predicting", len(images), console=Console(stderr=True), disable=hidden):
         if isinstance(result, BadImage):
             bad.append(result)
             continue
         done.append(result)
+        if form == "jsonl":
+            print(to_json(_entry(result)), flush=True)
+            continue
         written = f" -> {printable(str(result.written))}" if result.written else ""
         print(f"{printable(str(result.path))}: {model.describe(result.record)}{written}")
     if len(images) > 1:
-        print(f"{len(done)} images: {model.summarize([one.record for one in done])}")
+        summary = f"{len(done)} images: {model.summarize([one.record for one in done])}"
+        print(summary, file=sys.stderr if form == "jsonl" else sys.stdout)
     if json_file is not None:
         write(done, json_file, model if form == "coco" else None)
     if bad:
@@ -228,9 +247,9 @@ def write(predictions: Sequence[Prediction], file: Path, coco: Predictor | None 
     if coco is not None:
         text = to_json(coco.to_coco([one[:3] for one in predictions]) | dict(info=dict(description=AUTHOR)))
     else:
-        entries = [
-            dict(image=str(one.path), **(dict(written=str(one.written)) if one.written else {}), **one.record)
-            for one in predictions
-        ]
-        text = "[\n" + ",\n".join(map(to_json, entries)) + "\n]"  # a line for each image
+        text = "[\n" + ",\n".join(to_json(_entry(one)) for one in predictions) + "\n]"  # a line for each image
     write_text(file, text + "\n")
+
+
+def _entry(one: Prediction) -> dict[str, Any]:
+    return dict(image=str(one.path), **(dict(written=str(one.written)) if one.written else {}), **one.record)

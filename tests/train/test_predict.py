@@ -1,5 +1,6 @@
 """tools/predict.py: no file is lost, bad images do not end it, and what it writes is in the formats' own terms."""
 
+import io
 import json
 import os
 import re
@@ -254,3 +255,23 @@ def test_label_maps(command, segmenter_run, scenes, tmp_path):
         values, lengths = np.array(record["map"]["runs"]).T
         assert labels.mode == "L" and labels.size == Image.open(record["image"]).size
         assert np.array_equal(np.asarray(labels).ravel(), np.repeat(values, lengths))
+
+
+def test_lines_of_a_list_on_standard_input(command, classifier_run, tmp_path, monkeypatch):
+    """A JSON object per image on stdout, as in --json's file; the count, and images that can't be read, on stderr."""
+    names = [tmp_path / name for name in ("a b.png", "c.png", "d.png")]
+    for i, path in enumerate(names):
+        save(path, 60 * i, (20, 20))
+    (tmp_path / "bad.png").write_bytes(b"none")
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(str, [*names, "", tmp_path / "bad.png"])) + "\n"))
+    file = tmp_path / "found.json"
+    arguments = ("--format", "jsonl", "--json", file, "--batch-size", 2)
+    code, out, err = command("predict", classifier_run, "-", *arguments)
+    assert code == 65 and "bad.png" in err and "3 images: " in err
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [row["image"] for row in found] == list(map(str, names)) and found == json.loads(file.read_text())
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    code, _, err = command("predict", classifier_run, "-")
+    assert code == 2 and "standard input holds no images" in err
+    code, _, err = command("predict", classifier_run, names[0], "--batch-size", 0)
+    assert code == 2 and "--batch-size must be 1 or more images, got 0" in err
