@@ -1,6 +1,7 @@
 """Importing this package registers every backbone with timm: `timm.create_model("biformer_s")`."""
 
-from . import agent, biformer, davit, dfa3d, ela, halonet, patnet, sparsifiner, ulsam  # noqa: F401
+from . import agent, biformer, davit, dfa3d, ela, halonet, nat, patnet, sparsifiner, ulsam  # noqa: F401
 from .insertion import insert
+from .nat import NeighborhoodAttention
 
-__all__ = ["insert"]
+__all__ = ["NeighborhoodAttention", "insert"]

@@ -9,6 +9,7 @@ from . import eager
 __all__ = ["neighborhood_attention"]
 
 MAX_HEAD_DIM = 128  # of the kernels: larger tiles spill registers
+MAX_SIDE = 2**15 - 1  # of maps: the kernels pack a row and a column into 32 bits
 
 
 def neighborhood_attention(
@@ -24,14 +25,14 @@ def neighborhood_attention(
     2209.15001; with strides GNA, 2504.16922). reference.py defines the windows.
 
     Args:
-        qkv: (B, H, W, 3, C), q | k | v on axis 3, such as the unflattened output of a Linear; head m has channels m·D to
-            (m + 1)·D of each. Kernels also read strided views, if the stride of the last axis is 1.
+        qkv: (B, H, W, 3, C), q | k | v on axis 3, such as the unflattened output of a Linear; head m has channels m·D
+            to (m + 1)·D of each. Kernels also read strided views, if the stride of the last axis is 1.
         heads: number of heads.
         kernel: (kh, kw) keys per query. Every query has that many: windows are shifted at the borders. An even kernel
             has one more key above or left of the centre than below or right of it.
-        bias: (heads, 2kh-1, 2kw-1), added to the logits: entry [m, dy + kh - 1, dx + kw - 1] at distance (dy, dx) = key -
-            query, in steps of the dilation. Tables of Swin and of `window_attention` are indexed by query - key: flip
-            both axes to convert.
+        bias: (heads, 2kh-1, 2kw-1), added to the logits: entry [m, dy + kh - 1, dx + kw - 1] at distance (dy, dx) =
+            key - query, in steps of the dilation. Tables of Swin and of `window_attention` are indexed by query - key:
+            flip both axes to convert.
         dilation: (dh, dw) pixels between the keys of a window. kernel · dilation must not exceed the map.
         stride: (sh, sw) neighbouring queries that share a window, at most the kernel. 1 is neighborhood attention.
         scale: of the logits; D ** -0.5 if None.
@@ -54,6 +55,8 @@ def neighborhood_attention(
         cannot, D = [], qkv.shape[4] // heads
         if D > MAX_HEAD_DIM:
             cannot.append(f"a head dimension of {D}, over {MAX_HEAD_DIM}")
+        if max(qkv.shape[1:3]) > MAX_SIDE:
+            cannot.append(f"a map of {qkv.shape[1]} x {qkv.shape[2]}, over {MAX_SIDE}")
         if use_triton(*(t for t in (qkv, bias) if t is not None), cannot=cannot):
             return _triton(qkv, heads, kernel, bias, dilation, stride, D**-0.5 if scale is None else scale)
         rest = heads, tuple(kernel), tuple(dilation), tuple(stride)

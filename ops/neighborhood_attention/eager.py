@@ -239,8 +239,8 @@ def tiled(
 
 
 def axis(L: int, k: int, d: int, s: int, like: Tensor) -> list[Tensor]:
-    """Return for all tiles along an axis: positions of queries (tiles, T) and keys (tiles, U); for their pairs (tiles, T,
-    U) the index in the table and whether the query sees the key; and for each position its index among the queries."""
+    """Return for all tiles along an axis: positions of queries (tiles, T) and keys (tiles, U); for their pairs (tiles,
+    T, U) the index in the table and whether the query sees the key; for each position its index among the queries."""
     longest = (L + d - 1) // d  # members of the first class
     T = at_most(longest, 7)
     U = at_most(longest, 6 + k + s - 1)
