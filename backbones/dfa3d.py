@@ -367,6 +367,9 @@ class BEVLifter(nn.Module):
         pillar: points over each cell's centre that are looked for in the images; points is a multiple of it.
         depth_bound: (nearest, farthest, bin) in metres, before a camera.
         depth_groups: see DepthHead; (): a probability a bin.
+        depth_gain: what the depth distribution is multiplied by before it weights the features; published: 1. As it is
+            spread over the bins, features begin as many times smaller than without depth; a gain of about the bins'
+            number makes up for that, and they are learned sooner.
         lift_depth: False: 2D deformable attention, with no depth, as BEVFormer has it.
         depth_network: False: none; `depth` is given to forward.
         cams: cameras that have an embedding each; 0: none has, and there may be any number.
@@ -395,6 +398,7 @@ class BEVLifter(nn.Module):
         pillar: int = 4,
         depth_bound: tuple[float, float, float] = (2.0, 58.0, 0.5),
         depth_groups: tuple[int, ...] = (2, 4, 8),
+        depth_gain: float = 1.0,
         lift_depth: bool = True,
         depth_network: bool = True,
         cams: int = 6,
@@ -421,7 +425,7 @@ class BEVLifter(nn.Module):
         self.strides, self.bev_size, self.pc_range = tuple(strides), (bev_size[0], bev_size[1]), tuple(pc_range)
         self.pillar, self.cams, self.can_bus = pillar, cams, can_bus
         self.depth_bound = (depth_bound[0], depth_bound[1], depth_bound[2])
-        self.rotation_center = rotation_center
+        self.rotation_center, self.depth_gain = rotation_center, depth_gain
 
         is_published = backbone == "resnet101_dcn"
         if is_published and backbone_pretrained:
@@ -537,7 +541,7 @@ class BEVLifter(nn.Module):
         )
         depth = None
         if self.lift_depth:
-            depth = bins.flatten(0, 1)
+            depth = bins.flatten(0, 1) if self.depth_gain == 1 else self.depth_gain * bins.flatten(0, 1)
             depth = [depth if depth.shape[2:] == shape else F.interpolate(depth, shape) for shape in shapes]
             depth = torch.cat([d.flatten(2).transpose(-2, -1) for d in depth], 1).unflatten(0, (B, N))
         with no_autocast(lidar2img):

@@ -424,6 +424,17 @@ def test_known_depth_takes_the_networks_place():
     assert bare(**given, depth=depth).shape == (2, 32, 6, 5)
 
 
+def test_depth_gain_multiplies_the_distribution():
+    """A uniform distribution with a gain of as many as there are bins leaves the features as without depth."""
+    model, given = tiny(depth_gain=14.0, layers=1), seen()
+    maps, codes = model.maps(given["images"])
+    bins = codes.new_full((2, 3, 14, 6, 10), 1 / 14)
+    got = model.lift(maps, bins, given["lidar2img"], (48, 80))
+    model.depth_gain = 1.0
+    torch.testing.assert_close(got, model.lift(maps, 14 * bins, given["lidar2img"], (48, 80)))
+    assert (got - model.lift(maps, bins, given["lidar2img"], (48, 80))).abs().max() > 1e-2
+
+
 def test_without_depth_is_two_dimensional():
     """The third coordinate plays no part, and there is neither network nor offset for it."""
     model, given = tiny(lift_depth=False), seen()

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from saccade.train.data.bev_scenes import CAMERAS, LIDAR, MEAN, STD, BevScenes, augment, corners, moved
+from saccade.train.data.bev_scenes import CAMERAS, MEAN, STD, BevScenes, augment, corners, moved
 from saccade.train.data.loader import EvaluationOrder
 from saccade.train.data.nuscenes import NuScenes, Samples, ego_motion, grid, split_scenes
 from saccade.train.models.bev import CentreHead, DecoderHead
@@ -43,26 +43,42 @@ def projected(matrix, points):
     return np.stack([u / d, v / d, d], 1)
 
 
-def test_scenes_are_exact():
-    """Pixels that a box covers have its depth, and lie inside what its corners span; all others have the ground's."""
-    world = source().world("train", 1)
+def in_box(points, box):
+    """Coordinates of points from a box's centre, in halves of its size."""
+    c, s = np.cos(box[6]), np.sin(box[6])
+    return np.abs((points - box[:3]) @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])) / (box[3:6] / 2)
+
+
+@pytest.mark.parametrize(("slope", "stands"), [(0.0, 0.0), (0.3, 1.0)])
+def test_scenes_are_exact(slope, stands):
+    """Pixels that a box covers have its depth, and are within what its corners span; all others have the ground's or a
+    pedestal's."""
+    world = source(slope=slope, stands=stands).world("train", 1)
     frame = world.frame(0.0, (64, 96))
     assert len(frame.boxes) >= 6 and set(frame.labels) <= set(range(4))
+    pedestals, on_slope, on_pedestal = world.stand_boxes(frame.boxes), 0, 0
+    assert len(pedestals) == (stands * (world.pace == 0)).sum()
     for n, camera in enumerate(CAMERAS):
         _, depth, hit = world.render(camera, frame.boxes, frame.pose, (64, 96))
         np.testing.assert_array_equal(depth, frame.depth[n])
         v, u = np.nonzero(depth)
         points = np.stack([(u + 0.5) * depth[v, u], (v + 0.5) * depth[v, u], depth[v, u], np.ones(len(u))], 1)
         points = points @ np.linalg.inv(frame.lidar2img[n]).T
-        on_ground = hit[v, u] < 0
-        np.testing.assert_allclose(points[on_ground, 2], -LIDAR, atol=1e-4)
+        rest = points[hit[v, u] < 0]
+        height = (rest @ frame.pose.T)[:, 2] - world.ground_height((rest @ frame.pose.T)[:, :2])
+        away = np.min([np.abs(in_box(rest[:, :3], box).max(1) - 1) for box in pedestals] or [np.ones(len(rest))], 0)
+        assert (np.minimum(np.abs(height), away) < 1e-3).all()
+        on_slope += (np.abs(rest[:, 2] + frame.pose[2, 3]) > 0.1).sum()
+        on_pedestal += (height > 0.01).sum()
         for i, box in enumerate(frame.boxes):
-            mine = points[hit[v, u] == i, :3] - box[:3]
-            c, s = np.cos(box[6]), np.sin(box[6])
-            own = np.abs(mine @ np.array([[c, -s, 0], [s, c, 0], [0, 0, 1]])) / (box[3:6] / 2)
+            own = in_box(points[hit[v, u] == i, :3], box)
             assert (own < 1 + 1e-3).all()  # within the box …
             np.testing.assert_allclose(own.max(1), 1, atol=1e-3) if len(own) else None  # … and on its surface
-    assert frame.pixels.sum() > 100
+    assert frame.pixels.sum() > 100 and (on_slope > 0) == (slope > 0) and (on_pedestal > 0) == (stands > 0)
+    at = (np.concatenate([frame.boxes[:, :3], np.ones((len(frame.boxes), 1))], 1) @ frame.pose.T)[:, :3]
+    bottom = at[:, 2] - frame.boxes[:, 5] / 2 - world.ground_height(at[:, :2])
+    np.testing.assert_allclose(bottom, world.stands, atol=1e-9)
+    assert ((world.stands > 0) == (stands > 0) * (world.pace == 0)).all() and world.stands.max() <= 1.2
 
 
 def test_scenes_repeat_and_differ():

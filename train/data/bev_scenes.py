@@ -3,9 +3,11 @@
     python -m saccade.train.data.bev_scenes FOLDER    writes ten scenes in nuScenes' layout, as v1.0-mini
 
 A scene is determined by its seed: an ego that drives and turns, surrounded by cars, trucks, pedestrians and barriers of
-various sizes, colours and textures, which do not overlap and some of which move; their fronts and backs differ. Images
-are rendered by casting one ray through the centre of every pixel at the ground plane and the boxes, so depth and
-visibility are exact. Light comes from a sun and the sky.
+various sizes, colours and textures, which do not overlap and some of which move; their fronts and backs differ. The
+ground is a plane or, on one side of a line some metres from the ego, a slope, and static objects may stand on
+pedestals, so that the image row where an object ends does not determine its distance. Images are rendered by casting
+one ray through the centre of every pixel at the ground and the boxes, so depth and visibility are exact. Light comes
+from a sun and the sky.
 
 Coordinates are those of nuScenes' LiDAR: x to the right, y ahead, z up, with the origin `LIDAR` metres above the ground
 at the ego. A box is (x, y, z of its centre, length, width, height, yaw, velocity x, y), in metres, radians (from the x
@@ -29,7 +31,7 @@ from scipy.spatial.transform import Rotation
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ..runtime.config import BelowOne, Count, NonNegative, NonNegativeInt, Positive
+from ..runtime.config import BelowOne, Count, Fraction, NonNegative, NonNegativeInt, Positive
 from ..runtime.distributed import derive_seed
 from ..runtime.errors import UserError, run
 from .bev_frames import ATTRIBUTES, attribute, collate
@@ -67,7 +69,7 @@ class Frame:
 class World:
     """A scene: its random parameters, and rendering of any of its frames."""
 
-    def __init__(self, seed: int, radius: float, most: int):
+    def __init__(self, seed: int, radius: float, most: int, slope: float = 0.0, stands: float = 0.0):
         r = self.random = np.random.default_rng(seed)
         self.heading, self.turning = r.uniform(0, 2 * np.pi), np.deg2rad(r.uniform(-20, 20))  # per second
         self.speed, self.start = r.uniform(0, 6), r.uniform(-200, 200, 2)
@@ -102,6 +104,17 @@ class World:
         turn = rotation(self.heading - np.pi / 2)[:2, :2]
         self.at, self.yaw = at @ turn.T + self.start, yaw + self.heading - np.pi / 2
         self.pace = np.array(self.pace)
+        # From a line on, `fold` along `uphill` in the world, the ground rises by `slope` metres a metre.
+        angle, ahead, self.slope = r.uniform(0, 2 * np.pi), r.uniform(4, 8), slope * r.uniform(-1, 1)
+        self.uphill = np.array([np.cos(angle), np.sin(angle)])
+        self.fold = self.start @ self.uphill + ahead
+        raised = (r.uniform(size=len(placed)) < stands) & (self.pace == 0)
+        self.stands = np.where(raised, r.uniform(0.3, 1.2, len(placed)), 0.0)  # metres between ground and object
+        self.stand_greys = r.uniform(0.15, 0.8, len(placed))
+
+    def ground_height(self, at: ndarray) -> ndarray:
+        """Return the ground's height in metres at points (n, 2) of the world."""
+        return self.slope * (at @ self.uphill - self.fold).clip(0)
 
     def pose(self, time: float) -> ndarray:
         """Return the transform (4, 4) from LiDAR coordinates at that time to world coordinates. The ego drives an
@@ -113,18 +126,30 @@ class World:
         else:
             moved = self.speed * time * np.array([np.cos(heading), np.sin(heading)])
         pose = rotation(heading - np.pi / 2)
-        pose[:3, 3] = *(self.start + moved), LIDAR
+        at = self.start + moved
+        pose[:3, 3] = *at, self.ground_height(at) + LIDAR
         return pose
 
     def boxes(self, time: float) -> ndarray:
         """Return the boxes (n, 9) in LiDAR coordinates at that time."""
         pose = self.pose(time)
         velocity = self.pace[:, None] * np.stack([np.cos(self.yaw), np.sin(self.yaw)], 1)
-        at = np.concatenate([self.at + velocity * time, self.sizes[:, 2:] / 2], 1)
+        at = self.at + velocity * time
+        z = self.ground_height(at) + self.stands + self.sizes[:, 2] / 2
+        at = np.concatenate([at, z[:, None]], 1)
         at = (at - pose[:3, 3]) @ pose[:3, :3]
         yaw = self.yaw - np.arctan2(pose[1, 0], pose[0, 0])
         yaw = (yaw + np.pi) % (2 * np.pi) - np.pi
         return np.concatenate([at, self.sizes, yaw[:, None], velocity @ pose[:2, :2]], 1)
+
+    def stand_boxes(self, boxes: ndarray) -> ndarray:
+        """Return the pedestals of those objects that have one, as boxes; they reach a metre into the ground."""
+        under = boxes[self.stands > 0].copy()
+        tall = self.stands[self.stands > 0] + 1
+        under[:, 2] -= (under[:, 5] + tall) / 2
+        under[:, 3:5] *= 0.6
+        under[:, 5] = tall
+        return under
 
     def frame(self, time: float, size: tuple[int, int]) -> Frame:
         boxes, pose = self.boxes(time), self.pose(time)
@@ -146,12 +171,11 @@ class World:
         inverse = np.linalg.inv(matrix)
         v, u = np.meshgrid(np.arange(H) + 0.5, np.arange(W) + 0.5, indexing="ij")
         ray = (np.stack([u, v, np.ones_like(u)], -1).reshape(-1, 3) @ inverse[:3, :3].T).astype(np.float32)
-        eye = inverse[:3, 3].astype(np.float32)  # camera centre; a ray is scaled to a depth of one metre
-        with np.errstate(divide="ignore"):
-            depth = np.where(ray[:, 2] < 0, (-LIDAR - eye[2]) / ray[:, 2], np.inf)
+        eye = inverse[:3, 3].astype(np.float32)  # ray is for a depth of one metre
+        depth = self.hit_ground(pose, eye, ray)
         depth = np.where(depth < 80, depth, np.inf).astype(np.float32)
         hit = np.full(len(ray), -1)
-        for i, box in enumerate(boxes.astype(np.float32)):
+        for i, box in enumerate(np.concatenate([boxes, self.stand_boxes(boxes)]).astype(np.float32)):
             rows = window(box, matrix, size)
             turn = rotation(box[6])[:3, :3].astype(np.float32)
             near, far = slab(box, (eye - box[:3]) @ turn, ray[rows] @ turn)
@@ -159,7 +183,21 @@ class World:
             depth[rows[closer]], hit[rows[closer]] = near[closer], i
         colour = self.shade(boxes, pose, eye, ray, depth, hit)
         image = (255 * colour.clip(0, 1)).round().astype(np.uint8).reshape(H, W, 3)
+        hit = np.where(hit < len(boxes), hit, -1)
         return image, np.where(np.isfinite(depth), depth, 0).reshape(H, W), hit.reshape(H, W)
+
+    def hit_ground(self, pose: ndarray, eye: ndarray, ray: ndarray) -> ndarray:
+        """Return where rays (n, 3) from a camera centre, in LiDAR coordinates, meet the ground, in lengths of the rays;
+        inf where they do not."""
+        uphill = np.array([*self.uphill, 0.0]) @ pose[:3, :3]
+        level, fold = -pose[2, 3], self.fold - pose[:2, 3] @ self.uphill  # in LiDAR coordinates
+        along, start = ray @ uphill, eye @ uphill - fold
+        with np.errstate(divide="ignore", invalid="ignore"):
+            flat = (level - eye[2]) / ray[:, 2]
+            steep = (level + self.slope * start - eye[2]) / (ray[:, 2] - self.slope * along)
+            flat = np.where((flat > 0) & (start + flat * along <= 0), flat, np.inf)
+            steep = np.where((steep > 0) & (start + steep * along > 0), steep, np.inf)
+        return np.minimum(flat, steep)
 
     def shade(self, boxes: ndarray, pose: ndarray, eye: ndarray, ray: ndarray, depth: ndarray, hit: ndarray) -> ndarray:
         """Return the colours (pixels, 3), 0 to 1, of the surfaces that the rays hit."""
@@ -170,22 +208,30 @@ class World:
         at = (eye + ray[ground] * depth[ground, None]) @ pose[:3, :3].T + pose[:3, 3]
         shine = self.ground * (0.85 + 0.3 * noise(at[:, :2], 0.4) + 0.15 * noise(at[:, :2], 2.5))
         shine = np.where(np.abs(at[:, 1] % self.lane - 0.1) < 0.1, 0.85, shine)
+        on_slope = at[:, :2] @ self.uphill > self.fold
+        facing = (self.sun[2] - self.slope * (self.uphill @ self.sun[:2])) / np.hypot(1, self.slope) / self.sun[2]
+        shine = np.where(on_slope, facing * shine, shine)
         shade = np.zeros(len(at), bool)
         seen = eye + ray[ground] * depth[ground, None]
+        lowest = seen[:, 2].min(initial=0.0)
         for box in boxes.astype(np.float32):  # shadows
-            reach = np.hypot(*box[3:5]) / 2 + box[5] * np.hypot(*sun[:2]) / sun[2]
+            above = max(box[5], box[2] + box[5] / 2 - lowest)
+            reach = np.hypot(*box[3:5]) / 2 + above * np.hypot(*sun[:2]) / sun[2]
             rows = np.flatnonzero(np.square(seen[:, :2] - box[:2]).sum(1) < reach**2)
             turn = rotation(box[6])[:3, :3].astype(np.float32)
             near, far = slab(box, (seen[rows] - box[:3]) @ turn, (sun @ turn).astype(np.float32))
             shade[rows] |= (near < far) & (far > 0)
         colour[ground] = (shine * np.where(shade, 0.55, 1.0))[:, None] * self.ground_tint
-        for i, box in enumerate(boxes):
+        for i, box in enumerate(np.concatenate([boxes, self.stand_boxes(boxes)])):
             mine = hit == i
             turn = rotation(box[6])[:3, :3]
             at = (eye + ray[mine] * depth[mine, None] - box[:3]) @ turn  # in the box's coordinates
             face = np.abs(at / (box[3:6] / 2)).argmax(1)
             normal = np.eye(3)[face] * np.sign(at[np.arange(len(at)), face])[:, None]
             light = 0.45 + 0.6 * (normal @ turn.T @ sun).clip(0)
+            if i >= len(boxes):
+                colour[mine] = self.stand_greys[self.stands > 0][i - len(boxes)] * light[:, None]
+                continue
             paint = self.colours[i] * (1 - 0.25 * (noise(at[:, :2] + at[:, 2:], self.stripes[i]) > 0.5))[:, None]
             name = CLASSES[self.labels[i]]
             ahead, up = at[:, 0] / box[3], at[:, 2] / box[5]  # -1/2 to 1/2
@@ -277,6 +323,8 @@ class BevScenes:
 
     train, val, test: number of scenes per split. img_size: (height, width) of each of the six images. radius: distance
     in metres from the ego within which objects are placed. most: objects of a scene, at most. seed: of the scenes.
+    slope: on one side of a line, the ground rises or falls by up to this many metres per metre. stands: the share of
+    the static objects that stand on a pedestal, 0.3 to 1.2 m high.
     frames: frames per sample, half a second apart, oldest first; the boxes are those of the last one.
     Augmentation in training: turn: the largest random rotation around z in degrees. mirror: whether to flip samples
     horizontally with probability 0.5. light: strength of random brightness and contrast.
@@ -297,12 +345,15 @@ class BevScenes:
         turn: NonNegative = 45.0,
         mirror: bool = True,
         light: BelowOne = 0.3,
+        slope: NonNegative = 0.0,
+        stands: Fraction = 0.0,
     ):
         if frames < 1 or most < 1:
             raise UserError(f"data.frames and data.most must be 1 or more, got {frames} and {most}")
         self.counts = dict(train=train, val=val, test=test)
         self.img_size, self.radius, self.most, self.frames, self.seed = tuple(img_size), radius, most, frames, seed
         self.augmentation = dict(turn=turn, mirror=mirror, light=light)
+        self.slope, self.stands = slope, stands
         self.class_names = list(CLASSES)
         self.cameras = list(CAMERAS)
 
@@ -312,7 +363,7 @@ class BevScenes:
         return dict(input_size=size, interpolation="bilinear", mean=MEAN, std=STD, crop_pct=1.0, crop_mode="center")
 
     def world(self, split: str, index: int) -> World:
-        return World(derive_seed("scene", self.seed, split, index), self.radius, self.most)
+        return World(derive_seed("scene", self.seed, split, index), self.radius, self.most, self.slope, self.stands)
 
     def dataset(self, split: str, inputs: dict[str, Any], training: bool = False) -> "Scenes":
         return Scenes(self, split, inputs, self.augmentation if training else None)
