@@ -120,7 +120,7 @@ class Pyramid(Backbone):
                 where the head pools first).
             stop_early: skip the stages after the last one requested.
             output_fmt: "NCHW", nothing else.
-            intermediates_only: return the list of maps alone, not (final features, list).
+            intermediates_only: return only the list of maps, not (final features, list).
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -142,7 +142,8 @@ class Pyramid(Backbone):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the maps `indices` do not need: later stages, unused norms and, if `prune_head`, the head."""
+        """Remove layers that the maps `indices` do not need: later stages, unused norms and, if `prune_head`, the
+        head."""
         take, last_taken = feature_take_indices(len(self.stages), indices)
         shortened = last_taken < len(self.stages) - 1
         self.stages = self.stages[: last_taken + 1]
@@ -167,7 +168,7 @@ class Pyramid(Backbone):
 
 
 class TokenHead(nn.Module):
-    """Map tokens (B, T + N, dim) to logits; the first T are no part of the map, the first is the class token."""
+    """Map tokens (B, T + N, dim) to logits; the first T are not part of the map, the first is the class token."""
 
     def __init__(self, dim: int, num_classes: int, pool_type: str, drop_rate: float, tokens: int = 1, **dd):
         super().__init__()
@@ -193,7 +194,7 @@ class TokenHead(nn.Module):
 
 
 class Isotropic(Backbone):
-    """A plain transformer: `embed`s an image as tokens of a map behind a class token, `blocks`, a `norm`, a `head`.
+    """A plain transformer: `embed` maps an image to a class token and tokens; then `blocks`, a `norm` and a `head`.
 
     A subclass implements `embed`, images -> (tokens (B, 1 + h·w, dim), (h, w)); a block takes both.
     """
@@ -232,7 +233,7 @@ class Isotropic(Backbone):
             norm: apply the final LayerNorm to each.
             stop_early: skip the blocks after the last one requested.
             output_fmt: "NCHW" for maps, "NLC" for tokens; both without the class token.
-            intermediates_only: return the list alone, not (final tokens, list).
+            intermediates_only: return only the list, not (final tokens, list).
         """
         if output_fmt not in ("NCHW", "NLC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NLC', got {output_fmt!r}")
@@ -250,7 +251,8 @@ class Isotropic(Backbone):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the outputs `indices` do not need: later blocks and, if requested, the norm and the head."""
+        """Remove layers that the outputs `indices` do not need: later blocks and, if requested, the norm and the
+        head."""
         take, last_taken = feature_take_indices(len(self.blocks), indices)
         self.blocks = self.blocks[: last_taken + 1]
         if prune_norm:
@@ -309,14 +311,14 @@ def create_model(
     /,
     **kwargs: Any,
 ) -> Any:
-    """Build a registered model through timm, loading weights where `pretrained` says so.
+    """Build a registered model through timm, with weights if `pretrained`.
 
     Args:
         model_cls: the model's class, which takes the other kwargs.
         name: under which it is registered.
         pretrained: whether to load weights.
         filter_fn: the family's `checkpoint_filter_fn`.
-        weights: where the authors' file is, for a model whose weights cannot be downloaded; None: nowhere.
+        weights: where the authors' file is, for a model whose weights cannot be downloaded; None: there is none.
         out_indices: the maps of `features_only`, unless kwargs say otherwise.
         kwargs: the model's, and those of timm's `build_model_with_cfg`.
     """

@@ -171,8 +171,9 @@ STEMS = {  # channels of the convolutions, their kernel, and whether a max pool 
 class HaloNet(Backbone):
     """Images (B, in_chans, H, W) of any size to logits (B, num_classes) or to five maps of strides 2, 4, 8, 16 and 32.
 
-    What the paper leaves open is done as in timm: a norm and an activation follow the attention, shortcuts that change
-    the shape are strided 1x1 convolutions, strided queries are numbered in their tile, no projection follows the heads.
+    Details that the paper does not specify are as in timm: a norm and an activation follow the attention, shortcuts
+    that change the shape are strided 1x1 convolutions, positions of strided queries count queries, and there is no
+    output projection.
 
     Args:
         in_chans: channels of the image.
@@ -180,23 +181,22 @@ class HaloNet(Backbone):
         global_pool: timm's name of the pooling over the last map, '' for none.
         output_stride: 32, 16 or 8. Stages that would go beyond have stride 1 and dilated convolutions; attention is not
             dilated.
-        stem: a key of `STEMS`. "3x3" has stride 2 and leaves the next to the first stage, the others have stride 4.
-        blocks: per stage, a letter for each block: A for attention, C for a convolution.
+        stem: a key of `STEMS`. "3x3" has stride 2, and the first stage has stride 2 too; the others have stride 4.
+        blocks: per stage, one letter per block: A for attention, C for a convolution.
         dims: per stage, channels of the blocks' outputs: the paper's r_b times 64, 128, 256, 512.
         widths: per stage, channels inside the blocks, of queries and keys.
-        expansion: if not 0, inverted bottlenecks (RegNet-Z): their width is this many times that of their input.
+        expansion: if not 0, inverted bottlenecks (RegNet-Z) with this many times the channels of their input.
         value_ratio: channels of the values over those of the block, the paper's r_v.
         heads: per stage, heads of the attention.
-        qk_dim: channels of a head's queries and keys, None for `qk_ratio`.
+        qk_dim: channels of queries and keys per head, None for `qk_ratio`.
         qk_ratio: channels of queries and keys over those of the values divided by `value_ratio`.
         block: side of a block of queries, the paper's b.
-        halo: pixels that a window sees around its block, the paper's h.
-        scale_pos: scale the position logits as the others are, by head_dim ** -0.5. timm does not, the paper does not
-            say.
+        halo: pixels that a window extends beyond its block, the paper's h.
+        scale_pos: scale the position logits by head_dim ** -0.5 too. timm does not; the paper does not specify it.
         act_layer: timm's name of the activation.
         gate: channel gates of the convolutional blocks: "se", "eca" or None.
-        gate_ratio: channels inside an "se" gate over those outside.
-        group_width: channels of a group of the 3x3 convolutions, None for one group.
+        gate_ratio: hidden channels of an "se" gate over its input channels.
+        group_width: channels per group of the 3x3 convolutions, None for one group.
         num_features: channels of a 1x1 convolution before the pooling, the paper's d_f; None for no such convolution.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
@@ -258,7 +258,7 @@ class HaloNet(Backbone):
         if pool:
             layers["pool"] = nn.MaxPool2d(3, 2, 1)
         self.stem = nn.Sequential(layers)
-        # The stem's map of stride 2 is what its first `tap` layers return.
+        # The first `tap` layers of the stem return its map of stride 2.
         self.tap = len(channels) - 1 if stem == "tiered_nopool" else len(channels)
         self.feature_info = [dict(num_chs=channels[self.tap - 1], reduction=2, module=f"stem.conv{self.tap}")]
 
@@ -307,7 +307,7 @@ class HaloNet(Backbone):
 
     @torch.jit.ignore
     def init_weights(self) -> None:
-        """Initialize as timm: convolutions by fan-out, the last norm of each block with a shortcut with zero."""
+        """Initialize as timm does: convolutions by fan-out, the last norm of each block with a shortcut with zero."""
         for m in self.modules():
             if isinstance(m, nn.Conv2d):
                 fan_out = m.out_channels * m.kernel_size[0] * m.kernel_size[1] // m.groups
@@ -344,8 +344,8 @@ class HaloNet(Backbone):
             indices: the last n maps if an int, these if a list, all if None.
             norm: apply the final convolution, its norm and activation to the last map, as `features_only` does.
             stop_early: skip the stages after the last one requested.
-            output_fmt: "NCHW", nothing else.
-            intermediates_only: return the list of maps alone, not (final features, list).
+            output_fmt: must be "NCHW".
+            intermediates_only: return only the list of maps, not (final features, list).
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
@@ -370,9 +370,9 @@ class HaloNet(Backbone):
     def prune_intermediate_layers(
         self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Remove what the maps `indices` do not need: later stages and, if `prune_head`, the head.
+        """Remove layers that the maps `indices` do not need: later stages and, if `prune_head`, the head.
 
-        `prune_norm` takes the final convolution too, unless the head stays, which is made for its channels.
+        `prune_norm` also removes the final convolution, unless the head is kept, which needs its channels.
         """
         take, last_taken = feature_take_indices(len(self.stages) + 1, indices)
         shortened = last_taken < len(self.stages)

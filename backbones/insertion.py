@@ -1,4 +1,4 @@
-"""Plug-in layers into networks that others wrote: `insert(model, "ela", "layer?.*.bn2", version="b")`."""
+"""Insert plug-in layers into any network: `insert(model, "ela", "layer?.*.bn2", version="b")`."""
 
 import fnmatch
 import re
@@ -21,27 +21,28 @@ def insert(model: nn.Module, layer: str, where: str | re.Pattern | Iterable[str]
     Args:
         model: timm's, or any other, also wrapped for `features_only`.
         layer: "ela" or "ulsam".
-        where: which modules, by their names in `model.named_modules()`: a glob pattern or several (of which each must
+        where: the modules to follow, by their names in `model.named_modules()`: one or several glob patterns (each must
             match), or a compiled regular expression that matches whole names. Each module must return a map
             (B, C, H, W) when the model runs.
-        kwargs: the layer's, but for the channels, which are found by running the model on an image without data.
+        kwargs: the layer's arguments, except for the channels, which are determined by running the model on a fake
+            image.
 
-    A layer is the submodule `inserted.ela` or `inserted.ulsam` of the module that it follows, so all other keys of the
-    state dict stay what they were: load the weights of the plain network before, or after with strict=False.
+    A layer becomes the submodule `inserted.ela` or `inserted.ulsam` of the module that it follows, so all other keys of
+    the state dict are unchanged: load the weights of the original network before, or after with strict=False.
     """
     if layer not in LAYERS:
         raise ValueError(f"layer must be one of {', '.join(map(repr, LAYERS))}, got {layer!r}")
     targets = _matching(model, where)
     outputs = _outputs(model, targets)
     layers = {}
-    for name, module in targets.items():  # all are made before the first is put in
+    for name, module in targets.items():  # create all layers before inserting the first
         y = outputs.get(name)
         if not isinstance(y, Tensor) or y.dim() != 4 or y.shape[2] != y.shape[3]:  # of a square image
             got = f"shape {tuple(y.shape)}" if isinstance(y, Tensor) else type(y).__name__
-            got = got if name in outputs else "nothing, for it does not run"
+            got = got if name in outputs else "nothing, since it does not run"
             raise ValueError(f"{name} must return a map (B, C, H, W) for a layer to follow it, got {got}")
         if hasattr(getattr(module, "inserted", None), layer):
-            raise ValueError(f"{name} is followed by {layer!r} already")
+            raise ValueError(f"{name} is already followed by {layer!r}")
         try:
             layers[name] = LAYERS[layer](y.shape[1], device=y.device, dtype=y.dtype, **kwargs).train(module.training)
         except ValueError as error:

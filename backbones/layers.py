@@ -63,7 +63,7 @@ class _Depthwise(torch.autograd.Function):
         k = K // 2
         dx = F.conv_transpose2d(dout, weight, padding=k, groups=len(weight)) if ctx.needs_input_grad[0] else None
         own, rows = dout.permute(0, 2, 3, 1), F.pad(x, (k, k, k, k)).permute(0, 2, 3, 1)
-        zero = own.new_zeros(len(weight))  # of taps that never lie on the map
+        zero = own.new_zeros(len(weight))  # for taps that are always outside the map
         taps = [
             (own * rows[:, i : i + H, j : j + W]).sum((0, 1, 2)) if abs(i - k) < H and abs(j - k) < W else zero
             for i in range(K)
@@ -77,8 +77,8 @@ class _Depthwise(torch.autograd.Function):
 class DepthwiseConv(nn.Conv2d):
     """A depthwise convolution of stride 1 that keeps the size: (B, C, H, W) -> same.
 
-    On a CPU and maps of up to 16 cells, the last ones of small images, PyTorch takes far longer for the gradient of its
-    weight than for that of its input: there it is computed tap by tap.
+    On a CPU with maps of up to 16 cells, such as the last ones of small images, PyTorch takes much longer for the
+    gradient of the weight than for that of the input; there it is computed tap by tap.
     """
 
     def __init__(self, dim: int, kernel: int = 3, **dd):
@@ -99,7 +99,7 @@ def _few_cells(x: Tensor) -> bool:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return x (B, C, H, W) in channels-last memory format; as it is under torch.func's transforms, which have none."""
+    """Return x (B, C, H, W) in channels-last memory format; unchanged under torch.func's transforms, which lack it."""
     if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
         if is_transformed():
             return x
@@ -107,7 +107,7 @@ def channels_last(x: Tensor) -> Tensor:
 
 
 def is_traced() -> bool:
-    """Return whether torch.jit.trace records: its graph serves other sizes too, so no choice may depend on the size."""
+    """Return whether torch.jit.trace is recording: its graph must work for other sizes, so none may be branched on."""
     if torch.jit.is_scripting():
         return False
     else:
@@ -115,7 +115,7 @@ def is_traced() -> bool:
 
 
 def must_pad(down: int, right: int) -> bool:
-    """Return whether to pad a map by this much: always in a traced graph, which serves other sizes too."""
+    """Return whether to pad a map by this much: always in a traced graph, which must work for other sizes too."""
     if torch.jit.is_scripting():
         return down > 0 or right > 0
     else:
@@ -191,7 +191,7 @@ def _is_plain(layer: nn.Module) -> bool:
 
 
 def _has_global_hooks() -> bool:
-    """Return whether there are hooks for all modules, other than those by which a FLOP counter names modules."""
+    """Return whether there are global module hooks, other than those of a FLOP counter."""
     for registered in (
         global_hooks._global_forward_pre_hooks,
         global_hooks._global_forward_hooks,

@@ -1,12 +1,13 @@
-"""Sparsifiner: DeiT or LV-ViT whose attention layers predict, image by image, which keys each query may attend to.
+"""Sparsifiner: DeiT or LV-ViT whose attention layers predict, for each image, the keys that each query attends to.
 
 Paper: "Sparsifiner: Learning Sparse Instance-Dependent Attention for Efficient Vision Transformers", CVPR 2023,
 arXiv 2303.13755. Published code: lim142857/Sparsifiner@9a11e26 (MIT). Parameters map one to one
-(`checkpoint_filter_fn`), outputs are equal; a dense DeiT or LV-ViT loads as well, for the method starts from one.
+(`checkpoint_filter_fn`), outputs are equal. Weights of a dense DeiT or LV-ViT load too, since the method starts from
+them.
 
-What differs from the published code: pruned tokens are removed, not masked (with the same logits); an image's result
-depends on no other image, where the published budget of keys depends on the first of the batch and on batches before;
-and a query to which a score threshold leaves no key gets 0 in LV-ViT too, not NaN.
+Differences from the published code: pruned tokens are removed, not masked (the logits are the same); an image's result
+does not depend on other images, whereas the published budget of keys depends on the first image of the batch and on
+earlier batches; and a query without keys above the score threshold gets 0 in LV-ViT too, not NaN.
 """
 
 import math
@@ -27,12 +28,12 @@ from .base import Isotropic, TokenHead, checked_size, create_model, init_linear,
 from .layers import CachedMlp, can_fuse, channels_last, is_traced, mark_unused, position_table, resize_positions
 from .published import Rules, complete, rename_key, unwrap
 
-STRIDE = 16  # of the tokens' map
+STRIDE = 16  # pixels per token
 
 
 @dataclass
 class Record:
-    """What `Sparsifiner.distill` reads of an attention layer with n tokens, which the layer fills in as it runs."""
+    """The intermediate results of an attention layer with n tokens, which it records for `Sparsifiner.distill`."""
 
     recon: bool
     connectivity: Tensor | None = None  # (B, heads, n-1, n), the predicted scores
@@ -41,19 +42,19 @@ class Record:
 
 
 class MaskPredictor(nn.Module):
-    """Which keys each query keeps, from a low-rank estimate of the attention (paper, section 3.2).
+    """Predict the keys that each query keeps, from a low-rank estimate of the attention (paper, section 3.2).
 
     Args:
-        tokens: their number, with the class token: the tables `down` and `up` have a row for each.
-        head_dim: width of a head; all heads share the predictor.
-        basis: number of vectors over the tokens, of which a query's scores are combinations.
-        width: to which queries and keys are projected.
-        budget: keys of largest score that a query keeps, None for a threshold.
-        score_threshold: above which a key is kept instead, None for a budget.
-        basis_threshold: entries of the basis that are not above it, in magnitude, become 0.
-        coef_topk: how many, the largest, of a query's coefficients count, None for all.
-        coef_threshold: those of them that are not above it become 0.
-        share_proj: one table for both projections.
+        tokens: number of tokens, including the class token: the tables `down` and `up` have one row per token.
+        head_dim: channels per head; all heads share the predictor.
+        basis: number of basis vectors over the tokens; a query's scores are linear combinations of them.
+        width: channels that queries and keys are projected to.
+        budget: number of keys with the largest scores that a query keeps, None to use score_threshold.
+        score_threshold: keep the keys with a score above it, None to use budget.
+        basis_threshold: entries of the basis with a magnitude not above it become 0.
+        coef_topk: how many of a query's coefficients to keep, the largest; None for all.
+        coef_threshold: kept coefficients that are not above it become 0.
+        share_proj: use one table for both projections.
     """
 
     def __init__(
@@ -85,8 +86,8 @@ class MaskPredictor(nn.Module):
         return f"budget={self.budget}, score_threshold={self.score_threshold}, coef_topk={self.coef_topk}"
 
     def forward(self, q: Tensor, k: Tensor, kept: Tensor | None) -> Tensor:
-        """Queries and keys (B, heads, n, D) -> bits (B, heads, n, ceil(n / 32)), of the n tokens `kept` (B, n) or of
-        all."""
+        """Map queries and keys (B, heads, n, D) to bits (B, heads, n, ceil(n / 32)), of the n tokens `kept` (B, n), or
+        of all tokens."""
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
             if self.record is not None:
                 self.record.connectivity = self.scores(q, k, kept, self.record.recon)
@@ -102,7 +103,7 @@ class MaskPredictor(nn.Module):
             )  # fmt: skip
 
     def select(self, scores: Tensor) -> Tensor:
-        """Scores (B, heads, n-1, n) -> bits. Of fewer tokens than all no more are kept than there are patches."""
+        """Map scores (B, heads, n-1, n) to bits. If tokens were removed, at most all remaining patches are kept."""
         budget = self.budget
         if budget is not None and scores.shape[3] < self.down.shape[0]:
             budget = min(budget, scores.shape[2])
@@ -138,7 +139,7 @@ class MaskPredictor(nn.Module):
     def scores_of_kept(
         self, q: Tensor, k: Tensor, W_q: Tensor, b_q: Tensor, W_k: Tensor, b_k: Tensor, kept: Tensor
     ) -> Tensor:
-        """Compute `connectivity` with rows of the tables that differ from image to image."""
+        """Compute `connectivity` with different rows of the tables for each image."""
         full = torch.promote_types(q.dtype, torch.float32)
         down = self.down.to(full)[kept]  # (B, n, K)
         up = down if self.up is None else self.up.to(full)[kept]
@@ -161,14 +162,14 @@ class MaskPredictor(nn.Module):
 # The operators check shapes, so torch.fx treats this layer as a leaf.
 @register_notrace_module
 class SparseAttention(nn.Module):
-    """Attention of each query to the keys that the predictor chooses for it; it may also choose the tokens to keep.
+    """Attention of each query to the keys that the predictor chooses; optionally it removes patches.
 
     Args:
-        dim: channels.
-        heads: their number.
-        tokens: their number, with the class token, before any was removed.
-        qkv_bias: whether the projection to queries, keys and values has one.
-        keep: number of patches kept after this layer, those that the class token attends to most; None for all.
+        dim: number of channels.
+        heads: number of heads.
+        tokens: number of tokens, including the class token, before any are removed.
+        qkv_bias: whether the projection to queries, keys and values has a bias.
+        keep: number of patches to keep after this layer, those that the class token attends to most; None for all.
         predictor: arguments of the MaskPredictor.
     """
 
@@ -195,8 +196,8 @@ class SparseAttention(nn.Module):
         return f"heads={self.heads}, keep={self.keep}"
 
     def forward(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Tokens (B, n, C), and which of all they are, (B, n), None if none was removed -> the output of those that go
-        on (B, m, C), and where they stand among the n, (B, m), None if all do."""
+        """Map tokens (B, n, C) and their indices among all tokens (B, n), None if none were removed, to the output of
+        the kept tokens (B, m, C) and their indices among the n, (B, m), None if all are kept."""
         qkv = self.qkv(x)
         q, k, v = self.split(qkv)
         mask = self.predictor(q, k, kept)
@@ -221,8 +222,8 @@ class SparseAttention(nn.Module):
         logits = (q[:, :, :1].to(full) * k.to(full)).sum(-1) * self.scale  # (B, heads, n), of the class token
         share = torch.ones_like(logits[:, :, :1])
         if removed > 0:
-            # In the published form, where removed tokens are zeros, the class token still attends to them, with logits
-            # of 0. This is the share of its attention that falls on the others.
+            # In the published code removed tokens are zeros, and the class token still attends to them, with logits of
+            # 0. This is the share of its attention to the others.
             share = (logits.logsumexp(-1, keepdim=True) - math.log(removed)).sigmoid()
             cls = out[:, :1].reshape(out.shape[0], 1, self.heads, -1) * share[:, None].to(out.dtype)
             out = torch.cat((cls.flatten(2), out[:, 1:]), 1)
@@ -251,8 +252,8 @@ def _put(x: Tensor, index: Tensor, size: int, dim: int) -> Tensor:
 
 
 class Block(nn.Module):
-    """Attention and MLP, each a residual, which LV-ViT halves: tokens (B, n, C), and which they are, (B, n) or None if
-    all -> the tokens that go on, and which those are."""
+    """Attention and MLP with residual connections, which LV-ViT halves. Maps tokens (B, n, C) and their indices (B, n),
+    None if all, to the kept tokens and their indices."""
 
     def __init__(self, dim: int, attn: SparseAttention, mlp_ratio: float, eps: float, skip: float, rate: float, **dd):
         super().__init__()
@@ -280,9 +281,9 @@ class Block(nn.Module):
 
 @register_notrace_module
 class Stem(nn.Module):
-    """Patches of images of one size: (B, in_chans, H, W) -> (B, H / 16 · W / 16, dim).
+    """Patch embedding for one image size: (B, in_chans, H, W) -> (B, H / 16 · W / 16, dim).
 
-    DeiT's is one convolution; LV-ViT's first halves the image by three.
+    DeiT's is one convolution; LV-ViT's first halves the resolution by three convolutions.
     """
 
     def __init__(self, in_chans: int, dim: int, img_size: tuple[int, int], convs: bool, **dd):
@@ -304,8 +305,8 @@ class Stem(nn.Module):
 
 
 class Distillation(NamedTuple):
-    """What the losses of the published training read. N counts the class token. In a layer that a patch did not reach,
-    its connectivity, attention and mask are 0."""
+    """The inputs of the published losses. N includes the class token. For layers after a patch was removed, its
+    connectivity, attention and mask are 0."""
 
     logits: Tensor  # (B, num_classes), of the class token alone
     features: Tensor  # (B, N-1, C), the patches after the last norm; of LV-ViT their scores (B, N-1, num_classes)
@@ -318,30 +319,30 @@ class Distillation(NamedTuple):
 class Sparsifiner(Isotropic):
     """Sparsifiner: images (B, in_chans, *img_size) to logits (B, num_classes), or to maps of stride 16.
 
-    The mask predictors learn by `distill` alone: a loss on the logits gives them no gradient. Plain
-    DistributedDataParallel takes the model as it is; compiled with torch.compile, it needs `static_graph=True`.
+    The mask predictors are only trained through `distill`: a loss on the logits gives them no gradient. The model works
+    in DistributedDataParallel; compiled with torch.compile, it needs `static_graph=True`.
 
     Args:
         host: "deit" or "lvvit". LV-ViT has a stem of four convolutions, no bias of queries, keys and values, halved
-            residuals, and in evaluation adds to the logits half of the patches' largest scores.
-        img_size: of the images, multiples of 16; the predictors' tables fit no other.
+            residuals, and in evaluation half of the patches' largest scores is added to the logits.
+        img_size: image size, multiples of 16; it is fixed, since the predictors' tables depend on it.
         in_chans: channels of the image.
         num_classes: classes of the head, 0 for pooled features.
         global_pool: "token" (the class token's features), "avg" (the mean over the patches) or "" (all tokens).
-        dim: width.
-        depth: blocks.
-        heads: their number.
-        mlp_ratio: hidden width of the MLPs over their input's.
-        keep_rate: part of all tokens that a query keeps as keys, a number or one for each block, rounded up.
-        score_threshold: keep, instead, the keys of a score above it; then keep_rate is not read.
-        reduce_n: tokens over vectors of the predictors' basis.
-        reduce_c: width of a head over that of the predictors' projections.
-        basis_threshold: entries of the basis that are not above it, in magnitude, become 0.
-        coef_topk: how many, the largest, of a query's coefficients in that basis count.
-        coef_threshold: those above it count, instead; then coef_topk is not read.
-        share_proj: one table projects the keys to the basis and is it, not one for each.
-        token_keep_rate: r of the patches are left from block depth / 4 on, r² from depth / 2, r³ from 3 · depth / 4:
-            those that the class token attends to most there. 1 keeps all. DeiT only.
+        dim: number of channels.
+        depth: number of blocks.
+        heads: number of heads.
+        mlp_ratio: hidden channels of the MLPs over their input channels.
+        keep_rate: fraction of all tokens that a query keeps as keys, one number or one per block, rounded up.
+        score_threshold: keep the keys with a score above it instead; keep_rate is then ignored.
+        reduce_n: number of tokens over the number of basis vectors of the predictors.
+        reduce_c: channels per head over the channels of the predictors' projections.
+        basis_threshold: entries of the basis with a magnitude not above it become 0.
+        coef_topk: how many of a query's coefficients in that basis to keep, the largest.
+        coef_threshold: keep the coefficients above it instead; coef_topk is then ignored.
+        share_proj: use one table both to project the keys to the basis and as the basis.
+        token_keep_rate: a fraction r of the patches is kept from block depth / 4 on, r² from depth / 2, r³ from
+            3 · depth / 4: those that the class token attends to most. 1 keeps all. DeiT only.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
     """
@@ -432,11 +433,12 @@ class Sparsifiner(Isotropic):
 
     @torch.jit.unused
     def _mark_unused(self, x: Tensor) -> Tensor:
-        """Mark what learns by `distill` alone: the predictors, whose masks are discrete, and LV-ViT's second head."""
+        """Mark parameters that only `distill` trains: the predictors, whose masks are discrete, and LV-ViT's second
+        head."""
         return mark_unused(x, (p for n, p in self.named_parameters() if ".predictor." in n or n.startswith("aux.")))
 
     def restore_removed(self, x: Tensor, kept: Tensor | None) -> Tensor:
-        """Return tokens (B, n, C) as (B, N, C), with zeros for those that were removed."""
+        """Scatter tokens (B, n, C) to (B, N, C), with zeros for removed tokens."""
         return x if kept is None else _put(x, kept, self.pos_embed.shape[1], 1)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -481,11 +483,11 @@ class Sparsifiner(Isotropic):
 
     @torch.jit.ignore
     def distill(self, x: Tensor, recon: bool = False) -> Distillation:
-        """Return the logits and everything else that the losses of the published training read, with gradients.
+        """Return the logits and the other inputs of the published losses, with gradients.
 
-        With `recon`, the form of its first phase: the predictors' basis keeps its sign and all of its entries, all
-        coefficients count, and so that only the predictors learn from the scores, attention is dense and every token
-        stays. A model with a dense parent's weights is that parent then, the teacher.
+        `recon` is the first phase of the published training: the predictors' basis keeps its sign and all entries, all
+        coefficients are used, attention is dense and no token is removed, so that only the predictors are trained. A
+        model with the weights of its dense parent then computes the same as the parent, the teacher.
         """
         x, _ = self.embed(x)
         kept: Any = None
@@ -512,7 +514,7 @@ class Sparsifiner(Isotropic):
     @torch.jit.ignore
     @torch.no_grad()
     def kept_keys(self, x: Tensor) -> list[Tensor]:
-        """Return for each layer which keys each query keeps, (B, heads, N, N) bool; none of and for removed tokens."""
+        """Return, for each layer, the keys that each query keeps, (B, heads, N, N) bool; false for removed tokens."""
         return self.distill(x).mask
 
     @torch.jit.ignore
@@ -520,9 +522,9 @@ class Sparsifiner(Isotropic):
     def attention_macs(self, x: Tensor) -> dict[str, float]:
         """Count the multiply-accumulates of all layers' attention as the paper does, averaged over images x.
 
-        `sparse`: logits and values of the keys that are kept. `predictor`: the estimate that chooses them, where zeros
-        of the basis cost nothing. `dense`: logits and values of all keys, which the parent needs. Projections to
-        queries, keys, values and out of the heads are the same in both, and in none of the three.
+        `sparse`: logits and values of the kept keys. `predictor`: the estimate that chooses them, not counting zeros of
+        the basis. `dense`: logits and values of all keys, as in the parent. None of them includes the projections to
+        queries, keys, values and output, which are the same in both.
         """
         macs = dict(dense=0.0, predictor=0.0, sparse=0.0)
         for block, mask in zip(self.blocks, self.kept_keys(x)):
@@ -565,7 +567,7 @@ def _keeps(token_keep_rate: float, host: str, depth: int, patches: int) -> dict[
     if token_keep_rate == 1:
         return {}
     if host != "deit":
-        raise ValueError(f"token_keep_rate is for DeiT, LV-ViT keeps all tokens, got {token_keep_rate}")
+        raise ValueError(f"token_keep_rate must be 1 for LV-ViT, which keeps all tokens, got {token_keep_rate}")
     if not 0 < token_keep_rate < 1 or depth < 4:
         raise ValueError(
             f"token_keep_rate must be above 0 and at most 1, below that only with at least 4 blocks, got "
@@ -612,7 +614,7 @@ def checkpoint_filter_fn(state_dict: dict, model: Sparsifiner) -> dict[str, Tens
             )
         up = key.removesuffix("down") + "up"
         if up in out and up not in own and not torch.equal(out.pop(up), out[key]):
-            raise ValueError(f"share_proj=True takes weights whose two tables are one, {key} and its up differ")
+            raise ValueError(f"share_proj=True needs weights with two equal tables, but {key} and its up differ")
     positions = out.get("pos_embed")
     if positions is not None and positions.shape[1:] != own["pos_embed"].shape[1:]:
         side = math.isqrt(positions.shape[1] - 1)

@@ -1,10 +1,10 @@
-"""ULSAM: the channels of a map cut into subspaces, each gated by one attention map over its positions.
+"""ULSAM: the channels of a map are divided into subspaces, each gated by one attention map over its positions.
 
 Paper: "ULSAM: Ultra-Lightweight Subspace Attention Module for Compact Convolutional Neural Networks", WACV 2020,
 arXiv 2006.15102.
-Published code: Nandan91/ULSAM@9a07d68 (no licence; written here from the paper), of the layer alone. Parameters map to
-ours (`merge_subspaces`), outputs are equal. `saccade.backbones.insert` puts the layer into any network; the models here
-are timm's MobileNets with layers replaced by it, or followed by it.
+Published code: Nandan91/ULSAM@9a07d68 (no licence; written here from the paper), of the layer only. Parameters map to
+ours (`merge_subspaces`), outputs are equal. `saccade.backbones.insert` inserts the layer into any network; the models
+here are timm's MobileNets with some layers replaced or followed by it.
 """
 
 import re
@@ -29,9 +29,9 @@ class ULSAM(nn.Module):
 
     Args:
         dim: C.
-        subspaces: their number g, which divides C.
-        momentum: of the BatchNorms, in PyTorch's sense. With the published 0.9, probably meant in TensorFlow's, the
-            running statistics are those of the last batches.
+        subspaces: number of subspaces g, which divides C.
+        momentum: of the BatchNorms, as in PyTorch. With the published 0.9, probably meant as in TensorFlow, the running
+            statistics are those of the last few batches.
     """
 
     def __init__(self, dim: int, subspaces: int = 4, momentum: float = 0.9, device=None, dtype=None):
@@ -53,7 +53,7 @@ class ULSAM(nn.Module):
         return x + (x.unflatten(1, [s.shape[1], -1]) * a.unsqueeze(2)).flatten(1, 2)
 
     def feature_info(self, location: str) -> dict:
-        """Return what timm's EfficientNet asks of its blocks."""
+        """Return the information that timm's EfficientNet needs about its blocks."""
         return dict(module="", num_chs=self.conv.out_channels)
 
     @torch.jit.unused
@@ -83,13 +83,13 @@ class ULSAM(nn.Module):
 
 
 class ULSAMMobileNet(MobileNet):
-    """timm's MobileNetV1 or V2 with ULSAM in place of some layers, or after them. Layers are counted as the paper
-    does, from the stem as 1.
+    """timm's MobileNetV1 or V2 with ULSAM instead of or after some layers. Layers are counted as in the paper; the stem
+    is 1.
 
     Args:
         generation: 1 or 2.
-        replaced: layers that ULSAM takes the place of, shortcut included; each keeps width and resolution.
-        inserted: layers that ULSAM follows, as a block of its own.
+        replaced: layers that ULSAM replaces, including the shortcut; they must keep width and resolution.
+        inserted: layers that ULSAM follows, as a separate block.
         subspaces: ULSAM's g, which divides the width of those layers.
         momentum: of ULSAM's BatchNorms.
         width: how many times the paper's channels.

@@ -166,7 +166,7 @@ def test_layers_are_like_the_network():
             "ela",
             ["layer1", "layer1.0.drop"],
             {},
-            "layer1.0.drop must return a map .*, got nothing, for it does not run",
+            "layer1.0.drop must return a map .*, got nothing, since it does not run",
         ),
     ],
     ids=["kind", "glob", "one of two", "regex", "g", "version", "no map", "not run"],
@@ -187,7 +187,7 @@ def test_groups_that_do_not_fit_are_refused():
 
 def test_the_same_layer_twice_is_refused():
     model = put(create("resnet18"), "ela")
-    with pytest.raises(ValueError, match=r"^layer2.0.bn2 is followed by 'ela' already$"):
+    with pytest.raises(ValueError, match=r"^layer2.0.bn2 is already followed by 'ela'$"):
         put(model, "ela")
 
 
