@@ -355,7 +355,7 @@ def test_one_table_for_both_projections(tmp_path):
         )
         x = torch.randn(2, 3, 64, 64)
         assert torch.equal(two(x), one(x))
-    with pytest.raises(ValueError, match=r"share_proj=True needs weights with two equal tables, but .*down and its up "):
+    with pytest.raises(ValueError, match=r"needs weights with two equal tables, but .*down and its up "):
         load_file(tmp_path, small().state_dict(), "sparsifiner_deit_t", **SMALL, share_proj=True)
 
 
@@ -387,7 +387,7 @@ def test_other_weights_are_refused_in_one_sentence(tmp_path, source, sentence):
         (dict(keep_rate=1.5), "keep_rate must be above 0 and at most 1, one number or 4, got 1.5"),
         (dict(token_keep_rate=0.0), "token_keep_rate must be above 0 and at most 1, .* got 0.0 with 4"),
         (dict(token_keep_rate=0.5, depth=3), "only with at least 4 blocks, got 0.5 with 3"),
-        (dict(token_keep_rate=0.7, host="lvvit"), "token_keep_rate must be 1 for LV-ViT, which keeps all tokens, got 0.7"),
+        (dict(token_keep_rate=0.7, host="lvvit"), "token_keep_rate must be 1 for LV-ViT, .* got 0.7"),
         (dict(global_pool="max"), "global_pool must be 'token', 'avg' or '', got 'max'"),
     ],
 )
