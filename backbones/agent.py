@@ -1,12 +1,12 @@
-"""Agent-DeiT, Agent-PVT, Agent-Swin and Agent-CSwin: four hosts whose softmax attention becomes agent attention.
+"""Agent-DeiT, Agent-PVT, Agent-Swin and Agent-CSwin: four networks with agent attention instead of softmax attention.
 
 Paper: "Agent Attention: On the Integration of Softmax and Linear Attention", ECCV 2024, arXiv 2312.08874.
-Published code: LeapLabTHU/Agent-Attention@207ce3e, without a licence: what is here is written from the paper and from a
-description, and copies nothing. Parameters map one to one (`checkpoint_filter_fn`), outputs are equal.
+Published code: LeapLabTHU/Agent-Attention@207ce3e, without a licence; this file is written from the paper and a
+description. Parameters map one to one (`checkpoint_filter_fn`), outputs are equal.
 
-Agents are a p x p grid of pooled queries; each attention adds biases that are learned for one size of map and a number
-of agents. On another map, and with other agents, they are resized as in the published detection backbones, so that
-images of any size are accepted. Inside, maps are tokens (B, h·w, C), row-major: the same memory as (B, h, w, C).
+Agents are a p x p grid of pooled queries. The biases are learned for one map size and number of agents; for others they
+are resized as in the published detection backbones, so that images of any size are accepted. Maps are stored as tokens
+(B, h·w, C), row-major: the same memory as (B, h, w, C).
 """
 
 import math
@@ -39,7 +39,7 @@ from .layers import (
 )
 from .published import Rules, complete, rename_key, unwrap
 
-TABLE = 7  # side of the tables of block biases, whatever the map
+TABLE = 7  # side of the tables of block biases, for any map size
 
 
 def square_root(agents: int) -> int:
@@ -54,12 +54,12 @@ class AgentAttention(nn.Module):
     """Agent attention (paper, section 3.2) with its biases and depthwise convolution: (B, [1 +] h·w, C) -> same.
 
     Args:
-        dim: channels.
-        heads: their number.
-        size: (h, w) of the maps that the biases are learned for; others resize them.
+        dim: number of channels.
+        heads: number of heads.
+        size: (h, w) of the maps that the biases are learned for; they are resized for others.
         agents: number of agents that the biases are learned for, a square.
-        run_agents: number of agents that run, None for as many.
-        token: whether a class token comes first. It is no part of the agents' pooling nor of the convolution.
+        run_agents: number of agents to use, None for `agents`.
+        token: whether a class token comes first. It is excluded from the pooling of agents and from the convolution.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class AgentAttention(nn.Module):
         token_bias: tuple[Tensor, Tensor] | None = None
         if self.key_token is not None:
             token_bias = (self.key_token, self.query_token)  # type: ignore[assignment]
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if can_fuse(self.dwc):
                 dwc = self.dwc.weight, self.dwc.bias
                 return self.proj(agent_attention(q, k, v, agents, key_bias, query_bias, self.heads, token_bias, *dwc))
@@ -117,18 +117,18 @@ class AgentAttention(nn.Module):
 
 @register_notrace_module
 class WindowAttention(nn.Module):
-    """Swin's attention within windows, every other block's shifted: (B, h·w, C) -> same.
+    """Swin's attention within windows, shifted in every other block: (B, h·w, C) -> same.
 
-    A map that windows do not divide is padded with zeros before the projection, so that a padding token holds the
-    biases; it is attended to like any other.
+    A map that windows do not divide is padded with zeros before the projection, so that padding tokens have the biases
+    as queries, keys and values; they are attended to like any other.
 
     Args:
-        dim: channels.
-        heads: their number.
+        dim: number of channels.
+        heads: number of heads.
         window: (h, w) of a window.
-        shift: whether windows are shifted by half of one.
-        always_shift: also where one window covers the map, as the published detection backbone does and the classifier
-            does not.
+        shift: whether windows are shifted by half their size.
+        always_shift: shift even if one window covers the map, as in the published detection backbone, unlike in the
+            classifier.
     """
 
     def __init__(
@@ -156,11 +156,11 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         s_h = self.shift[0] * int(self.always_shift or size[0] > self.window[0])
         s_w = self.shift[1] * int(self.always_shift or size[1] > self.window[1])
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if torch.jit.is_tracing() and not self.always_shift:  # as a part of the graph, which serves other sizes too
                 s_h, s_w = (s * (n > w) for s, n, w in zip(self.shift, size, self.window))
         x = x.reshape(x.shape[0], size[0], size[1], x.shape[2])  # no unflatten, after which ONNX has one batch size
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if can_fuse(self.qkv) and self.qkv.bias is not None:
                 split = (3, x.shape[3])
                 qkv = self.qkv(x).view(x.shape[0], size[0], size[1], *split)
@@ -181,8 +181,8 @@ class StripeAttention(nn.Module):
     with zeros before the projection, as for Swin's windows.
 
     Args:
-        dim: channels.
-        heads: their number, in both halves together.
+        dim: number of channels.
+        heads: number of heads of both halves together.
         stripe: (columns of a vertical stripe, rows of a horizontal one).
     """
 
@@ -223,7 +223,7 @@ class StripeAttention(nn.Module):
 
 @register_notrace_module
 class FullAttention(nn.Module):
-    """Softmax attention of all tokens, with CSwin's depthwise convolution of the values or none: (B, N, C) -> same."""
+    """Softmax attention over all tokens, optionally with CSwin's depthwise convolution of v: (B, N, C) -> same."""
 
     def __init__(self, dim: int, heads: int, dwc: bool = False, device=None, dtype=None):
         super().__init__()
@@ -248,7 +248,7 @@ class FullAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each a residual: tokens of a map of `size`, (B, [1 +] h·w, C) -> same."""
+    """Attention and MLP with residual connections: tokens of a map of `size`, (B, [1 +] h·w, C) -> same."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, eps: float, drop_path: float, **dd):
         super().__init__()
@@ -273,8 +273,8 @@ class Block(nn.Module):
 class Patches(nn.Module):
     """A strided convolution, then LayerNorm if `norm`: (B, C, H, W) -> (B, dim, h, w), channels-last in memory.
 
-    With `pad`, zeros on the right and the bottom make the sides multiples of the stride; without, what is left over is
-    dropped, except that there is always one patch.
+    With `pad`, the map is padded with zeros at the right and bottom to multiples of the stride; without, the remainder
+    is dropped, but there is always at least one patch.
     """
 
     def __init__(self, in_chans: int, dim: int, kernel: int, stride: int, norm: bool, pad: bool, **dd):
@@ -341,22 +341,22 @@ class AgentPyramid(Pyramid):
 
     Args:
         host: "pvt", "swin" or "cswin".
-        img_size: the size, a multiple of 32, that biases, windows, stripes and position embeddings are learned for. At
-            others biases and position embeddings are resized, and windows and stripes pad the map.
+        img_size: the size, a multiple of 32, that biases, windows, stripes and position embeddings are learned for. For
+            others, biases and position embeddings are resized, and windows and stripes pad the map.
         in_chans: channels of the image.
         num_classes: classes of the head, 0 for pooled features.
-        global_pool: timm's name of the pooling over the last map, '' for none.
-        dims: width per stage.
-        depths: blocks per stage.
-        heads: their number per stage.
-        mlp_ratios: per stage, hidden width of the MLPs over their input's.
-        agents: per stage, the number of agents, a square; their biases are learned.
+        global_pool: name of the pooling over the last map, as in timm; '' for none.
+        dims: number of channels per stage.
+        depths: number of blocks per stage.
+        heads: number of heads per stage.
+        mlp_ratios: per stage, hidden channels of the MLPs over their input channels.
+        agents: per stage, the number of agents that the biases are learned for, a square.
         agent_blocks: per stage, how many of the first blocks have agent attention, None for all; the others have the
-            host's own (the published AABB is all of the first two stages; AAMB2 has two blocks of the third too). PVT
-            knows only None.
-        dense_agents: () for the classifier. Given, the form of the published detection and segmentation backbones:
-            per stage, the number of agents that run, on biases resized from `agents`; and Swin's odd blocks shift their
-            windows on every map. `features_only` sets it to the published numbers unless told otherwise.
+            original attention (the published AABB is all blocks of the first two stages; AAMB2 also has two blocks of
+            the third). PVT only supports None.
+        dense_agents: () for the classifier. If given, the network is that of the published detection and segmentation
+            backbones: per stage, the number of agents to use, with biases resized from `agents`; and Swin's odd blocks
+            always shift their windows. `features_only` sets it to the published numbers by default.
         out_norms: a LayerNorm for each stage's map in `forward_intermediates` and `features_only`, as the published
             Swin has for detection and segmentation. The next stage gets the map without it.
         drop_rate: dropout before the classifier.
@@ -449,17 +449,17 @@ class AgentDeiT(Isotropic):
     """Agent-DeiT: images (B, in_chans, H, W) of any size to logits (B, num_classes), or to maps of stride 16.
 
     Args:
-        img_size: the size, a multiple of 16, that biases and position embeddings are learned for. They are resized for
-            others, and images padded with zeros to multiples of 16.
+        img_size: the size, a multiple of 16, that biases and position embeddings are learned for. For others they are
+            resized, and images are padded with zeros to multiples of 16.
         in_chans: channels of the image.
         num_classes: classes of the head, 0 for pooled features.
         global_pool: "token" (the class token's features), "avg" (the mean over the map's tokens) or "" (all tokens).
-        dim: width.
-        depth: blocks.
-        heads: their number.
-        mlp_ratio: hidden width of the MLPs over their input's.
+        dim: number of channels.
+        depth: number of blocks.
+        heads: number of heads.
+        mlp_ratio: hidden channels of the MLPs over their input channels.
         agents: number of agents, a square.
-        agent_blocks: how many of the first blocks have agent attention, None for all; the others attend in full.
+        agent_blocks: how many of the first blocks have agent attention, None for all; the others have full attention.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, growing linearly from 0 in the first.
     """
@@ -577,8 +577,8 @@ def _resized(key: str, given: dict[str, Tensor], own: dict[str, Tensor]) -> Tens
 def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict[str, Tensor]:
     """Convert weights under the published names (classification, detection or segmentation files) to ours.
 
-    CSwin's published accuracy is that of 'state_dict_ema'. What is learned at another resolution is resized as the
-    published loader does: biases of rows and columns linearly, relative and absolute position embeddings bicubically.
+    CSwin's published accuracy is that of 'state_dict_ema'. Parameters for another resolution are resized as in the
+    published loader: biases of rows and columns linearly, relative and absolute position embeddings bicubically.
     """
     out = {}
     for key, value in unwrap(state_dict, ("state_dict_ema", "state_dict", "model")).items():

@@ -3,8 +3,8 @@
 Paper: "BiFormer: Vision Transformer with Bi-Level Routing Attention", CVPR 2023, arXiv 2303.08810.
 Published code: rayleizhu/BiFormer@1697bbb (MIT). Parameters map one to one (`checkpoint_filter_fn`), outputs are equal.
 
-Each map is cut into n_win x n_win regions whatever its size. Inside, everything is channels-last: maps travel as
-(B, H, W, C) through the blocks and leave a stage as an NCHW view of the same memory.
+A map of any size is divided into n_win x n_win regions. Everything is channels-last: blocks process (B, H, W, C), and a
+stage returns an NCHW view of the same memory.
 """
 
 import re
@@ -30,16 +30,17 @@ FULL, FULL_LEPE = -1, -2  # the published codes in `topks` for attention over th
 class RoutedAttention(nn.Module):
     """Bi-level routing attention (paper, section 3.2), with LePE: (B, H, W, C) -> (B, H, W, C).
 
-    Each of the n_win x n_win regions picks the `topk` regions whose mean key its own mean query likes best; its tokens
-    attend to all tokens of those. The choice carries no gradient. Logits are scaled by dim**-0.5, not head_dim**-0.5.
+    Each of the n_win x n_win regions chooses the `topk` regions whose mean keys have the largest products with its mean
+    query; its tokens attend to all tokens of those. The choice has no gradient. Logits are scaled by dim**-0.5, not
+    head_dim**-0.5.
 
-    A map that n_win does not divide is padded, in one of the two published ways:
+    A map that n_win does not divide is padded in one of the two published ways:
 
-    - default (ops/bra_legacy.py): x is padded with zeros on the bottom and the right before the projection, so that a
-      padding token holds the biases; it counts in region means and is attended to like any other.
-    - `pad_projected` (ops/bra_nchw.py): regions have floor(H / n_win) x floor(W / n_win) tokens and there may be more
-      than n_win**2 of them; q, k and v are padded with zeros. Where the map has fewer rows than n_win, which the
-      published code refuses, a region is one row (and topk at most the number of regions).
+    - default (ops/bra_legacy.py): x is padded with zeros at the bottom and right before the projection, so that padding
+      tokens have the biases as queries, keys and values; they count in region means and are attended to like any other.
+    - `pad_projected` (ops/bra_nchw.py): regions have floor(H / n_win) x floor(W / n_win) tokens, and there may be more
+      than n_win**2 of them; q, k and v are padded with zeros. If the map has fewer rows than n_win, which the published
+      code refuses, a region is one row (and topk at most the number of regions).
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class FullAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Convolutional position embedding, attention, MLP, each a residual (paper, figure 3): (B, H, W, C) -> same."""
+    """Convolutional position embedding, attention and MLP with residual connections (paper, figure 3)."""
 
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, pos_embed: bool, drop_path: float, **dd):
         super().__init__()
@@ -173,19 +174,19 @@ class BiFormer(Pyramid):
     Args:
         in_chans: channels of the image.
         num_classes: classes of the head, 0 for pooled features.
-        global_pool: timm's name of the pooling over the last map, '' for none.
-        depths: blocks per stage.
-        dims: width per stage.
+        global_pool: name of the pooling over the last map, as in timm; '' for none.
+        depths: number of blocks per stage.
+        dims: number of channels per stage.
         topks: per stage, the number of regions a region is routed to, or -1 (attention over the whole map) or -2 (the
             same, with LePE), the published codes. At most n_win**2.
         n_win: regions per side of each map of a routed stage; 7 for classification at 224, 8 (segmentation) or 16
             (detection) in the published dense models.
-        head_dim: width of a head in the routed stages (the others have 8 heads).
-        mlp_ratio: hidden width of the MLPs over their input's.
+        head_dim: channels per head in the routed stages (the others have 8 heads).
+        mlp_ratio: hidden channels of the MLPs over their input channels.
         patchify: the Swin-like layout of the paper's ablation (`stl`): stem and downsampling by non-overlapping
             patches, no convolutional position embedding.
         pad_projected: the refactored published operator ("nchw"): see `RoutedAttention`; LePE on v in the last stage.
-        auto_pad: False refuses maps that n_win does not divide, as the published classification models do.
+        auto_pad: pad maps that n_win does not divide; False refuses them, as the published classification models do.
         out_norms: a LayerNorm for each stage's map in `forward_intermediates` and `features_only`, as the published
             detection and segmentation backbones have. The next stage gets the map without it.
         drop_rate: dropout before the classifier.
@@ -279,7 +280,7 @@ class BiFormer(Pyramid):
     @torch.jit.ignore
     @torch.no_grad()
     def attended_regions(self, x: Tensor) -> dict[str, dict]:
-        """Return what each routed layer attends to on images x (B, in_chans, H, W), for visualization and analysis.
+        """Return the regions that each routed layer attends to on images x (B, in_chans, H, W), for visualization.
 
         Returns, per layer name ('stages.0.blocks.0', …): `idx` (B, P, K), the regions chosen by each region, row-major
         over `grid` = (rows, columns) of regions, and `pixels`, the image pixels (height, width) that a region covers.

@@ -47,7 +47,7 @@ class WindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         H, W, split, window = x.shape[1], x.shape[2], [3, x.shape[3]], (self.window, self.window)
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if can_fuse(self.qkv) and self.qkv.bias is not None:
                 qkv, pad = self.qkv(x).view(x.shape[0], H, W, *split), self.qkv.bias.view(split)
                 return self.proj(window_attention(qkv, self.heads, window, pad=pad))
@@ -156,13 +156,13 @@ class DaViT(Pyramid):
     Args:
         in_chans: channels of the image.
         num_classes: classes of the head, 0 for pooled features.
-        global_pool: timm's name of the pooling over the last map, '' for none.
+        global_pool: name of the pooling over the last map, as in timm; '' for none.
         depths: dual blocks per stage, each of a window block and a channel block.
-        dims: width per stage.
-        head_dim: width of a head, of tokens or of channels.
+        dims: number of channels per stage.
+        head_dim: channels per head.
         window_size: side of a window in tokens.
-        mlp_ratio: hidden width of the MLPs over their input's.
-        ffn: False leaves the MLPs out.
+        mlp_ratio: hidden channels of the MLPs over their input channels.
+        ffn: whether blocks have MLPs.
         overlapped_patch: downsample by overlapping patches of 3x3, not by 2x2.
         out_norms: a LayerNorm for each stage's map in `forward_intermediates` and `features_only`, as the published
             detection and segmentation backbones have. The next stage gets the map without it.
@@ -218,7 +218,7 @@ class DaViT(Pyramid):
         self.stages = nn.Sequential(*stages)
         self.out_norms = map_norms(dims, EPS, **dd) if out_norms else None
         self.norm = nn.Identity()
-        # It pools, then normalises: the other way round costs the published weights half a point of top-1.
+        # Pooling before the norm: the other order loses half a point of top-1 with the published weights.
         norm = partial(LayerNorm2d, eps=EPS)
         self.head = NormMlpClassifierHead(
             dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate, norm_layer=norm, **dd
@@ -258,8 +258,8 @@ VARIANTS: dict[str, dict[str, Any]] = dict(
     davit_h=dict(depths=(1, 1, 9, 1), dims=(256, 512, 1024, 2048), window_size=16, overlapped_patch=True),
     davit_g=dict(depths=(1, 1, 12, 3), dims=(384, 768, 1536, 3072), window_size=16, overlapped_patch=True),
 )
-# Of davit_h and davit_g there is no code: overlapping patches give the paper's 362M and 1437M parameters, and windows
-# of 16 tokens at 512 pixels its 334 and 1038 GFLOPs, which 7, 8, 12 or 14 do not.
+# No code is published for davit_h and davit_g: overlapping patches give the paper's 362M and 1437M parameters, and
+# windows of 16 tokens at 512 pixels its 334 and 1038 GFLOPs, unlike 7, 8, 12 or 14.
 PAPER = "arXiv:2204.03645"
 PUBLISHED = dict(  # ImageNet-1K top-1 and its source
     davit_t=(82.8, PAPER),

@@ -1,9 +1,9 @@
-"""ELA: the rows and columns of a map, gated by a 1-D convolution of their means.
+"""ELA: the rows and columns of a map are gated by a 1D convolution of their means.
 
 Paper: "ELA: Efficient Local Attention for Deep Convolutional Neural Networks", arXiv 2403.01123.
 Published code: Xuwei86/ELA_Code@cd4594d (Apache-2.0 for MobileNetV2, no licence for the rest; written here from the
-paper). `ELA` is a layer for any network, `saccade.backbones.insert` puts it into one; the models here are timm's, with
-the layer where the published code has it. Outputs are equal, and parameters map one to one (`checkpoint_filter_fn`).
+paper). `saccade.backbones.insert` inserts the layer `ELA` into any network; the models here are timm's, with the layer
+at the published positions. Outputs are equal, and parameters map one to one (`checkpoint_filter_fn`).
 timm's own `create_attn("ela")` is another module.
 """
 
@@ -21,7 +21,7 @@ from .layers import can_fuse
 from .mobilenet import MobileNet, map_state_dict
 from .published import complete, rename_key, unwrap
 
-VERSIONS = dict(t=(5, 1, 32), b=(7, 1, 16), s=(5, 8, 16), l=(7, 8, 16))  # kernel, channels a group, groups of the norm
+VERSIONS = dict(t=(5, 1, 32), b=(7, 1, 16), s=(5, 8, 16), l=(7, 8, 16))  # kernel, channels per group, norm groups
 
 
 @register_notrace_module
@@ -31,8 +31,9 @@ class ELA(nn.Module):
     Args:
         dim: C, a multiple of 16, or of 32 for version "t".
         version: "t", "b", "s" or "l", from the smallest to the largest.
-        residual: adds x. Without it a new layer scales its input by about 1/4, for sigmoids begin near 1/2: into a
-            network that has been trained, put it with `residual`.
+        residual: add x. Without it a new layer scales its input by about 1/4, since sigmoids start near 1/2: use it
+        when
+            inserting the layer into a trained network.
     """
 
     def __init__(self, dim: int, version: str = "s", residual: bool = False, device=None, dtype=None):
@@ -51,7 +52,7 @@ class ELA(nn.Module):
         return f"residual={self.residual}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if can_fuse(self.conv, self.gn) and self.conv.bias is None:
                 gn = self.gn
                 return strip_gate(x, self.conv.weight, gn.weight, gn.bias, gn.num_groups, gn.eps, self.residual)
@@ -117,8 +118,8 @@ class ELAMobileNetV2(MobileNet):
 
     Args:
         version: ELA's, "b", "s" or "l"; "t" does not fit the channels.
-        residual: whether ELA adds its input, which it does not in the published network.
-        width: how many times the paper's channels.
+        residual: whether ELA adds its input, unlike in the published network.
+        width: factor of the paper's channels.
         in_chans, num_classes, global_pool, output_stride, drop_rate, drop_path_rate: timm's.
     """
 
@@ -167,7 +168,7 @@ VARIANTS: dict[str, dict[str, Any]] = dict(
     ela_resnet101=dict(block=Bottleneck, layers=(3, 4, 23, 3)),
     ela_mobilenetv2=dict(),
 )
-# The paper's tables name neither places nor versions beyond doubt. Each model has the version of the published file.
+# The paper's tables do not define positions and versions clearly. Each model has the version of the published file.
 PUBLISHED = dict(  # ImageNet-1K top-1 and its source
     ela_mobilenetv2=(71.9, "best of the published logs, which do not name the version"),
 )

@@ -53,7 +53,7 @@ class HaloAttention(nn.Module):
     Args:
         dim: channels of the input.
         dim_out: channels of the values, and of the output.
-        heads: their number.
+        heads: number of heads.
         head_dim: channels of a head's queries and keys.
         block: side of a block of queries, in pixels of the input.
         halo: pixels that a window sees around its block.
@@ -178,7 +178,7 @@ class HaloNet(Backbone):
     Args:
         in_chans: channels of the image.
         num_classes: classes of the head, 0 for pooled features.
-        global_pool: timm's name of the pooling over the last map, '' for none.
+        global_pool: name of the pooling over the last map, as in timm; '' for none.
         output_stride: 32, 16 or 8. Stages that would go beyond have stride 1 and dilated convolutions; attention is not
             dilated.
         stem: a key of `STEMS`. "3x3" has stride 2, and the first stage has stride 2 too; the others have stride 4.

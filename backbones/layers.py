@@ -100,7 +100,7 @@ def _few_cells(x: Tensor) -> bool:
 
 def channels_last(x: Tensor) -> Tensor:
     """Return x (B, C, H, W) in channels-last memory format; unchanged under torch.func's transforms, which lack it."""
-    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
         if is_transformed():
             return x
     return x.contiguous(memory_format=torch.channels_last)
@@ -127,7 +127,7 @@ def must_pad(down: int, right: int) -> bool:
 
 def at_most(n: int, limit: int) -> int:
     """Return min(n, limit)."""
-    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
         if isinstance(n, Tensor):
             return n.clamp(max=limit)
     return min(n, limit)
@@ -135,7 +135,7 @@ def at_most(n: int, limit: int) -> int:
 
 def at_least_one(n: int) -> int:
     """Return max(n, 1)."""
-    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
         if isinstance(n, Tensor):
             return n.clamp(min=1)
     return max(n, 1)

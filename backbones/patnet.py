@@ -4,8 +4,8 @@ Paper: "Partial Convolution Meets Visual Attention", arXiv 2503.03148.
 Published code: haiduo/PartialNet@679cfc0 (MIT), that of the follow-up, arXiv 2502.01303, with this network in it.
 Parameters map one to one (`checkpoint_filter_fn`), outputs are equal. `fuse()` merges what can be merged for inference.
 
-Inside, everything is channels-last: maps travel as (B, H, W, C) through the blocks, where convolutions and norms see an
-NCHW view of the same memory, and leave a stage as such a view.
+Everything is channels-last: blocks process (B, H, W, C), their convolutions and norms get an NCHW view of the same
+memory, and a stage returns such a view.
 """
 
 from typing import Any
@@ -32,7 +32,7 @@ from .base import Pyramid, Stage, create_model, make_cfg
 from .layers import can_fuse, channels_last
 from .published import Rules, complete, rename_key, unwrap
 
-PARTS = 4  # one of which is convolved
+PARTS = 4  # parts of the channels, one of which is convolved
 
 
 def nchw(x: Tensor) -> Tensor:
@@ -352,9 +352,9 @@ class PATNet(Pyramid):
     Args:
         in_chans: channels of the image.
         num_classes: classes of the head, 0 for pooled features.
-        global_pool: timm's name of the pooling over the last map, '' for none.
+        global_pool: name of the pooling over the last map, as in timm; '' for none.
         depths: blocks per stage. Those of the last attend to all tokens, the others gate their channels.
-        dims: width per stage.
+        dims: number of channels per stage.
         act_layer: timm's name of the activation.
         spatial_attn: whether the MLPs end in spatial attention (PAT_sp).
         attn_heads: heads of the attention in the last stage; they divide three quarters of its width.

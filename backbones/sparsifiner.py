@@ -88,7 +88,7 @@ class MaskPredictor(nn.Module):
     def forward(self, q: Tensor, k: Tensor, kept: Tensor | None) -> Tensor:
         """Map queries and keys (B, heads, n, D) to bits (B, heads, n, ceil(n / 32)), of the n tokens `kept` (B, n), or
         of all tokens."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if self.record is not None:
                 self.record.connectivity = self.scores(q, k, kept, self.record.recon)
                 return self.select(self.record.connectivity)
@@ -128,7 +128,7 @@ class MaskPredictor(nn.Module):
 
     def project(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Return q, k and the weights and biases of their projections; identities after layers that must be called."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if can_fuse(self.proj_q, self.proj_k) and self.proj_q.bias is not None and self.proj_k.bias is not None:
                 return q, k, self.proj_q.weight, self.proj_q.bias, self.proj_k.weight, self.proj_k.bias
         q, k = self.proj_q(q), self.proj_k(k)
@@ -201,7 +201,7 @@ class SparseAttention(nn.Module):
         qkv = self.qkv(x)
         q, k, v = self.split(qkv)
         mask = self.predictor(q, k, kept)
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if self.record is not None:
                 full = torch.promote_types(q.dtype, torch.float32)
                 attention = ((q @ k.mT).to(full) * self.scale).softmax(-1)
@@ -266,7 +266,7 @@ class Block(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if self.grad_checkpointing and self.attn.record is None:
                 return checkpoint(self.residuals, x, kept)
         return self.residuals(x, kept)

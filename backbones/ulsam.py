@@ -45,7 +45,7 @@ class ULSAM(nn.Module):
         self.point_norm = nn.BatchNorm2d(subspaces, momentum=momentum, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if can_fuse(self.conv, self.norm, self.point, self.point_norm):
                 return self._gated(x)
         s = self.point_norm(self.point(F.max_pool2d(F.relu(self.norm(self.conv(x))), 3, 1, 1)))
@@ -92,7 +92,7 @@ class ULSAMMobileNet(MobileNet):
         inserted: layers that ULSAM follows, as a separate block.
         subspaces: ULSAM's g, which divides the width of those layers.
         momentum: of ULSAM's BatchNorms.
-        width: how many times the paper's channels.
+        width: factor of the paper's channels.
         in_chans, num_classes, global_pool, output_stride, drop_rate, drop_path_rate: timm's.
     """
 

@@ -30,9 +30,9 @@ from torchvision.ops import nms
 class SaccadeBackbone(BaseModule):
     """Return the maps of a timm model's stages: images (B, 3, H, W) to a tuple of (B, C, H / s, W / s).
 
-    name, kwargs: of timm.create_model; what is None there is left to the model. out_indices: the stages wanted; None:
-    all that it has. checkpoint: a file of weights that timm loads, of the whole classifier; pretrained: those timm
-    publishes. norm_eval: BatchNorm stays as it is in training. The neck's in_channels are `channels`.
+    name, kwargs: of timm.create_model; None keeps the model's default. out_indices: the stages to return; None: all.
+    checkpoint: a file of weights of the whole classifier that timm can load; pretrained: load the weights that timm
+    publishes. norm_eval: keep BatchNorm in evaluation mode in training. The neck's in_channels are `channels`.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class SaccadeBackbone(BaseModule):
     ):
         if init_cfg is not None:
             raise ValueError(f"init_cfg must be None, got {init_cfg}: weights come by checkpoint or pretrained")
-        if not isinstance(pretrained, bool):  # the segmentors' own `pretrained`, which they pass on
+        if not isinstance(pretrained, bool):  # the segmentors pass their own `pretrained` on
             raise ValueError(f"pretrained must be True or False, got {pretrained!r}: set the model's pretrained=None")
         if checkpoint is not None and not Path(checkpoint).is_file():
             raise ValueError(f"checkpoint must be a file of weights, and there is no {checkpoint}")
@@ -84,7 +84,7 @@ def make_extension() -> ModuleType:
 
     def nms_(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
         if offset:
-            raise NotImplementedError("nms with offset=1 needs mmcv with its compiled operators, here is mmcv-lite")
+            raise NotImplementedError("nms with offset=1 needs mmcv with its compiled operators, got mmcv-lite")
         return nms(boxes, scores, iou_threshold)
 
     def sizes(pool_mode: int, scale: float, height: int, width: int) -> tuple[float, int, int]:
@@ -109,7 +109,7 @@ def make_extension() -> ModuleType:
             raise AttributeError(name)
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            raise NotImplementedError(f"{name} needs mmcv with its compiled operators, and here is mmcv-lite")
+            raise NotImplementedError(f"{name} needs mmcv with its compiled operators, got mmcv-lite")
 
         return call
 
