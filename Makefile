@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
 
-.PHONY: help demo demo-detection demo-segmentation demo-bev test test-all coverage lint setup clean
+.PHONY: help demo demo-detection demo-segmentation demo-bev test test-all coverage lint docs setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo 'make test-all   that, and what is exhaustive: every shape, dtype, card and registered model, long runs'
 	@echo 'make coverage   branch coverage of backbones/, ops/ and train/ under make test'
 	@echo 'make lint       ruff, the import contracts and the types of the public API'
+	@echo 'make docs       the pages of docs/ and the reference from docstrings as a site: docs/_build/html/index.html'
 	@echo 'make setup      the virtual environment that the others use ($(VENV)); they call it themselves'
 	@echo 'make clean      remove the environment, runs and builds'
 
@@ -61,6 +62,10 @@ lint: setup
 	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/saccade  # mypy does not follow the editable install
 	$(VENV)/bin/mypy
 
+docs: setup
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 setup: $(VENV)/.ready
 
 # Runs once, and again when the requirements change. The last steps check what a CPU-only or otherwise mismatched torch
@@ -77,4 +82,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt tools/setup_check.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist
+	rm -rf $(VENV) runs build dist docs/_build docs/reference docs/project

@@ -1,6 +1,8 @@
 """What the documentation shows runs as it is printed."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,20 @@ def test_every_operator_is_described():
 
     described = "\n".join(SECTIONS)
     assert not [name for name in saccade.ops.__all__ if name != "backend" and name not in described]
+
+
+@pytest.mark.exhaustive
+def test_the_site_builds_without_a_warning(tmp_path):
+    pytest.importorskip("myst_parser", reason="the packages of `make docs` are not installed")
+    pytest.importorskip("furo", reason="the packages of `make docs` are not installed")
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(tmp_path)]
+    done = subprocess.run(build, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "bilevel_routing_attention" in (tmp_path / "reference" / "ops.html").read_text()
+
+
+def test_every_page_is_on_the_site():
+    listed = set(re.findall(r"(?m)^([\w/]+)$", (DOCS / "index.md").read_text()))
+    pages = {page.relative_to(DOCS).with_suffix("").as_posix() for page in DOCS.glob("*.md")}
+    pages |= {f"results/{page.stem}" for page in (DOCS / "results").glob("*.md")}
+    assert pages - {"index"} <= listed
