@@ -48,6 +48,7 @@ from .runtime.distributed import (
 )
 from .runtime.errors import UserError, closest
 from .runtime.log import Log, environment, format_metrics
+from .runtime.precision import autocasting
 from .runtime.run_folder import HEADER, prepare_folder  # noqa: F401  (prepare_folder is part of this module's interface)
 from .runtime.state import State, best_weights
 from .runtime.trackers import check_trackers, start
@@ -335,13 +336,6 @@ def where(run_dir: Path, paths: list[Path]) -> str:
     if file.exists() and "architecture" in json.loads(file.read_text(encoding="utf-8")):
         lines.append(f'  import saccade.backbones, timm; timm.create_model("local-dir:{run_dir}", pretrained=True)')
     return "\n".join(lines)
-
-
-def autocasting(device: torch.device, precision: str) -> Callable[[], AbstractContextManager]:
-    """Return the context manager of a precision's forward passes."""
-    if precision == "fp32":
-        return nullcontext
-    return partial(torch.autocast, device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
 
 
 def validate(config: dict) -> None:

@@ -19,7 +19,6 @@ from torch.utils.data import Dataset
 
 from .data.bad_images import BadImages
 from .data.loader import EvaluationOrder, batches
-from .engine import autocasting
 from .models.build import create
 from .models.build import probe as check_input_size
 from .runtime.checkpoint import write_json
@@ -27,6 +26,7 @@ from .runtime.config import Count, NonNegativeInt, Positive, build, check, check
 from .runtime.distributed import all_reduce_sum, choose_device, rank, sync_errors, world_size
 from .runtime.errors import UserError
 from .runtime.log import format_metrics
+from .runtime.precision import autocasting
 
 Features = tuple[Tensor, Tensor]  # (N, C) float32 and labels (N,), on the CPU
 
