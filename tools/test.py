@@ -42,6 +42,7 @@ def main() -> None:
     from saccade.train import engine
     from saccade.train.data.test_folder import TestFolder
     from saccade.train.models.class_names import read_class_map
+    from saccade.train.models.published import read_published
     from saccade.train.runtime import config
     from saccade.train.runtime.distributed import process_group, sync_errors
     from saccade.train.runtime.errors import UserError
@@ -59,21 +60,22 @@ def main() -> None:
                 raise UserError(f"{ignored[0]} is what training begins with: test weights with --checkpoint FILE")
             settings = config.load(run_dir / "config.py" if run_dir else args.run, args.overrides)
             class_map = read_class_map(args.class_map) if args.class_map else None
+            checkpoint = read_published(args.checkpoint) if args.checkpoint else None
             if args.img_size is not None:
                 settings["data"]["img_size"] = args.img_size
             if args.images is not None:
-                names = model_class_names(None, run_dir, settings, args.checkpoint, class_map)
+                names = model_class_names(None, run_dir, settings, checkpoint, class_map)
                 names = names or ImageNetInfo().label_names()
                 kept = {key: settings["data"][key] for key in ("img_size", "max_bad") if key in settings["data"]}
                 settings["data"] = dict(type=TestFolder, root=str(args.images), class_names=names, **kept)
             engine.validate(settings)
             finished = run_dir is not None and (run_dir / "model.safetensors").exists()
-            if args.checkpoint is None and not finished and (run_dir or not settings["model"].get("pretrained")):
+            if checkpoint is None and not finished and (run_dir or not settings["model"].get("pretrained")):
                 raise UserError(f"{args.run} has no finished model: give the weights with --checkpoint FILE")
         own = dict(crop_pct=args.crop_pct, interpolation=args.interpolation)
         changed = {key: value for key, value in own.items() if value is not None}
         out = args.out or run_dir or Path("runs/test")
-        test(run_dir, settings, args.checkpoint, args.split, out, args.real, changed, class_map)
+        test(run_dir, settings, checkpoint, args.split, out, args.real, changed, class_map)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,8 @@ from .engine import autocasting, evaluate, where
 from .metrics.real import Accepted
 from .metrics.speed import Speed
 from .models.class_names import match_classes, read_class_names, rename_classes
+from .models.published import read_published
+from .models.weights import Weights
 from .runtime.checkpoint import write_json
 from .runtime.config import build
 from .runtime.distributed import choose_device, rank, sync_errors, world_size
@@ -26,7 +28,7 @@ from .tasks.task import Task
 def test(
     run_dir: Path | None,
     config: dict,
-    checkpoint: Path | None,
+    checkpoint: Path | Weights | None,
     split: str,
     out: Path,
     real: str | None = None,
@@ -45,6 +47,7 @@ def test(
     """
     with sync_errors():
         device = choose_device(config.get("device"))
+        checkpoint = None if checkpoint is None else read_published(checkpoint)  # once, for all who ask
         source = build(config["data"])
         task = build(config["task"], source)
         if (real or isinstance(source, TestFolder)) and not isinstance(task, Classify):
@@ -62,7 +65,8 @@ def test(
         dataset = source.dataset(split, inputs)
         tested = dataset if real is None else Accepted(dataset, real, len(task.class_names))
         out.mkdir(parents=True, exist_ok=True)
-    order = EvaluationOrder(len(dataset), max(1, config["batch_size"] // world_size()))
+    sequences = getattr(dataset, "sequences", None)
+    order = EvaluationOrder(len(dataset), max(1, config["batch_size"] // world_size()), sequences)
     bad = BadImages(out / f"bad_images_{split}.txt", source)
     loader = batches(tested, order, 0, config.get("workers", 0), device, bad)
     precision = config.get("precision", "fp32")
@@ -88,7 +92,11 @@ def test(
 
 
 def model_class_names(
-    task: Task | None, run_dir: Path | None, config: dict, checkpoint: Path | None, class_map: dict[str, str] | None
+    task: Task | None,
+    run_dir: Path | None,
+    config: dict,
+    checkpoint: Path | Weights | None,
+    class_map: dict[str, str] | None,
 ) -> list[str] | None:
     """Return the classes of the model that `test` will load, under the data's names; None where nothing names them.
 
@@ -110,7 +118,7 @@ def load_model(
     task: Task,
     run_dir: Path | None,
     config: dict,
-    checkpoint: Path | None,
+    checkpoint: Path | Weights | None,
     source: Any,
     names: list[str] | None,
     subset: bool,

@@ -23,26 +23,20 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from timm.models import (
-    is_model,
-    load_state_dict,
-    parse_model_name,
-    resolve_model_input_args,
-    save_for_hf,
-    split_model_name_tag,
-)
-from torch import nn
+from timm.models import is_model, parse_model_name, resolve_model_input_args, save_for_hf, split_model_name_tag
+from torch import Tensor, nn
 
 from ... import backbones  # noqa: F401  (registers ours)
-from ..runtime.checkpoint import Foreign, as_os_error, atomic_write, read, write_text
+from ..runtime.checkpoint import as_os_error, atomic_write, write_text
 from ..runtime.errors import UserError, closest, from_os
+from .weights import Weights, read_weights
 
 
 def create(
     name: str,
     num_classes: int,
     img_size: int | None = None,
-    checkpoint: str | Path | None = None,
+    checkpoint: str | Path | Weights | None = None,
     new_head: bool = False,
     pretrained: bool = False,
     **kwargs: Any,
@@ -66,7 +60,9 @@ def create(
     except (ValueError, AssertionError, RuntimeError, OSError) as error:
         raise UserError(f"{name} can't be built with {_call(img_size, kwargs)}: {_first_line(error)}") from error
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
-    model = _create_from(Path(checkpoint), arguments, heads if new_head else ())
+    weights = read_weights(checkpoint)
+    load = partial(_create_with, weights.file, arguments, heads if new_head else ())
+    model = _load_with_or_without_prefix(weights.tensors, load)
     model.pretrained_cfg.pop("state_dict", None)  # it would be copied with the model
     return model
 
@@ -119,7 +115,7 @@ def _known(name: str) -> None:
 def create_features(
     name: str,
     out_indices: Sequence[int] | Callable[[list[int]], Sequence[int]] | None = None,
-    checkpoint: str | Path | dict[str, torch.Tensor] | None = None,
+    checkpoint: str | Path | Weights | dict[str, Tensor] | None = None,
     pretrained: bool = False,
     norms: bool = False,
     **kwargs: Any,
@@ -132,7 +128,8 @@ def create_features(
     classifier in them is left out; norms of the maps that a file lacks start anew. Or the tensors of such a backbone.
     pretrained: the weights that timm publishes.
     norms: a model of ours that can have `out_norms` has them unless told otherwise, but Agent-PVT, published without.
-    For optimisers it has `layers`, what the whole model's group_matcher() says, and `exempt`, its no_weight_decay().
+    For optimisers it has `layers`, what the whole model's group_matcher() says, and `exempt`, its no_weight_decay();
+    `arguments` are those of timm.create_model that it was made with.
     Raises UserError as `create` does, and where the model has no such maps.
     """
     _known(name)
@@ -153,13 +150,16 @@ def create_features(
             with _published_weights(name, pretrained):
                 model = build(pretrained=pretrained)
         else:
-            model = _features_from(checkpoint if isinstance(checkpoint, dict) else Path(checkpoint), build, kwargs)
+            model = _features_from(
+                checkpoint if isinstance(checkpoint, dict) else read_weights(checkpoint), build, kwargs
+            )
     except TypeError as error:
         raise _unknown_argument(name, error) from error
     except (ValueError, AssertionError, RuntimeError, OSError, IndexError) as error:
         said = _call(None, kwargs | wanted)
         raise UserError(f"{name} can't be built for its maps with {said}: {_first_line(error)}") from error
     model.pretrained_cfg.pop("state_dict", None)  # it would be copied with the model
+    model.arguments = dict(name=name, **kwargs, **wanted)
     matcher = getattr(whole, "group_matcher", lambda coarse: {})
     model.layers, model.stages = matcher(coarse=False), matcher(coarse=True)
     model.exempt = set(whole.no_weight_decay()) if hasattr(whole, "no_weight_decay") else set()
@@ -167,29 +167,26 @@ def create_features(
 
 
 def _features_from(
-    file: Path | dict[str, torch.Tensor], build: Callable[..., nn.Module], kwargs: dict[str, Any]
+    weights: Weights | dict[str, Tensor], build: Callable[..., nn.Module], kwargs: dict[str, Any]
 ) -> nn.Module:
     """`build`'s model with the weights of a file, or with these tensors, loaded through timm's own pretrained path.
 
     timm loads features without saying what did not fit, so the whole model is loaded first. Tensors are those of a
     published dense model's backbone: all of them must have their place.
     """
-    overlay = dict(state_dict=file) if isinstance(file, dict) else _weights(file)
-    return _load_with_or_without_prefix(overlay, partial(_features_with, file, build, kwargs))
+    file, tensors = (None, weights) if isinstance(weights, dict) else (weights.file, weights.tensors)
+    return _load_with_or_without_prefix(tensors, partial(_features_with, file, build, kwargs))
 
 
 def _features_with(
-    file: Path | dict[str, torch.Tensor],
-    build: Callable[..., nn.Module],
-    kwargs: dict[str, Any],
-    overlay: dict[str, Any],
+    file: Path | None, build: Callable[..., nn.Module], kwargs: dict[str, Any], tensors: dict[str, Tensor]
 ) -> nn.Module:
-    """Load the weights that `overlay`, entries of the model's pretrained_cfg, gives; `file` is for messages."""
-    strict, name = isinstance(file, dict), build.args[0]
+    """Load tensors through timm's own pretrained path; `file` is for messages, None for a dense model's backbone."""
+    strict, name = file is None, build.args[0]
     model = build()
     kept = {re.match(r"[a-zA-Z]+", key.removeprefix("model."))[0] for key in model.state_dict()}  # stages_0. or stages.
     try:
-        timm.create_model(name, **kwargs, pretrained=True, pretrained_cfg_overlay=dict(overlay))
+        timm.create_model(name, **kwargs, pretrained=True, pretrained_cfg_overlay=dict(state_dict=dict(tensors)))
     except Exception as error:  # a foreign file fails wherever a model's own key mapping meets the unexpected
         problems = _disagreements(error)
         ours = [
@@ -204,26 +201,27 @@ def _features_with(
                 f"{what} does not fit {name} ({message}): "
                 "give the model.name and model arguments that it was trained with"
             ) from error
-    return build(pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=-1))
+    return build(pretrained=True, pretrained_cfg_overlay=dict(state_dict=dict(tensors), num_classes=-1))
 
 
 # What other programs put before a model's names: Lightning, DistributedDataParallel, torch.compile, OpenMMLab, ….
 PREFIXES = ("model.", "module.", "_orig_mod.", "backbone.", "net.", "network.", "encoder.")
 
 
-def _load_with_or_without_prefix(overlay: dict[str, Any], load: Callable[[dict[str, Any]], nn.Module]) -> nn.Module:
+def _load_with_or_without_prefix(
+    tensors: dict[str, Tensor], load: Callable[[dict[str, Tensor]], nn.Module]
+) -> nn.Module:
     """Call `load` with the weights as they are named or, where they don't fit, without another program's prefix."""
     try:
-        return load(overlay)
+        return load(tensors)
     except UserError:
-        tensors = overlay["state_dict"] if "state_dict" in overlay else load_state_dict(overlay["file"])
         stripped = strip_prefixes(tensors)
         if stripped.keys() == tensors.keys():
             raise
-    return load({key: value for key, value in overlay.items() if key != "file"} | dict(state_dict=stripped))
+    return load(stripped)
 
 
-def strip_prefixes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Remove the prefixes that other programs put before a model's names, and the tensors beside the model.
 
     A prefix is removed where more than half of the names have it; the others (a loss's, a neck's) are not the model's.
@@ -238,17 +236,19 @@ def strip_prefixes(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             return tensors
 
 
-def _create_from(file: Path, arguments: dict[str, Any], heads: tuple[str, ...]) -> nn.Module:
-    """Create a model through timm's own pretrained path, with the weights of a file; `heads` need not fit."""
-    return _load_with_or_without_prefix(_weights(file), partial(_create_with, file, arguments, heads))
+def _create_with(
+    file: Path, arguments: dict[str, Any], heads: tuple[str, ...], tensors: dict[str, Tensor]
+) -> nn.Module:
+    """Create a model with these tensors, through timm's own pretrained path; `heads` need not fit.
 
-
-def _create_with(file: Path, arguments: dict[str, Any], heads: tuple[str, ...], overlay: dict[str, Any]) -> nn.Module:
-    """Create a model with the weights that `overlay`, entries of its pretrained_cfg, gives; `file` is for messages."""
+    file: for messages.
+    """
     name, classes = arguments["model_name"], arguments["num_classes"]
     try:  # with the file's classifier, every tensor must find its place
         return timm.create_model(
-            **arguments, pretrained=True, pretrained_cfg_overlay=dict(overlay, num_classes=classes)
+            **arguments,
+            pretrained=True,
+            pretrained_cfg_overlay=dict(state_dict=dict(tensors), num_classes=classes),
         )
     except Exception as error:  # a foreign file fails wherever a model's own key mapping meets the unexpected
         problems = _disagreements(error)
@@ -259,58 +259,9 @@ def _create_with(file: Path, arguments: dict[str, Any], heads: tuple[str, ...], 
                 f"checkpoint {file} does not fit {name} ({said}{more}): "
                 "give the model.name and model arguments that it was trained with"
             ) from error
-    overlay["num_classes"] = -1  # of another number than ours: timm leaves the file's classifier out
+    # Of another number than ours: timm leaves the file's classifier out.
+    overlay = dict(state_dict=dict(tensors), num_classes=-1)
     return timm.create_model(**arguments, pretrained=True, pretrained_cfg_overlay=overlay)
-
-
-def _weights(file: Path) -> dict[str, Any]:
-    """The pretrained_cfg entries that make timm load a file; of a training checkpoint, its best weights' tensors."""
-    if file.is_dir():
-        file = file / "model.safetensors"
-    if not file.is_file():
-        raise UserError(f"there is no checkpoint {file}: give a file of weights or the folder of a finished run")
-    try:
-        if file.suffix == ".safetensors":
-            tensors, meta = read(file)
-            kind = meta["best"]["weights"] + "." if meta["best"] else "model."
-            return dict(state_dict={k.removeprefix(kind): v for k, v in tensors.items() if k.startswith(kind)})
-        load_state_dict(str(file))
-    except Foreign:
-        pass
-    except Exception as error:  # zip, pickle and tensor readers each have their own
-        raise UserError(f"checkpoint {file} {why_unreadable(file, error)}") from error
-    return dict(file=str(file))
-
-
-def why_unreadable(file: Path, error: Exception) -> str:
-    """Describe why a file can't be read as weights, from its first bytes and the reader's error."""
-    with open(file, "rb") as content:
-        start = content.read(256).lstrip().lower()
-    if not start:
-        return "is empty: download it again"
-    if start.startswith(b"<"):
-        return "is a web page (HTML), not weights: download the file itself, not the page about it"
-    if start.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not weights: fetch the file itself with git lfs pull"
-    if start.startswith((b"{", b"[")):
-        return "is JSON text, not weights: give the file of weights"
-    if start.isascii() and re.fullmatch(rb"[\s\x20-\x7e]*", start):
-        return "is text, not weights: give the file of weights"
-    blocked = re.search(r"(?:GLOBAL |globals: |global )(\w+\.[\w.]+)", str(error))
-    if "weights_only" in str(error) and blocked:
-        return (
-            f"holds Python objects ({blocked[1]}), which are not loaded as they can run code: where you trust it, save "
-            "its state_dict alone to another file"
-        )
-    if "weights_only" in str(error):
-        return "is not a file of weights, or is damaged: download or convert it again"
-    return f"can't be read ({_first_line(error)}): it is damaged or incomplete; download or convert it again"
-
-
-def read_weights(file: str | Path) -> dict[str, torch.Tensor]:
-    """The tensors of a file of weights or a run's folder, under their own names; of a checkpoint, its best weights."""
-    weights = _weights(Path(file))
-    return weights["state_dict"] if "state_dict" in weights else load_state_dict(weights["file"])
 
 
 def _disagreements(error: Exception) -> list[tuple[str, str]]:

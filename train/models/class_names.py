@@ -5,36 +5,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..runtime.errors import UserError, closest
 from .published import read_published
+from .weights import Weights, class_names_of_run
 
 
-def read_class_names(weights: Path) -> list[str] | None:
+def read_class_names(weights: Path | Weights) -> list[str] | None:
     """Return the classes of a run's folder, a checkpoint or an OpenMMLab file; None where nothing names them."""
-    if weights.suffix in (".pth", ".pt") and weights.is_file():
-        try:
-            classes = read_published(weights).classes
-        except UserError:  # loading the weights will raise it
-            return None
-        return [name.strip() for name in classes] if classes else None
-    if weights.suffix == ".safetensors" and weights.is_file():
-        try:
-            with safe_open(weights, "pt") as file:
-                names = json.loads((file.metadata() or {}).get("saccade", "{}")).get("class_names")
-        except (SafetensorError, OSError, ValueError):  # whoever loads the weights says what is wrong
-            return None
-        if names:
-            return names
-        # A checkpoint of an earlier version, or an exported model.
-        weights = weights.parent.parent if weights.parent.name == "checkpoints" else weights.parent
+    if isinstance(weights, Path) and (weights.suffix == ".safetensors" or not weights.is_file()):
+        return class_names_of_run(weights)
     try:
-        names = json.loads((weights / "config.json").read_text(encoding="utf-8"))["label_names"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return read_published(weights).class_names
+    except UserError:  # loading the weights will raise it
         return None
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
 def read_class_map(file: Path) -> dict[str, str]:
@@ -111,9 +96,3 @@ def fit_head(
     if order is None:
         return tensors | {name: own[name] for name in classifiers if name in tensors}
     return tensors | {name: tensors[name][list(order)] for name in classifiers if name in tensors}
-
-
-def class_sized(model: nn.Module, other: nn.Module) -> list[str]:
-    """Name the tensors whose shape depends on the number of classes; `other` is the same model for another number."""
-    shapes = {name: tensor.shape for name, tensor in other.state_dict().items()}
-    return [name for name, tensor in model.state_dict().items() if tensor.shape != shapes.get(name)]

@@ -50,7 +50,7 @@ RULES = (
 
 def is_legacy(tensors: dict[str, Tensor]) -> bool:
     """Return whether tensors are those of a detector or segmenter that saccade 0.1 trained."""
-    return any(key.startswith(("backbone.body.", "head.classifier.")) for key in tensors)
+    return any(key.startswith(("backbone.fpn.", "head.classifier.")) for key in tensors)
 
 
 def convert(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, bool]]:

@@ -1,65 +1,39 @@
 """Whole detectors, segmenters and lifters from their authors' files, which OpenMMLab's tools wrote.
 
-Such a file is a torch pickle with `state_dict` and `meta`. It is read by torch's weights-only reader, so that no code
-of it runs. The heads here have the parameter names of those files, and the backbones' names are mapped by their
-`checkpoint_filter_fn`, so that loading is a comparison of names and shapes.
+Such a file is a torch pickle with `state_dict` and `meta`. The heads here have the parameter names of those files, and
+the backbones' names are mapped by their `checkpoint_filter_fn`, so that loading is a comparison of names and shapes.
 """
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
-import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from ..runtime import config as configs
 from ..runtime.errors import UserError
-from .build import create_features, read_weights
+from .build import create_features
+from .weights import Weights, read_weights
 
-# What NumPy scalars in `meta` are made of, under the module names of NumPy 1 and 2.
-NUMPY_SCALARS = [np.dtype, *(kind for name, kind in vars(np.dtypes).items() if name.endswith("DType"))]
-NUMPY_SCALARS += [
-    (type(np.float64(0)).__reduce__(np.float64(0))[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
-]
 HEADS = ("neck.", "bbox_head.", "rpn_head.", "roi_head.", "decode_head.", "auxiliary_head.")
 
 
-class Published(NamedTuple):
-    """What a file holds."""
-
-    tensors: dict[str, Tensor]
-    classes: tuple[str, ...] | None  # in label order, where the file names them
-
-
-# Tensors of heads whose shape depends on the number of classes.
-SIZED_BY_CLASS = re.compile(r"\.(fc_cls|fc_reg|conv_logits|retina_cls|conv_seg)\.")
+# Tensors of heads whose shape depends on the number of classes; the last two are the lifter's heads'.
+SIZED_BY_CLASS = re.compile(r"\.(fc_cls|fc_reg|conv_logits|retina_cls|conv_seg)\.|^head\.(kinds\.\d+\.6|peaks\.2)\.")
+# The order of nuScenes' classes in published lifters, for files that don't name them.
+NUSCENES = ("car", "truck", "construction_vehicle", "bus", "trailer", "barrier", "motorcycle", "bicycle", "pedestrian")
+NUSCENES += ("traffic_cone",)
 
 
-def read_published(file: str | Path) -> Published:
-    """Read a file that OpenMMLab wrote, or a bare state dict. Raises UserError where it can't be read."""
-    file = Path(file)
-    if not file.is_file():
-        raise UserError(f"there is no checkpoint {file}")
-    try:
-        with torch.serialization.safe_globals(NUMPY_SCALARS):
-            content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # zip, pickle and tensor readers each have their own
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise UserError(
-            f"checkpoint {file} can't be read as weights ({first}): it is damaged, no checkpoint at all, or holds "
-            "objects that are not weights, as files of mmdet 3 and mmseg 1 do; save its state_dict alone"
-        ) from error
-    meta = content.get("meta", {}) if isinstance(content, dict) else {}
-    tensors = content.get("state_dict", content) if isinstance(content, dict) else None
-    if not isinstance(tensors, dict) or not tensors or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise UserError(f"checkpoint {file} has no weights: a file must hold a state_dict")
-    # EMAHook keeps a second copy under flattened names; the averaged weights are those under the plain names.
-    tensors = {k.removeprefix("module."): t for k, t in tensors.items() if not k.startswith("ema_")}
-    names = meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
-    return Published(tensors, tuple(map(str, names)) if names else None)
+def read_published(file: str | Path | Weights) -> Weights:
+    """Read a file of weights as `read_weights` does; a published lifter has nuScenes' classes where none are named."""
+    weights = read_weights(file)
+    if not weights.class_names and is_lifter(weights.tensors) and count_classes(weights.tensors) == len(NUSCENES):
+        weights = replace(weights, class_names=list(NUSCENES))
+    return weights
 
 
 def is_dense(tensors: dict[str, Tensor]) -> bool:
@@ -67,11 +41,13 @@ def is_dense(tensors: dict[str, Tensor]) -> bool:
     return any(key.startswith("backbone.") for key in tensors) and any(key.startswith(HEADS) for key in tensors)
 
 
-def read_tensors(file: str | Path) -> dict[str, Tensor]:
+def is_lifter(tensors: dict[str, Tensor]) -> bool:
+    """Return whether the tensors are a whole published detector in a bird's-eye view, of BEVFormer's kind."""
+    return any(key.startswith("img_backbone.") for key in tensors) and "pts_bbox_head.bev_embedding.weight" in tensors
+
+
+def read_tensors(file: str | Path | Weights) -> dict[str, Tensor]:
     """Read the tensors of any file of weights or run folder; of a checkpoint of a run, its best weights."""
-    file = Path(file)
-    if file.suffix == ".safetensors" or not file.is_file():
-        return read_weights(file)
     return read_published(file).tensors
 
 
@@ -88,7 +64,9 @@ def load_backbone(
 
     first_norm: whether the norm of the finest map must be there. norms: see create_features.
     """
+    # `body.` is there in models that OpenMMLab's tools trained on a SaccadeBackbone.
     own = {key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")}
+    own = {key.removeprefix("body."): value for key, value in own.items()}
     body = create_features(name, levels, norms=norms, **kwargs)
     state = body.state_dict()
     counts = {key: value for key, value in state.items() if key.endswith("num_batches_tracked")}
@@ -118,7 +96,9 @@ def describe(tensors: dict[str, Tensor]) -> str:
         kind = f"a {'Mask' if has(r'roi_head.mask_head') else 'Faster'} R-CNN"
     elif has(r"bbox_head\.(fc_cls|0\.fc_cls)"):
         kind = "an R-CNN of mmdet 1, whose heads have other names and label order"
-    elif has(r"(bbox_head|neck|rpn_head)\."):
+    elif has(r"pts_bbox_head\.bev_embedding\.|lifter\."):
+        kind = "a detector in a bird's-eye view"
+    elif has(r"(pts_bbox_head|bbox_head|neck|rpn_head)\."):
         kind = "a detector of another kind"
     return kind
 
@@ -187,12 +167,14 @@ def load_published(
         path = Path(__file__).parents[2] / "configs" / f"{config}.py"
     settings = configs.load(path)
     published = read_published(file)
-    if not is_dense(published.tensors):
+    wants_lifter = settings["task"]["type"].of_lifters
+    if not (is_lifter if wants_lifter else is_dense)(published.tensors):
+        wanted = "a whole detector in a bird's-eye view" if wants_lifter else "a whole detector or segmenter"
         raise UserError(
-            f"checkpoint {file} is of {describe(published.tensors)}, not of a whole detector or segmenter: give it as "
-            "checkpoint=… for the backbone"
+            f"checkpoint {file} is of {describe(published.tensors)}, not of {wanted}: give it with the config that it "
+            "was trained with or, for its backbone, as checkpoint=… of a training"
         )
-    names = published.classes
+    names = published.class_names
     if num_classes is not None and (names is None or len(names) != num_classes):
         names = None
     elif names is not None:
@@ -200,15 +182,15 @@ def load_published(
     else:
         num_classes = count_classes(published.tensors)
     if names is None:
-        names = tuple(f"class {i}" for i in range(num_classes))
+        names = [f"class {i}" for i in range(num_classes)]
     section = settings["task"] | (task or {})
     data = SimpleNamespace(
-        class_names=list(names),
+        class_names=names,
         scale=section.pop("scale", settings["data"].get("scale")),
         inputs=lambda pretrained_cfg: resolve_data_config(pretrained_cfg=pretrained_cfg),
     )
-    built = configs.build(section, data).model(**settings["model"] | (model or {}), checkpoint=file)
-    built.class_names = list(names)
+    built = configs.build(section, data).model(**settings["model"] | (model or {}), checkpoint=published)
+    built.class_names = names
     return built.eval()
 
 
@@ -219,4 +201,6 @@ def count_classes(tensors: dict[str, Tensor]) -> int:
             return len(weight) - background
     if "bbox_head.retina_cls.weight" in tensors:
         return len(tensors["bbox_head.retina_cls.weight"]) // (len(tensors["bbox_head.retina_reg.weight"]) // 4)
+    if "pts_bbox_head.cls_branches.0.6.weight" in tensors:
+        return len(tensors["pts_bbox_head.cls_branches.0.6.weight"])
     raise UserError("num_classes must be given: the file has no head that tells it")

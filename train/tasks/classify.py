@@ -17,6 +17,7 @@ from ..metrics.real import Real
 from ..metrics.topk import TopK
 from ..models.build import create, export
 from ..models.class_names import fit_head
+from ..models.weights import read_weights
 from ..runtime.checkpoint import label_names, write_text
 from ..runtime.config import BelowOne, Fraction, NonNegative
 from ..runtime.errors import UserError
@@ -65,6 +66,7 @@ class Classify(Task):
     def model(self, name: str, checkpoint: Any = None, new_head: bool = False, **kwargs: Any) -> nn.Module:
         """Build the classifier, sized to the data; see saccade.train.models.build.create."""
         arguments = {"num_classes": len(self.class_names), "img_size": self.img_size, **kwargs}
+        checkpoint = None if checkpoint is None else read_weights(checkpoint)
         net = create(name, checkpoint=checkpoint, new_head=new_head, **arguments)
         fits, order = self.match_head(checkpoint) if checkpoint is not None and new_head else (True, None)
         if not fits:

@@ -22,6 +22,7 @@ from ..models import detectors, legacy, published
 from ..models.body import OnBody
 from ..models.build import create_features, probe, save_whole
 from ..models.class_names import find_labels, fit_head
+from ..models.weights import read_weights
 from ..runtime.checkpoint import label_names, write_text
 from ..runtime.config import Count, Fraction, Positive
 from ..runtime.distributed import world_size
@@ -79,7 +80,8 @@ class Detect(Task):
         checkpoint: a detector's, or a classifier's for the backbone.
         """
         levels = kwargs.pop("out_indices", None) or partial(detectors.levels, self.detector)
-        tensors, settings = published.read_tensors(checkpoint) if checkpoint is not None else {}, self.settings
+        checkpoint = None if checkpoint is None else read_weights(checkpoint)
+        tensors, settings = {} if checkpoint is None else checkpoint.tensors, self.settings
         if legacy.is_legacy(tensors):
             tensors, needed = legacy.convert(tensors)
             settings = settings | needed

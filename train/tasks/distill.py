@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..models.weights import read_weights
 from ..runtime.config import BelowOne, Fraction, NonNegative
 from ..runtime.errors import UserError
 from .classify import Classify
@@ -98,9 +99,10 @@ class Distill(Classify):
             parameter.requires_grad_((".predictor." in name) == (self.phase == "predictors"))
         if self.phase == "sparse":
             # Attending to all keys, a Sparsifiner is the dense model whose weights it has.
-            arguments = self._student | dict(checkpoint=self._teacher_weights, new_head=False, token_keep_rate=1.0)
+            weights = read_weights(self._teacher_weights)
+            arguments = self._student | dict(checkpoint=weights, new_head=False, token_keep_rate=1.0)
             teacher = super().model(**arguments)
-            fits, order = self.match_head(self._teacher_weights)
+            fits, order = self.match_head(weights)
             if not fits and order is None:
                 raise UserError(
                     f"task.teacher={self._teacher_weights} is of other classes than the data's: give another"

@@ -25,6 +25,7 @@ from ..models.build import create_features
 from ..models.class_names import fit_head
 from ..models.fcn import resize
 from ..models.segmenter import Inference, Segmenter
+from ..models.weights import read_weights
 from ..runtime.checkpoint import label_names, write_text
 from ..runtime.config import BelowOne, Count, NonNegative, Positive
 from ..runtime.distributed import is_sharded
@@ -79,15 +80,17 @@ class Segment(Task):
 
         checkpoint: of a segmenter; or, with new_head, of a classifier, for the backbone.
         """
-        tensors = published.read_tensors(checkpoint) if checkpoint is not None else {}
+        levels = kwargs.pop("out_indices", None)
+        checkpoint = None if checkpoint is None else read_weights(checkpoint)
+        tensors = {} if checkpoint is None else checkpoint.tensors
         if legacy.is_legacy(tensors):
             tensors, _ = legacy.convert(tensors)
         if whole := published.is_dense(tensors):
-            body = published.load_backbone(name, None, tensors, checkpoint, norms=False, **kwargs)
+            body = published.load_backbone(name, levels, tensors, checkpoint, norms=False, **kwargs)
         elif checkpoint is not None and not new_head:
             raise UserError(f"checkpoint {checkpoint} has no segmentation head: give that of a segmenter")
         else:
-            body = create_features(name, checkpoint=checkpoint, pretrained=pretrained, **kwargs)
+            body = create_features(name, levels, checkpoint, pretrained, **kwargs)
         inputs = self.data.inputs(body.pretrained_cfg)
         net = Segmenter(
             body, len(self.class_names), mean=inputs["mean"], std=inputs["std"], inference=self.inference, **self.head

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..models.build import probe, save_whole
 from ..models.class_names import read_class_names
+from ..models.weights import Weights
 from ..runtime.errors import UserError
 
 
@@ -76,7 +77,8 @@ class Task:
     ) -> nn.Module:
         """Build the model of a config's section: a timm model's name and arguments.
 
-        checkpoint: initial weights; with new_head, layers of the classes' size may differ from the file's.
+        checkpoint: initial weights, as a path or read; with new_head, layers of the classes' size may differ from the
+        file's.
         """
         raise NotImplementedError
 
@@ -103,7 +105,7 @@ class Task:
         Returns (whether its classifier fits as it is, the order in which its rows fit, or None: it must be left out).
         reorders: whether the task can reorder rows. What will be done is added to `messages`.
         """
-        theirs = read_class_names(Path(checkpoint))
+        theirs = read_class_names(checkpoint if isinstance(checkpoint, Weights) else Path(checkpoint))
         if theirs is None or theirs == list(self.class_names) or len(theirs) != len(self.class_names):
             return True, None
         if reorders and len(set(theirs)) == len(theirs) and set(theirs) == set(self.class_names):

@@ -1,0 +1,146 @@
+"""Files of weights, of whatever program: the one place that opens them."""
+
+import argparse
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from timm.models import clean_state_dict
+from torch import Tensor
+
+from ..runtime.checkpoint import Foreign
+from ..runtime.checkpoint import read as read_checkpoint
+from ..runtime.errors import UserError
+
+# What torch's weights-only reader may make besides tensors and plain values: the arguments in timm's checkpoints, and
+# the scores in OpenMMLab's `meta`, NumPy scalars, under the module names of NumPy 1 and 2. No code runs by them.
+HARMLESS: list[Any] = [argparse.Namespace, np.dtype]
+HARMLESS += [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")]
+HARMLESS += [
+    (type(np.float64(0)).__reduce__(np.float64(0))[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
+]
+# Where programs put the weights among other things; averaged weights come first.
+CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+
+
+@dataclass
+class Weights:
+    """What a file of weights or a run's folder holds. It can be given in place of its path, and is not read again."""
+
+    file: Path
+    tensors: dict[str, Tensor]  # of a checkpoint of a run, its best weights
+    class_names: list[str] | None  # in label order, where the file names them
+
+    def __fspath__(self) -> str:
+        return str(self.file)
+
+    __str__ = __fspath__
+
+
+def read_weights(file: str | Path | Weights) -> Weights:
+    """Read a file of weights, or those of a run's folder. Raises UserError, with the reason, where it can't be read.
+
+    PyTorch's files are read by its weights-only reader, so that no code in them runs.
+    """
+    if isinstance(file, Weights):
+        return file
+    path = Path(file) / "model.safetensors" if Path(file).is_dir() else Path(file)
+    if not path.is_file():
+        raise UserError(f"there is no checkpoint {path}: give a file of weights or the folder of a finished run")
+    try:
+        if path.suffix == ".safetensors":
+            tensors, names = _read_safetensors(path), class_names_of_run(path)
+        else:
+            with torch.serialization.safe_globals(HARMLESS):
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            tensors, names = _unwrap(content), _class_names(content)
+    except Exception as error:  # zip, pickle and tensor readers each have their own
+        raise UserError(f"checkpoint {path} {why_unreadable(path, error)}") from error
+    if not tensors:
+        raise UserError(f"checkpoint {path} has no weights: a file must hold a state_dict")
+    return Weights(Path(file), tensors, names)
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors, meta = read_checkpoint(path)
+    except Foreign:
+        return clean_state_dict(load_file(path))
+    kind = meta["best"]["weights"] + "." if meta["best"] else "model."
+    return {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}
+
+
+def _unwrap(content: Any) -> dict[str, Tensor]:
+    """Return the tensors of a checkpoint, out of the containers and without the prefixes that training adds."""
+    while isinstance(content, dict):
+        inner = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, dict):
+        return {}
+    tensors = clean_state_dict({key: value for key, value in content.items() if isinstance(value, Tensor)})
+    # OpenMMLab's EMAHook keeps a second copy under flattened names; the averaged weights have the plain ones.
+    second = {f"ema_{key.replace('.', '_')}" for key in tensors}
+    return {key: value for key, value in tensors.items() if key not in second}
+
+
+def _class_names(content: Any) -> list[str] | None:
+    """Return the classes that the `meta` of an OpenMMLab file names."""
+    meta = content.get("meta") if isinstance(content, dict) else None
+    if not isinstance(meta, dict):
+        return None
+    names = meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
+    return [str(name).strip() for name in names] if names else None  # ADE20K's "bed " has a blank there
+
+
+def class_names_of_run(path: Path) -> list[str] | None:
+    """Return the classes of a run's folder, or of a .safetensors file in it; None where nothing names them."""
+    if path.is_file():
+        try:
+            with safe_open(path, "pt") as file:
+                names = json.loads((file.metadata() or {}).get("saccade", "{}")).get("class_names")
+        except (SafetensorError, OSError, ValueError):  # whoever loads the weights says what is wrong
+            return None
+        if names:
+            return names
+        # A checkpoint of an earlier version, or an exported model.
+        path = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    try:
+        names = json.loads((path / "config.json").read_text(encoding="utf-8"))["label_names"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def why_unreadable(file: Path, error: Exception) -> str:
+    """Describe why a file can't be read as weights, from its first bytes and the reader's error."""
+    with open(file, "rb") as content:
+        start = content.read(256).lstrip().lower()
+    if not start:
+        return "is empty: download it again"
+    if start.startswith(b"<"):
+        return "is a web page (HTML), not weights: download the file itself, not the page about it"
+    if start.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not weights: fetch the file itself with git lfs pull"
+    if start.startswith((b"{", b"[")):
+        return "is JSON text, not weights: give the file of weights"
+    if start.isascii() and re.fullmatch(rb"[\s\x20-\x7e]*", start):
+        return "is text, not weights: give the file of weights"
+    blocked = re.search(r"(?:GLOBAL |global )(\w+\.[\w.]+)", str(error))
+    if blocked:
+        whose = "as files of mmdet 3 and mmseg 1 do, " if blocked[1].startswith("mmengine.") else ""
+        return (
+            f"holds Python objects ({blocked[1]}), {whose}which are not loaded as they can run code: where you trust "
+            "it, save its state_dict alone to another file"
+        )
+    if "weights_only" in str(error) or "weights only" in str(error).lower():
+        return "is not a file of weights, or is damaged: download or convert it again"
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    return f"can't be read ({first}): it is damaged or incomplete; download or convert it again"
