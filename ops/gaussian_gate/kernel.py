@@ -11,6 +11,7 @@ A program has BLOCK_C channels of an image and a range of positions, BLOCK_P at 
 sums are added in a fixed order. Both memory formats and views are read without copying; offsets are 64-bit.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -18,7 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import maps
+from ..maps import flattened, known_positions, known_sizes, known_strides, layout, positions_at
+
 SIZES = ["C", "W", "P"]
+STRIDES = [f"stride_{tensor}{axis}" for tensor in ("", "d", "o", "y") for axis in "bchw"]
 
 
 @triton.jit
@@ -32,42 +37,46 @@ def program(C, P, STRETCH: tl.constexpr, BLOCK_C: tl.constexpr):
     return (pid // stretches).to(tl.int64), c, pid % stretches * STRETCH, pid.to(tl.int64) * C + c
 
 
-@triton.jit
-def offsets(p, W, stride_h, stride_w):
-    return ((p // W).to(tl.int64) * stride_h + (p % W).to(tl.int64) * stride_w)[None, :]
-
-
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def moments_kernel(
     x_ptr, mean_ptr, square_ptr, stride_b, stride_c, stride_h, stride_w, C, W, P,
+    X: tl.constexpr, FLAT: tl.constexpr,
     STRETCH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    C, W = known_sizes(C, W, X)
+    P = known_positions(P, X)
     b, c, first, to = program(C, P, STRETCH, BLOCK_C)
     last = min(first + STRETCH, P)
     x_ptr += b * stride_b + (c * stride_c)[:, None]
     total = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
     for start in range(first, last, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        ok = (c < C)[:, None] & (p < last)[None, :]
-        total += tl.load(x_ptr + offsets(p, W, stride_h, stride_w), ok, 0.0).to(tl.float32)
+        ok = (c < C)[:, None] & (p < P)[None, :]
+        total += tl.load(x_ptr + positions_at(p, W, stride_h, stride_w, FLAT)[None, :], ok, 0.0).to(tl.float32)
     mean = tl.sum(total, 1) / (last - first)
     square = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
     for start in range(first, last, BLOCK_P):  # second pass, around the mean, to avoid cancellation
         p = start + tl.arange(0, BLOCK_P)
-        ok = (c < C)[:, None] & (p < last)[None, :]
-        x = tl.load(x_ptr + offsets(p, W, stride_h, stride_w), ok, 0.0).to(tl.float32)
+        ok = (c < C)[:, None] & (p < P)[None, :]
+        x = tl.load(x_ptr + positions_at(p, W, stride_h, stride_w, FLAT)[None, :], ok, 0.0).to(tl.float32)
         x = tl.where(ok, x - mean[:, None], 0.0)
         square += x * x
     tl.store(mean_ptr + to, mean, c < C)
     tl.store(square_ptr + to, tl.sum(square, 1), c < C)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def sums_kernel(
     dy_ptr, x_ptr, dshift_ptr, dscale_ptr,
     stride_db, stride_dc, stride_dh, stride_dw, stride_b, stride_c, stride_h, stride_w, C, W, P,
+    DY: tl.constexpr, X: tl.constexpr, FLAT: tl.constexpr,
     STRETCH: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    stride_db, stride_dc, stride_dh, stride_dw = known_strides(stride_db, stride_dc, stride_dh, stride_dw, DY)
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    C, W = known_sizes(C, W, X)
+    P = known_positions(P, X)
     b, c, first, to = program(C, P, STRETCH, BLOCK_C)
     last = min(first + STRETCH, P)
     x_ptr += b * stride_b + (c * stride_c)[:, None]
@@ -76,33 +85,39 @@ def sums_kernel(
     scale = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
     for start in range(first, last, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        ok = (c < C)[:, None] & (p < last)[None, :]
-        x = tl.load(x_ptr + offsets(p, W, stride_h, stride_w), ok, 0.0).to(tl.float32)
-        dy = tl.load(dy_ptr + offsets(p, W, stride_dh, stride_dw), ok, 0.0).to(tl.float32)
+        ok = (c < C)[:, None] & (p < P)[None, :]
+        x = tl.load(x_ptr + positions_at(p, W, stride_h, stride_w, FLAT)[None, :], ok, 0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + positions_at(p, W, stride_dh, stride_dw, FLAT)[None, :], ok, 0.0).to(tl.float32)
         shift += dy
         scale += dy * x
     tl.store(dshift_ptr + to, tl.sum(shift, 1), c < C)
     tl.store(dscale_ptr + to, tl.sum(scale, 1), c < C)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def affine_kernel(
     x_ptr, other_ptr, scale_ptr, linear_ptr, shift_ptr, y_ptr,
     stride_b, stride_c, stride_h, stride_w, stride_ob, stride_oc, stride_oh, stride_ow,
     stride_yb, stride_yc, stride_yh, stride_yw, C, W, P,
+    X: tl.constexpr, OTHER: tl.constexpr, Y: tl.constexpr, FLAT: tl.constexpr,
     GRAD: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    stride_ob, stride_oc, stride_oh, stride_ow = known_strides(stride_ob, stride_oc, stride_oh, stride_ow, OTHER)
+    stride_yb, stride_yc, stride_yh, stride_yw = known_strides(stride_yb, stride_yc, stride_yh, stride_yw, Y)
+    C, W = known_sizes(C, W, X)
+    P = known_positions(P, X)
     b, c, first, _ = program(C, P, BLOCK_P, BLOCK_C)
     p = first + tl.arange(0, BLOCK_P)
     ok = (c < C)[:, None] & (p < P)[None, :]
-    x_ptr += b * stride_b + (c * stride_c)[:, None] + offsets(p, W, stride_h, stride_w)
+    x_ptr += b * stride_b + (c * stride_c)[:, None] + positions_at(p, W, stride_h, stride_w, FLAT)[None, :]
     scale = tl.load(scale_ptr + b * C + c, c < C, 0.0)[:, None]
     shift = tl.load(shift_ptr + (b * C + c if GRAD else c), c < C, 0.0)[:, None]
     y = tl.load(x_ptr, ok, 0.0).to(tl.float32) * scale + shift
     if GRAD:
-        other_ptr += b * stride_ob + (c * stride_oc)[:, None] + offsets(p, W, stride_oh, stride_ow)
+        other_ptr += b * stride_ob + (c * stride_oc)[:, None] + positions_at(p, W, stride_oh, stride_ow, FLAT)[None, :]
         y += tl.load(other_ptr, ok, 0.0).to(tl.float32) * tl.load(linear_ptr + b * C + c, c < C, 0.0)[:, None]
-    y_ptr += b * stride_yb + (c * stride_yc)[:, None] + offsets(p, W, stride_yh, stride_yw)
+    y_ptr += b * stride_yb + (c * stride_yc)[:, None] + positions_at(p, W, stride_yh, stride_yw, FLAT)[None, :]
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), ok)
 
 
@@ -131,15 +146,19 @@ def _tile(x: Tensor) -> tuple[dict, tuple[int, int, int], int]:
     return options, (C, W, H * W), triton.cdiv(C, options["BLOCK_C"])
 
 
-def _partial(kernel, *maps: Tensor) -> Tensor:
+def _partial(kernel, *given: Tensor) -> Tensor:
     """Run a kernel that sums; return its two partial sums, (2, B, stretches, C)."""
-    x = maps[-1]
+    xs, flat = flattened(*given)
+    x = xs[-1]
     options, sizes, blocks = _tile(x)
     stretches = triton.cdiv(sizes[2], STRETCH)
     parts = x.new_empty(2, x.shape[0], stretches, sizes[0], dtype=torch.float32)
-    strides = [s for m in maps for s in m.stride()]
+    names, strides = (("DY", "X")[-len(xs) :], [s for m in xs for s in m.stride()])
+    forms = {name: layout(m) for name, m in zip(names, xs)}
     with torch.cuda.device_of(x):
-        kernel[(x.shape[0] * stretches * blocks,)](*maps, *parts, *strides, *sizes, STRETCH=STRETCH, **options)
+        kernel[(x.shape[0] * stretches * blocks,)](
+            *xs, *parts, *strides, *sizes, **forms, FLAT=flat, STRETCH=STRETCH, **options
+        )
     return parts
 
 
@@ -168,27 +187,30 @@ def affine(
     of other, where all factors are (B, C)."""
     grad = other is not None and linear is not None
     y = torch.empty_like(other if grad else x)
-    options, sizes, blocks = _tile(x)
     other, linear = (other, linear) if grad else (x, scale)
-    strides = (*x.stride(), *other.stride(), *y.stride())
+    (x, other, z), flat = flattened(x, other, y)
+    options, sizes, blocks = _tile(x)
+    strides = (*x.stride(), *other.stride(), *z.stride())
     shift = scale.new_zeros(sizes[0]) if shift is None else shift
     scale, linear, shift = (v.contiguous() for v in (scale, linear, shift))
     tiles = blocks * triton.cdiv(sizes[2], options["BLOCK_P"])
     with torch.cuda.device_of(x):
-        affine_kernel[(x.shape[0] * tiles,)](x, other, scale, linear, shift, y, *strides, *sizes, GRAD=grad, **options)
+        affine_kernel[(x.shape[0] * tiles,)](
+            x, other, scale, linear, shift, z, *strides, *sizes,
+            X=layout(x), OTHER=layout(other), Y=layout(z), FLAT=flat, GRAD=grad, **options,
+        )  # fmt: skip
     return y
 
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
     """Yield for saccade.ops.aot: the tiles of the smallest and of the largest maps, in both memory formats."""
-    maps = ("x_ptr", "y_ptr", "dy_ptr", "other_ptr")
+    in_dtype = ("x_ptr", "y_ptr", "dy_ptr", "other_ptr")
     for kernel in (moments_kernel, sums_kernel, affine_kernel):
-        pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in maps}
-        for channels_last in (False, True):
-            inner = "c" if channels_last else "w"
-            options = {name: 1 for name in kernel.arg_names if name.startswith("stride_") and name.endswith(inner)}
+        pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in in_dtype}
+        for inner, aligned, flat in itertools.product((maps.CHANNELS, maps.COLUMNS), (0, maps.ALIGNED), (True, False)):
+            forms = {name: inner + aligned for name in ("X", "DY", "OTHER", "Y") if name in kernel.arg_names}
             for C, P in ((48, 3136), (384, 49)):
-                options |= tile(C, P, channels_last)
+                options = forms | dict(FLAT=flat) | tile(C, P, inner == maps.CHANNELS)
                 if kernel is not affine_kernel:
                     yield kernel, pointers, options | dict(STRETCH=STRETCH)
                 else:

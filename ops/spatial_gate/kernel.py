@@ -13,6 +13,7 @@ There are no atomics: sums over positions are partial sums, one per program, whi
 memory formats and views are read without copying; offsets are 64-bit.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -20,20 +21,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import maps
+from ..maps import flattened, known_positions, known_sizes, known_strides, layout, positions_at
+
 SIZES = ["C", "W", "P"]
+STRIDES = [f"stride_{tensor}{axis}" for tensor in ("", "d", "x", "y") for axis in "bchw"]
 
 
 @triton.jit
-def positions(W, P, stride_b, stride_h, stride_w, BLOCK_P: tl.constexpr):
-    """Return a program's offsets in a map, and a mask of those that exist."""
+def positions(W, P, stride_b, stride_h, stride_w, FLAT: tl.constexpr, BLOCK_P: tl.constexpr):
+    """Return a program's offsets in a map, a mask of those that exist, and its positions in (B, P)."""
     tiles = (P + BLOCK_P - 1) // BLOCK_P
     b = (tl.program_id(0) // tiles).to(tl.int64)
     p = tl.program_id(0) % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    return (
-        (b * stride_b + (p // W).to(tl.int64) * stride_h + (p % W).to(tl.int64) * stride_w)[None, :],
-        p < P,
-        b * P + p,
-    )
+    return (b * stride_b + positions_at(p, W, stride_h, stride_w, FLAT))[None, :], p < P, b * P + p
 
 
 @triton.jit
@@ -41,14 +42,19 @@ def hardsigmoid(s):
     return tl.where(s != s, s, tl.minimum(tl.maximum(s + 3, 0.0), 6.0) / 6)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def gate_kernel(
     x_ptr, weight_ptr, gain_ptr, shift_ptr, g_ptr, y_ptr, mean_ptr, square_ptr,
     stride_b, stride_c, stride_h, stride_w, stride_yb, stride_yc, stride_yh, stride_yw, C, W, P,
+    X: tl.constexpr, Y: tl.constexpr, FLAT: tl.constexpr,
     TRAINING: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    at, has, to = positions(W, P, stride_b, stride_h, stride_w, BLOCK_P)
-    at_y, _, _ = positions(W, P, stride_yb, stride_yh, stride_yw, BLOCK_P)
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    stride_yb, stride_yc, stride_yh, stride_yw = known_strides(stride_yb, stride_yc, stride_yh, stride_yw, Y)
+    C, W = known_sizes(C, W, X)
+    P = known_positions(P, X)
+    at, has, to = positions(W, P, stride_b, stride_h, stride_w, FLAT, BLOCK_P)
+    at_y, _, _ = positions(W, P, stride_yb, stride_yh, stride_yw, FLAT, BLOCK_P)
     s = tl.full((BLOCK_P,), 0, tl.float32)
     for start in range(0, C, BLOCK_C):
         c = (start + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -74,14 +80,19 @@ def gate_kernel(
             tl.store(y_ptr + at_y + (c * stride_yc)[:, None], y.to(y_ptr.dtype.element_ty), ok)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def norm_kernel(
     x_ptr, g_ptr, gain_ptr, shift_ptr, y_ptr,
     stride_b, stride_c, stride_h, stride_w, stride_yb, stride_yc, stride_yh, stride_yw, C, W, P,
+    X: tl.constexpr, Y: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    at, has, to = positions(W, P, stride_b, stride_h, stride_w, BLOCK_P)
-    at_y, _, _ = positions(W, P, stride_yb, stride_yh, stride_yw, BLOCK_P)
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    stride_yb, stride_yc, stride_yh, stride_yw = known_strides(stride_yb, stride_yc, stride_yh, stride_yw, Y)
+    C, W = known_sizes(C, W, X)
+    P = known_positions(P, X)
+    at, has, to = positions(W, P, stride_b, stride_h, stride_w, FLAT, BLOCK_P)
+    at_y, _, _ = positions(W, P, stride_yb, stride_yh, stride_yw, FLAT, BLOCK_P)
     g = tl.load(g_ptr + to, has, 0.0)[None, :]
     for start in range(0, C, BLOCK_C):
         c = (start + tl.arange(0, BLOCK_C)).to(tl.int64)
@@ -91,14 +102,19 @@ def norm_kernel(
         tl.store(y_ptr + at_y + (c * stride_yc)[:, None], y.to(y_ptr.dtype.element_ty), ok)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def sums_kernel(
     dy_ptr, x_ptr, g_ptr, dbias_ptr, dyz_ptr,
     stride_db, stride_dc, stride_dh, stride_dw, stride_b, stride_c, stride_h, stride_w, C, W, P,
+    DY: tl.constexpr, X: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    at, has, to = positions(W, P, stride_b, stride_h, stride_w, BLOCK_P)
-    at_d, _, _ = positions(W, P, stride_db, stride_dh, stride_dw, BLOCK_P)
+    stride_db, stride_dc, stride_dh, stride_dw = known_strides(stride_db, stride_dc, stride_dh, stride_dw, DY)
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    C, W = known_sizes(C, W, X)
+    P = known_positions(P, X)
+    at, has, to = positions(W, P, stride_b, stride_h, stride_w, FLAT, BLOCK_P)
+    at_d, _, _ = positions(W, P, stride_db, stride_dh, stride_dw, FLAT, BLOCK_P)
     g = tl.load(g_ptr + to, has, 0.0)[None, :]
     part = tl.program_id(0).to(tl.int64) * C
     for start in range(0, C, BLOCK_C):
@@ -110,16 +126,22 @@ def sums_kernel(
         tl.store(dyz_ptr + part + c, tl.sum(dy * x * g, 1), c < C)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def grad_kernel(
     dy_ptr, x_ptr, g_ptr, weight_ptr, gain_ptr, linear_ptr, constant_ptr, dx_ptr, dweight_ptr,
     stride_db, stride_dc, stride_dh, stride_dw, stride_b, stride_c, stride_h, stride_w,
     stride_xb, stride_xc, stride_xh, stride_xw, C, W, P,
+    DY: tl.constexpr, X: tl.constexpr, DX: tl.constexpr, FLAT: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    at, has, to = positions(W, P, stride_b, stride_h, stride_w, BLOCK_P)
-    at_d, _, _ = positions(W, P, stride_db, stride_dh, stride_dw, BLOCK_P)
-    at_x, _, _ = positions(W, P, stride_xb, stride_xh, stride_xw, BLOCK_P)
+    stride_db, stride_dc, stride_dh, stride_dw = known_strides(stride_db, stride_dc, stride_dh, stride_dw, DY)
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    stride_xb, stride_xc, stride_xh, stride_xw = known_strides(stride_xb, stride_xc, stride_xh, stride_xw, DX)
+    C, W = known_sizes(C, W, X)
+    P = known_positions(P, X)
+    at, has, to = positions(W, P, stride_b, stride_h, stride_w, FLAT, BLOCK_P)
+    at_d, _, _ = positions(W, P, stride_db, stride_dh, stride_dw, FLAT, BLOCK_P)
+    at_x, _, _ = positions(W, P, stride_xb, stride_xh, stride_xw, FLAT, BLOCK_P)
     g = tl.load(g_ptr + to, has, 0.0)
     ds = tl.full((BLOCK_P,), 0, tl.float32)
     part = tl.program_id(0).to(tl.int64) * C
@@ -151,12 +173,17 @@ def tile(C: int, P: int) -> dict:
     return dict(BLOCK_C=min(TILE // p, triton.next_power_of_2(C)), BLOCK_P=p, num_warps=WARPS)
 
 
-def _launch(kernel, *tensors: Tensor, like: Tensor, maps: tuple[Tensor, ...], **flags) -> None:
-    B, C, H, W = like.shape
-    options = tile(C, H * W)
-    strides = [s for m in maps for s in m.stride()]
-    with torch.cuda.device_of(like):
-        kernel[(B * triton.cdiv(H * W, options["BLOCK_P"]),)](*tensors, *strides, C, W, H * W, **flags, **options)
+def _launch(kernel, *tensors: Tensor, X: Tensor, flags: dict | None = None, **others: Tensor) -> None:
+    """Launch a kernel; X and others are its maps by the names of their layouts, in the order of their strides."""
+    (B, C, H, W), options = X.shape, tile(X.shape[1], X.shape[2] * X.shape[3])
+    given = {name: dict(X=X, **others)[name] for name in kernel.arg_names if name in ("X", *others)}
+    xs, flat = flattened(*given.values())
+    forms = {name: layout(m) for name, m in zip(given, xs)}
+    strides = [s for m in xs for s in m.stride()]
+    with torch.cuda.device_of(X):
+        kernel[(B * triton.cdiv(H * W, options["BLOCK_P"]),)](
+            *tensors, *strides, C, W, H * W, **forms, FLAT=flat, **(flags or {}), **options
+        )
 
 
 def _parts(x: Tensor, n: int) -> Tensor:
@@ -172,7 +199,7 @@ def gate(x: Tensor, weight: Tensor, gain: Tensor | None = None, shift: Tensor | 
     y, parts = (x, _parts(x, 2)) if training else (torch.empty_like(x), [g, g])
     gain, shift = (weight, weight) if gain is None or shift is None else (gain, shift)
     vectors = (v.contiguous() for v in (weight, gain, shift))
-    _launch(gate_kernel, x, *vectors, g, y, *parts, like=x, maps=(x, y), TRAINING=training)
+    _launch(gate_kernel, x, *vectors, g, y, *parts, X=x, Y=y, flags=dict(TRAINING=training))
     if not training:
         return g, y
     mean, square = parts
@@ -185,14 +212,14 @@ def gate(x: Tensor, weight: Tensor, gain: Tensor | None = None, shift: Tensor | 
 
 def norm(x: Tensor, g: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
     y = torch.empty_like(x)
-    _launch(norm_kernel, x, g, gain.contiguous(), shift.contiguous(), y, like=x, maps=(x, y))
+    _launch(norm_kernel, x, g, gain.contiguous(), shift.contiguous(), y, X=x, Y=y)
     return y
 
 
 def sums(dy: Tensor, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     """Return the sums of dy and dy · x · g over each channel."""
     parts = _parts(x, 2)
-    _launch(sums_kernel, dy, x, g, *parts, like=x, maps=(dy, x))
+    _launch(sums_kernel, dy, x, g, *parts, X=x, DY=dy)
     dbias, dyz = parts.sum(1)
     return dbias, dyz
 
@@ -201,17 +228,17 @@ def grad(dy: Tensor, x: Tensor, g: Tensor, weight: Tensor, gain: Tensor, linear:
     """Return the gradients of x and of the weight."""
     dx, (parts,) = torch.empty_like(x), _parts(x, 1)
     vectors = (v.contiguous() for v in (weight, gain, linear, constant))
-    _launch(grad_kernel, dy, x, g, *vectors, dx, parts, like=x, maps=(dy, x, dx))
+    _launch(grad_kernel, dy, x, g, *vectors, dx, parts, X=x, DY=dy, DX=dx)
     return dx, parts.sum(0)
 
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
     """Yield for saccade.ops.aot: the tiles of large and of small maps, in both memory formats."""
-    maps = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
+    in_dtype = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
     for kernel in (gate_kernel, norm_kernel, sums_kernel, grad_kernel):
-        pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in maps}
-        for inner in "cw":
-            ones = {name: 1 for name in kernel.arg_names if name.startswith("stride_") and name.endswith(inner)}
+        pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in in_dtype}
+        for inner, aligned, flat in itertools.product((maps.CHANNELS, maps.COLUMNS), (0, maps.ALIGNED), (True, False)):
+            forms = {name: inner + aligned for name in ("X", "DY", "DX", "Y") if name in kernel.arg_names}
             for C, P in ((32, 3136), (256, 49)):
                 for flags in [dict(TRAINING=t) for t in (False, True)] if kernel is gate_kernel else [{}]:
-                    yield kernel, pointers, ones | flags | tile(C, P)
+                    yield kernel, pointers, forms | dict(FLAT=flat) | flags | tile(C, P)

@@ -11,6 +11,7 @@ tile are partial sums, which are added in a fixed order, without atomics. Triton
 1, so both memory formats and views are read without copying.
 """
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -18,7 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SIZES = ["C", "H", "W"]
+from .. import maps
+from ..maps import known_sizes, known_strides, layout
+
+SIZES = ["B", "C", "H", "W"]
+STRIDES = [f"stride_{tensor}{axis}" for tensor in ("", "d", "y") for axis in "bchw"]
 
 
 @triton.jit
@@ -44,13 +49,17 @@ def program(C, H, W, ROWS, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
     return (pid // channel_tiles).to(tl.int64), c, row_tile * ROWS, w, row_tile, column_tile
 
 
-@triton.jit(do_not_specialize=["B", *SIZES])
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def sums_kernel(
     x_ptr, dy_ptr, ah_ptr, aw_ptr, rows_ptr, columns_ptr,
     stride_b, stride_c, stride_h, stride_w, stride_db, stride_dc, stride_dh, stride_dw,
     B, C, H, W,
-    GRAD: tl.constexpr, ROWS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    X: tl.constexpr, DY: tl.constexpr, GRAD: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    stride_db, stride_dc, stride_dh, stride_dw = known_strides(stride_db, stride_dc, stride_dh, stride_dw, DY)
+    C, W = known_sizes(C, W, X)
     b, c, top, w, row_tile, column_tile = program(C, H, W, ROWS, BLOCK_C, BLOCK_W)
     inside = (c < C)[:, None, None] & (w < W)[None, None, :]
     strip = b * C + c  # index in (B, C)
@@ -83,13 +92,17 @@ def sums_kernel(
     tl.store(columns_ptr + of_w, columns, has_w)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def gate_kernel(
     x_ptr, ah_ptr, aw_ptr, dzh_ptr, dzw_ptr, y_ptr,
     stride_b, stride_c, stride_h, stride_w, stride_yb, stride_yc, stride_yh, stride_yw,
     C, H, W,
-    GRAD: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
+    X: tl.constexpr, Y: tl.constexpr, GRAD: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    stride_yb, stride_yc, stride_yh, stride_yw = known_strides(stride_yb, stride_yc, stride_yh, stride_yw, Y)
+    C, W = known_sizes(C, W, X)
     b, c, top, w, _, _ = program(C, H, W, BLOCK_H, BLOCK_C, BLOCK_W)
     h = (top + tl.arange(0, BLOCK_H)).to(tl.int64)
     strip = b * C + c
@@ -123,11 +136,11 @@ def tile(C: int, H: int, W: int, channels_last: bool) -> dict:
     """Return a tile that extends along the inner axis first, then along the next."""
     if channels_last:
         c = min(CHANNELS, triton.next_power_of_2(C))
-        w = min(TILE // c, triton.next_power_of_2(W))
+        w = min(32, triton.next_power_of_2(W))
         h = min(TILE // c // w, ROWS, triton.next_power_of_2(H))
     else:
-        w = min(128, triton.next_power_of_2(W))
-        h = min(TILE // w, ROWS, triton.next_power_of_2(H))
+        w = min(32, triton.next_power_of_2(W))
+        h = min(16, triton.next_power_of_2(H))
         c = min(TILE // w // h, triton.next_power_of_2(C))
     return dict(BLOCK_C=c, BLOCK_H=h, BLOCK_W=w, num_warps=WARPS)
 
@@ -152,8 +165,9 @@ def _sums(x: Tensor, dy: Tensor | None = None, a_h: Tensor | None = None, a_w: T
     a_w = columns if a_w is None else a_w.contiguous()
     with torch.cuda.device_of(x):
         sums_kernel[_grid(x, ROWS, options)](
-            x, dy, a_h, a_w, rows, columns, *x.stride(), *dy.stride(), *x.shape, GRAD=grad, ROWS=ROWS, **options
-        )
+            x, dy, a_h, a_w, rows, columns, *x.stride(), *dy.stride(), *x.shape,
+            X=layout(x), DY=layout(dy), GRAD=grad, ROWS=ROWS, **options,
+        )  # fmt: skip
     return tuple(parts[0] if len(parts) == 1 else parts.sum(0) for parts in (rows, columns))
 
 
@@ -182,8 +196,9 @@ def gate(
     dz_h, dz_w = (a_h, a_w) if dz_h is None or dz_w is None else (dz_h.contiguous(), dz_w.contiguous())
     with torch.cuda.device_of(x):
         gate_kernel[_grid(x, options["BLOCK_H"], options)](
-            x, a_h, a_w, dz_h, dz_w, y, *x.stride(), *y.stride(), *x.shape[1:], GRAD=grad, RESIDUAL=residual, **options
-        )
+            x, a_h, a_w, dz_h, dz_w, y, *x.stride(), *y.stride(), *x.shape[1:],
+            X=layout(x), Y=layout(y), GRAD=grad, RESIDUAL=residual, **options,
+        )  # fmt: skip
     return y
 
 
@@ -191,11 +206,9 @@ def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]
     """Yield for saccade.ops.aot: the tiles of the smallest and of the largest maps, in both memory formats."""
     strips = dict.fromkeys(("ah_ptr", "aw_ptr", "rows_ptr", "columns_ptr", "dzh_ptr", "dzw_ptr"), "*fp32")
     for channels_last in (False, True):
-        inner = "c" if channels_last else "w"
         for size in (7, 14, 112):
             options = tile(64, size, size, channels_last)
-            for grad in (False, True):
-                ones = {f"stride_{tensor}{inner}": 1 for tensor in ("", "d")}
-                yield sums_kernel, strips, ones | dict(GRAD=grad, ROWS=ROWS) | options
-                ones = {f"stride_{tensor}{inner}": 1 for tensor in ("", "y")}
-                yield gate_kernel, strips, ones | dict(GRAD=grad, RESIDUAL=True) | options
+            for grad, aligned in itertools.product((False, True), (0, maps.ALIGNED)):
+                form = aligned + (maps.CHANNELS if channels_last else maps.COLUMNS)
+                yield sums_kernel, strips, dict(X=form, DY=form, GRAD=grad, ROWS=ROWS) | options
+                yield gate_kernel, strips, dict(X=form, Y=form, GRAD=grad, RESIDUAL=True) | options
