@@ -9,6 +9,7 @@ from torch import Tensor
 from ..dispatch import use_definition, use_triton
 from ..precision import no_autocast
 from . import eager, reference, tables
+from .eager import Inputs
 from .tables import Factors
 
 __all__ = ["agent_attention", "pool_agents", "resize_agent_bias"]
@@ -53,24 +54,25 @@ def agent_attention(
             q, k, v, agents, key_bias, query_bias, heads, token_bias, dwc_weight, dwc_bias, scale
         )
     else:
-        _check(q, k, v, agents, key_bias, query_bias, heads, token_bias, dwc_weight, dwc_bias)
-        parameters = _parameters(key_bias, query_bias, token_bias, dwc_weight, dwc_bias)
+        inputs = Inputs(q, k, v, agents, key_bias, query_bias, heads, token_bias, dwc_weight, dwc_bias)
+        _check(inputs)
+        parameters = _parameters(inputs)
         if q.numel() == 0:  # an empty result that depends on every input, for autograd
             total: Any = sum(x.sum() for x in (k, v, agents, *parameters))
             return q + total.to(q.dtype)
         D = q.shape[2] // heads
         scale = D**-0.5 if scale is None else scale
         cannot = [f"a head dimension of {D}, over {MAX_HEAD_DIM}"] if D > MAX_HEAD_DIM else []
-        if use_triton(q, *parameters, cannot=cannot):
-            form = _triton
-        elif use_definition(q):
-            form = reference.agent_attention
-        else:
-            form = eager.agent_attention
         one_size = dwc_weight is None or _size(key_bias) == _size(query_bias)
-        dwc = (dwc_weight, dwc_bias) if one_size else (None, None)
+        if not one_size:
+            inputs = inputs._replace(dwc_weight=None, dwc_bias=None)
         with no_autocast(q):
-            out = form(q, k, v, agents, key_bias, query_bias, heads, token_bias, *dwc, scale)
+            if use_triton(q, *parameters, cannot=cannot):
+                out = _triton(inputs, scale)
+            elif use_definition(q):
+                out = reference.agent_attention(*inputs, scale)
+            else:
+                out = eager.agent_attention(inputs, scale)
             if dwc_weight is None or one_size:
                 return out
             x = tables.resize(v, _size(key_bias), _size(query_bias)).permute(0, 3, 1, 2)
@@ -78,29 +80,19 @@ def agent_attention(
             return out + F.pad(conv, (0, 0, out.shape[1] - conv.shape[1], 0))
 
 
-def _parameters(key_bias: Factors, query_bias: Factors, token_bias, *dwc) -> list[Tensor]:
-    return [x for x in (*key_bias, *query_bias, *(token_bias or ()), *dwc) if x is not None]
+def _parameters(inputs: Inputs) -> list[Tensor]:
+    *_, key_bias, query_bias, _, token_bias, dwc_weight, dwc_bias = inputs
+    return [x for x in (*key_bias, *query_bias, *(token_bias or ()), dwc_weight, dwc_bias) if x is not None]
 
 
 def _size(bias: Factors) -> tuple[int, int]:
     return bias[1].shape[2], bias[2].shape[2]
 
 
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    agents: Tensor,
-    key_bias: Factors,
-    query_bias: Factors,
-    heads: int,
-    token_bias: tuple[Tensor, Tensor] | None,
-    dwc_weight: Tensor | None,
-    dwc_bias: Tensor | None,
-    scale: float,
-) -> Tensor:
+def _triton(inputs: Inputs, scale: float) -> Tensor:
     from . import op  # imports Triton, so not at the top of the file
 
+    q, k, v, agents, key_bias, query_bias, heads, token_bias, dwc_weight, dwc_bias = inputs
     key_token, query_token = token_bias or (None, None)
     b1, b2 = tables.for_kernels(key_bias, key_token), tables.for_kernels(query_bias, query_token)
     return op.fwd(q, k, v, agents, *b1, *b2, dwc_weight, dwc_bias, heads, scale)[0]
@@ -163,18 +155,8 @@ def _check_factors(name: str, factors: Factors, heads: int, a: int) -> None:
         )
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    agents: Tensor,
-    key_bias: Factors,
-    query_bias: Factors,
-    heads: int,
-    token_bias: tuple[Tensor, Tensor] | None,
-    dwc_weight: Tensor | None,
-    dwc_bias: Tensor | None,
-) -> None:
+def _check(inputs: Inputs) -> None:
+    q, k, v, agents, key_bias, query_bias, heads, token_bias, dwc_weight, dwc_bias = inputs
     if q.dim() != 3 or not q.dtype.is_floating_point:
         raise ValueError(f"q must be floating point of shape (B, N, C), got {q.dtype} of shape {tuple(q.shape)}")
     B, _, C = q.shape

@@ -5,7 +5,7 @@ B·heads·a·N elements is allocated and the working set stays in cache. The bac
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -22,25 +22,28 @@ CHUNK_BYTES = 3 << 20  # of queries per chunk of images: the fastest measured be
 FLASH_AGENTS = 32
 
 
-def agent_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    agents: Tensor,
-    key_bias: Factors,
-    query_bias: Factors,
-    heads: int,
-    token_bias: tuple[Tensor, Tensor] | None = None,
-    dwc_weight: Tensor | None = None,
-    dwc_bias: Tensor | None = None,
-    scale: float | None = None,
-) -> Tensor:
+class Inputs(NamedTuple):
+    """The arguments of saccade.ops.agent_attention but the scale."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    agents: Tensor
+    key_bias: Factors
+    query_bias: Factors
+    heads: int
+    token_bias: tuple[Tensor, Tensor] | None
+    dwc_weight: Tensor | None
+    dwc_bias: Tensor | None
+
+
+def agent_attention(inputs: Inputs, scale: float) -> Tensor:
     """See saccade.ops.agent_attention, which checks the arguments. With dwc_weight, both maps must have one size."""
+    q, k, v, agents, key_bias, query_bias, heads, token_bias, dwc_weight, dwc_bias = inputs
     b1, b2 = whole(key_bias), whole(query_bias)
     if token_bias is not None:
         b1, b2 = (torch.cat((t.unsqueeze(2).to(b.dtype), b), 2) for t, b in zip(token_bias, (b1, b2)))
     size = query_bias[1].shape[2], query_bias[2].shape[2]
-    scale = (q.shape[2] // heads) ** -0.5 if scale is None else scale
     dwc = (None if p is None else p.to(q.dtype) for p in (dwc_weight, dwc_bias))
     return AgentAttention.apply(q, k, v, agents, b1.to(q.dtype), b2.to(q.dtype), *dwc, heads, size, scale)
 
