@@ -11,7 +11,6 @@ A program has BLOCK_C channels of an image and a range of positions, BLOCK_P at 
 sums are added in a fixed order. Both memory formats and views are read without copying; offsets are 64-bit.
 """
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -207,10 +206,10 @@ def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]
     in_dtype = ("x_ptr", "y_ptr", "dy_ptr", "other_ptr")
     for kernel in (moments_kernel, sums_kernel, affine_kernel):
         pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in in_dtype}
-        for inner, aligned, flat in itertools.product((maps.CHANNELS, maps.COLUMNS), (0, maps.ALIGNED), (True, False)):
-            forms = {name: inner + aligned for name in ("X", "DY", "OTHER", "Y") if name in kernel.arg_names}
+        for form, flat in ((maps.CHANNELS + maps.ALIGNED, True), (maps.COLUMNS, True), (0, False)):
+            forms = {name: form for name in ("X", "DY", "OTHER", "Y") if name in kernel.arg_names}
             for C, P in ((48, 3136), (384, 49)):
-                options = forms | dict(FLAT=flat) | tile(C, P, inner == maps.CHANNELS)
+                options = forms | dict(FLAT=flat) | tile(C, P, bool(form & maps.CHANNELS))
                 if kernel is not affine_kernel:
                     yield kernel, pointers, options | dict(STRETCH=STRETCH)
                 else:

@@ -20,10 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import maps
+from ..maps import known_strides, layout
 from ..tiles import FLOOR, LOG2E, once, softmax_step
 from .eager import Settings, empty
 
 SIZES = ["H", "W", "HQ", "WQ", "M", "N"]
+STRIDES = [f"stride_{tensor}{axis}" for tensor in "qkogdrc" for axis in "bchyx"]
 
 
 @triton.jit
@@ -84,17 +87,21 @@ def positions(
     return of_rows + tl.load(columns_ptr + columns, ok[:, None] & ((c >= A) & (c < 2 * A))[None, :], 0.0)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def fwd_kernel(
     q_ptr, kv_ptr, rows_ptr, columns_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qc, stride_qy, stride_qx, stride_kb, stride_kc, stride_ky, stride_kx,
     stride_rb, stride_rh, stride_ry, stride_rx, stride_cb, stride_ch, stride_cy, stride_cx,
     stride_ob, stride_oc, stride_oy, stride_ox,
     heads, H, W, HQ, WQ, M, N, scale,
+    Q: tl.constexpr, KV: tl.constexpr, OUT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, POSITIONS: tl.constexpr,
     OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    stride_qb, stride_qc, stride_qy, stride_qx = known_strides(stride_qb, stride_qc, stride_qy, stride_qx, Q)
+    stride_kb, stride_kc, stride_ky, stride_kx = known_strides(stride_kb, stride_kc, stride_ky, stride_kx, KV)
+    stride_ob, stride_oc, stride_oy, stride_ox = known_strides(stride_ob, stride_oc, stride_oy, stride_ox, OUT)
     A: tl.constexpr = BLOCK + 2 * HALO
     b, head, I, J, tile = program(heads, M, N, TILES)
     y, x, ok = queries(tile * OWN + tl.arange(0, OWN), I, J, HQ, WQ, SIDE)
@@ -129,7 +136,7 @@ def fwd_kernel(
     tl.store(out_ptr + offsets(e, y, x, stride_oc, stride_oy, stride_ox), out, ok[:, None] & (e < DV)[None, :])
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def dq_kernel(
     q_ptr, kv_ptr, rows_ptr, columns_ptr, out_ptr, dout_ptr, lse_ptr, delta_ptr, dq_ptr, drows_ptr, dcolumns_ptr,
     stride_qb, stride_qc, stride_qy, stride_qx, stride_kb, stride_kc, stride_ky, stride_kx,
@@ -137,10 +144,16 @@ def dq_kernel(
     stride_ob, stride_oc, stride_oy, stride_ox, stride_gb, stride_gc, stride_gy, stride_gx,
     stride_db, stride_dc, stride_dy, stride_dx,
     heads, H, W, HQ, WQ, M, N, scale,
+    Q: tl.constexpr, KV: tl.constexpr, OUT: tl.constexpr, DOUT: tl.constexpr, TO: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, POSITIONS: tl.constexpr,
     OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    stride_qb, stride_qc, stride_qy, stride_qx = known_strides(stride_qb, stride_qc, stride_qy, stride_qx, Q)
+    stride_kb, stride_kc, stride_ky, stride_kx = known_strides(stride_kb, stride_kc, stride_ky, stride_kx, KV)
+    stride_ob, stride_oc, stride_oy, stride_ox = known_strides(stride_ob, stride_oc, stride_oy, stride_ox, OUT)
+    stride_gb, stride_gc, stride_gy, stride_gx = known_strides(stride_gb, stride_gc, stride_gy, stride_gx, DOUT)
+    stride_db, stride_dc, stride_dy, stride_dx = known_strides(stride_db, stride_dc, stride_dy, stride_dx, TO)
     A: tl.constexpr = BLOCK + 2 * HALO
     b, head, I, J, tile = program(heads, M, N, TILES)
     y, x, ok = queries(tile * OWN + tl.arange(0, OWN), I, J, HQ, WQ, SIDE)
@@ -192,17 +205,22 @@ def dq_kernel(
     tl.store(dcolumns_ptr, dpos, ok[:, None] & ((c >= A) & (c < 2 * A))[None, :])
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def dkdv_kernel(
     q_ptr, kv_ptr, rows_ptr, columns_ptr, dout_ptr, lse_ptr, delta_ptr, dkv_ptr,
     stride_qb, stride_qc, stride_qy, stride_qx, stride_kb, stride_kc, stride_ky, stride_kx,
     stride_rb, stride_rh, stride_ry, stride_rx, stride_cb, stride_ch, stride_cy, stride_cx,
     stride_gb, stride_gc, stride_gy, stride_gx, stride_db, stride_dc, stride_dy, stride_dx,
     heads, H, W, HQ, WQ, M, N, scale,
+    Q: tl.constexpr, KV: tl.constexpr, DOUT: tl.constexpr, TO: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, POSITIONS: tl.constexpr,
     OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
+    stride_qb, stride_qc, stride_qy, stride_qx = known_strides(stride_qb, stride_qc, stride_qy, stride_qx, Q)
+    stride_kb, stride_kc, stride_ky, stride_kx = known_strides(stride_kb, stride_kc, stride_ky, stride_kx, KV)
+    stride_gb, stride_gc, stride_gy, stride_gx = known_strides(stride_gb, stride_gc, stride_gy, stride_gx, DOUT)
+    stride_db, stride_dc, stride_dy, stride_dx = known_strides(stride_db, stride_dc, stride_dy, stride_dx, TO)
     A: tl.constexpr = BLOCK + 2 * HALO
     STEPS: tl.constexpr = (SIDE * SIDE + WALKED - 1) // WALKED  # to loop over one block's queries
     b, head, I, J, tile = program(heads, M, N, TILES)
@@ -331,7 +349,9 @@ def fwd(q: Tensor, kv: Tensor, rows: Tensor, columns: Tensor, settings: Settings
     strides = *q.stride(), *kv.stride(), *rows.stride()[:4], *columns.stride()[:4], *out.stride()
     grid = (B * sizes[5] * sizes[6] * options["TILES"] * heads,)
     with torch.cuda.device_of(q):
-        fwd_kernel[grid](q, kv, rows, columns, out, lse, *strides, *sizes, **options)
+        fwd_kernel[grid](
+            q, kv, rows, columns, out, lse, *strides, *sizes, Q=layout(q), KV=layout(kv), OUT=layout(out), **options
+        )
     return out, lse
 
 
@@ -351,16 +371,19 @@ def bwd(
         torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device) for z in (rows, columns, lse)
     )
     sizes, of_queries, of_keys = _launch(q, kv, settings)
-    maps = *q.stride(), *kv.stride(), *rows.stride()[:4], *columns.stride()[:4]
+    strides = *q.stride(), *kv.stride(), *rows.stride()[:4], *columns.stride()[:4]
+    forms = dict(Q=layout(q), KV=layout(kv), DOUT=layout(dout))
     programs = q.shape[0] * sizes[5] * sizes[6] * settings.heads
     with torch.cuda.device_of(q):
         dq_kernel[(programs * of_queries["TILES"],)](
             q, kv, rows, columns, out, dout, lse, delta, dq, drows, dcolumns,
-            *maps, *out.stride(), *dout.stride(), *dq.stride(), *sizes, **of_queries,
+            *strides, *out.stride(), *dout.stride(), *dq.stride(), *sizes,
+            **forms, OUT=layout(out), TO=layout(dq), **of_queries,
         )  # fmt: skip
         dkdv_kernel[(programs * of_keys["TILES"],)](
-            q, kv, rows, columns, dout, lse, delta, dkv, *maps, *dout.stride(), *dkv.stride(), *sizes, **of_keys
-        )
+            q, kv, rows, columns, dout, lse, delta, dkv, *strides, *dout.stride(), *dkv.stride(), *sizes,
+            **forms, TO=layout(dkv), **of_keys,
+        )  # fmt: skip
     return dq, dkv, drows, dcolumns
 
 
@@ -369,7 +392,8 @@ def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]
     itemsize = 4 if dtype == "fp32" else 2
     floats = dict(lse_ptr="*fp32", delta_ptr="*fp32")
     for D in (D for size, D in TILES if size == itemsize):
-        for block, halo, inner in ((8, 3, "c"), (8, 3, "x"), (14, 2, "x")):
-            ones = {f"stride_{z}{inner}": 1 for z in "qkogd"}
+        for block, halo, form in ((8, 3, maps.CHANNELS + maps.ALIGNED), (8, 3, maps.COLUMNS), (14, 2, maps.COLUMNS)):
+            options = launch_options(itemsize, min(D, 64), D, block, halo, block, block**2, hip)
             for kernel in (fwd_kernel, dq_kernel, dkdv_kernel):
-                yield kernel, floats, ones | launch_options(itemsize, min(D, 64), D, block, halo, block, block**2, hip)
+                names = [name for name in ("Q", "KV", "OUT", "DOUT", "TO") if name in kernel.arg_names]
+                yield kernel, floats, dict.fromkeys(names, form) | options

@@ -13,7 +13,6 @@ There are no atomics: sums over positions are partial sums, one per program, whi
 memory formats and views are read without copying; offsets are 64-bit.
 """
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -237,8 +236,8 @@ def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]
     in_dtype = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
     for kernel in (gate_kernel, norm_kernel, sums_kernel, grad_kernel):
         pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in in_dtype}
-        for inner, aligned, flat in itertools.product((maps.CHANNELS, maps.COLUMNS), (0, maps.ALIGNED), (True, False)):
-            forms = {name: inner + aligned for name in ("X", "DY", "DX", "Y") if name in kernel.arg_names}
+        for form, flat in ((maps.CHANNELS + maps.ALIGNED, True), (maps.COLUMNS, True), (0, False)):
+            forms = {name: form for name in ("X", "DY", "DX", "Y") if name in kernel.arg_names}
             for C, P in ((32, 3136), (256, 49)):
                 for flags in [dict(TRAINING=t) for t in (False, True)] if kernel is gate_kernel else [{}]:
                     yield kernel, pointers, forms | dict(FLAT=flat) | flags | tile(C, P)

@@ -11,7 +11,6 @@ tile are partial sums, which are added in a fixed order, without atomics. Triton
 1, so both memory formats and views are read without copying.
 """
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -208,7 +207,7 @@ def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]
     for channels_last in (False, True):
         for size in (7, 14, 112):
             options = tile(64, size, size, channels_last)
-            for grad, aligned in itertools.product((False, True), (0, maps.ALIGNED)):
-                form = aligned + (maps.CHANNELS if channels_last else maps.COLUMNS)
+            form = maps.CHANNELS + maps.ALIGNED if channels_last else maps.COLUMNS
+            for grad in (False, True):
                 yield sums_kernel, strips, dict(X=form, DY=form, GRAD=grad, ROWS=ROWS) | options
                 yield gate_kernel, strips, dict(X=form, Y=form, GRAD=grad, RESIDUAL=True) | options

@@ -27,7 +27,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .. import maps
+from ..maps import known_sizes, known_strides
+
 SIZES = ["B", "g", "G", "H", "W"]
+STRIDES = [f"stride_{tensor}{axis}" for tensor in ("", "d", "x", "y") for axis in "bchw"]
 NAN = tl.constexpr(tl.PropagateNan.ALL)
 
 
@@ -58,11 +62,14 @@ def largest(a, b):
     return tl.maximum(a, b, propagate_nan=NAN)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def moments_kernel(
     x_ptr, mean_ptr, square_ptr, stride_b, stride_c, stride_h, stride_w, g, G, H, W,
+    X: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    G, W = known_sizes(G, W, X)
     b, n, c, has = subspace(tl.program_id(0), g, G, BLOCK_C)
     channel = n.to(tl.int64) * G + c
     x_ptr += b * stride_b + (channel * stride_c)[:, None]
@@ -82,11 +89,14 @@ def moments_kernel(
     tl.store(square_ptr + b * g * G + channel, tl.sum(square, 1), has)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def scores_kernel(
     x_ptr, scale_ptr, shift_ptr, point_ptr, s_ptr, stride_b, stride_c, stride_h, stride_w, g, G, H, W,
+    X: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    G, W = known_sizes(G, W, X)
     tiles = (H * W + BLOCK_P - 1) // BLOCK_P
     pid = tl.program_id(0)
     p = pid % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -109,12 +119,16 @@ def scores_kernel(
     tl.store(s_ptr + (b * g + n) * H * W + p, s, p < H * W)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def gate_kernel(
     x_ptr, attention_ptr, y_ptr,
     stride_b, stride_c, stride_h, stride_w, stride_yb, stride_yc, stride_yh, stride_yw, g, G, H, W,
+    X: tl.constexpr, Y: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    stride_yb, stride_yc, stride_yh, stride_yw = known_strides(stride_yb, stride_yc, stride_yh, stride_yw, Y)
+    G, W = known_sizes(G, W, X)
     tiles = (H * W + BLOCK_P - 1) // BLOCK_P
     pid = tl.program_id(0)
     p = pid % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -128,12 +142,16 @@ def gate_kernel(
     tl.store(y_ptr, (x + x * a).to(y_ptr.dtype.element_ty), ok)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def dgate_kernel(
     dy_ptr, x_ptr, da_ptr,
     stride_db, stride_dc, stride_dh, stride_dw, stride_b, stride_c, stride_h, stride_w, g, G, H, W,
+    DY: tl.constexpr, X: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    stride_db, stride_dc, stride_dh, stride_dw = known_strides(stride_db, stride_dc, stride_dh, stride_dw, DY)
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    G, W = known_sizes(G, W, X)
     tiles = (H * W + BLOCK_P - 1) // BLOCK_P
     pid = tl.program_id(0)
     p = pid % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -155,14 +173,19 @@ def grad_at(ds_ptr, h, w, H, W):
     return tl.load(ds_ptr + h * W + w, (h >= 0) & (h < H) & (w >= 0) & (w < W), 0.0)[None, :]
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
 def dmap_kernel(
     x_ptr, dy_ptr, ds_ptr, attention_ptr, scale_ptr, shift_ptr, point_ptr, constant_ptr, linear_ptr,
     dx_ptr, sum_ptr, sumx_ptr,
     stride_b, stride_c, stride_h, stride_w, stride_db, stride_dc, stride_dh, stride_dw,
     stride_xb, stride_xc, stride_xh, stride_xw, g, G, H, W,
+    X: tl.constexpr, DY: tl.constexpr, TO: tl.constexpr,
     SUMS: tl.constexpr, DX: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
+    stride_db, stride_dc, stride_dh, stride_dw = known_strides(stride_db, stride_dc, stride_dh, stride_dw, DY)
+    stride_xb, stride_xc, stride_xh, stride_xw = known_strides(stride_xb, stride_xc, stride_xh, stride_xw, TO)
+    G, W = known_sizes(G, W, X)
     b, n, c, has = subspace(tl.program_id(0), g, G, BLOCK_C)
     channel = n.to(tl.int64) * G + c
     scale = tl.load(scale_ptr + channel, has, 0.0)[:, None]
@@ -261,12 +284,18 @@ def _launch(kernel, x: Tensor, g: int) -> tuple[tuple, dict, int, int]:
     return (g, C // g, H, W), options, channels, positions
 
 
+def _layout(x: Tensor, g: int) -> int:
+    """Return the layout of a map, aligned only if every subspace is."""
+    form = maps.layout(x)
+    return form if form & maps.COLUMNS or x.shape[1] // g % 8 == 0 else form & maps.CHANNELS
+
+
 def moments(x: Tensor, g: int) -> tuple[Tensor, Tensor]:
     """Return mean and biased variance of each channel, float32."""
     (B, C, H, W), (sizes, options, channels, _) = x.shape, _launch(moments_kernel, x, g)
     mean, square = (x.new_empty(B, C, dtype=torch.float32) for _ in range(2))
     with torch.cuda.device_of(x):
-        moments_kernel[(B * g * channels,)](x, mean, square, *x.stride(), *sizes, **options)
+        moments_kernel[(B * g * channels,)](x, mean, square, *x.stride(), *sizes, X=_layout(x, g), **options)
     var, centre = torch.var_mean(mean, 0, correction=0)
     return centre, square.sum(0) / (B * H * W) + var
 
@@ -276,7 +305,7 @@ def scores(x: Tensor, scale: Tensor, shift: Tensor, point_weight: Tensor, g: int
     s = x.new_empty(B, g, H, W, dtype=torch.float32)
     vectors = (v.contiguous() for v in (scale, shift, point_weight))
     with torch.cuda.device_of(x):
-        scores_kernel[(B * g * positions,)](x, *vectors, s, *x.stride(), *sizes, **options)
+        scores_kernel[(B * g * positions,)](x, *vectors, s, *x.stride(), *sizes, X=_layout(x, g), **options)
     return s
 
 
@@ -285,8 +314,9 @@ def gate(x: Tensor, attention: Tensor) -> Tensor:
     sizes, options, channels, positions = _launch(gate_kernel, x, g)
     with torch.cuda.device_of(x):
         gate_kernel[(B * g * channels * positions,)](
-            x, attention.contiguous(), y, *x.stride(), *y.stride(), *sizes, **options
-        )
+            x, attention.contiguous(), y, *x.stride(), *y.stride(), *sizes,
+            X=_layout(x, g), Y=_layout(y, g), **options,
+        )  # fmt: skip
     return y
 
 
@@ -294,7 +324,9 @@ def gate_gradient(dy: Tensor, x: Tensor, attention: Tensor) -> Tensor:
     da, (B, g) = torch.empty_like(attention, memory_format=torch.contiguous_format), attention.shape[:2]
     sizes, options, _, positions = _launch(dgate_kernel, x, g)
     with torch.cuda.device_of(x):
-        dgate_kernel[(B * g * positions,)](dy, x, da, *dy.stride(), *x.stride(), *sizes, **options)
+        dgate_kernel[(B * g * positions,)](
+            dy, x, da, *dy.stride(), *x.stride(), *sizes, DY=_layout(dy, g), X=_layout(x, g), **options
+        )
     return da
 
 
@@ -306,12 +338,13 @@ def map_gradient(dy: Tensor, x: Tensor, ds: Tensor, attention: Tensor, middle) -
     sums = x.new_empty(2, B, C, dtype=torch.float32)
     vectors = [v.contiguous() for v in (middle.scale, middle.shift, middle.point_weight)]
     dx = torch.empty_like(x)
-    maps, strides = (x, dy, ds.contiguous(), attention.contiguous()), (*x.stride(), *dy.stride(), *dx.stride())
+    inputs, strides = (x, dy, ds.contiguous(), attention.contiguous()), (*x.stride(), *dy.stride(), *dx.stride())
+    forms = dict(X=_layout(x, g), DY=_layout(dy, g), TO=_layout(dx, g))
 
     def run(constant: Tensor, linear: Tensor, **which) -> None:
         with torch.cuda.device_of(x):
             dmap_kernel[(B * g * channels,)](
-                *maps, *vectors, constant, linear, dx, *sums, *strides, *sizes, **which, **options
+                *inputs, *vectors, constant, linear, dx, *sums, *strides, *sizes, **forms, **which, **options
             )
 
     zeros = torch.zeros_like(vectors[0])
@@ -324,12 +357,12 @@ def map_gradient(dy: Tensor, x: Tensor, ds: Tensor, attention: Tensor, middle) -
 
 def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]]:
     """Yield for saccade.ops.aot: the tiles of small and of large subspaces, in both memory formats."""
-    maps = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
+    in_dtype = ("x_ptr", "y_ptr", "dy_ptr", "dx_ptr")
     for kernel in TILES:
-        pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in maps}
-        forms = ((True, True), (True, False), (False, True)) if kernel is dmap_kernel else (None,)
-        for channels_last, (G, P), form in itertools.product((False, True), ((8, 49), (128, 196)), forms):
-            inner = "c" if channels_last else "w"
-            options = {name: 1 for name in kernel.arg_names if name.startswith("stride_") and name.endswith(inner)}
-            options |= tile(kernel, G, P, channels_last)
-            yield kernel, pointers, options if form is None else options | dict(zip(("SUMS", "DX"), form))
+        pointers = {name: "*fp32" for name in kernel.arg_names if name.endswith("_ptr") and name not in in_dtype}
+        passes = ((True, True), (True, False), (False, True)) if kernel is dmap_kernel else (None,)
+        layouts = maps.CHANNELS + maps.ALIGNED, maps.COLUMNS
+        for form, (G, P), which in itertools.product(layouts, ((8, 49), (128, 196)), passes):
+            options = {name: form for name in ("X", "DY", "TO", "Y") if name in kernel.arg_names}
+            options |= tile(kernel, G, P, bool(form & maps.CHANNELS))
+            yield kernel, pointers, options if which is None else options | dict(zip(("SUMS", "DX"), which))
