@@ -432,7 +432,7 @@ class BEVLifter(nn.Module):
             raise ValueError(
                 "backbone_pretrained must be False for resnet101_dcn, which timm does not publish, got True"
             )
-        arguments = dict(in_chans=in_chans) | (backbone_args or {})
+        arguments: dict[str, Any] = dict(in_chans=in_chans) | (backbone_args or {})
         if is_published:
             reductions = list(ResNetDCN.strides)
         else:
@@ -444,7 +444,7 @@ class BEVLifter(nn.Module):
                 f"strides must be some of {backbone}'s {reductions}, and may end with one more, got {strides}"
             )
         if is_published:
-            self.backbone = ResNetDCN(own, **arguments)
+            self.backbone: Any = ResNetDCN(own, **arguments)
             channels = self.backbone.channels
         else:
             self.backbone = timm.create_model(backbone, **arguments, out_indices=[reductions.index(s) for s in own])
@@ -707,7 +707,8 @@ def checkpoint_filter_fn(state_dict: dict, model: BEVLifter) -> dict[str, Tensor
     state_dict = {key.removeprefix("module."): value for key, value in state_dict.items()}
     if not any(key.startswith("pts_bbox_head.") for key in state_dict):
         return state_dict
-    own, taken, parts = model.state_dict(), convert(state_dict, model), ("",)
+    own, taken = model.state_dict(), convert(state_dict, model)
+    parts: tuple[str, ...] = ("",)
     if not isinstance(model.backbone, ResNetDCN):
         parts = ("encoder.", "depth.")
         taken = {key: value for key, value in taken.items() if key.startswith(parts)}
