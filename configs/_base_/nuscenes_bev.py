@@ -1,9 +1,9 @@
 """BEVFormer's recipe with DFA3D on nuScenes: 24 epochs of AdamW, 8 samples a step, the image backbone at a tenth.
 
-Published runs start from FCOS3D's ResNet-101 with deformable convolutions: give its file, r101_dcn_fcos3d_pretrain.pth of
-BEVFormer's releases, as checkpoint=…; with none, the frozen stem and first stage would stay random. A backbone of timm
-is trained with model.backbone=resnet101 model.backbone_pretrained=True. With the CAN bus expansion in data.root, the
-ego's accelerations and velocities are given as published, else zeros.
+Published runs start from FCOS3D's ResNet-101 with deformable convolutions: give r101_dcn_fcos3d_pretrain.pth of
+BEVFormer's releases as checkpoint=…; without it the frozen stem and first stage would stay random. A backbone of timm is
+trained with model.backbone=resnet101 model.backbone_pretrained=True. With the CAN bus expansion in data.root, the ego's
+accelerations and velocities are given as published, else zeros.
 
 Lengths are in steps, 3,516 an epoch, as the warm-up takes 500. The stem, the first stage and all BatchNorms of the
 backbone are frozen. Differs from the published runs: the cosine follows the step, not the epoch; brightness is
