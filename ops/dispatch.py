@@ -32,12 +32,15 @@ _interpreted = _interpreting()
 _recording = False  # True while saccade.ops.launches records the kernels that CPU tensors would launch on a GPU
 
 
-@torch.compiler.assume_constant_result
 def _is_below_sm_80(index: int | None) -> bool:
     """Return whether this is an NVIDIA card older than sm_80, whose tensor cores the kernels cannot use."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability(index) < (8, 0)
+
+
+# A constant for torch.compile, as by torch.compiler.assume_constant_result, which would import the compiler here.
+_is_below_sm_80._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class backend:

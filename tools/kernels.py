@@ -43,11 +43,12 @@ def launches_of(name: str, size: tuple[int, int], dtype: str, hip: bool = False,
     return record_model(lambda: timm.create_model(name, **create), inputs, getattr(torch, dtype), hip)
 
 
-def distinct(launches: list[Launch], card: str) -> dict[str, list[Launch]]:
-    """Return the launches by what Triton compiles for them."""
+def distinct(launches: list[Launch], card: str, operators: list[str]) -> dict[str, list[Launch]]:
+    """Return the launches of these operators by what Triton compiles for them."""
     target, groups = GPUTarget(*aot.CARDS[card][:3]), {}
     for launch in launches:
-        groups.setdefault(launch.specialize(target)[0], []).append(launch)
+        if launch.name.split(".")[0] in operators:
+            groups.setdefault(launch.specialize(target)[0], []).append(launch)
     return groups
 
 
@@ -62,6 +63,7 @@ def usage(launch: Launch, dtype: str, card: str) -> aot.Usage:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL", help="names or patterns of models, quoted: 'agent_*'")
+    parser.add_argument("--operators", nargs="+", choices=aot.OPERATORS, default=aot.OPERATORS)
     parser.add_argument("--cards", nargs="+", choices=aot.CARDS, default=["sm_90"])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
     parser.add_argument("--sizes", nargs="+", default=["224x224"], metavar="HxW")
@@ -78,7 +80,8 @@ def main(argv: list[str] | None = None) -> int:
             for name in dict.fromkeys(patterns):
                 for text in args.sizes:
                     size = tuple(int(n) for n in text.split("x"))
-                    groups = distinct(launches_of(name, size, dtype, aot.CARDS[card].backend == "hip"), card)
+                    launches = launches_of(name, size, dtype, aot.CARDS[card].backend == "hip")
+                    groups = distinct(launches, card, args.operators)
                     new = [key for key in groups if key not in seen]
                     seen |= groups.keys()
                     if args.compilations:

@@ -4,17 +4,24 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from saccade.ops import aot
 
+KERNELS = str(Path(__file__).parents[2] / "tools" / "kernels.py")
 
-def listing(*args: str) -> list[aot.Usage]:
+
+def lines(*command: str) -> tuple[list[dict], subprocess.CompletedProcess]:
+    """Run a Python command that prints JSON, with kernels that are compiled, not interpreted."""
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "saccade.ops.aot", "--json", *args]
-    run = subprocess.run(command, env=env, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, *command, "--json"], env=env, capture_output=True, text=True)
     assert run.stdout, run.stderr
-    rows = [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in run.stdout.splitlines()], run
+
+
+def listing(*args: str, command=("-m", "saccade.ops.aot")) -> list[aot.Usage]:
+    rows, run = lines(*command, *args)
     assert run.returncode == any(row["problem"] for row in rows), run.stderr
     return [aot.Usage(**{key: row[key] for key in aot.Usage._fields}) for row in rows]
 
@@ -42,6 +49,53 @@ def test_every_tile_fits(operator, card, dtype):
     rows = listing("--operators", operator, "--cards", card, "--dtypes", dtype)
     fits(rows)
     assert {(row.operator, row.card, row.dtype) for row in rows} == {(operator, card, dtype)}
+
+
+def test_what_a_model_launches_fits():
+    """Padding and a bias in one window kernel: no list made by hand had that."""
+    rows = listing("agent_swin_t", "--operators", "window_attention", command=(KERNELS,))
+    fits(rows)
+    assert {row.kernel for row in rows} == {"fwd_kernel", "bwd_kernel"}
+    assert all("PAD=True BIAS=True" in row.tile for row in rows)
+
+
+FAMILIES = ["agent_*", "biformer_*", "davit_*", "dfa3d_*", "*nat*", "ela_*", "halo_*", "patnet_*", "sparsifiner_*"]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("card", aot.CARDS)
+@pytest.mark.parametrize("family", [*FAMILIES, "ulsam_*"])
+def test_what_every_model_launches_fits(family, card):
+    rows = listing(family, "--cards", card, command=(KERNELS,))
+    fits(rows)
+    assert {row.card for row in rows} == {card}
+
+
+def compilations(model: str, sizes: list[tuple[int, int]]) -> list[int]:
+    """Return how many kernels each image size adds."""
+    rows, _ = lines(KERNELS, model, "--compilations", "--sizes", *(f"{h}x{w}" for h, w in sizes))
+    assert [row["size"] for row in rows] == [f"{h}x{w}" for h, w in sizes]
+    assert rows[0]["kernels"] == rows[0]["new"] > 0
+    return [row["new"] for row in rows]
+
+
+# As detectors pad their images: the shorter side from 544 to 800, the longer one to 1344.
+TWO = [(544, 544), (608, 800)]
+DETECTION = [(h, 32 * round(h * ratio / 32)) for h in range(544, 801, 32) for ratio in (1.25, 1.33, 1.5, 1.66)][:30]
+
+
+def test_image_sizes_add_no_compilation():
+    assert compilations("ela_resnet18", [*TWO, (800, 1344), (576, 992), (672, 896)])[2:] == [0, 0, 0]
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    "model",
+    ["biformer_t", "davit_t", "ela_resnet34", "halo_26t", "halo_h0", "nat_t", "patnet_t1", "ulsam_mobilenet_v1"],
+)
+def test_thirty_image_sizes_compile_no_more_than_two(model):
+    assert sum(compilations(model, [*TWO, *DETECTION])[2:]) == 0
 
 
 def test_compiles_for_a_card_of_another_maker():

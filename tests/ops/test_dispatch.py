@@ -8,7 +8,8 @@ import pytest
 import torch
 from saccade.ops import backend, dispatch
 from saccade.ops.dispatch import use_triton
-from support.ops import DEVICE
+from support.ops import DEVICE, refuses
+from torch._subclasses import FakeTensorMode
 
 
 def python(code: str, **env) -> subprocess.CompletedProcess:
@@ -52,6 +53,20 @@ def test_a_refusal_names_all_in_one_sentence():
     )
 
 
+@pytest.mark.parametrize("capability, runs", [((7, 5), False), ((8, 0), True), ((9, 0), True), ((12, 0), True)])
+def test_old_gpus_take_pytorch(capability, runs, monkeypatch):
+    with FakeTensorMode():
+        x = torch.empty(2, device="cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    assert use_triton(x) == runs
+    with backend("triton"):
+        if runs:
+            assert use_triton(x)
+        else:
+            refuses(use_triton, "cannot run: a GPU older than compute capability 8.0$", x, error=RuntimeError)
+
+
 @pytest.mark.parametrize("name", ["cuda", "", "Triton", None])
 def test_a_wrong_name_is_refused_at_once(name):
     with pytest.raises(ValueError, match=r"^backend must be one of 'triton', 'torch', 'auto', got"):
@@ -87,6 +102,21 @@ def test_importing_brings_no_kernel():
     assert "saccade.ops.bilevel_routing" in run.stdout, run.stderr
     assert "'triton'" not in run.stdout
     assert "saccade.ops.bilevel_routing.kernel" not in run.stdout
+
+
+def test_the_gpu_is_a_constant_of_compiled_code():
+    seen = []
+
+    def f(x):
+        return x + 1 if dispatch._is_below_sm_80(None) else x - 1
+
+    def backend(graph, inputs):
+        seen.extend(node.target for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    x = torch.ones(2)
+    assert torch.equal(torch.compile(f, fullgraph=True, backend=backend)(x), f(x))
+    assert len(seen) == 1
 
 
 def test_both_forms_under_compile():
