@@ -52,23 +52,28 @@ def neighborhood_attention(
         _check(qkv, heads, kernel, bias, dilation, stride)
         if qkv.numel() == 0:  # with a graph to the bias
             return qkv.sum(3) + (0 if bias is None else bias.sum().to(qkv.dtype))
-        cannot, D = [], qkv.shape[4] // heads
-        if D > MAX_HEAD_DIM:
-            cannot.append(f"a head dimension of {D}, over {MAX_HEAD_DIM}")
-        if max(qkv.shape[1:3]) > MAX_SIDE:
-            cannot.append(f"a map of {qkv.shape[1]} x {qkv.shape[2]}, over {MAX_SIDE}")
-        if use_triton(*(t for t in (qkv, bias) if t is not None), cannot=cannot):
-            return _triton(qkv, heads, kernel, bias, dilation, stride, D**-0.5 if scale is None else scale)
-        rest = heads, tuple(kernel), tuple(dilation), tuple(stride)
+        if _kernels(qkv, heads, bias):
+            return _triton(qkv, heads, kernel, bias, dilation, stride, scale)
         if qkv.device.type != "cpu" or use_definition(qkv):
+            rest = heads, tuple(kernel), tuple(dilation), tuple(stride)
             return eager.definition(qkv, bias, rest, scale).contiguous()
         return eager.neighborhood_attention(qkv, heads, kernel, bias, dilation, stride, scale)
+
+
+def _kernels(qkv: Tensor, heads: int, bias: Tensor | None) -> bool:
+    (H, W), D, cannot = qkv.shape[1:3], qkv.shape[4] // heads, []
+    if D > MAX_HEAD_DIM:
+        cannot.append(f"a head dimension of {D}, over {MAX_HEAD_DIM}")
+    if max(H, W) > MAX_SIDE:
+        cannot.append(f"a map of {H} x {W}, over {MAX_SIDE}")
+    return use_triton(*(t for t in (qkv, bias) if t is not None), cannot=cannot)
 
 
 def _triton(qkv, heads, kernel, bias, dilation, stride, scale) -> Tensor:
     from . import op  # and with it Triton: only now
 
     bias = None if bias is None else bias.float()
+    scale = (qkv.shape[4] // heads) ** -0.5 if scale is None else scale
     return op.fwd(qkv, bias, heads, list(kernel), list(dilation), list(stride), scale)[0]
 
 

@@ -221,26 +221,28 @@ def tiled(
     """Run on maps of any size, also in traced graphs. All tiles have one size; the last ones repeat queries."""
     B, H, W, _, C = qkv.shape
     D = C // heads
-    y, x = axis(H, kernel[0], dilation[0], stride[0], qkv), axis(W, kernel[1], dilation[1], stride[1], qkv)
-    (M, T), (N, S), U, V = y[0].shape, x[0].shape, y[1].shape[1], x[1].shape[1]
-    q = qkv[:, :, :, 0].index_select(1, y[0].flatten()).index_select(2, x[0].flatten())
+    rows, key_rows, dy, seen_y, of_row = axis(H, kernel[0], dilation[0], stride[0], qkv)
+    columns, key_columns, dx, seen_x, of_column = axis(W, kernel[1], dilation[1], stride[1], qkv)
+    M, T, U = dy.shape
+    N, S, V = dx.shape
+    q = qkv[:, :, :, 0].index_select(1, rows).index_select(2, columns)
     q = q.reshape(B, M, T, N, S, heads, D).permute(0, 1, 3, 5, 2, 4, 6).reshape(B, M, N, heads, T * S, D)
-    kv = qkv[:, :, :, 1:].index_select(1, y[1].flatten()).index_select(2, x[1].flatten())
+    kv = qkv[:, :, :, 1:].index_select(1, key_rows).index_select(2, key_columns)
     kv = kv.reshape(B, M, U, N, V, 2, heads, D).permute(5, 0, 1, 3, 6, 2, 4, 7).reshape(2, B, M, N, heads, U * V, D)
-    k, v = kv.unbind(0)
+    k, v = kv[0], kv[1]
     logits = q @ k.transpose(-2, -1) * (D**-0.5 if scale is None else scale)
     if bias is not None:
-        z = bias[:, y[2][:, None, :, None, :, None], x[2][None, :, None, :, None, :]]  # (heads, M, N, T, S, U, V)
+        z = bias[:, dy[:, None, :, None, :, None], dx[None, :, None, :, None, :]]  # (heads, M, N, T, S, U, V)
         logits = logits + z.permute(1, 2, 0, 3, 4, 5, 6).reshape(M, N, heads, T * S, U * V)
-    seen = y[3][:, None, :, None, :, None] & x[3][None, :, None, :, None, :]
+    seen = seen_y[:, None, :, None, :, None] & seen_x[None, :, None, :, None, :]
     logits = logits.masked_fill(~seen.reshape(M, N, 1, T * S, U * V), float("-inf"))
     out = (logits.softmax(-1) @ v).reshape(B, M, N, heads, T, S, D).permute(0, 1, 4, 2, 5, 3, 6)
-    return out.reshape(B, M * T, N * S, C).index_select(1, y[4]).index_select(2, x[4])
+    return out.reshape(B, M * T, N * S, C).index_select(1, of_row).index_select(2, of_column)
 
 
-def axis(L: int, k: int, d: int, s: int, like: Tensor) -> list[Tensor]:
-    """Return for all tiles along an axis: positions of queries (tiles, T) and keys (tiles, U); for their pairs (tiles,
-    T, U) the index in the table and whether the query sees the key; for each position its index among the queries."""
+def axis(L: int, k: int, d: int, s: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return for all tiles along an axis: positions of queries (tiles · T) and of keys (tiles · U); for their pairs
+    (tiles, T, U) the index in the table and whether the query sees the key; for each position its query."""
     longest = (L + d - 1) // d  # members of the first class
     T = at_most(longest, 7)
     U = at_most(longest, 6 + k + s - 1)
@@ -255,7 +257,7 @@ def axis(L: int, k: int, d: int, s: int, like: Tensor) -> list[Tensor]:
     entry = (keys[:, :, None] - i[..., None] + k - 1).clamp(0, 2 * k - 2)
     x = torch.arange(L, device=like.device)
     of_position = x % d * (tiles * T) + x // d
-    return [*(z.flatten(0, 1) for z in (queries, cells, entry, seen)), of_position]
+    return queries.flatten(), cells.flatten(), entry.flatten(0, 1), seen.flatten(0, 1), of_position
 
 
 def at_most(n: int, limit: int) -> int:

@@ -398,15 +398,16 @@ def dbias_kernel(
 
 
 # By bytes per element and padded head dimension: tile (rows, columns), keys or queries walked at a time, warps, stages.
-# Chosen by ahead-of-time compilation (saccade.ops.aot), so that nothing spills on sm_90; not timed on a GPU yet.
+# With more stages Triton would also prefetch the bias, element by element, and use twice the registers. Chosen by
+# ahead-of-time compilation (saccade.ops.aot), so that nothing spills on sm_90; not timed on a GPU yet.
 TILES = {
     (2, 16): (8, 8, 32, 4, 1),
     (2, 32): (8, 8, 32, 4, 1),
     (2, 64): (8, 8, 32, 4, 1),
     (2, 128): (8, 8, 32, 8, 1),
-    (4, 16): (4, 8, 32, 8, 2),
-    (4, 32): (4, 8, 32, 8, 2),
-    (4, 64): (4, 8, 32, 8, 2),
+    (4, 16): (4, 8, 16, 4, 1),
+    (4, 32): (4, 8, 32, 4, 1),
+    (4, 64): (4, 4, 32, 4, 1),
     (4, 128): (4, 4, 16, 8, 1),
 }
 PROGRAMS = 1024  # at least, for sums over tiles: about 8 per multiprocessor
@@ -455,8 +456,8 @@ def launch_options(itemsize: int, D: int, kernel: list[int], stride: list[int], 
 
 def sum_options(options: dict, itemsize: int) -> dict:
     """Return those of dbias_kernel, whose sums need registers."""
-    wide = options["BLOCK_D"] > 64 or itemsize == 4
-    return options | dict(BLOCK_N=32 if wide else 64, num_warps=8, num_stages=1)
+    walked = 64 if itemsize * options["BLOCK_D"] <= 128 else 32 if itemsize * options["BLOCK_D"] <= 256 else 16
+    return options | dict(BLOCK_N=walked, num_warps=8, num_stages=1)
 
 
 def _readable(x: Tensor) -> Tensor:

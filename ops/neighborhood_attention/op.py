@@ -73,5 +73,5 @@ def fwd_flop(qkv_shape, bias_shape, heads, kernel, *args, **kwargs) -> int:
 
 
 @register_flop_formula(torch.ops.saccade.neighborhood_attention_bwd)
-def bwd_flop(dout_shape, qkv_shape, bias_shape, out_shape, lse_shape, heads, kernel, *args, **kwargs) -> int:
+def bwd_flop(dout_shape, qkv_shape, bias_shape, y_shape, lse_shape, heads, kernel, *args, **kwargs) -> int:
     return fwd_flop(qkv_shape, bias_shape, heads, kernel) * 5 // 2
