@@ -1,7 +1,7 @@
 """BEVFormer's recipe with DFA3D on nuScenes: 24 epochs of AdamW, 8 samples a step, the image backbone at a tenth.
 
 Published runs start from FCOS3D's ResNet-101 with deformable convolutions: give r101_dcn_fcos3d_pretrain.pth of
-BEVFormer's releases as checkpoint=…; without it the frozen stem and first stage would stay random. A backbone of timm is
+BEVFormer's releases as checkpoint=…; without it the frozen stem and first stage would stay random. One of timm's is
 trained with model.backbone=resnet101 model.backbone_pretrained=True. With the CAN bus expansion in data.root, the ego's
 accelerations and velocities are given as published, else zeros.
 
