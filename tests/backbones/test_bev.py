@@ -22,7 +22,7 @@ from saccade.backbones.dfa3d import (
 from saccade.backbones.dfa3d_depth import DeformConv, DepthHead, depth_bins, depth_target
 from saccade.backbones.published import rename_key
 from saccade.ops import dfa3d
-from saccade.train.tasks.lift import depth_loss
+from saccade.train.models.bev import depth_loss
 from support import parity
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d

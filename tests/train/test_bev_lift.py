@@ -9,10 +9,10 @@ import torch
 from saccade.train.data.bev_scenes import CAMERAS, MEAN, STD, BevScenes, augment, corners, moved
 from saccade.train.data.loader import EvaluationOrder
 from saccade.train.data.nuscenes import NuScenes, Samples, ego_motion, grid, split_scenes
-from saccade.train.models.bev import CentreHead, DecoderHead
+from saccade.train.models.bev import CentreHead, DecoderHead, depth_loss
 from saccade.train.runtime.checkpoint import read
 from saccade.train.runtime.errors import UserError
-from saccade.train.tasks.lift import Lift, depth_loss
+from saccade.train.tasks.lift import Lift
 from support.forked import forked
 from support.levels import exhaustive
 from support.runs import assert_same_end, dies_and_goes_on, finish, records, train

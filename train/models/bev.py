@@ -28,12 +28,13 @@ class BevDetector(nn.Module):
     """A lifter and a head: from frames, oldest first, to the head's outputs on the view of the last one.
 
     A frame is a dict of the lifter's arguments: images, lidar2img, and as there are motion, can_bus, cameras, depth,
-    scene_start. known_depth: depth is given to the lifter, in the depth network's place.
+    scene_start. known_depth: depth is given to the lifter, in the depth network's place. depth_weight: of the depth
+    network's loss.
     """
 
-    def __init__(self, lifter: nn.Module, head: nn.Module, known_depth: bool = False):
+    def __init__(self, lifter: nn.Module, head: nn.Module, known_depth: bool = False, depth_weight: float = 0.5):
         super().__init__()
-        self.lifter, self.head, self.known_depth = lifter, head, known_depth
+        self.lifter, self.head, self.known_depth, self.depth_weight = lifter, head, known_depth, depth_weight
 
     def look(self, frame: dict[str, Tensor], before: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return (the view of a frame, the depth network's codes); before: the view of the frame before, if any."""
@@ -66,6 +67,13 @@ class BevDetector(nn.Module):
         view, codes = self.look(frames[-1], view)
         return (self.head(view), codes, view) if return_view else (self.head(view), codes)
 
+    def depth_loss(self, codes: Tensor | None, depth: Tensor | None) -> Tensor:
+        """Return the weighted loss of `forward`'s codes against depth (B, N, H, W) in metres, 0 where unknown; without
+        either it is 0."""
+        if codes is None or depth is None:
+            return torch.zeros((), device=next(self.parameters()).device)
+        return self.depth_weight * depth_loss(codes, self.lifter.depth_codes(depth))
+
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
         """Return two layers, the image backbone and the rest: layer_decay=0.1 is the backbone's share of the rate."""
@@ -74,6 +82,15 @@ class BevDetector(nn.Module):
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.lifter.set_grad_checkpointing(enable)
+
+
+def depth_loss(codes: Tensor, target: Tensor) -> Tensor:
+    """Return the binary cross-entropy of probabilities (B, N, codes, H, W): summed over the codes, averaged over the
+    cells that have a target."""
+    has = target.amax(2) > 0
+    with torch.autocast(codes.device.type, enabled=False):
+        loss = nn.functional.binary_cross_entropy(codes, target, reduction="none").sum(2)
+    return (loss * has).sum() / has.sum().clamp(min=1)
 
 
 class CentreHead(nn.Module):

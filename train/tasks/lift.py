@@ -68,7 +68,7 @@ class Lift(Task):
         if lifter.lift_depth and lifter.depth is None and not self.known_depth:
             raise UserError("model.depth_network=False needs task.known_depth=True: depth must come from somewhere")
         head = make_head(self.head, lifter, len(self.class_names), **self.head_args)
-        net = BevDetector(lifter, head, self.known_depth)
+        net = BevDetector(lifter, head, self.known_depth, self.depth_weight)
         if checkpoint is not None:
             self._load(net, published.read_published(checkpoint), new_head)
         net.pretrained_cfg, net.num_classes = lifter.pretrained_cfg, len(self.class_names)
@@ -116,7 +116,7 @@ class Lift(Task):
         losses = inner.head.loss(outputs, batch["boxes"], batch["labels"])
         depth = batch["frames"][-1].get("depth")
         if codes is not None and depth is not None and self.depth_weight:
-            losses["depth"] = self.depth_weight * depth_loss(codes, inner.lifter.depth_codes(depth))
+            losses["depth"] = inner.depth_loss(codes, depth)
         return sum(losses.values()), {name: value.detach() for name, value in losses.items() if "_" not in name}
 
     def select_classes(self, model: nn.Module, indices: Sequence[int]) -> None:
@@ -225,12 +225,3 @@ def load_start(lifter: nn.Module, tensors: dict[str, Tensor], file: Path) -> str
     has_neck = all(key in tensors and tensors[key].shape == own[key] for key in neck)
     lifter.load_state_dict({key: tensors[key] for key in wanted | (neck if has_neck else set())}, strict=False)
     return "its backbone and its neck are" if has_neck else "its backbone is"
-
-
-def depth_loss(codes: Tensor, target: Tensor) -> Tensor:
-    """Return the binary cross-entropy of probabilities (B, N, codes, H, W): summed over the codes, averaged over the
-    cells that have a target."""
-    has = target.amax(2) > 0
-    with torch.autocast(codes.device.type, enabled=False):
-        loss = nn.functional.binary_cross_entropy(codes, target, reduction="none").sum(2)
-    return (loss * has).sum() / has.sum().clamp(min=1)
