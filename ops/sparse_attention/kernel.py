@@ -8,8 +8,9 @@ skipped. Gathering the keys of each query would save arithmetic, but a tensor co
 The mask takes two kernels. `basis_kernel` folds the predictor of a head, (q W_qᵀ + b_q)(k W_kᵀ + b_k)ᵀ P, into q G + g,
 in one pass over its keys. `mask_kernel` computes the softmax over K coefficients of 16 queries from G. It takes the
 largest coefficients one by one and adds each, times its row of U, to the scores, which stay in registers as whole rows.
-Then it finds the budget-th largest score bit by bit, from the highest: floats are ordered like their bits. It reads q
-and writes the bits; the scores are never in memory. This is in float32, without tensor cores, but it is little work.
+Then it finds the budget-th largest score two bits at a time, from the highest: floats are ordered like their bits. It
+reads q and writes the bits; the scores are never in memory. This is in float32, without tensor cores. A query with a
+NaN in its coefficients has NaN in all scores, and a NaN is above all numbers: it keeps keys, whatever max does with it.
 """
 
 from collections.abc import Iterator
@@ -210,10 +211,26 @@ def basis_kernel(
     tl.store(fold_ptr + D * K + kk, g, kk < K)
 
 
+@triton.jit
+def ordered(S, SIGNED: tl.constexpr):
+    """Return integers in the order of the floats S, of which none is negative unless SIGNED."""
+    x = S.to(tl.int32, bitcast=True)
+    if SIGNED:
+        x ^= (x >> 31) & 0x7FFFFFFF
+    return x
+
+
+@triton.jit
+def at_least(x, t):
+    """Return how many numbers of each row of x are t or more."""
+    return tl.sum((x >= t[:, None]).to(tl.int32), 1)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def mask_kernel(
     q_ptr, fold_ptr, up_ptr, alive_ptr, mask_ptr, stride_b, stride_h, stride_n,
-    heads, N, K, rounds, budget, COEF_THRESHOLD: tl.constexpr, THRESHOLD: tl.constexpr, ALIVE: tl.constexpr,
+    heads, N, K, rounds, budget, COEF_THRESHOLD: tl.constexpr, THRESHOLD: tl.constexpr,
+    ALIVE: tl.constexpr, SIGNED: tl.constexpr,
     D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     b, head, tile = program(heads, (N + BLOCK_M - 1) // BLOCK_M)
@@ -234,6 +251,7 @@ def mask_kernel(
         there = tl.load(alive_ptr + b * N + col, visible, 0) != 0
         budget = tl.minimum(budget, tl.sum(there.to(tl.int32), 0) - 1)  # CLS is not a patch
         visible = visible & there
+    broken = tl.max(((E != E) & (kk < K)[None, :]).to(tl.int32), 1) != 0  # comparisons with NaN would pick no key
     E = tl.where((kk < K)[None, :], E, float("-inf"))
     A = tl.exp2(E - tl.max(E, 1)[:, None])
     A = tl.where((kk < K)[None, :], A / tl.sum(A, 1)[:, None], -1.0)
@@ -245,21 +263,41 @@ def mask_kernel(
         S += tl.where(a <= COEF_THRESHOLD, 0.0, a)[:, None] * U
         A = tl.where(kk[None, :] == at[:, None], -1.0, A)
 
+    S = tl.where(broken[:, None] | (S != S), float("nan"), S)  # without a sign, above all numbers
+
     if THRESHOLD is None:
-        x = S.to(tl.int32, bitcast=True)
-        x ^= (x >> 31) & 0x7FFFFFFF  # integers in the order of the floats, for negative ones too
-        x = tl.where(visible[None, :], x, LOWEST)
-        t = tl.full((BLOCK_M,), LOWEST, tl.int32)
-        for i in range(32):  # the largest t with `budget` scores >= t; its highest bit, the sign, is set by xor
-            more = t ^ (tl.full((BLOCK_M,), 1, tl.int32) << (31 - i))
-            t = tl.where(tl.sum((x >= more[:, None]).to(tl.int32), 1) >= budget, more, t)
+        x = tl.where(visible[None, :], ordered(S, SIGNED), LOWEST)
+        t = tl.full((BLOCK_M,), 0, tl.int32)  # the largest t with `budget` scores >= t, from its highest bits on
+        if SIGNED:
+            t = tl.where(at_least(x, t) >= budget, t, LOWEST)
+        if BLOCK_N > 512:  # three counts do not fit into one integer
+            for i in range(31):
+                more = t | (tl.full((BLOCK_M,), 1, tl.int32) << (30 - i))
+                t = tl.where(at_least(x, more) >= budget, more, t)
+        else:
+            more = t | (1 << 30)
+            t = tl.where(at_least(x, more) >= budget, more, t)
+            for i in range(15):  # two bits at a time
+                bit = tl.full((BLOCK_M,), 1, tl.int32) << (28 - 2 * i)
+                low, high = t | bit, t | (2 * bit)
+                counts = (x >= low[:, None]).to(tl.int32)
+                counts += (x >= high[:, None]).to(tl.int32) << 10
+                counts += (x >= (low | high)[:, None]).to(tl.int32) << 20
+                counts = tl.sum(counts, 1)
+                t += tl.where((counts & 1023) >= budget, bit, 0)
+                t += tl.where(((counts >> 10) & 1023) >= budget, bit, 0)
+                t += tl.where((counts >> 20) >= budget, bit, 0)
         quota = budget - tl.sum((x > t[:, None]).to(tl.int32), 1)
-        end = tl.full((BLOCK_M,), 0, tl.int32)
-        for i in range(11):  # of the scores equal to t, keep the first `quota`: those before `end`
-            more = end + (BLOCK_N >> i)
-            level = (x == t[:, None]) & (col[None, :] < more[:, None])
-            end = tl.where(tl.sum(level.to(tl.int32), 1) <= quota, more, end)
-        keep = (x > t[:, None]) | ((x == t[:, None]) & (col[None, :] < end[:, None]))
+        level = x == t[:, None]  # of these, keep the first `quota`
+        if BLOCK_N > 512:  # those before `end`: sums along whole rows would take too many registers
+            end = tl.full((BLOCK_M,), 0, tl.int32)
+            for i in range(11):
+                more = end + (BLOCK_N >> i)
+                count = tl.sum((level & (col[None, :] < more[:, None])).to(tl.int32), 1)
+                end = tl.where(count <= quota, more, end)
+            keep = (x > t[:, None]) | (level & (col[None, :] < end[:, None]))
+        else:
+            keep = (x > t[:, None]) | (level & (tl.cumsum(level.to(tl.int32), 1) <= quota[:, None]))
     else:
         keep = (S > THRESHOLD) | (S != S)
     keep = (keep & visible[None, :]) | ((n == 0)[:, None] & (col < N)[None, :])  # CLS keeps all
@@ -358,7 +396,8 @@ def mask(
         )  # fmt: skip
         mask_kernel[(B * heads * triton.cdiv(N, ROWS),)](
             q, fold, U, there, bits, *q.stride()[:3], heads, N, K, topk or K, budget or 0,
-            COEF_THRESHOLD=coef_threshold, THRESHOLD=threshold, ALIVE=alive is not None, **options,
+            COEF_THRESHOLD=coef_threshold, THRESHOLD=threshold, ALIVE=alive is not None,
+            SIGNED=basis_threshold is None, **options,
         )  # fmt: skip
     return bits
 
@@ -374,5 +413,5 @@ def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]
     for D, c, K, N in [(64, 32, 32, 197), (64, 32, 96, 577), (64, 64, 128, 1024)]:
         for alive in (False, True):
             yield basis_kernel, pointers, dict(ALIVE=alive) | basis_options(D, c)
-            rule = dict(COEF_THRESHOLD=0.0, THRESHOLD=None, ALIVE=alive)
+            rule = dict(COEF_THRESHOLD=0.0, THRESHOLD=None, ALIVE=alive, SIGNED=alive)
             yield mask_kernel, pointers, rule | mask_options(D, K, N)
