@@ -1,4 +1,4 @@
-"""Every key that a config can have: its value, default, type and one sentence on what it does."""
+"""Lists every key that a config can have: its value, default, type and one sentence on what it does."""
 
 import inspect
 import re
@@ -12,7 +12,7 @@ SECTIONS = ("model", "data", "task", "optimizer", "schedule", "ema")
 
 
 class Key(NamedTuple):
-    """name: dotted. value: None where the config does not set it. default: as Python; "" where the key must be set."""
+    """A key. name: dotted. value, default: Python source. value: None if not set. default: "" if it must be set."""
 
     name: str
     value: str | None
@@ -22,10 +22,10 @@ class Key(NamedTuple):
 
 
 def key_help(built: Callable) -> dict[str, str]:
-    """Return what docstrings say of the callable's arguments: "name: text" and "name, name: text", up to the next.
+    """Return the descriptions of a callable's arguments, from docstrings of the form "name: text. name, name: text".
 
-    Docstrings of a class are its own, its bases', and those of the callables in its attribute `documented_in`, to which
-    it passes arguments.
+    For a class: its own docstring, its bases', and those of the callables in its attribute `documented_in`, to which it
+    passes arguments.
     """
     names = inspect.signature(built).parameters
     found: dict[str, str] = {}
@@ -40,10 +40,10 @@ def _arguments(text: str, names: Collection[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     starts = [m for m in re.finditer(r"(?<![\w.`])(\w+(?:, \w+)*): ", text) if {*m[1].split(", ")} & {*names}]
     for start, after in zip(starts, [*starts[1:], None]):
-        said = text[start.end() : after.start() if after else None].strip()
-        said = re.split(r" (?:Raises|Returns) ", said)[0].strip().removesuffix(".")
+        description = text[start.end() : after.start() if after else None].strip()
+        description = re.split(r" (?:Raises|Returns) ", description)[0].strip().removesuffix(".")
         for name in start[1].split(", "):
-            found.setdefault(name, said)
+            found.setdefault(name, description)
     return found
 
 
@@ -63,10 +63,10 @@ def _code(value: Any) -> str:
 
 
 def list_keys(config: dict) -> list[Key]:
-    """List the keys that a valid config can have, each with its value in this one.
+    """List the keys that a config can have, with their values in the given one, which must be valid.
 
-    Those of the engine first, then by section. Of the model's arguments, which differ by family and are timm's, those
-    that the config sets; of the optimizer's and the schedule's, all that timm takes.
+    The engine's keys come first, then those of each section. The model's arguments differ by family, so only those
+    that the config sets are listed; for the optimizer and the schedule, all that timm accepts.
     """
     keys = _keys("", config, train, SECTIONS)
     keys += [Key(f"model.{name}", _code(value), "", "", "") for name, value in config["model"].items()]

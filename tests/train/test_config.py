@@ -75,7 +75,7 @@ def test_dump_loads_again(tmp_path):
         ),
         (
             "model.drop_path_rate=",
-            "removes a key that the config does not set; an empty text is model.drop_path_rate=''",
+            "removes a key that the config does not set; for an empty string, write model.drop_path_rate=''",
         ),
         ("epochs.x=1", "epochs.x can't be set: epochs is a value"),
         ("epochs", "'epochs' is not an override"),

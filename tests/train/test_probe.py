@@ -27,7 +27,7 @@ def threads():
 
 
 def made(images: int, classes: int, seed: int, width: int = 6):
-    """Features in overlapping clouds, one a class."""
+    """Features in overlapping clouds, one per class."""
     g = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(classes, (images,), generator=g)

@@ -87,7 +87,7 @@ class ImageNet(Source):
 
 
 class _Tars:
-    """The original files. Classes are sorted by WordNet ID, as folders are."""
+    """ImageNet's original tar files. Classes are sorted by WordNet ID, as folders are."""
 
     def __init__(self, root: Path):
         self.root, self.bad = root, {}

@@ -93,7 +93,7 @@ def scene(split: str, index: int, seed: int = 0, size: int = 160, ink: str = "li
 
 
 def coins(half: str) -> Scene:
-    """Return the left ("train") or right part ("test") of scikit-image's coins, with twelve coins each; label 0."""
+    """Return the left ("train") or right half ("test") of scikit-image's coins: twelve in each, with label 0."""
     from scipy.ndimage import binary_fill_holes
     from skimage import data, filters, measure, morphology
 

@@ -27,7 +27,7 @@ class ConvUnit(nn.Module):
 
 
 class FPN(nn.Module):
-    """Maps of falling resolution, (B, C_i, H_i, W_i), to as many of `channels` channels, and coarser ones after them.
+    """Fuse maps (B, C_i, H_i, W_i) of falling resolution into as many with `channels` channels, and add coarser ones.
 
     in_channels: C_i of each map. extra: "none"; "pool", one more map by taking every second value of the last output;
     "conv", two more by convolutions of stride 2, the first on the last input. relu_before_extra: apply ReLU between

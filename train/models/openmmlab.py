@@ -1,7 +1,8 @@
-"""Our models as OpenMMLab's libraries read them: a checkpoint file, and the config that builds the same model there.
+"""Export of models to OpenMMLab's libraries: a checkpoint, and the config that builds the same model there.
 
-The backbone is `SaccadeBackbone`, which saccade.integrations.mmdet registers. Written for mmdet 3 and mmseg 1; the
-checkpoint's names are those of mmdet 2 and mmseg 0 too.
+The backbone is `SaccadeBackbone`, which saccade.integrations.mmdet registers. The config is for mmdet 3 and mmseg 1;
+the checkpoint's parameter names are those of mmdet 2 and mmseg 0 too. The functions below `to_config` each return a
+part of that config.
 """
 
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ from .roi_heads import GIOU_WEIGHT, STAGES, STDS, BoxHead, CascadeRoIHead, RoIHe
 from .segmenter import Segmenter
 from .upernet import UPerNet
 
-BODY = "backbone.body."  # before the names of a SaccadeBackbone's weights
+BODY = "backbone.body."  # prefix of the parameter names of a SaccadeBackbone
 
 
 def to_openmmlab(model: nn.Module, class_names: Sequence[str]) -> dict[str, Any]:
-    """Return what torch.save writes as an OpenMMLab checkpoint of a detector or segmenter, or of a backbone alone.
+    """Return an OpenMMLab checkpoint, for torch.save, of a detector, a segmenter or a backbone alone.
 
     model: a Detector, a Segmenter, or what create_features made. `meta` has the classes in label order and, as `cfg`
     and `config`, the text of `to_config`. Parameters keep their dtype.
@@ -40,10 +41,10 @@ def rename(key: str) -> str:
 
 
 def to_config(model: nn.Module) -> str:
-    """Return the text of a config of OpenMMLab's for a model; of a backbone alone, the part that is its.
+    """Return the text of an OpenMMLab config for a model; for a backbone alone, only the backbone's section.
 
-    Images are read, resized and normalised as here. The settings of training are the published ones, with the model's
-    numbers of samples; data, optimizer and schedule are left to the user.
+    Images are read, resized and normalised as here. Training settings are the published ones, with the model's numbers
+    of samples; data, optimizer and schedule are left to the user.
     """
     backbone = dict(type="SaccadeBackbone", **(model.body if hasattr(model, "body") else model).arguments)
     sections: dict[str, Any] = dict(custom_imports=dict(imports=["saccade.integrations.mmdet"]))
@@ -128,7 +129,7 @@ def retina(head: RetinaHead, channels: int) -> dict[str, Any]:
     bbox_head |= dict(loss_cls=focal, loss_bbox=L1)
     train = dict(assigner=assigner(0.5, 0.4, 0), sampler=dict(type="PseudoSampler"))
     train |= dict(allowed_border=-1, pos_weight=-1, debug=False)
-    # -1: boxes without width or height are kept, as mmdet 2 does.
+    # -1: keeps boxes without width or height, as mmdet 2 does.
     test = dict(nms_pre=1000, min_bbox_size=-1, score_thr=head.score_thresh, nms=NMS, max_per_img=head.detections)
     return dict(bbox_head=bbox_head, train_cfg=train, test_cfg=test)
 
@@ -193,7 +194,7 @@ def box_head(head: BoxHead, channels: int, num_classes: int, stds: Sequence[floa
     section |= dict(in_channels=channels, conv_out_channels=channels, fc_out_channels=hidden, roi_feat_size=7)
     section |= dict(num_classes=num_classes, bbox_coder=coder(stds), loss_cls=CROSS_ENTROPY, loss_bbox=L1)
     section |= dict(reg_class_agnostic=head.fc_reg.out_features == 4 and num_classes > 1)
-    if head.convs:  # the boxes of cascades are learned by GIoU
+    if head.convs:  # cascades have a GIoU loss on their boxes
         loss = dict(type="GIoULoss", loss_weight=GIOU_WEIGHT)
         section |= dict(norm_cfg=dict(type="BN", requires_grad=True), reg_decoded_bbox=True, loss_bbox=loss)
     return section

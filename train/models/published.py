@@ -1,4 +1,4 @@
-"""Whole detectors, segmenters and lifters from their authors' files, which OpenMMLab's tools wrote.
+"""Loads whole detectors, segmenters and lifters from their authors' files, which OpenMMLab's tools wrote.
 
 Such a file is a torch pickle with `state_dict` and `meta`. The heads here have the parameter names of those files, and
 the backbones' names are mapped by their `checkpoint_filter_fn`, so that loading is a comparison of names and shapes.
@@ -29,7 +29,7 @@ NUSCENES += ("traffic_cone",)
 
 
 def read_published(file: str | Path | Weights) -> Weights:
-    """Read a file of weights as `read_weights` does; a published lifter has nuScenes' classes where none are named."""
+    """Read a file as `read_weights` does; a published lifter that names no classes gets nuScenes'."""
     weights = read_weights(file)
     if not weights.class_names and is_lifter(weights.tensors) and count_classes(weights.tensors) == len(NUSCENES):
         weights = replace(weights, class_names=list(NUSCENES))
@@ -37,17 +37,17 @@ def read_published(file: str | Path | Weights) -> Weights:
 
 
 def is_dense(tensors: dict[str, Tensor]) -> bool:
-    """Return whether the tensors are a whole detector's or segmenter's in OpenMMLab's names, as ours are too."""
+    """Return whether the tensors are a whole detector's or segmenter's, by OpenMMLab's names, which ours also have."""
     return any(key.startswith("backbone.") for key in tensors) and any(key.startswith(HEADS) for key in tensors)
 
 
 def is_lifter(tensors: dict[str, Tensor]) -> bool:
-    """Return whether the tensors are a whole published detector in a bird's-eye view, of BEVFormer's kind."""
+    """Return whether the tensors are a whole published bird's-eye-view detector of BEVFormer's kind."""
     return any(key.startswith("img_backbone.") for key in tensors) and "pts_bbox_head.bev_embedding.weight" in tensors
 
 
 def read_tensors(file: str | Path | Weights) -> dict[str, Tensor]:
-    """Read the tensors of any file of weights or run folder; of a checkpoint of a run, its best weights."""
+    """Read the tensors of any weight file or run folder; from a run's checkpoint, the best weights."""
     return read_published(file).tensors
 
 
@@ -60,7 +60,7 @@ def load_backbone(
     norms: bool = True,
     **kwargs: Any,
 ) -> nn.Module:
-    """Build the backbone of `create_features` with the `backbone.` part of a whole model's tensors, all of it.
+    """Build a backbone by `create_features` and load every tensor of a whole model that is below `backbone.` into it.
 
     first_norm: whether the norm of the finest map must be there. norms: see create_features.
     """
@@ -82,7 +82,7 @@ def load_backbone(
 
 
 def describe(tensors: dict[str, Tensor]) -> str:
-    """Name the kind of model that tensors are of, by their keys."""
+    """Describe the kind of model that tensors belong to, judged by their names: "a segmenter with UPerNet"."""
     has = lambda pattern: any(re.match(pattern, key) for key in tensors)  # noqa: E731
     kind = "a backbone or a classifier"
     if has(r"decode_head\."):
@@ -104,10 +104,10 @@ def describe(tensors: dict[str, Tensor]) -> str:
 
 
 def load_heads(model: nn.Module, tensors: dict[str, Tensor], file: str | Path, new_head: bool = False) -> list[str]:
-    """Load all of a model but its backbone from tensors of whole models; returns the keys that were left out.
+    """Load everything but the backbone from a whole model's tensors; return the keys that were left out.
 
-    new_head: weights whose shape depends on the number of classes may differ, and then stay as they are. Raises
-    UserError, with what the file is and what differs, where anything else does not fit.
+    new_head: weights whose shape depends on the number of classes may differ and are then not loaded. Raises
+    UserError, with the file's kind of model and the differences, if anything else does not fit.
     """
     ours = {key: value for key, value in model.state_dict().items() if not key.startswith("backbone.")}
     theirs = {key: value for key, value in tensors.items() if not key.startswith("backbone.")}
@@ -134,7 +134,7 @@ def load_heads(model: nn.Module, tensors: dict[str, Tensor], file: str | Path, n
 
 
 def check_map_norms(tensors: dict[str, Tensor], count: int, optional_first: bool, file: str | Path) -> None:
-    """Raise UserError where a published backbone lacks some norms of its `count` maps, which would start untrained."""
+    """Raise UserError if a file lacks norms for some of the backbone's `count` maps, which would stay untrained."""
     norms = {m[1] for key in tensors if (m := re.match(r"backbone\.(extra_norms\.\d+|norm\d)\.weight", key))}
     if len(norms) < count - optional_first:
         raise UserError(
@@ -154,13 +154,13 @@ def load_published(
     """Build a published detector, segmenter or lifter with its authors' weights, in evaluation mode.
 
     config: a recipe's name below configs/, such as "coco/mask_rcnn_biformer_s_1x", or a config file's path.
-    file: the authors' .pth, `meta` with `state_dict` as OpenMMLab writes it, or a bare state dict; of files with
-    averaged weights those. num_classes: of the head (None: as many as the file names, or its head has).
+    file: the authors' .pth, `meta` with `state_dict` as OpenMMLab writes it, or a bare state dict; averaged weights
+    are preferred. num_classes: of the head (None: as many as the file names, or its head has).
     task, model: settings that replace those of the config's sections of these names; a segmenter's task may have
     `scale` too, instead of data.scale.
 
     Parameters are made in torch's default dtype. The model has `class_names`, from the file or "class 0", …. Raises
-    UserError, in one sentence, where the file is another model's or can't be read.
+    UserError, in one sentence, if the file is another model's or can't be read.
     """
     path = Path(config)
     if path.suffix != ".py":
@@ -203,4 +203,4 @@ def count_classes(tensors: dict[str, Tensor]) -> int:
         return len(tensors["bbox_head.retina_cls.weight"]) // (len(tensors["bbox_head.retina_reg.weight"]) // 4)
     if "pts_bbox_head.cls_branches.0.6.weight" in tensors:
         return len(tensors["pts_bbox_head.cls_branches.0.6.weight"])
-    raise UserError("num_classes must be given: the file has no head that tells it")
+    raise UserError("num_classes must be given: the file has no head to infer it from")

@@ -13,7 +13,7 @@ from .fpn import ConvUnit
 
 
 class UPerNet(SegmentationHead):
-    """The backbone's maps (B, C_i, h_i, w_i), the finest first, to logits (B, num_classes, h_0, w_0).
+    """Compute logits (B, num_classes, h_0, w_0) from the backbone's maps (B, C_i, h_i, w_i), the finest first.
 
     in_channels: C_i. channels: of all its convolutions. bins: the grid sizes that the last map is pooled to.
     """
@@ -53,7 +53,7 @@ class UPerNet(SegmentationHead):
         """Resize the levels, the finest first, to `size`, concatenate them, and apply the last convolution."""
         if self.training:
             return self.fpn_bottleneck(cat([resize(x, size) for x in levels], 1))
-        # The sum of each level's part, so that a large image never has all of them enlarged at once.
+        # Convolve and sum level by level, so that the levels of a large image are never all enlarged at once.
         conv = self.fpn_bottleneck.conv
         parts = conv.weight.chunk(len(levels), 1)
         total = None

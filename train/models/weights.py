@@ -1,4 +1,4 @@
-"""Files of weights, of whatever program: the one place that opens them."""
+"""Reading weight files, whichever program wrote them. No other module opens one."""
 
 import argparse
 import json
@@ -18,23 +18,23 @@ from ..runtime.checkpoint import Foreign
 from ..runtime.checkpoint import read as read_checkpoint
 from ..runtime.errors import UserError
 
-# What torch's weights-only reader may make besides tensors and plain values: the arguments in timm's checkpoints, and
-# the scores in OpenMMLab's `meta`, NumPy scalars, under the module names of NumPy 1 and 2. No code runs by them.
+# What torch's weights-only reader may build besides tensors and plain values: the arguments in timm's checkpoints, and
+# the scores in OpenMMLab's `meta`, which are NumPy scalars (module names of NumPy 1 and 2). Building them runs no code.
 HARMLESS: list[Any] = [argparse.Namespace, np.dtype]
 HARMLESS += [kind for name, kind in vars(np.dtypes).items() if name.endswith("DType")]
 HARMLESS += [
     (type(np.float64(0)).__reduce__(np.float64(0))[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
 ]
-# Where programs put the weights among other things; averaged weights come first.
+# The keys under which programs store the weights in a checkpoint; averaged weights come first.
 CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
 
 @dataclass
 class Weights:
-    """What a file of weights or a run's folder holds. It can be given in place of its path, and is not read again."""
+    """The content of a weight file or run folder. Whatever takes the path takes this too, without reading it again."""
 
     file: Path
-    tensors: dict[str, Tensor]  # of a checkpoint of a run, its best weights
+    tensors: dict[str, Tensor]  # the best weights, if the file is a run's checkpoint
     class_names: list[str] | None  # in label order, where the file names them
 
     def __fspath__(self) -> str:
@@ -44,7 +44,7 @@ class Weights:
 
 
 def read_weights(file: str | Path | Weights) -> Weights:
-    """Read a file of weights, or those of a run's folder. Raises UserError, with the reason, where it can't be read.
+    """Read a weight file, or the weights in a run folder. Raises UserError, with the reason, if that is impossible.
 
     PyTorch's files are read by its weights-only reader, so that no code in them runs.
     """
@@ -77,7 +77,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _unwrap(content: Any) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, out of the containers and without the prefixes that training adds."""
+    """Return the tensors of a checkpoint, taken out of nested dicts, without the prefixes that training adds."""
     while isinstance(content, dict):
         inner = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), None)
         if inner is None:
@@ -92,21 +92,21 @@ def _unwrap(content: Any) -> dict[str, Tensor]:
 
 
 def _class_names(content: Any) -> list[str] | None:
-    """Return the classes that the `meta` of an OpenMMLab file names."""
+    """Return the class names in the `meta` of an OpenMMLab file; None if there are none."""
     meta = content.get("meta") if isinstance(content, dict) else None
     if not isinstance(meta, dict):
         return None
     names = meta.get("CLASSES") or (meta.get("dataset_meta") or {}).get("classes")
-    return [str(name).strip() for name in names] if names else None  # ADE20K's "bed " has a blank there
+    return [str(name).strip() for name in names] if names else None  # ADE20K's "bed " has a trailing space there
 
 
 def class_names_of_run(path: Path) -> list[str] | None:
-    """Return the classes of a run's folder, or of a .safetensors file in it; None where nothing names them."""
+    """Return the class names of a run folder, or of a .safetensors file in one; None if they are not recorded."""
     if path.is_file():
         try:
             with safe_open(path, "pt") as file:
                 names = json.loads((file.metadata() or {}).get("saccade", "{}")).get("class_names")
-        except (SafetensorError, OSError, ValueError):  # whoever loads the weights says what is wrong
+        except (SafetensorError, OSError, ValueError):  # loading the weights reports what is wrong
             return None
         if names:
             return names

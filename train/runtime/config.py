@@ -1,8 +1,8 @@
 """Configurations: Python files read by mmengine, changed from the command line, checked against what they build.
 
 A config is a .py file of plain assignments; `with read_base():` inherits one base, and classes are imported. There is
-no schema beside the code: a section's keys are the arguments of what it builds, and their annotations say which values
-do. `Annotated[float, Range(0, 1)]` gives a number's range.
+no separate schema: a section's keys are the arguments of what it builds, and their annotations say which values are
+valid. `Annotated[float, Range(0, 1)]` gives a number's range.
 """
 
 import ast
@@ -26,7 +26,7 @@ from .errors import UserError, closest
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers from `low` to `high`; `open_low` and `open_high` leave out the ends themselves."""
+    """The numbers from `low` to `high`; `open_low` and `open_high` exclude these bounds themselves."""
 
     low: float = -math.inf
     high: float = math.inf
@@ -53,7 +53,7 @@ NonNegative = Annotated[float, Range(0)]
 Fraction = Annotated[float, Range(0, 1)]
 BelowOne = Annotated[float, Range(0, 1, open_high=True)]
 
-# Each of these takes the place of the other: an override of one sets the other to None.
+# Keys that exclude each other: an override of one sets the other to None.
 ALTERNATIVES = {"epochs": "iterations", "iterations": "epochs"}
 
 
@@ -70,8 +70,8 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
     path: a config file, the folder of a run, or the name of a config that comes with saccade ("imagenet/biformer_s").
     An override without a value ("model.drop_path_rate=") removes the key.
-    `~` and variables such as $HOME in paths are expanded. Returns plain dicts with classes in place. Raises UserError
-    where the file or an override can't be read.
+    `~` and variables such as $HOME in paths are expanded. Returns plain dicts, whose `type` values are classes. Raises
+    UserError if the file or an override can't be read.
     """
     file = _find(Path(path))
     try:
@@ -116,7 +116,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _package_folder(package: str) -> str:
-    """Return where a package's modules are, this one's too when installed in editable mode."""
+    """Return the folder of a package's modules; also works for saccade's own when installed in editable mode."""
     if package == __name__.partition(".")[0]:
         spec = importlib.util.find_spec(f"{package}.configs")
         assert spec is not None and spec.submodule_search_locations
@@ -131,7 +131,7 @@ _merge = ConfigDict.update
 
 
 def _update(section: ConfigDict, *args: Any, **kwargs: Any) -> None:
-    """Do what ConfigDict.update does, but refuse to merge a dict where replacing it could be meant."""
+    """Do what ConfigDict.update does, but refuse to merge a dict where replacing it may be intended."""
     for key, value in dict(*args, **kwargs).items():
         base = dict.get(section, key)
         kept = sorted(base.keys() - value.keys(), key=str) if isinstance(base, dict) and isinstance(value, dict) else []
@@ -174,14 +174,16 @@ def _override(settings: Section, override: str) -> None:
             raise UserError(f"{path} can't be set: {'.'.join(names[: depth + 1])} is a value, not a section")
     if not text:
         if key not in section:
-            raise UserError(f"{override} removes a key that the config does not set; an empty text is {path}=''")
+            raise UserError(
+                f"{override} removes a key that the config does not set; for an empty string, write {path}=''"
+            )
         del section[key]
         return
     try:
         section[key] = _plain(ast.literal_eval(text))
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         section[key] = expand_path(text)
-    if not isinstance(section[key], (list, tuple, dict)):  # a number that may be meant as text, such as a folder's name
+    if not isinstance(section[key], (list, tuple, dict)):  # a number may be meant as a string, such as a folder
         section.spelled[key] = expand_path(text)
     other = ALTERNATIVES.get(path)
     if other in settings and section[key] is not None and other not in settings.spelled:
@@ -189,7 +191,7 @@ def _override(settings: Section, override: str) -> None:
 
 
 def option_hint(option: str, value: str, keys: Sequence[str]) -> str:
-    """Explain an unknown option ("--lr", "1e-3") as the override of a config's key that it probably means."""
+    """Return the error for an unknown option ("--lr", "1e-3"), with the override that was probably intended."""
     name = option.lstrip("-").replace("-", "_")
     name = dict(learning_rate="lr", batch="batch_size", wd="weight_decay", resolution="img_size").get(name, name)
     meant = [key for key in keys if key == name or key.endswith(f".{name}")]
@@ -200,7 +202,7 @@ def option_hint(option: str, value: str, keys: Sequence[str]) -> str:
 
 
 def signature(*built: Callable, without: Sequence[str] = ()) -> dict[str, tuple[Any, bool]]:
-    """Return the arguments of callables that a section can set: name -> (type hint, whether it must be given)."""
+    """Return the arguments of callables that a section can set: name -> (type hint, whether it is required)."""
     known: dict[str, tuple[Any, bool]] = {}
     for function in built:
         hints = _hints(function)
@@ -219,10 +221,10 @@ def check(
 ) -> None:
     """Check a config section against the signatures of the callables it is passed to.
 
-    Arguments that are positional-only, or listed in `without`, are not the section's to set. ranges: of arguments whose
+    A section cannot set arguments that are positional-only or listed in `without`. ranges: of arguments whose
     annotations give none. Raises UserError, with the closest names, for an unknown or missing key, and for a value of
-    another type or out of range. Where text is wanted and the command line's text was read as a number, the text is
-    taken.
+    the wrong type or out of range. Where a string is wanted and the command line's value was read as a number, the
+    value becomes the string as it was typed.
     """
     prefix = f"{section}." if section else ""
     known = signature(*built, without=without)
@@ -272,7 +274,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Tell whether a value is of the type and in the range that a hint gives."""
+    """Return whether a value has the type, and is in the range, of a type hint."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, option) for option in args)
@@ -303,7 +305,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def describe(hint: Any) -> str:
-    """Describe a type hint for people: "a number, 0 or more"."""
+    """Describe a type hint in words: "a number, 0 or more"."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         named = dict.fromkeys(describe(option) for option in args if getattr(option, "__name__", "") != "Tensor")
@@ -346,7 +348,7 @@ def build(settings: dict, *given: Any) -> Any:
 
 
 def dump(settings: dict) -> str:
-    """Return the config as the text of a config file, which `load` reads back as it was."""
+    """Return the text of a config file from which `load` reads the same config."""
     classes: set[type] = set()
 
     def text(value: Any) -> str:
@@ -367,7 +369,7 @@ def dump(settings: dict) -> str:
 
 
 def flatten(text: str) -> dict[str, str]:
-    """Return the keys of a dumped config and the source text of their values: {"optimizer.lr": "0.001", …}."""
+    """Return the dotted keys of a config's text from `dump`, with their values' source: {"optimizer.lr": "0.001"}."""
 
     def walk(key: str, node: ast.expr) -> Iterator[tuple[str, str]]:
         if isinstance(node, ast.Call) and node.keywords:  # dict(key=value, …)

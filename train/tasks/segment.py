@@ -66,7 +66,7 @@ class Segment(Task):
         if class_weights is not None and (len(class_weights) != len(self.class_names) or min(class_weights) < 0):
             raise UserError(
                 f"task.class_weights={tuple(class_weights)} must be {len(self.class_names)} numbers of 0 or more, "
-                "one a class"
+                "one per class"
             )
         self.class_weights = None if class_weights is None else torch.tensor(class_weights, dtype=torch.float32)
         self.head = dict(head=head, drop_rate=drop_rate, auxiliary=auxiliary > 0, no_decay=no_decay)

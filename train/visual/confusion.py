@@ -10,7 +10,7 @@ from .figure import BLUE, GREY, ORANGE, plt, save_figure
 
 
 def plot_confusion(counts: Tensor, names: list[str], file: Path) -> Path:
-    """Plot counts (classes, classes), rows being the true classes; of many classes, the 20 most confused ones."""
+    """Plot a confusion matrix, counts (true class, predicted class); with many classes, only the 20 most confused."""
     counts = counts.cpu().numpy()
     shown = np.arange(len(names))
     if len(names) > 20:
@@ -20,7 +20,7 @@ def plot_confusion(counts: Tensor, names: list[str], file: Path) -> Path:
     share = part / np.maximum(counts[shown].sum(1, keepdims=True), 1)
     side = max(4.0, 0.5 * len(shown) + 1.5) + 0.08 * max(map(len, names))
     figure, axis = plt.subplots(figsize=(side + 1, side), layout="constrained")
-    axis.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)  # the root, since one mistake in a hundred should show
+    axis.imshow(np.sqrt(share), cmap="Blues", vmin=0, vmax=1)  # the root makes a mistake in a hundred visible
     for i, j in np.argwhere(part > 0):
         axis.text(j, i, str(part[i, j]), ha="center", va="center", color="white" if share[i, j] > 0.35 else "#333333")
     axis.set_xticks(range(len(shown)), names, rotation=90 if max(map(len, names)) > 3 else 0)
@@ -34,7 +34,7 @@ def plot_confusion(counts: Tensor, names: list[str], file: Path) -> Path:
 
 
 def plot_reliability(bins: list[dict[str, float]], file: Path) -> Path:
-    """Plot accuracy against confidence, in percent, of the bins that metrics.calibration.Calibration counts."""
+    """Plot accuracy against confidence, in percent, for the bins of metrics.calibration.Calibration."""
     low, high, images, accuracy, confidence = (
         np.array([row[key] for row in bins]) for key in ("low", "high", "images", "top1", "confidence")
     )

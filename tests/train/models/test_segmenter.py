@@ -290,8 +290,8 @@ def test_loss_is_mmsegmentations(weights):
     assert job.loss(net, (images, labels))[0] == 0
 
 
-def test_class_weights_are_one_a_class():
-    with pytest.raises(UserError, match=r"^task\.class_weights=\(1, 2\) must be 3 numbers of 0 or more, one a class$"):
+def test_class_weights_are_one_per_class():
+    with pytest.raises(UserError, match=r"^task\.class_weights=\(1, 2\) must be 3 numbers of 0 or more, one per class"):
         Segment(DATA, class_weights=(1, 2))
 
 
