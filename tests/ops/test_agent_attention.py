@@ -275,7 +275,7 @@ def test_reads_other_layouts(f):
         assert_close(ours.float(), expected.float())
 
 
-def test_gradient_that_lies_otherwise():
+def test_gradient_of_another_memory_format():
     shape = SHAPES["bare"]
     q, *rest = inputs(shape)
 

@@ -145,7 +145,7 @@ def test_reads_views_where_they_lie(f):
 
 
 @FORMS
-def test_gradient_that_lies_otherwise(f):
+def test_gradient_of_another_memory_format(f):
     reads_any_gradient(lambda x: f(x, 2), lambda x: reference.channel_attention(x, 2), rand((2, 3, 4, 24)))
 
 

@@ -303,7 +303,7 @@ def test_transposed_maps(f):
     check(transposed(f), transposed(reference.dfa3d), *(t.transpose(1, 3).contiguous() for t in (value, depth)), *rest)
 
 
-def test_gradient_that_lies_otherwise():
+def test_gradient_of_another_memory_format():
     value, depth, shapes, *rest = inputs(TINY)
 
     def of_value(f):

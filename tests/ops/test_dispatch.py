@@ -1,4 +1,4 @@
-"""Which form of an operator runs, and what is said when the one asked for cannot."""
+"""Which form of an operator runs, and the message when the requested one cannot."""
 
 import os
 import subprocess

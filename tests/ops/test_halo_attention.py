@@ -186,7 +186,7 @@ def test_reads_views_of_bigger_maps(f, layout):
     check(of_views(f), of_views(reference.halo_attention), *big)
 
 
-def test_gradient_that_lies_otherwise():
+def test_gradient_of_another_memory_format():
     q, *rest = inputs(SHAPES[2])
 
     def of_q(f):

@@ -166,7 +166,7 @@ def test_reads_a_view_of_a_bigger_map(f):
     check(of_view(f), of_view(reference.strip_gate), rand((2, 12, 8, 13)).contiguous(memory_format=torch.channels_last))
 
 
-def test_gradient_that_lies_otherwise():
+def test_gradient_of_another_memory_format():
     x, *rest = inputs(SHAPES[0])
 
     def of_x(f):

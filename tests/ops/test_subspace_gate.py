@@ -243,7 +243,7 @@ def test_reads_a_view_of_a_bigger_map(f, layout):
     check(of_view(f), of_view(reference.subspace_gate), big)
 
 
-def test_gradient_that_lies_otherwise():
+def test_gradient_of_another_memory_format():
     x, *rest = inputs(SHAPES[0])
 
     def of_x(f):

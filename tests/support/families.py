@@ -1,4 +1,4 @@
-"""A small model of every family, for tests that hold for all of them."""
+"""A small model of every family, for tests common to all of them."""
 
 import timm
 import torch
@@ -36,7 +36,7 @@ def build(name: str, **kwargs) -> nn.Module:
 
 
 def images(name: str, batch: int = 3, size: tuple[int, int] = (64, 64), seed: int = 0) -> tuple[Tensor, ...]:
-    """The arguments of the model's forward: images, and for a lifter its two cameras' projections too."""
+    """Return the arguments of the model's forward: images, and for a lifter also its two cameras' projections."""
     g = torch.Generator().manual_seed(seed)
     if not name.startswith("dfa3d"):
         return (torch.randn(batch, 3, *size, generator=g),)

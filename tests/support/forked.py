@@ -20,7 +20,7 @@ def in_processes(count: int, function: Callable[[int], int]) -> list[int]:
         port = free.getsockname()[1]
 
     def run(rank: int) -> None:
-        torch.set_num_threads(1)  # the threads of the process that this one is a copy of are not there
+        torch.set_num_threads(1)  # the parent's threads do not exist in a forked process
         os.environ.update(MASTER_ADDR="localhost", MASTER_PORT=str(port), WORLD_SIZE=str(count))
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank))
         os._exit(function(rank))
@@ -36,7 +36,7 @@ def in_processes(count: int, function: Callable[[int], int]) -> list[int]:
 
 
 def forked(processes: int, tool: str, *arguments) -> list[int]:
-    """Run a tool's command line in that many processes; return their exit codes."""
+    """Run a tool's command line in `processes` processes; return their exit codes."""
 
     def run(rank: int) -> int:
         from saccade.train.runtime.errors import run

@@ -53,7 +53,7 @@ class Gate:
         return forced(self.operator, name)
 
     def run(self, f, training):
-        """Return f as a function of x and the parameters alone, with statistics of their dtype in evaluation."""
+        """Return f as a function of x and the parameters; in evaluation mode, the statistics have their dtype."""
 
         def g(x, weight, *norms):
             running = self.statistics(x.shape[1], weight.dtype)
@@ -88,7 +88,7 @@ class Gate:
         check(of_view(self.form(name)), of_view(self.reference), big)
 
     @FORMS
-    def test_gradient_that_lies_otherwise(self, name):
+    def test_gradient_of_another_memory_format(self, name):
         x, *params = self.inputs(self.SHAPE)
 
         def of_x(f, training=True):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-# inductor compiles C++ for 20 to 45 s a model; what it is given is the graph that aot_eager runs.
+# inductor compiles C++ for 20 to 45 s per model; aot_eager runs the same graph without it.
 BACKENDS = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.exhaustive)])
 
 

@@ -27,7 +27,7 @@ def make_images(per_class: int = 6, val: int = 10) -> synthetic_imagenet.Splits:
 def write_shards(root: Path, splits: dict, samples: int = 7, listed: bool = True, label: str = "cls") -> Path:
     """Write webdataset shards as other tools do: ROOT/SPLIT-0000.tar, and an index.json if `listed`.
 
-    label: in NAME.cls, the number, or in NAME.json, with other things.
+    label: "cls", the number in NAME.cls, or "json", in NAME.json among other fields.
     """
     root.mkdir(parents=True, exist_ok=True)
     wnids = sorted({wnid for files in splits.values() for wnid, _ in files.values()})

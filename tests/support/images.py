@@ -1,4 +1,4 @@
-"""Images made by a rule, as the recorded detectors and segmenters saw them."""
+"""Deterministic synthetic images, the inputs of the recorded detectors and segmenters."""
 
 import numpy as np
 import torch

@@ -39,14 +39,14 @@ def _main(script: str, arguments: list[str], environment: dict[str, str], output
     main = runpy.run_path(script)
     code = run(main["main"]) if "main" in main else 0
     sys.stdout.flush(), sys.stderr.flush()
-    os._exit(code)  # as an interpreter does at its end, without the handlers of the process it is a copy of
+    os._exit(code)  # as an interpreter exits, without the exit handlers of the process that was forked
 
 
 class Job:
-    """A command line in one or more processes; the part of subprocess.Popen that tests use."""
+    """A command line in one or more processes, with the part of subprocess.Popen's interface that tests use."""
 
     def __init__(self, script: Path, *arguments: object, processes: int = 0, file_size: int | None = None):
-        """processes: more than 0 are a group, as torchrun would start it; file_size: the most bytes of a file."""
+        """processes: if more than 0, a group as torchrun starts it; file_size: the largest file in bytes."""
         self.output = tempfile.NamedTemporaryFile("r", suffix=".out")  # noqa: SIM115 (lives as long as the job)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         if processes:
@@ -94,7 +94,7 @@ class Job:
         return self.text(), None
 
     def text(self) -> str:
-        """What all processes have printed so far, on stdout and stderr."""
+        """Return what all processes have printed so far, on stdout and stderr."""
         return Path(self.output.name).read_text(errors="replace")
 
     def send_signal(self, number: int) -> None:

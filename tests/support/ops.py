@@ -1,5 +1,4 @@
-"""What the operators' tests share: a kernel against its reference, the contract of every operator, and Triton's
-interpreter where there is no GPU."""
+"""Helpers of the operators' tests: kernels against references, the contract of every operator, Triton's interpreter."""
 
 import contextlib
 import functools
@@ -52,7 +51,7 @@ def interpret() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched
-    # tl.max and its like are no interpreted functions if something (timm, say) has imported Triton before.
+    # tl.max and the like are not interpreted if something (timm, for example) imported Triton before.
     jit.JITFunction.__call__ = lambda self, *args, **kwargs: interpreted(self.fn)(*args, **kwargs)
     _interpret_bfloat16(interpreter)
 
@@ -107,7 +106,7 @@ def evaluate(f, args, seed: int = 1234, mode=None) -> list[Tensor]:
         outs = f(*args)
     outs = [outs] if isinstance(outs, Tensor) else list(outs)
     dtype = next(x.dtype for x in args if isinstance(x, Tensor) and x.requires_grad)
-    # Drawn in float16, so that every dtype is given the same.
+    # Drawn in float16, so that every dtype gets the same values.
     seeds = [rand(y.shape, torch.float16, seed + i).to(dtype) for i, y in enumerate(outs)]
     leaves = [x for x in args if isinstance(x, Tensor) and x.requires_grad]
     with mode:
@@ -144,7 +143,7 @@ def grid(indirect=False, also=(), **axes):
 
 
 def far_apart(folder: Path, size: int) -> Tensor:
-    """Return `size` float16 elements of which few are ever touched: a sparse file, or memory of the GPU."""
+    """Return `size` float16 elements, few of which are ever touched: a sparse file, or GPU memory."""
     if DEVICE == "cpu":
         return torch.from_file(str(folder / "sparse"), shared=True, size=size, dtype=torch.float16)
     if torch.cuda.mem_get_info()[0] < 2.5 * size:
@@ -153,7 +152,7 @@ def far_apart(folder: Path, size: int) -> Tensor:
 
 
 def reads_any_gradient(f, reference, *args) -> None:
-    """Check gradients of the output that are transposed in memory, channels-last, and expanded with all strides 0."""
+    """Check backward passes for output gradients that are transposed, channels-last, or expanded (all strides 0)."""
 
     def then(f, g):
         return lambda *args: g(f(*args))
@@ -165,7 +164,7 @@ def reads_any_gradient(f, reference, *args) -> None:
 
 
 def keeps_memory_format(f, *args) -> None:
-    """Check that f(x, ...) and the gradients of all tensors lie in memory as these do."""
+    """Check that the output and the gradients of all tensors have the memory format of the inputs."""
     leaves = [t for t in args if isinstance(t, Tensor)]
     out = f(*(t.requires_grad_() if isinstance(t, Tensor) else t for t in args))
     channels_last = args[0].is_contiguous(memory_format=torch.channels_last)
@@ -176,7 +175,7 @@ def keeps_memory_format(f, *args) -> None:
 
 
 def accepts_empty(f, shape, *args) -> None:
-    """Check the output's shape on empty inputs, and that all gradients have the shapes of the tensors and are zero."""
+    """Check the output's shape for empty inputs, and that all gradients are zeros of the inputs' shapes."""
     leaves = [t.requires_grad_() if isinstance(t, Tensor) and t.is_floating_point() else t for t in args]
     out = f(*leaves)
     assert tuple(out.shape) == tuple(shape)
@@ -188,7 +187,7 @@ def accepts_empty(f, shape, *args) -> None:
 
 
 def registers(op, args, full: bool) -> None:
-    """Check an operator by opcheck: its schema and fake tensors; if full or with gradients, all that it checks."""
+    """Run opcheck on an operator: schema and fake tensors; if `full` or with gradients, all of its checks."""
     light = not (full or any(t.requires_grad for t in args if isinstance(t, Tensor)))
     opcheck(op, args, **dict(test_utils=("test_schema", "test_faketensor")) if light else {})
 
@@ -222,7 +221,7 @@ def forced(f, name: str):
 
 
 def agree(f, reference, *args) -> None:
-    """Check on float64 args that outputs and all gradients of f and of reference are equal but for rounding."""
+    """Check on float64 args that outputs and all gradients of f and reference agree up to rounding."""
     for ours, exact in zip(evaluate(f, args), evaluate(reference, args), strict=True):
         assert_close(ours, exact)
 

@@ -27,7 +27,7 @@ def seeded(seed: int, shape) -> Tensor:
 
 
 def weights(fixture: dict) -> dict[str, Tensor]:
-    """The published state dict: each entry drawn from a generator seeded by its key's CRC-32, scaled by its role."""
+    """Return the state dict: each entry drawn from a generator seeded by its key's CRC-32, scaled by its role."""
     state = {}
     for key, kind, shape in fixture["state"]:
         z = seeded(zlib.crc32(key.encode()), shape)
@@ -44,7 +44,7 @@ def weights(fixture: dict) -> dict[str, Tensor]:
 
 
 def load_file(tmp_path: Path, content: dict, name: str, **kwargs) -> nn.Module:
-    """Our model with the weights of a file, loaded as a user loads a published one."""
+    """Create our model with `content` as its weight file, loaded as a user loads a published one."""
     file = tmp_path / "published.pth"
     torch.save(content, file)
     overlay = dict(file=str(file), num_classes=kwargs.get("num_classes", 1000))

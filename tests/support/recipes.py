@@ -1,4 +1,4 @@
-"""Compare configs with the recipes that were published: what a config resolves to, and tables of what it should be.
+"""Compare configs with the published recipes: what a config resolves to, and tables of what it should be.
 
 A table (tests/support/published) is a list of blocks (pattern of config names, source, {key: published value}); a later
 block overrides an earlier one. Keys are those of the config, `section.key`, and the ones that `resolve` computes.
@@ -27,7 +27,7 @@ from torch import nn
 from torchvision.transforms import CenterCrop, InterpolationMode, Resize
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-# What the rows "schedule", "optimizer", "no decay" and "augment" hold, and what changes no result.
+# Keys covered by the rows "schedule", "optimizer", "no decay" and "augment", and keys that change no result.
 IGNORED = {
     "optimizer.lr",
     "optimizer.opt",
@@ -45,7 +45,7 @@ Table = Sequence[tuple[str, str, dict[str, Any]]]
 
 
 class Differs(NamedTuple):
-    """A value of ours that is not the published one (None: none is known), and the words of the header that say so."""
+    """A value that differs from the published one (None: unknown), and the words of the header that say so."""
 
     ours: Any
     published: Any
@@ -53,7 +53,7 @@ class Differs(NamedTuple):
 
 
 class NoDecay(NamedTuple):
-    """The parameters without weight decay: those of one dimension and biases, or not, and those whose names match."""
+    """The parameters without weight decay: biases and those of one dimension if set, and those whose names match."""
 
     one_dimensional: bool = False
     names: str | None = None
@@ -68,7 +68,7 @@ class NoDecay(NamedTuple):
 
 
 class Schedule(NamedTuple):
-    """The learning rate as a function of epochs or steps, how long the run is, and how near ours must be."""
+    """The learning rate as a function of epochs or steps, the length of the run, and how close ours must be."""
 
     rate: Callable[[float], float]
     length: int
@@ -78,7 +78,7 @@ class Schedule(NamedTuple):
 def cosine(
     peak: float, end: float, until: int, warmup: int = 0, start: float = 0.0, hold: int = 0, after_warmup: bool = False
 ) -> Schedule:
-    """A linear warm-up, and a cosine that began at 0, or after the warm-up, and then `hold` more at the end's rate."""
+    """Linear warm-up, a cosine that starts at 0 or after the warm-up, then `hold` more at the final rate."""
     begin = warmup if after_warmup else 0
 
     def rate(t: float) -> float:
@@ -100,7 +100,7 @@ def steps(peak: float, drops: Sequence[int], length: int, warmup: int = 0, ratio
 
 
 def poly(peak: float, power: float, length: int, warmup: int = 0, ratio: float = 0.0) -> Schedule:
-    """mmsegmentation's: the warm-up multiplies a rate that falls already, at most 1 % from timm's."""
+    """MMSegmentation's: the warm-up multiplies the rate while it decays, at most 1 % from timm's."""
 
     def rate(t: float) -> float:
         factor = 1 - (1 - ratio) * (1 - t / warmup) if t < warmup else 1
@@ -115,7 +115,7 @@ def exponential(peak: float, factor: float, length: int) -> Schedule:
 
 
 def names(folder: str) -> list[str]:
-    """The configs of a folder: "imagenet/biformer_s", …"""
+    """Return the names of a folder's configs: "imagenet/biformer_s", …"""
     return sorted(f"{folder}/{path.stem}" for path in (CONFIGS / folder).glob("*.py") if path.stem != "__init__")
 
 
@@ -125,7 +125,7 @@ def load(name: str) -> dict[str, Any]:
 
 
 def header(name: str) -> str:
-    """The docstring of a config and that of its base, each on one line."""
+    """Return the docstrings of a config and of its base, each on one line."""
     source = (CONFIGS / f"{name}.py").read_text(encoding="utf-8")
     bases = re.findall(r"from \.\._base_\.(\w+) import", source)
     texts = [source, *((CONFIGS / f"_base_/{base}.py").read_text(encoding="utf-8") for base in bases)]
@@ -133,14 +133,14 @@ def header(name: str) -> str:
 
 
 def promised(name: str) -> tuple[float, ...]:
-    """The numbers that a config's header says are expected."""
+    """Return the metric values that a config's header gives as expected."""
     docstring = ast.get_docstring(ast.parse((CONFIGS / f"{name}.py").read_text(encoding="utf-8")))
     paragraph = next((text for text in docstring.split("\n\n") if "expected" in text), "expected")
     return tuple(map(float, re.findall(r"\d+\.\d+", paragraph.partition("expected")[0].rpartition(": ")[2])))
 
 
 def expected(name: str, table: Table) -> dict[str, Any]:
-    """What a table has on a config: {key: published value}."""
+    """Return a table's rows for a config: {key: published value}."""
     rows: dict[str, Any] = {}
     for pattern, source, values in table:
         assert source
@@ -151,7 +151,7 @@ def expected(name: str, table: Table) -> dict[str, Any]:
 
 @lru_cache
 def _model(description: str, name: str) -> nn.Module:
-    """The model of a config, without memory; configs with an equal `description` share it."""
+    """Build a config's model on the meta device; configs with an equal `description` share it."""
     settings = load(name)
     classes = {"Classify": 1000, "Distill": 1000, "Detect": 80, "Segment": 150, "Lift": 10}
     data = SimpleNamespace(
@@ -182,7 +182,7 @@ def _defaults(function: Callable) -> dict[str, Any]:
 
 
 def resolve(name: str) -> dict[str, Any]:
-    """Return all that a config sets or leaves at its default, by `section.key`, with what follows from it.
+    """Return every value of a config, set or default, by `section.key`, with values derived from them.
 
     "augment": the arguments of timm's training transform that are not None or 0. "test": the shorter side, the size
     and the interpolation of its test transform. "optimizer": the class, "optimizer.*" its arguments. "expected": the
@@ -232,7 +232,7 @@ def resolve(name: str) -> dict[str, Any]:
 
 
 def given(name: str) -> set[str]:
-    """The keys that a config or its base sets."""
+    """Return the keys that a config or its base sets."""
     settings = load(name)
     keys = {key for key, value in settings.items() if not isinstance(value, dict)}
     for section, values in settings.items():
@@ -244,7 +244,7 @@ def given(name: str) -> set[str]:
 
 
 def compare_rates(name: str, schedule: Schedule) -> None:
-    """Check the rate that a config's schedule has against a published one, all along the run."""
+    """Check the learning rate of a config's schedule against the published one over the whole run."""
     settings = load(name)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], settings["optimizer"]["lr"])
     unit = 1 if settings.get("iterations") else 100
@@ -265,7 +265,7 @@ def compare_rates(name: str, schedule: Schedule) -> None:
 
 
 def compare(name: str, table: Table) -> None:
-    """Check a config against its rows: each key that is set has one, and each value is ours, or is said to differ."""
+    """Check a config against its rows: each key set has a row, and each value is equal or marked as `Differs`."""
     engine.validate(load(name))
     rows, ours, text = expected(name, table), resolve(name), header(name)
     missing = given(name) - rows.keys()

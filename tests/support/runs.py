@@ -19,7 +19,7 @@ SGD = ["optimizer.opt=sgd", "optimizer.lr=0.005", "schedule.warmup_epochs=0"]
 
 @contextmanager
 def own_signals() -> Iterator[None]:
-    """What a run does to this process's signal handlers ends with the block."""
+    """Restore this process's signal handlers after the block, which a run changes."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield
@@ -29,7 +29,7 @@ def own_signals() -> Iterator[None]:
 
 
 def train(folder: Path, settings: dict) -> Path:
-    """A whole run in this process; returns its folder."""
+    """Train a whole run in this process; return its folder."""
     engine.prepare_folder(folder, False, False)
     with own_signals():
         engine.train(folder, False, **settings)
@@ -37,7 +37,7 @@ def train(folder: Path, settings: dict) -> Path:
 
 
 def finish(process: Job | subprocess.Popen, code: int = 0) -> str:
-    """What a process printed, once it has ended with this exit code; all processes of a job end with it."""
+    """Wait until a process, or every process of a job, ends with the exit code `code`; return what was printed."""
     out = process.communicate(timeout=200)[0]
     assert process.returncode == code, out
     assert not isinstance(process, Job) or set(process.codes) == {code}, (process.codes, out)
@@ -45,26 +45,26 @@ def finish(process: Job | subprocess.Popen, code: int = 0) -> str:
 
 
 def state(folder: Path) -> tuple[dict, dict]:
-    """Tensors and metadata of a run's last checkpoint."""
+    """Return the tensors and metadata of a run's last checkpoint."""
     return checkpoint.read(folder / "checkpoints" / checkpoint.LAST)
 
 
 def records(folder: Path, kind: str) -> list[dict]:
-    """The lines of a run's log.jsonl on training ("train") or on evaluations ("val")."""
+    """Return the lines of a run's log.jsonl about training ("train") or evaluations ("val")."""
     lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
     return [line for line in lines if line["kind"] == kind]
 
 
-def dies_and_goes_on(folder: Path, settings: dict, task: type, step: int, patch: pytest.MonkeyPatch) -> None:
-    """A run of settings (save_every=1) that dies in the step after `step`, and is resumed to its end."""
+def interrupt_and_resume(folder: Path, settings: dict, task: type, step: int, patch: pytest.MonkeyPatch) -> None:
+    """Run `settings` (save_every=1), interrupted in the step after `step`, then resumed to its end."""
     loss, count = task.loss, iter(range(10**6))
 
-    def dies(*arguments):
+    def interrupted(*arguments):
         if next(count) == step:
             raise KeyboardInterrupt
         return loss(*arguments)
 
-    patch.setattr(task, "loss", dies)
+    patch.setattr(task, "loss", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(folder, settings)
     patch.setattr(task, "loss", loss)
@@ -74,7 +74,7 @@ def dies_and_goes_on(folder: Path, settings: dict, task: type, step: int, patch:
 
 
 def assert_same_end(one: Path, other: Path) -> None:
-    """To the bit: weights and all else that a checkpoint holds, and the losses on the way."""
+    """Check that the last checkpoints and the logged losses of two runs are equal to the bit."""
     whole, again = state(one)[0], state(other)[0]
     assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
     losses = [[line["loss"] for line in records(folder, "train")] for folder in (one, other)]

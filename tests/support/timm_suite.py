@@ -13,13 +13,13 @@ import timm.models
 from timm.models import _registry
 
 TOKEN_MODELS: tuple[str, ...] = ("agent_deit_", "sparsifiner_")
-# Tests that want a gradient for every parameter. Sparsifiner's predictors have none by design: the mask that they make
-# is discrete, and they learn from a loss of their own, on their scores.
+# Tests that expect a gradient for every parameter. Sparsifiner's predictors have none by design: their mask is
+# discrete, and they are trained by a separate loss on their scores.
 EVERY_GRADIENT = ("test_model_backward", "test_model_backward_fx", "test_prune_intermediate_layers_contract")
 
 
 class OneModel:
-    """A pytest plugin that leaves the tests of one model."""
+    """A pytest plugin that keeps only the tests of one model."""
 
     def __init__(self, name: str):
         self.name = name

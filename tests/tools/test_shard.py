@@ -1,4 +1,4 @@
-"""tools/shard.py: what it writes others read back, and a run that was killed goes on."""
+"""tools/shard.py: other readers read what it writes, and a killed run resumes."""
 
 import io
 import json

@@ -15,7 +15,7 @@ from saccade.train.runtime.errors import UserError
 from saccade.train.tasks.lift import Lift
 from support.forked import forked
 from support.levels import exhaustive
-from support.runs import assert_same_end, dies_and_goes_on, finish, records, train
+from support.runs import assert_same_end, finish, interrupt_and_resume, records, train
 
 from .conftest import ROOT
 
@@ -277,7 +277,7 @@ def test_whole_run_and_its_export(tmp_path):
 
 def test_resumes_exactly(tmp_path, monkeypatch):
     whole = train(tmp_path / "whole", settings(epochs=2, eval_every=1))
-    dies_and_goes_on(tmp_path / "parts", settings(epochs=2, eval_every=1, save_every=1), Lift, 3, monkeypatch)
+    interrupt_and_resume(tmp_path / "parts", settings(epochs=2, eval_every=1, save_every=1), Lift, 3, monkeypatch)
     assert_same_end(whole, tmp_path / "parts")
 
 

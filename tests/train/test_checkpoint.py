@@ -139,7 +139,7 @@ def test_no_folder_to_write_in(tmp_path):
 
 @pytest.mark.parametrize("opt", ["adamw", "sgd", "lion", "adafactor", "lamb", "nadamw", "muon"])
 def test_optimizer_state(opt):
-    """Through names and JSON and back, an optimiser goes on as if nothing had been."""
+    """An optimizer's state, saved by name with JSON metadata and loaded, continues identically."""
 
     def make() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
         torch.manual_seed(0)

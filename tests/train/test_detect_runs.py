@@ -11,7 +11,7 @@ from saccade.train import predict
 from saccade.train.runtime import config
 from saccade.train.runtime.config import build
 from saccade.train.tasks.detect import Detect
-from support.runs import assert_same_end, dies_and_goes_on, finish, records, state
+from support.runs import assert_same_end, finish, interrupt_and_resume, records, state
 
 from .conftest import ROOT
 
@@ -97,9 +97,9 @@ def test_nothing_found(run):
 
 
 def test_resume_is_bit_identical(run, tiny, tmp_path, monkeypatch):
-    """A run that dies in its third step and goes on ends with the very weights and log of one that does not."""
+    """A run interrupted in its third step and resumed ends with the weights and log of an uninterrupted one."""
     folder, settings = tmp_path / "run", config.load(RESNET, [*tiny, "save_every=1"])
-    dies_and_goes_on(folder, settings, Detect, 3, monkeypatch)
+    interrupt_and_resume(folder, settings, Detect, 3, monkeypatch)
     assert_same_end(run, folder)
 
 

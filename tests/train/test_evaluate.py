@@ -226,7 +226,7 @@ def test_bf16(command, trained, outputs, tmp_path):
 
 
 def test_weights_that_timm_publishes(command, trained, tmp_path):
-    """model.pretrained, here from a file in place of the network; their classes must be the images'."""
+    """model.pretrained, here read from a file instead of the network; its classes must be the images'."""
     write(tmp_path / "images", "{0}", count=40)
     arguments = ["device=cpu", "--out", tmp_path / "out", "--images", tmp_path / "images"]
     published = dict(file=str(trained / "model.safetensors"), num_classes=10)

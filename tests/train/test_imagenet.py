@@ -398,7 +398,7 @@ def test_run_with_bad_images(command, spoilt, tmp_path, records, monkeypatch):
 
 
 def test_command_line(command, spoilt, tmp_path, records):
-    """Patterns and lists in place of the config's folder; a truncated shard past the budget ends the run at once."""
+    """Patterns and lists instead of the config's folder; a truncated shard beyond `max_bad` ends the run at once."""
     root = imagenet.write_shards(tmp_path / "shards", SPLITS)
     lists = repr([f"{root}/val-0000.tar", f"{root}/val-0001.tar"])
     given = ["data.root=None", f"data.train={root}/train-{{0000..0003}}.tar", f"data.val={lists}", "epochs=1"]

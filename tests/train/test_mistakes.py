@@ -70,7 +70,7 @@ def test_unfinished_run(tiny, command, tmp_path):
 
 @pytest.mark.parametrize("moment", ["first", "second", "export"])
 def test_disk_full(tiny, tmp_path, monkeypatch, moment):
-    """Earlier checkpoints are intact, and with space again the run goes on to the same end."""
+    """Earlier checkpoints are intact, and once there is space the run resumes to the same end."""
     assert tiny(tmp_path / "whole")[0] == 0
     calls = []
     real = checkpoint.save_file

@@ -1,4 +1,4 @@
-"""Models by name, weights from files, and what is said when they do not fit."""
+"""Models by name, weights from files, and the messages when they do not fit."""
 
 import json
 
@@ -124,7 +124,7 @@ def test_sentences(name, kwargs, sentence):
 
 
 def test_image_size():
-    """One built for a size gets ours; what no size can mend is said by the model."""
+    """A model with a fixed input size is built for ours; if no size fits, the model's own message is shown."""
     probe(create("vit_tiny_patch16_224", 10, img_size=48), (3, 48, 48))
     probe(create("test_resnet", 10, img_size=48), (3, 48, 48))
     with pytest.raises(UserError, match=r"can't take images of 48x48 with 3 channels: Input height \(48\)"):

@@ -162,7 +162,7 @@ def test_synchronised_batchnorm(processes):
 
 
 def test_broken_images(start, tmp_path):
-    """Two where one is allowed: both processes stop at the same step, whoever met them, and it is said once."""
+    """Two bad images where one is allowed: both processes stop at the same step and print one message."""
     for name in ("cat", "dog"):
         for i in range(20):
             path = tmp_path / "images" / name / f"{i}.png"

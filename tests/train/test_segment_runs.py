@@ -12,7 +12,7 @@ from saccade.train.runtime.errors import UserError
 from saccade.train.tasks import segment
 from saccade.train.tasks.segment import Segment
 from support.forked import forked
-from support.runs import SGD, assert_same_end, dies_and_goes_on, finish, records, state, train
+from support.runs import SGD, assert_same_end, finish, interrupt_and_resume, records, state, train
 
 from .conftest import ROOT
 
@@ -114,9 +114,9 @@ def test_predict(run, data, command, tmp_path):
 
 
 def test_resume_is_bit_identical(run, tiny, tmp_path, monkeypatch):
-    """A run that dies in its third step and goes on ends with the very weights and log of one that does not."""
+    """A run interrupted in its third step and resumed ends with the weights and log of an uninterrupted one."""
     folder, settings = tmp_path / "run", config.load(CONFIG, [*tiny, "save_every=1"])
-    dies_and_goes_on(folder, settings, Segment, 3, monkeypatch)
+    interrupt_and_resume(folder, settings, Segment, 3, monkeypatch)
     assert_same_end(run, folder)
 
 

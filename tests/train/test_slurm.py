@@ -1,4 +1,4 @@
-"""tools/slurm.sh with stand-ins for Slurm's commands: told that the time is up it saves, queues again and goes on."""
+"""tools/slurm.sh with fake Slurm commands: when its time is up it saves, queues again and resumes."""
 
 import os
 import signal

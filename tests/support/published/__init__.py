@@ -1,1 +1,1 @@
-"""The recipes as they were published, one table for each folder of configs."""
+"""The published recipes, one table for each folder of configs."""
