@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
 
-.PHONY: help demo demo-detection demo-segmentation demo-bev test test-all coverage lint docs setup clean
+.PHONY: help demo demo-detection demo-segmentation demo-bev test test-all test-newest test-sim gpu coverage lint docs setup clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,9 @@ help:
 	@echo '                the same for digits on photographs, and for boxes around a car with six cameras (15 minutes each)'
 	@echo 'make test       what every change must pass: every operator, model family, task and command'
 	@echo 'make test-all   that, and what is exhaustive: every shape, dtype, card and registered model, long runs'
+	@echo 'make test-newest  make test with the newest releases of every package ($(VENV)-newest)'
+	@echo 'make test-sim   the operators in a simulator of Triton that finds races and accesses out of bounds ($(VENV)-sim)'
+	@echo 'make gpu        on a machine with a GPU: tests, accuracy and times of everything (PART=ops for a part)'
 	@echo 'make coverage   branch coverage of backbones/, ops/ and train/ under make test'
 	@echo 'make lint       ruff, the import contracts and the types of the public API'
 	@echo 'make docs       the pages of docs/ and the reference from docstrings as a site: docs/_build/html/index.html'
@@ -52,6 +55,32 @@ test: setup
 test-all: setup
 	$(PARALLEL) tests
 
+# The same tests without constraints.txt: what `pip install saccade` gets today.
+test-newest: $(VENV)-newest/.ready
+	OMP_NUM_THREADS=1 $(VENV)-newest/bin/python -m pytest -n auto --dist worksteal -m 'not exhaustive' tests
+
+$(VENV)-newest/.ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-newest
+	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager pip -e '.[test]'
+	@touch $@
+
+# ttsem executes kernels on a CPU as on a GPU, in bfloat16 too, and stops at races and accesses out of bounds. It needs
+# Python 3.12 or 3.13 and fixes torch and Triton itself: hence an environment of its own.
+SIM_PYTHON ?= $(shell for p in python3.13 python3.12 ~/.pyenv/versions/3.1[23].*/bin/python3; do \
+  $$p -c '' 2>/dev/null && command -v $$p && break; done)
+test-sim: $(VENV)-sim/.ready
+	$(VENV)-sim/bin/python -m ttsem.sanitize pytest -m 'not exhaustive' -k triton tests/ops
+
+$(VENV)-sim/.ready: pyproject.toml
+	@test -n '$(SIM_PYTHON)' || { echo 'make test-sim needs Python 3.12 or 3.13: make test-sim SIM_PYTHON=…'; exit 1; }
+	$(SIM_PYTHON) -m venv $(VENV)-sim
+	$(VENV)-sim/bin/python -m pip install --quiet ttsem -e '.[test]'
+	@touch $@
+
+PART ?= all
+gpu: setup
+	$(PY) tools/gpu.py $(PART)
+
 coverage: setup
 	$(PARALLEL) -m 'not exhaustive' --cov --cov-report=term-missing:skip-covered tests
 
@@ -82,4 +111,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt tools/setup_check.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) runs build dist docs/_build docs/reference docs/project
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-sim runs build dist docs/_build docs/reference docs/project
