@@ -267,7 +267,7 @@ def train(
     stop.catch_interrupts(False)
     with sync_errors():
         if rank() == 0:
-            best = task.model(**model | dict(pretrained=False))  # a plain one, whatever training made of `net`
+            best = task.model(**model | dict(pretrained=False))  # plain, however `net` was wrapped
             best.load_state_dict(best_weights(folder))
             task.export(best, run_dir, inputs, data.class_names)
     if rank() == 0:

@@ -1,4 +1,4 @@
-"""A model as a file that other runtimes read, compared with PyTorch in its own runtime before it is kept."""
+"""Exports a model to a file for another runtime, kept only if that runtime's outputs agree with PyTorch's."""
 
 import contextlib
 import importlib.util
@@ -39,7 +39,7 @@ class Exported(NamedTuple):
 def export(
     model: str | Path, out: Path, to: str, size: Sequence[int] | None = None, checkpoint: Path | None = None
 ) -> Exported:
-    """Write a model as `out`, for images of one size and batches of any, and as OUT.json how to prepare images for it.
+    """Export a model to `out`, for images of one size and any batch size; OUT.json says how to prepare images.
 
     model: the folder of a finished run, or a name that timm knows, whose weights are in `checkpoint` (None: untrained).
     to: onnx, torch-export, torchscript or openvino. size: (height, width) of the images; None: the model's own.
@@ -47,8 +47,8 @@ def export(
     segmenter's is from 0 to 1, its output logits (B, num_classes, H / s, W / s). A detector is written as ONNX only, of
     one image: see saccade.train.models.detectors.to_onnx.
 
-    Raises UserError for a model or format that cannot be, files that exist, packages that are missing, and a file whose
-    results are not the model's; nothing is left then.
+    Raises UserError for a model or format that is not supported, files that exist, packages that are missing, and a
+    file whose results are not the model's, which is removed.
     """
     if to not in SUFFIXES:
         raise UserError(f"--to must be one of {', '.join(SUFFIXES)}, got {to}{closest(to, SUFFIXES)}")
@@ -72,7 +72,7 @@ def export(
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
             made = Path(folder) / out.name
-            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # exporters are talkative
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):  # exporters print a lot
                 warnings.simplefilter("ignore")
                 if isinstance(net, Detector):
                     found = _export_detector(net, made, shape)
@@ -89,7 +89,7 @@ def export(
 
 
 def _load(model: str | Path, checkpoint: Path | None) -> tuple[nn.Module, dict[str, Any]]:
-    """Return a model in evaluation mode, and what a user needs to know to prepare its images."""
+    """Return a model in evaluation mode, and the content of OUT.json: how to prepare its images."""
     names: Sequence[str] | None = None
     if Path(model).is_dir():
         if checkpoint is not None:
@@ -150,7 +150,7 @@ def _runner(file: Path, to: str) -> Callable[[Tensor], Tensor]:
     if to == "openvino":
         import openvino
 
-        exact = {"INFERENCE_PRECISION_HINT": "f32"}  # a processor with bf16 or AMX rounds otherwise
+        exact = {"INFERENCE_PRECISION_HINT": "f32"}  # processors with bf16 or AMX use it by default
         compiled = openvino.Core().compile_model(file, "CPU", exact)
         return lambda x: torch.from_numpy(compiled(x.numpy())[0])
     import onnxruntime
@@ -179,7 +179,7 @@ def _compare(net: nn.Module, theirs: Callable[[Tensor], Tensor], inputs: Sequenc
 
 
 def _export_detector(net: Detector, file: Path, size: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
-    """Write a detector as ONNX; compare boxes and scores, which are sorted alike where no two are equal."""
+    """Write a detector as ONNX; compare boxes and scores, whose order is the same if no two scores are equal."""
     import onnxruntime
 
     to_onnx(net, (size[0], size[1]), file)

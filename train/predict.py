@@ -32,7 +32,7 @@ LACKING = dict(  # error messages for methods that a task's predictor does not h
 
 
 class Prediction(NamedTuple):
-    """What the model predicts of one image. size: (width, height). written: the image file with it, if there is one."""
+    """The prediction on one image. size: (width, height). written: the image file made of it, if any."""
 
     path: Path
     size: tuple[int, int]
@@ -43,8 +43,8 @@ class Prediction(NamedTuple):
 def find_images(paths: Sequence[Path]) -> list[Path]:
     """Return the files among `paths` and, sorted, the image files below its folders, each once.
 
-    A path of - stands for the lines of standard input. Files that are not there are kept: whoever reads them reports
-    them. Raises UserError where nothing is left.
+    The path `-` means the paths in standard input, one per line. Missing files are kept, and reported when they are
+    read. Raises UserError if there are no files.
     """
     files: dict[Path, None] = {}
     given: list[Path] = []
@@ -93,7 +93,7 @@ def predict(
     """Yield the prediction of each image, or the error of one that can't be read or predicted on.
 
     out: a folder where each image is written as a PNG with its prediction drawn on it or, with `maps`, as its label
-    map; no file is replaced that was not written so. max_drawn: objects drawn on an image.
+    map; only files written by this function are replaced. max_drawn: objects drawn on an image.
     """
     names = OutputNames(out, images) if out is not None else None
     for first in range(0, len(images), batch_size):
@@ -119,22 +119,22 @@ def predict(
 
 
 def _predict_each(model: Predictor, opened: Sequence[tuple[Path, Image.Image]]) -> list[dict[str, Any] | BadImage]:
-    """Return the record of each image, or its error where the model can't take it."""
+    """Return the record of each image, or its error if the model can't process it."""
     if not opened:
         return []
     try:
         return model.predict([image for _, image in opened])
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError, MemoryError) as error:
-        if len(opened) > 1:  # one of them, or all at once are too large
+        if len(opened) > 1:  # one image, or the batch as a whole, is too large
             return [result for one in opened for result in _predict_each(model, [one])]
         (path, image), reason = opened[0], (str(error).strip().splitlines() or [type(error).__name__])[0]
         return [BadImage(str(path), f"of {image.width}x{image.height} pixels can't be predicted on ({reason})")]
 
 
 class OutputNames:
-    """Chooses a file's name in `folder` for the output of each image: never that of an input or of anyone's own file.
+    """Chooses a file name in `folder` for the output of each image, never that of an input or of a user's own file.
 
-    Names that differ in case only count as equal, as some file systems have it.
+    Names that differ in case only count as equal, as in some file systems.
     """
 
     def __init__(self, folder: Path, images: Sequence[Path]):
@@ -179,7 +179,7 @@ def run(
 ) -> None:
     """Print the predictions on images, and a summary; write them as JSON or images.
 
-    json_file, out: see tools/predict.py, whose --format is `form`. batch_size: images that the model gets at once.
+    json_file, out: see tools/predict.py, whose --format is `form`. batch_size: images per batch.
     options: of the task's predictor. Raises UserError (code 65) at the end where images could not be read or predicted
     on, which are listed.
     """

@@ -47,7 +47,7 @@ def test(
     """
     with sync_errors():
         device = choose_device(config.get("device"))
-        checkpoint = None if checkpoint is None else read_published(checkpoint)  # once, for all who ask
+        checkpoint = None if checkpoint is None else read_published(checkpoint)  # read once for all uses
         source = build(config["data"])
         task = build(config["task"], source)
         if (real or isinstance(source, TestFolder)) and not isinstance(task, Classify):
@@ -98,9 +98,9 @@ def model_class_names(
     checkpoint: Path | Weights | None,
     class_map: dict[str, str] | None,
 ) -> list[str] | None:
-    """Return the classes of the model that `test` will load, under the data's names; None where nothing names them.
+    """Return the classes of the model that `test` will load, under the data's names; None if they are not recorded.
 
-    task: which knows the classes of published weights; None: those are not asked for.
+    task: knows the classes of published weights; None: these are not looked up.
     """
     weights = checkpoint or run_dir
     if weights is not None:

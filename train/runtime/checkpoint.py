@@ -1,4 +1,4 @@
-"""Checkpoints: one safetensors file holds the whole state of training, and survives what happens to files.
+"""Checkpoints: one safetensors file with the whole state of training, written atomically and verified on reading.
 
 The tensors are named ("model.…", "ema.…", "optimizer.state.PARAMETER.KEY"); step, best metric, config and the like are
 JSON in the file's metadata, beside a SHA-256 over all of it that is verified on reading. Nothing is pickled. A file is
@@ -84,7 +84,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically. Bytes of file names that are no text (lone surrogates) are escaped."""
+    """Write a text file atomically. Undecodable bytes of file names (lone surrogates) are escaped."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
@@ -193,9 +193,9 @@ def load_optimizer_state(
 ) -> None:
     """Load what `optimizer_state` returned; the groups' settings (lr, weight_decay, …) stay as the optimizer has them.
 
-    Of the groups only counters are loaded, such as LAMB's `step`: what is no argument of the optimizer. Parameters that
-    are no longer trained are skipped, and those newly trained begin without a state. Raises KeyError for an entry of a
-    parameter that the model does not have.
+    Of the groups only counters such as LAMB's `step` are loaded, which are no arguments of the optimizer. Parameters
+    that are no longer trained are skipped, and those newly trained begin without a state. Raises KeyError for an entry
+    of a parameter that the model does not have.
     """
     names = _parameter_names(optimizer, model)
     index, parameters = {name: i for i, name in enumerate(names)}, dict(model.named_parameters())
@@ -214,7 +214,7 @@ def load_optimizer_state(
             state["state"].setdefault(index[name], {})[key] = value
     optimizer.load_state_dict(state)
     for parameter, entries in optimizer.state.items():
-        for key, value in entries.items():  # laid out as the parameter again: other strides round differently
+        for key, value in entries.items():  # with the parameter's strides again: others round differently
             if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
                 entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 

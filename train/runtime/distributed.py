@@ -111,7 +111,7 @@ def process_group() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # what they hold of the group, freed after it, can hang for ever
+        traceback.clear_frames(error.__traceback__)  # references to the group in them, freed after it, can hang
         if isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error)):
             raise UserError(f"process {rank()} ends because another has; see that one's message") from error
         raise
@@ -247,8 +247,8 @@ def seed_generators(*key: int | str) -> None:
 class StopRequest:
     """Handles SIGTERM, SIGUSR1 and Ctrl-C: training stops after a step that the processes agree on, with a checkpoint.
 
-    A second Ctrl-C stops at once. code: the exit code of the signal. saved: what the message says of the last
-    checkpoint then.
+    A second Ctrl-C stops at once. code: the exit code of the signal. saved: the sentence about the last checkpoint that
+    is printed then.
     """
 
     def __init__(self) -> None:
@@ -268,9 +268,9 @@ class StopRequest:
         now = time.monotonic()
         if self._interrupted_at is None:
             self._interrupted_at, self.asked, self.code = now, True, INTERRUPTED
-            if rank() == 0:  # print() can't be called again from a handler that interrupts it
+            if rank() == 0:  # the handler may have interrupted a print(), which is not reentrant
                 os.write(2, b"\nCtrl-C: stopping after this step with a checkpoint; again to stop at once\n")
-        elif now - self._interrupted_at > 0.5:  # torchrun may pass on what the terminal has sent already
+        elif now - self._interrupted_at > 0.5:  # torchrun may pass on a signal that the terminal has already sent
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt(f"interrupted twice by Ctrl-C, so not saved again: {self.saved}")
 

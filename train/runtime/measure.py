@@ -1,7 +1,6 @@
 """Measuring time, memory and arithmetic, for tools/benchmark.py and its like.
 
-Times are medians of interleaved runs (A B A B …), so that a machine whose speed drifts is as unkind to one as to the
-other.
+Times are medians of interleaved runs (A B A B …), so that a drift of the machine's speed affects all of them equally.
 """
 
 import multiprocessing
@@ -64,14 +63,14 @@ def step_of(model: nn.Module, x: Tensor, mode: str, amp: torch.dtype | None = No
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype = torch.float32, size: int = 2048) -> float:
-    """FLOP/s of a large square matrix product on random data: the ceiling that a dense model is held against."""
+    """FLOP/s of a large square matrix product on random data: the ceiling that a dense model is compared with."""
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     times = interleaved({"mm": lambda: torch.mm(a, b)}, 7, device)["mm"]
     return 2 * size**3 / statistics.median(times)
 
 
 def copy_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
-    """Bytes/s, read and written, of copying a tensor of 256 MiB: what an operator bound by memory is held against."""
+    """Bytes/s, read and written, of copying a tensor of 256 MiB: the ceiling of an operator bound by memory."""
     a = torch.randn(2**28 // dtype.itemsize, device=device).to(dtype)
     b = torch.empty_like(a)
     times = interleaved({"copy": lambda: b.copy_(a)}, 9, device)["copy"]
@@ -79,7 +78,7 @@ def copy_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Of the last cache before memory."""
+    """Return the size of the last-level cache."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).L2_cache_size
     sizes = [int(f.read_text().rstrip("K\n")) << 10 for f in Path("/sys/devices/system/cpu/cpu0/cache").glob("*/size")]
@@ -143,7 +142,7 @@ def _peak_in_child(build: Callable[..., Callable[[], None]], args: tuple, thread
 def peak_memory(build: Callable[..., Callable[[], None]], *args) -> int:
     """Bytes by which one run of build(*args)() raises a fresh process's resident memory (sampled; Linux).
 
-    The weights and the input are there before; what counts is activations, buffers and, when training, gradients.
+    Weights and input are allocated before, so that activations, buffers and, in training, gradients are counted.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["saccade.backbones"])  # imported once, not for every measurement
@@ -157,7 +156,7 @@ def peak_memory(build: Callable[..., Callable[[], None]], *args) -> int:
 
 
 def machine(device: torch.device) -> dict[str, str | int]:
-    """What a measurement was made on."""
+    """Describe the machine that a measurement is made on."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
     return dict(
         device=name,

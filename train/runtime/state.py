@@ -154,7 +154,7 @@ class State:
         if (images := meta.get("images", self.images)) != self.images:
             messages.append(
                 f"changed since the checkpoint: {self.images} training images, {images} before: the images of an epoch "
-                "are in another order, and steps and epochs are counted by today's number"
+                "are in another order, and steps and epochs are counted by the new number"
             )
         if meta["step"] > steps:
             raise UserError(

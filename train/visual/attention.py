@@ -48,7 +48,7 @@ def plot_attended_regions(
 ) -> Path:
     """Plot what a model with `attended_regions` attends to on images x (B, 3, H, W), a row per image.
 
-    wrong: of which rows the caption is red.
+    wrong: the rows whose captions are red.
     """
     layers = model.eval().attended_regions(x)
     last = {name.rsplit(".blocks.", 1)[0]: layer for name, layer in layers.items()}  # of each stage

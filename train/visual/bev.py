@@ -40,7 +40,7 @@ def project_line(matrix: ndarray, ends: ndarray) -> list[tuple[float, float]] | 
 
 
 def draw_cameras(frame: dict[str, Tensor], boxes: Tensor, labels: Tensor, mean: Tensor, std: Tensor) -> Image.Image:
-    """Draw the boxes' edges on all images of a frame, three a row."""
+    """Draw the boxes' edges on all images of a frame, three per row."""
     tiles = []
     for image, matrix in zip(frame["images"].cpu(), frame["lidar2img"].double().cpu().numpy()):
         pixels = (image * std + mean).clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()

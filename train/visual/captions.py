@@ -1,4 +1,4 @@
-"""Text on images and figures: fonts that have the characters, escapes for those that none has, captions and legends."""
+"""Text on images and figures: choice of fonts, escapes for characters that no font has, captions and legends."""
 
 import math
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ def find_font(text: str) -> str:
 
 
 def escape_missing(text: str, characters: frozenset[int]) -> str:
-    """Write characters that are not among `characters`, control characters and bytes that are no text as escapes."""
+    """Escape control characters, undecodable bytes, and characters that are not among `characters`."""
     shown = [c if c == "\n" or (ord(c) in characters and c.isprintable()) else _escape(c) for c in text]
     return shorten("".join(shown))
 
@@ -58,7 +58,7 @@ def shorten(text: str) -> str:
 
 
 def prepare_text(text: str, size: int) -> tuple[str, ImageFont.FreeTypeFont]:
-    """Return a text as Pillow can draw it, and the font to draw it with."""
+    """Return a text that Pillow can draw, and the font to draw it with."""
     font = find_font(text)
     return escape_missing(text, read_charmap(font)), _load(font, size)
 

@@ -26,11 +26,11 @@ def _flat(settings: dict, prefix: str = "") -> dict[str, Any]:
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """Read what a run's folder says of it.
+    """Read a run's settings, log and scores from its folder.
 
     Returns name, model, settings (dotted keys), train and val (the lines of log.jsonl), score (a metric's name, None
     before the first evaluation), best and last (of the score, in percent, of the better of the weights and their
-    average), step (of the best), seconds of training. Raises UserError where the folder is no run's.
+    average), step (of the best), seconds of training. Raises UserError if the folder is not a run's.
     """
     if not is_run(folder):
         raise UserError(f"{folder} is not a run's folder: give folders that tools/train.py has made")

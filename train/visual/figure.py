@@ -1,4 +1,4 @@
-"""What the plots share: matplotlib without a display, the colors, and saving."""
+"""Shared by all plots: matplotlib without a display, the colors, and saving."""
 
 from pathlib import Path
 

@@ -35,7 +35,7 @@ def draw_overlay(image: np.ndarray, labels: np.ndarray, num_classes: int, streng
 
 
 def draw_outlined(image: np.ndarray, labels: np.ndarray, num_classes: int) -> np.ndarray:
-    """Do as `draw_overlay`, and draw the borders between labels in white."""
+    """Draw an overlay, with the borders between labels in white."""
     drawn = draw_overlay(image, labels, num_classes)
     border = np.zeros(labels.shape, bool)
     border[:, 1:] |= labels[:, 1:] != labels[:, :-1]
