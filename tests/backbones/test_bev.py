@@ -436,7 +436,7 @@ def test_depth_gain_multiplies_the_distribution():
 
 
 def test_without_depth_is_two_dimensional():
-    """The third coordinate plays no part, and there is neither network nor offset for it."""
+    """The third coordinate is ignored, and there is neither a network nor an offset for it."""
     model, given = tiny(lift_depth=False), seen()
     assert model.depth is None and not any("depth" in name for name, _ in model.named_parameters())
     view, codes = model(**given, return_depth=True)

@@ -88,7 +88,7 @@ def test_only_what_is_missing_is_written(tool, original, tmp_path):
     assert changed == {"train-000002.tar", "train-000003.tar"}
 
 
-def test_killed_run_goes_on(tool, tmp_path):
+def test_killed_run_resumes(tool, tmp_path):
     """SIGKILL: its workers end too, nothing half-written has a shard's name, and the end is that of an unbroken run."""
     root = imagenet.write_folders(tmp_path / "data", imagenet.make_images(per_class=20, val=1))
     out, whole = tmp_path / "out", tmp_path / "whole"

@@ -124,7 +124,7 @@ def test_what_was_found_is_kept(tmp_path, cache, monkeypatch):
 
 
 @pytest.mark.parametrize("listed", [True, False])
-def test_torn_shards(tmp_path, listed):
+def test_truncated_shards(tmp_path, listed):
     """Cut anywhere, a shard loses samples, mostly with no error of tarfile's; it is named, and they are counted."""
     root = imagenet.write_shards(tmp_path / "data", SPLITS, listed=listed)
     path = root / "train-0001.tar"
