@@ -4,8 +4,8 @@ Paper: "DaViT: Dual Attention Vision Transformers", ECCV 2022, arXiv 2204.03645.
 Published code: dingmyu/davit@fc79470 (MIT). Parameters map one to one (`checkpoint_filter_fn`), outputs are equal. The
 state dict is that of timm's `davit_*`, so weights go from one to the other as they are.
 
-Inside, everything is channels-last: maps travel as (B, H, W, C) through the blocks, where convolutions see an NCHW view
-of the same memory, and leave a stage as such a view.
+Everything is channels-last: blocks process (B, H, W, C), their convolutions get an NCHW view of the same memory, and a
+stage returns such a view.
 """
 
 from functools import partial
@@ -110,8 +110,8 @@ class Block(nn.Module):
 class Stem(nn.Module):
     """Overlapping patches, then LayerNorm: images -> (B, ceil(H / 4), ceil(W / 4), dim) as an NCHW view.
 
-    The published code pads the image with zeros to a multiple of 4 before it; the convolution's own padding reaches
-    exactly as far.
+    The published code first pads the image with zeros to a multiple of 4; the convolution's own padding reaches exactly
+    as far.
     """
 
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
@@ -129,7 +129,7 @@ class Stem(nn.Module):
 class Downsample(nn.Module):
     """LayerNorm, then patches of 2x2, or 3x3 where `overlapped`: NCHW -> NCHW of half the size, rounded up.
 
-    Pads are zeros after the norm. The overlapping convolution's own padding reaches as far as the published code's.
+    Zeros are padded after the norm. The overlapping convolution's own padding reaches as far as the published code's.
     """
 
     def __init__(self, dim: int, out_dim: int, overlapped: bool, device=None, dtype=None):

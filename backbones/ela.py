@@ -32,8 +32,7 @@ class ELA(nn.Module):
         dim: C, a multiple of 16, or of 32 for version "t".
         version: "t", "b", "s" or "l", from the smallest to the largest.
         residual: add x. Without it a new layer scales its input by about 1/4, since sigmoids start near 1/2: use it
-        when
-            inserting the layer into a trained network.
+            when inserting the layer into a trained network.
     """
 
     def __init__(self, dim: int, version: str = "s", residual: bool = False, device=None, dtype=None):

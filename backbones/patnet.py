@@ -62,7 +62,7 @@ class GatedMixer(nn.Module):
     """PAT_ch: (B, H, W, C) -> same. A quarter of the channels is convolved; the others are gated by the means and
     deviations of all of them, and normalised.
 
-    Of a map of one position the deviation is 0; the published code gives NaN.
+    On a map with a single position the deviation is 0; the published code gives NaN.
     """
 
     def __init__(self, dim: int, device=None, dtype=None):
@@ -129,12 +129,12 @@ class RelativeAttention(nn.Module):
         B, H, W, C = x.shape
         qkv = self.qkv(x).view(B, H, W, 3, C)
         if self.training and self.drop > 0.0:
-            y = self.dropped(qkv)
+            y = self.attend_with_dropout(qkv)
         else:
             y = relative_bias_attention(qkv, self.heads, self.table)
         return F.dropout(self.proj(y), self.drop, self.training)
 
-    def dropped(self, qkv: Tensor) -> Tensor:
+    def attend_with_dropout(self, qkv: Tensor) -> Tensor:
         """Compute attention with dropout of the probabilities, which the operator does not support."""
         B, H, W, _, C = qkv.shape
         q, k, v = qkv.view(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
@@ -212,7 +212,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Mixer and MLP (paper, figure 2): (B, H, W, C) -> same. The mixer is a residual of its own where it attends."""
+    """Mixer and MLP (paper, figure 2): (B, H, W, C) -> same. An attention mixer has its own residual connection."""
 
     def __init__(self, mixer: nn.Module, mlp: Mlp, spatial: nn.Module, residual: bool, drop_path: float):
         super().__init__()
@@ -303,7 +303,7 @@ class FusedBlock(nn.Module):
 class Patches(nn.Module):
     """A convolution over non-overlapping patches, then BatchNorm: NCHW -> NCHW, channels-last in memory.
 
-    What is left over on the right and the bottom is dropped, except that zeros make up a single patch.
+    Pixels beyond the last whole patch are dropped; a map smaller than one patch is padded with zeros to one.
     """
 
     def __init__(self, in_chans: int, dim: int, stride: int, device=None, dtype=None):
@@ -507,7 +507,7 @@ def _dims(dim: int) -> tuple[int, ...]:
 
 
 # PAT_sp and four heads as the published configurations have it. The papers draw PAT_sp in every variant, and the code
-# knows six heads as well: the papers do not say which of these gave the published accuracies.
+# also supports six heads: the papers do not say which of these gave the published accuracies.
 VARIANTS: dict[str, dict[str, Any]] = dict(
     patnet_t0=dict(depths=(1, 2, 8, 2), dims=_dims(32)),
     patnet_t1=dict(depths=(1, 2, 8, 2), dims=_dims(48), spatial_attn=True),

@@ -311,7 +311,7 @@ def test_training_drops_a_tenth_of_the_attention():
     without.load_state_dict(mixer.state_dict())
     assert torch.equal(without.train()(x), exact)
     qkv = torch.randn(2, 5, 4, 3, 24)  # the form that drops, where nothing is dropped
-    want = without.attn.eval().dropped(qkv)
+    want = without.attn.eval().attend_with_dropout(qkv)
     got = relative_bias_attention(qkv, 4, without.attn.table)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
