@@ -13,6 +13,26 @@ import argparse
 import json
 import sys
 
+DTYPES = dict(float32="fp32", float16="fp16", bfloat16="bf16")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the parser of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL", help="names or patterns of models, quoted: 'agent_*'")
+    parser.add_argument("--operators", nargs="+", metavar="NAME", help="only these; default: all")
+    parser.add_argument("--cards", nargs="+", default=["sm_90"], metavar="CARD", help="of saccade.ops.aot, as sm_90")
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
+    parser.add_argument("--sizes", nargs="+", default=["224x224"], metavar="HxW")
+    parser.add_argument("--compilations", action="store_true", help="count kernels by image size, compile none")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    return parser
+
+
+if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
+    make_parser().parse_args()  # before the imports below, which take seconds
+
+
 import saccade.backbones  # noqa: F401  registers the models
 import timm
 import torch
@@ -20,8 +40,6 @@ from saccade.ops import aot
 from saccade.ops.launches import Launch, compile_launch, record_model
 from timm.models import _registry
 from triton.backends.compiler import GPUTarget
-
-DTYPES = dict(float32="fp32", float16="fp16", bfloat16="bf16")
 
 
 def registered() -> list[str]:
@@ -61,15 +79,12 @@ def usage(launch: Launch, dtype: str, card: str) -> aot.Usage:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="+", metavar="MODEL", help="names or patterns of models, quoted: 'agent_*'")
-    parser.add_argument("--operators", nargs="+", choices=aot.OPERATORS, default=aot.OPERATORS)
-    parser.add_argument("--cards", nargs="+", choices=aot.CARDS, default=["sm_90"])
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bfloat16"])
-    parser.add_argument("--sizes", nargs="+", default=["224x224"], metavar="HxW")
-    parser.add_argument("--compilations", action="store_true", help="count kernels by image size, compile none")
-    parser.add_argument("--json", action="store_true", help="print one JSON object per line")
+    parser = make_parser()
     args = parser.parse_args(argv)
+    args.operators = args.operators or aot.OPERATORS
+    for name, given, known in (("--cards", args.cards, aot.CARDS), ("--operators", args.operators, aot.OPERATORS)):
+        if not set(given) <= set(known):
+            parser.error(f"{name} must be of {', '.join(known)}, got {' '.join(given)}")
     patterns = [name for pattern in args.models for name in timm.list_models(pattern) if name in registered()]
     if not patterns:
         parser.error(f"no model of this package matches {' '.join(args.models)}")
