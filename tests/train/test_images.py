@@ -4,11 +4,16 @@ import io
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from saccade.train.data.augment import _jpeg
 from saccade.train.data.bad_images import BadImage
 from saccade.train.data.folder import ImageFolder
 from saccade.train.data.images import decode, read_image, stored_size
+from saccade.train.tasks.classify import ClassPredictor
+from saccade.train.tasks.detect import DetectionPredictor
+from saccade.train.tasks.segment import MapPredictor
+from torchvision.transforms.functional import pil_to_tensor
 
 RAMP = np.linspace(0, 65535, 4096).reshape(64, 64)
 EIGHT = np.round(np.round(RAMP) / 257).astype(np.uint8)
@@ -100,3 +105,25 @@ def test_damaged_files_are_bad_images():
     for data in (b"", b"nothing", file.getvalue()[:200]):
         with pytest.raises(BadImage, match="it can't be read as an image"):
             decode(data, lambda: "it")
+
+
+@pytest.mark.parametrize("predictor", [ClassPredictor, DetectionPredictor, MapPredictor])
+def test_predictors_convert_images_as_files_are(predictor):
+    """An image given in code, here of 16 bits, reaches the model with the values that its file would have."""
+    given = []
+
+    class Stopped(Exception):
+        pass
+
+    def model(images):
+        given.extend(images)
+        raise Stopped
+
+    object_ = predictor.__new__(predictor)
+    object_.model, object_.transform, object_.device = model, pil_to_tensor, torch.device("cpu")
+    with pytest.raises(Stopped):
+        object_.predict([Image.fromarray(np.full((2, 3), 257 * 51, np.uint16))])
+    assert given[0].shape == (3, 2, 3) and set((given[0].float() / given[0].max()).unique().tolist()) == {1.0}
+    assert given[0].max().item() in (51, pytest.approx(51 / 255))
+    with pytest.raises(BadImage, match="32-bit integers"):
+        object_.predict([Image.fromarray(np.full((2, 3), 70000, np.int32))])

@@ -11,6 +11,7 @@ from timm.data import ImageNetInfo, Mixup, create_transform, infer_imagenet_subs
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
+from ..data.images import to_rgb
 from ..metrics.calibration import Calibration
 from ..metrics.confusion import as_csv, confused, per_class, worst
 from ..metrics.real import Real
@@ -211,7 +212,7 @@ class ClassPredictor(Predictor):
         self.device, self.top = device, min(top, len(self.class_names))
 
     def predict(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        x = torch.stack([self.transform(image) for image in images]).to(self.device)
+        x = torch.stack([self.transform(to_rgb(image)) for image in images]).to(self.device)
         likeliest = self.model(x).float().softmax(-1).cpu().topk(self.top)
         rows = zip(likeliest.indices.tolist(), likeliest.values.tolist())
         return [dict(classes=[dict(name=self.class_names[i], probability=p) for i, p in zip(*row)]) for row in rows]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from ..data.bad_images import BadImage
+from ..data.images import to_rgb
 from ..metrics.coco import SURE, CocoMetric, encode, write_results
 from ..metrics.confusion import as_csv
 from ..models import detectors, legacy, published
@@ -233,7 +234,7 @@ class DetectionPredictor(Predictor):
         self.device, self.threshold = device, threshold
 
     def predict(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        tensors = [pil_to_tensor(image.convert("RGB")).to(self.device).float() / 255 for image in images]
+        tensors = [pil_to_tensor(to_rgb(image)).to(self.device).float() / 255 for image in images]
         records = []
         for output in self.model(tensors):
             kept = output["scores"] >= self.threshold

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from ..data.ade20k import IGNORED
 from ..data.bad_images import BadImage
+from ..data.images import to_rgb
 from ..metrics.confusion import as_csv
 from ..metrics.segmentation import Confusion, table
 from ..models import legacy, published
@@ -201,7 +202,7 @@ class MapPredictor(Predictor):
         self.model = task(data, **arguments).restore(folder, settings["model"]).to(device).eval()
 
     def predict(self, images: Sequence[Image.Image]) -> list[dict[str, Any]]:
-        tensors = [torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1) for image in images]
+        tensors = [torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1) for image in images]
         return [self._encode(labels.cpu().numpy()) for labels in self.model(tensors)]
 
     def describe(self, record: dict[str, Any]) -> str:
@@ -218,7 +219,7 @@ class MapPredictor(Predictor):
 
     def draw(self, image: Image.Image, record: dict[str, Any], limit: int = 50) -> Image.Image:
         labels = _decode(record)
-        drawn = Image.fromarray(label_maps.draw_outlined(np.array(image.convert("RGB")), labels, len(self.class_names)))
+        drawn = Image.fromarray(label_maps.draw_outlined(np.array(to_rgb(image)), labels, len(self.class_names)))
         scale = max(1, math.ceil(boxes.MIN_SIDE / max(drawn.size)))
         drawn = drawn.resize((scale * drawn.width, scale * drawn.height), Image.Resampling.NEAREST)
         shown = [self.class_names.index(row["name"]) for row in record["classes"]]

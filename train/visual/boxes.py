@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from torchvision.utils import draw_segmentation_masks
 
+from ..data.images import to_rgb
 from ..runtime.checkpoint import atomic_write
 from .captions import add_legend, draw_captions, prepare_text
 
@@ -38,7 +39,7 @@ def draw_boxes(
     Lines and letters grow with the image.
     """
     scale = max(1, math.ceil(MIN_SIDE / max(image.size)))
-    drawn = image.convert("RGB").resize((scale * image.width, scale * image.height), Image.Resampling.BICUBIC)
+    drawn = to_rgb(image).resize((scale * image.width, scale * image.height), Image.Resampling.BICUBIC)
     if not len(boxes):
         return drawn
     if masks is not None:
