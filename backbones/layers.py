@@ -99,10 +99,10 @@ def _few_cells(x: Tensor) -> bool:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Return x (B, C, H, W) in channels-last memory format; unchanged under torch.func's transforms, which lack it."""
+    """Return x (B, C, H, W) in channels-last memory format."""
     if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
-        if is_transformed():
-            return x
+        if is_transformed():  # vmap does not know the format by its name
+            return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
     return x.contiguous(memory_format=torch.channels_last)
 
 

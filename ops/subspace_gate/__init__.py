@@ -72,7 +72,9 @@ def _run(x: Tensor, parameters: dict, running: dict, training: bool, momentum: f
     if sum((n - 1) * stride for n, stride in zip(x.shape[1:], x.stride()[1:])) >= 2**31:  # kernel.REACH
         cannot.append("an image that spans 2**31 elements in memory")
     triton = use_triton(x, *given, cannot=cannot)
-    if not triton and use_definition(x):
+    # For gradients in eval mode the definition is as fast, and they are torch.func's bit for bit.
+    differentiates = not training and torch.is_grad_enabled() and any(t.requires_grad for t in (x, *given))
+    if not triton and (differentiates or use_definition(x)):
         return eager.definition(x, *parameters.values(), *running.values(), training, momentum, eps)
     # In training they are not passed: an operator's inputs must not change before its backward pass.
     args = (*parameters.values(), *([None] * 4 if training else running.values()), training, eps)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from saccade.backbones.layers import CachedMlp, DepthwiseConv, _tokens_at_once, resize_positions
+from saccade.backbones.layers import CachedMlp, DepthwiseConv, _tokens_at_once, channels_last, resize_positions
 
 
 def test_few_tokens_at_once_are_as_good_as_all():
@@ -48,3 +48,17 @@ def test_depthwise_convolution_has_pytorchs_gradients(size, kernel):
     conv.bias.requires_grad_(False)
     (alone,) = torch.autograd.grad(conv(x.detach()), conv.weight, dout)
     torch.testing.assert_close(alone, torch.autograd.grad(plain, conv.weight, dout)[0], rtol=1e-12, atol=1e-12)
+
+
+def test_channels_last_under_transforms():
+    """The format is that of ordinary calls, so that convolutions round alike."""
+    x, strides = torch.randn(4, 2, 3, 5, 6), []
+
+    def f(x):
+        y = channels_last(x)
+        strides.append(y.stride())
+        return y.square().sum()
+
+    assert torch.equal(torch.func.grad(f)(x[0]), 2 * x[0])
+    assert torch.equal(torch.vmap(torch.func.grad(f))(x), 2 * x)
+    assert set(strides) == {channels_last(x[0]).stride()} == {(90, 1, 18, 3)}
