@@ -33,7 +33,7 @@ _recording = False  # True while saccade.ops.launches records the kernels that C
 
 
 def _is_below_sm_80(index: int | None) -> bool:
-    """Return whether this is an NVIDIA card older than sm_80, whose tensor cores the kernels cannot use."""
+    """Return whether this is an NVIDIA GPU older than sm_80, whose tensor cores the kernels cannot use."""
     if torch.version.hip is not None or not torch.cuda.is_available():
         return False
     return torch.cuda.get_device_capability(index) < (8, 0)

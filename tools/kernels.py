@@ -1,4 +1,4 @@
-"""List the kernels that models launch, compiled for any card without one: registers, spills, shared memory.
+"""List the kernels that models launch, compiled without a GPU for any kind of it: registers, spills, shared memory.
 
     python tools/kernels.py biformer_t
     python tools/kernels.py 'agent_*' --cards sm_80 gfx942 --dtypes float16 --sizes 224x224 800x1344
@@ -71,7 +71,7 @@ def distinct(launches: list[Launch], card: str, operators: list[str]) -> dict[st
 
 
 def usage(launch: Launch, dtype: str, card: str) -> aot.Usage:
-    """Compile a launch and return what its kernel takes on a card."""
+    """Compile a launch for a kind of GPU and return the registers and shared memory that its kernel uses."""
     compiled = compile_launch(launch, GPUTarget(*aot.CARDS[card][:3]))
     tile = " ".join(f"{name}={value}" for name, value in launch.kwargs.items())
     operator, kernel = launch.name.split(".")

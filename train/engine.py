@@ -278,7 +278,7 @@ def train(
     if rank() == 0:
         metrics = format_metrics(state.best["metrics"])
         log.message(f"done: the best on val was step {state.best['step']} of {steps} ({metrics})")
-        log.message(where(run_dir, [run_dir / "model.safetensors", run_dir / "log.jsonl", *plots]))
+        log.message(list_outputs(run_dir, [run_dir / "model.safetensors", run_dir / "log.jsonl", *plots]))
 
 
 def warmup_message(config: dict[str, Any]) -> list[str]:
@@ -329,8 +329,8 @@ def evaluate(
     return metrics | (dict(skipped=skipped) if skipped else {}), detail
 
 
-def where(run_dir: Path, paths: list[Path]) -> str:
-    """List files, and the line that loads the model of a run's folder, if timm can build it."""
+def list_outputs(run_dir: Path, paths: list[Path]) -> str:
+    """Return a text with the files and, if timm can build the run's model, the line of Python that loads it."""
     lines = [f"  {path}" for path in paths]
     file = run_dir / "config.json"
     if file.exists() and "architecture" in json.loads(file.read_text(encoding="utf-8")):

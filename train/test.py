@@ -10,7 +10,7 @@ from torch import nn
 from .data.bad_images import BadImages
 from .data.loader import EvaluationOrder, batches
 from .data.test_folder import TestFolder
-from .engine import autocasting, evaluate, where
+from .engine import autocasting, evaluate, list_outputs
 from .metrics.real import Accepted
 from .metrics.speed import Speed
 from .models.class_names import match_classes, read_class_names, rename_classes
@@ -88,7 +88,7 @@ def test(
             lines = ["the data have the model's classes in another order: they are matched by name", *lines]
         print("\n".join([f"{tested_on}: {metrics['images']} images {format_metrics(metrics)}", *lines]))
         files = [out / "metrics.json", *sorted(out.glob("*.csv")), *sorted(out.glob("pictures/*.png"))]
-        print(where(run_dir or out, files))
+        print(list_outputs(run_dir or out, files))
 
 
 def model_class_names(

@@ -1,4 +1,4 @@
-"""Every kernel fits every card. Compiled in a process of its own: here, Triton's interpreter has the kernels."""
+"""Every kernel fits every kind of GPU. A process of its own compiles: here, Triton's interpreter has the kernels."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""What the datasets of several cameras share: nuScenes' attributes and ranges, and how samples become a batch."""
+"""Shared by the datasets of several cameras: nuScenes' attributes and ranges, and how samples become a batch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -22,7 +22,7 @@ ATTRIBUTES = (
 
 
 def attribute(name: str, speed: float) -> str:
-    """A guess of a box's attribute from its class and its speed: moving from 0.2 m/s on."""
+    """Return a guess of a box's attribute from its class and its speed: it moves if faster than 0.2 m/s."""
     moving = speed > 0.2
     if name == "pedestrian":
         return "pedestrian.moving" if moving else "pedestrian.standing"
@@ -36,7 +36,7 @@ def attribute(name: str, speed: float) -> str:
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Frames stacked; boxes, labels and attributes a list each, of as many as there are."""
+    """Return a batch: the frames' tensors stacked; boxes, labels and attributes, if any, as lists of one per sample."""
     frames = [
         {name: torch.stack([sample["frames"][t][name] for sample in samples]) for name in frame}
         for t, frame in enumerate(samples[0]["frames"])
