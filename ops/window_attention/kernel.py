@@ -329,22 +329,27 @@ def bwd_kernel(
         s = tl.where(side[:, None] == side[None, :], s, float("-inf"))
         p = tl.exp2(s - tl.max(s, 1)[:, None])
         p = p / tl.sum(p, 1)[:, None]
+        to = dqkv_ptr + b * H * W * 3 * C + head * D
+        to += ((y.to(tl.int32) * W + x.to(tl.int32)).to(tl.int64) * 3 * C)[:, None] + d[None, :]
+        mine = on[:, None] & has
+        dv = tl.dot(
+            tl.trans(p.to(dout.dtype)), dout, input_precision="ieee"
+        )  # first, so that it needs no registers later
+        tl.store(to + 2 * C, dv.to(dqkv_ptr.dtype.element_ty), mine)
+        if PAD:  # of each window: sums over windows would take registers
+            out = ((side >= 0) & (on == 0))[:, None]
+            part = dpad_ptr + tl.cast(i, tl.int64) * 2 * C + head * D + d
+            tl.store(part + C, tl.sum(tl.where(out, dv, 0.0), 0), d < D)
         dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
         if BIAS:
             total += ds
-        dv = tl.dot(tl.trans(p.to(dout.dtype)), dout, input_precision="ieee")
         dq = tl.dot(ds.to(k.dtype), k, input_precision="ieee") * scale
+        tl.store(to, dq.to(dqkv_ptr.dtype.element_ty), mine)
         dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee") * scale
-        to = dqkv_ptr + (((b * H + y) * W + x) * 3 * C + head * D)[:, None] + d[None, :]
-        tl.store(to, dq.to(dqkv_ptr.dtype.element_ty), on[:, None] & has)
-        tl.store(to + C, dk.to(dqkv_ptr.dtype.element_ty), on[:, None] & has)
-        tl.store(to + 2 * C, dv.to(dqkv_ptr.dtype.element_ty), on[:, None] & has)
+        tl.store(to + C, dk.to(dqkv_ptr.dtype.element_ty), mine)
         if PAD:
-            out = ((side >= 0) & (on == 0))[:, None]
-            part = dpad_ptr + tl.cast(i, tl.int64) * 2 * C + head * D + d  # of each window: sums would take registers
             tl.store(part, tl.sum(tl.where(out, dk, 0.0), 0), d < D)
-            tl.store(part + C, tl.sum(tl.where(out, dv, 0.0), 0), d < D)
     if BIAS:
         ds_ptr += pid.to(tl.int64) * N * N + (n * N)[:, None] + n[None, :]
         tl.store(ds_ptr, total, (n < N)[:, None] & (n < N)[None, :])
