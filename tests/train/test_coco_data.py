@@ -446,6 +446,49 @@ def test_every_field_is_checked_before_training(root, entry, field, values, sent
             coco(root)
 
 
+def test_boxes_and_polygons_of_other_formats(root, capsys):
+    """Corners in place of sizes, and fractions of the image, are refused; repeated annotations are reported."""
+
+    def boxes(*given) -> dict:
+        return broken(lambda c: c.update(annotations=[dict(a, bbox=b) for a, b in zip(c["annotations"], given)]))
+
+    write(root, boxes([5, 5, 50, 39], [30, 10, 58, 30], [0, 0, 20, 20]))
+    with pytest.raises(UserError, match=r"has 2 of 3 boxes that reach beyond .*: give left, top, width, height"):
+        coco(root)
+    write(root, boxes([5, 5, 50, 30], [30, 10, 30, 30], [0, 0, 60, 40]))  # large, and within their image
+    coco(root)
+    write(root, boxes([0.1, 0.2, 0.5, 0.3], [0, 0, 1, 1]))
+    with pytest.raises(UserError, match=r"has boxes from 0 to 1 only: give left, top, width, height in pixels"):
+        coco(root)
+    write(root, broken(lambda c: c["annotations"][0].update(segmentation=[[0.1, 0.1, 0.5, 0.1, 0.5, 1]])))
+    coco(root)  # others are in pixels
+    shrunk = dict(segmentation=[[0.1, 0.1, 0.5, 0.1, 0.5, 1]])
+    write(root, broken(lambda c: c.update(annotations=[a | shrunk for a in c["annotations"]])))
+    with pytest.raises(UserError, match=r"has polygons from 0 to 1 only: give their points in pixels"):
+        coco(root)
+    write(root, broken(lambda c: c["annotations"].append(c["annotations"][0] | dict(id=99))))
+    capsys.readouterr()
+    coco(root)
+    assert "all.json: 1 annotations repeat the image, category and box of another\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [r"pictures\10.png", "C:\\data\\10.PNG", "train/10.png", "10.PNG", "/home/me/10.png"])
+def test_names_of_images_with_other_paths(root, name):
+    write(root, broken(lambda c: c["images"][0].update(file_name=name)))
+    with pytest.raises(
+        UserError, match=r'lacks .* of the 3 images in .*all\.json; 10\.png is there: correct "file_name"'
+    ):
+        training(root)
+
+
+def test_val_images_that_are_in_train(root, capsys):
+    training(root)
+    assert "data: 3 of the val images are in train too" in capsys.readouterr().out
+    write(root, broken(lambda c: (c["images"].pop(0), c["annotations"].clear())), "other.json")
+    training(root, val=("other.json", "pictures"), masks=False)
+    assert "data: 2 of the val images are in train too" in capsys.readouterr().out
+
+
 def test_what_is_meant_is_taken(root):
     """Fields that are null or false, decimals that end a box, a byte-order mark; categories of one name are refused."""
     said = broken(lambda c: c["annotations"][0].update(iscrowd=False, area=None))

@@ -143,6 +143,37 @@ def test_splits_that_are_not_understood(tmp_path, pets):
     assert ImageFolder(str(pets)).class_names == ["cat", "dog", "train"]
 
 
+def test_links_from_val_to_train(tmp_path):
+    for kind in ("cat", "dog"):
+        image(tmp_path / "pets/train" / kind / "0.png")
+    for name in ("val", "Testing"):
+        link = tmp_path / "pets" / name
+        link.symlink_to(tmp_path / "pets/train")
+        with pytest.raises(
+            UserError, match=rf"{name} and .*train are the same folder, by a link: give (val|test) its own"
+        ):
+            ImageFolder(str(tmp_path / "pets"))
+        link.unlink()
+        image(tmp_path / "pets/val/cat/0.png")
+
+
+def test_class_names_that_look_alike(tmp_path, pets, capsys):
+    """Names that differ in letter case, white space or Unicode form: two classes, and reported; in val, named."""
+    for name in ("Dog", "cafe\u0301", "caf\u00e9", "hot dog", "7", "10"):
+        for i in range(3):
+            image(pets / name / f"{i}.png")
+    data = ImageFolder(str(pets), img_size=8)
+    assert data.class_names == ["10", "7", "Dog", "cafe\u0301", "caf\u00e9", "cat", "dog", "hot dog"]
+    data.dataset("train", dict(input_size=(3, 8, 8), **INPUTS))
+    out = capsys.readouterr().out
+    assert "data: classes whose names look alike: 'Dog', 'dog'; are they one class?\n" in out
+    assert out.count("look alike") == 2
+    for path in ("train/cat/0.png", "train/dog/0.png", "val/cat /0.png"):
+        image(tmp_path / "split" / path)
+    with pytest.raises(UserError, match=r"val/cat  is a class that .*train does not have: rename it as 'cat' there"):
+        ImageFolder(str(tmp_path / "split"))
+
+
 def test_names_of_splits():
     assert [split_of(name) for name in ("Train", "valid-set", "test_images", "trained", "devices", "validation")] == [
         "train", "val", "test", None, None, "val",

@@ -25,7 +25,7 @@ from ..runtime.config import Count, Fraction, NonNegativeInt, check
 from ..runtime.errors import DATA, UserError
 from .bad_images import BadImage
 from .coco_json import decode_mask, has_mask, read
-from .files import first, note, note_classes
+from .files import first, fold, note, note_classes
 from .images import SWAPS_SIDES, Strings, note_conversions, open_image, orientation, read_bytes, to_rgb
 
 TRAIN = ("annotations/instances_train2017.json", "train2017")
@@ -116,7 +116,12 @@ class Coco:
         if training and "annotations" not in self.truth(split):
             raise UserError(f'{file} lacks "annotations": training needs them')
         truth = self.truth(split)
-        self._find_files(file, folder, [image["file_name"] for image in truth["images"]])
+        names = [image["file_name"] for image in truth["images"]]
+        self._find_files(file, folder, names)
+        if training and os.path.realpath(folder) == os.path.realpath(self.root / self._places["val"][1]):
+            seen = {*names} & {image["file_name"] for image in self.truth("val")["images"]}
+            if seen:
+                note(f"{len(seen)} of the val images are in train too, so that val is not new to the model")
         without = [a["id"] for a in truth.get("annotations", ()) if self.masks and not has_mask(a.get("segmentation"))]
         if without and not training:
             raise UserError(
@@ -152,7 +157,11 @@ class Coco:
         missing = [name for name in names if name not in there and not (folder / name).is_file()]
         if len(missing) > self.max_bad:
             budget = f" (data.max_bad={self.max_bad})" if self.max_bad else ""
-            raise UserError(f"{folder} lacks {first(missing, 3)} of the {len(names)} images in {file}{budget}")
+            files = {fold(name): name for name in there}
+            name = missing[0]
+            found = files.get(fold(name.replace("\\", "/").rpartition("/")[2]))
+            hint = f'; {found} is there: correct "file_name", or data.root and the folder of the split' if found else ""
+            raise UserError(f"{folder} lacks {first(missing, 3)} of the {len(names)} images in {file}{budget}{hint}")
 
 
 class CocoImages(Dataset):

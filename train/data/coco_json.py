@@ -61,7 +61,39 @@ def read(file: Path) -> dict[str, Any]:
         if annotation.get("area") is None:
             annotation["area"] = annotation["bbox"][2] * annotation["bbox"][3]
     _refuse(file, wrong)
+    _check_boxes(file, annotations, sizes)
     return content
+
+
+def _check_boxes(file: Path, annotations: list[dict[str, Any]], sizes: dict[int, Size]) -> None:
+    """Raise UserError if all boxes, or all polygons, are in another format; report annotations that are repeated."""
+    if not annotations:
+        return
+    if 0 < max(max(a["bbox"]) for a in annotations) <= 1:
+        raise UserError(f"{file} has boxes from 0 to 1 only: give left, top, width, height in pixels")
+    beyond = 0
+    for annotation in annotations:
+        (x, y, w, h), (height, width) = annotation["bbox"], sizes[annotation["image_id"]]
+        if w < x or h < y:
+            break  # not right and bottom
+        beyond += x + w > width + 1 or y + h > height + 1
+    else:
+        if beyond > len(annotations) / 10:
+            raise UserError(
+                f"{file} has {beyond} of {len(annotations)} boxes that reach beyond their image, as if they were left, "
+                "top, right, bottom: give left, top, width, height"
+            )
+    polygons = (p for a in annotations if isinstance(a.get("segmentation"), list) for p in a["segmentation"] if p)
+    largest = 0.0
+    for polygon in polygons:
+        largest = max(largest, *polygon)
+        if largest > 1:
+            break
+    if 0 < largest <= 1:
+        raise UserError(f"{file} has polygons from 0 to 1 only: give their points in pixels")
+    repeated = len(annotations) - len({hash((a["image_id"], a["category_id"], *a["bbox"])) for a in annotations})
+    if repeated:
+        note(f"{file}: {repeated} annotations repeat the image, category and box of another")
 
 
 def _check_entries(file: Path, key: str, entries: list, fields: dict[str, type]) -> None:

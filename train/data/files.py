@@ -2,7 +2,8 @@
 
 import os
 import re
-from collections import Counter
+import unicodedata
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -150,7 +151,8 @@ def split_of(name: str) -> str | None:
 def split_folders(folder: Path, accept: Iterable[str] | None = None) -> dict[str, Path]:
     """Return the folders of train, val and test below a folder, by split. Letter case and usual synonyms are accepted.
 
-    accept: names of folders to consider; None: all. Raises UserError if two folders mean the same split.
+    accept: names of folders to consider; None: all. Raises UserError if two folders mean the same split, or val or test
+    is a link to train.
     """
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir() if folder.is_dir() else ()):
@@ -160,6 +162,11 @@ def split_folders(folder: Path, accept: Iterable[str] | None = None) -> dict[str
         if split in found:
             raise UserError(f"{found[split]} and {path} are both {split} splits: leave one of them in {folder}", DATA)
         found[split] = path
+    for split, path in found.items():
+        if split != "train" and "train" in found and path.samefile(found["train"]):
+            raise UserError(
+                f"{path} and {found['train']} are the same folder, by a link: give {split} its own images", DATA
+            )
     return found
 
 
@@ -197,6 +204,9 @@ def note_classes(
     Raises UserError if fewer than `least` (0, 1 or 2) classes have any, since there is nothing to learn.
     """
     counts, names = [int(count) for count in counts], list(names)
+    if split == "train":
+        for alike in look_alikes(names):
+            note(f"classes whose names look alike: {', '.join(map(repr, alike))}; are they one class?")
     total = sum(counts)
     absent = [name for name, count in zip(names, counts) if not count]
     because = f" ({hint})" if hint else ""
@@ -218,6 +228,19 @@ def note_classes(
         )
     if absent:
         note(f"{split} has no {unit} of {first(absent)}{because}")
+
+
+def fold(name: str) -> str:
+    """Return a name without what is easily overlooked: letter case, Unicode form, and the amount of white space."""
+    return " ".join(unicodedata.normalize("NFKC", name).casefold().split())
+
+
+def look_alikes(names: Iterable[str]) -> list[list[str]]:
+    """Return the groups of different names that are equal when folded."""
+    groups = defaultdict(list)
+    for name in names:
+        groups[fold(name)].append(name)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def first(names: list[str], most: int = 5) -> str:

@@ -10,7 +10,7 @@ from ..runtime.config import Count, NonNegativeInt
 from ..runtime.distributed import derive_seed
 from ..runtime.errors import UserError
 from ..runtime.run_folder import is_run
-from .files import Skipped, image_files, is_hidden, split_folders, split_of
+from .files import Skipped, fold, image_files, is_hidden, split_folders, split_of
 from .images import Files, Source
 
 
@@ -61,7 +61,9 @@ class ImageFolder(Source):
         for part, classes in parts.items():
             for name in classes:
                 if name not in parts["train"]:
-                    raise UserError(f"{splits[part] / name} is a class that {splits['train']} does not have")
+                    alike = next((other for other in parts["train"] if fold(other) == fold(name)), None)
+                    hint = f": rename it as {alike!r} there, which it only looks like" if alike else ""
+                    raise UserError(f"{splits[part] / name} is a class that {splits['train']} does not have{hint}")
         labels = {name: label for label, name in enumerate(self.class_names)}
         self._splits = {
             part: [(path, labels[name]) for name in sorted(classes) for path in classes[name]]
