@@ -94,7 +94,7 @@ class RPNHead(nn.Module):
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         """Return of each map the logits (B, A, H, W) and the deltas (B, 4 A, H, W)."""
-        features = [self.rpn_conv(x).relu() for x in maps]
+        features = [self.rpn_conv(x).relu_() for x in maps]
         return [self.rpn_cls(x) for x in features], [self.rpn_reg(x) for x in features]
 
     def propose(

@@ -23,7 +23,7 @@ class ConvUnit(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.bn(self.conv(x)) if self.norm else self.conv(x)
-        return x.relu() if self.relu else x
+        return x.relu_() if self.relu else x  # in place: no backward pass needs what was there
 
 
 class FPN(nn.Module):

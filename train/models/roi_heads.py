@@ -43,10 +43,14 @@ class Sampled(NamedTuple):
     is_truth: Tensor  # (n,) bool: the region is itself a ground-truth box
 
 
-def pool_regions(maps: Sequence[Tensor], boxes: Sequence[Tensor], strides: Sequence[int], side: int) -> Tensor:
-    """RoIAlign of each image's boxes (n, 4) from the map that fits their size: (all boxes, C, side, side).
+def pool_regions(
+    maps: Sequence[Tensor], boxes: Sequence[Tensor], strides: Sequence[int], side: int
+) -> tuple[Tensor, Tensor]:
+    """RoIAlign of each image's boxes (n, 4) from the map that fits their size.
 
-    A box whose area is 112 x 112 pixels or more is taken from the second map, one level more for each doubling.
+    A box whose area is 112 x 112 pixels or more is taken from the second map, one level more for each doubling. Returns
+    the regions (all boxes, C, side, side), those of one map after another, and the row of each box. A head's outputs
+    are smaller than what it takes, so it is these that are brought into the boxes' order.
     """
     rois = torch.cat([torch.cat((torch.full_like(b[:, :1], i), b), 1) for i, b in enumerate(boxes)])
     area = ((rois[:, 3] - rois[:, 1]) * (rois[:, 4] - rois[:, 2])).clamp(min=0)
@@ -56,7 +60,7 @@ def pool_regions(maps: Sequence[Tensor], boxes: Sequence[Tensor], strides: Seque
         chosen = torch.where(level == i)[0]
         pooled.append(roi_align(x, rois[chosen].to(x), side, 1 / stride, 0, aligned=True))
         order.append(chosen)
-    return torch.cat(pooled)[torch.cat(order).argsort()]
+    return torch.cat(pooled), torch.cat(order).argsort()
 
 
 class BoxHead(nn.Module):
@@ -94,12 +98,15 @@ class BoxHead(nn.Module):
                 x = conv(x)
         x = x.flatten(1)
         for layer in self.shared_fcs:
-            x = layer(x).relu()
+            x = layer(x).relu_()
         return self.fc_cls(x), self.fc_reg(x)
 
 
 class MaskHead(nn.Module):
-    """Pooled regions (N, channels, 14, 14) to mask logits (N, C, 28, 28)."""
+    """Pooled regions (N, channels, 14, 14) of labels (N,) to mask logits (N, 28, 28).
+
+    Of the C masks that `conv_logits` has weights for, only the one of each region's class is computed.
+    """
 
     def __init__(self, channels: int, num_classes: int):
         super().__init__()
@@ -112,10 +119,12 @@ class MaskHead(nn.Module):
                 nn.init.zeros_(module.bias)
         keep_full_precision(self)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
         for conv in self.convs:
             x = conv(x)
-        return self.conv_logits(self.upsample(x).relu())
+        x = self.upsample(x).relu_()
+        weight, bias = self.conv_logits.weight[labels].flatten(2), self.conv_logits.bias[labels]
+        return (weight.transpose(1, 2) @ x.flatten(2) + bias[:, None, None]).unflatten(2, (28, 28))[:, 0]
 
 
 def mask_targets(masks: Tensor, boxes: Tensor, side: int = 28) -> Tensor:
@@ -128,14 +137,21 @@ def mask_targets(masks: Tensor, boxes: Tensor, side: int = 28) -> Tensor:
 
 def paste_masks(masks: Tensor, boxes: Tensor, size: Sequence[int]) -> Tensor:
     """Resample mask probabilities (n, h, w) from their boxes (n, 4) into images (n, height, width); 0 outside."""
-    height, width = size
-    x = torch.arange(width, device=masks.device).to(masks) + 0.5
-    y = torch.arange(height, device=masks.device).to(masks) + 0.5
-    x = (x - boxes[:, :1]) / (boxes[:, 2:3] - boxes[:, :1]) * 2 - 1  # (n, width)
-    y = (y - boxes[:, 1:2]) / (boxes[:, 3:] - boxes[:, 1:2]) * 2 - 1
-    grid = torch.stack((x[:, None].expand(-1, height, -1), y[:, :, None].expand(-1, -1, width)), -1)
-    grid = torch.nan_to_num(grid, nan=2.0, posinf=2.0, neginf=-2.0)  # a box without width has no pixel inside
-    return F.grid_sample(masks[:, None], grid, mode="bilinear", padding_mode="zeros", align_corners=False)[:, 0]
+    with torch.autocast(masks.device.type, enabled=False):  # a border is where a probability passes 0.5
+        rows = _taps(boxes[:, 1], boxes[:, 3], size[0], masks.shape[1])
+        columns = _taps(boxes[:, 0], boxes[:, 2], size[1], masks.shape[2])
+        return rows @ masks @ columns.transpose(1, 2)
+
+
+def _taps(start: Tensor, end: Tensor, length: int, cells: int) -> Tensor:
+    """Return the bilinear weights (n, length, cells) by which pixels sample cells spread evenly from start to end (n,).
+
+    They are 0 for pixels outside, and everywhere where start and end are equal.
+    """
+    pixels = torch.arange(length, device=start.device).to(start) + 0.5
+    place = (pixels - start[:, None]) / (end - start)[:, None] * cells - 0.5
+    weights = 1 - (place[..., None] - torch.arange(cells, device=start.device)).abs()
+    return torch.nan_to_num(weights, nan=0.0).clamp_(min=0)
 
 
 class RoIHead(nn.Module):
@@ -178,8 +194,14 @@ class RoIHead(nn.Module):
         labels[: len(positive)] = target["labels"][assigned[positive]] - 1
         return Sampled(boxes[chosen], labels, assigned[positive], chosen < len(truth))
 
-    def _pooled(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], side: int) -> Tensor:
+    def _pooled(self, maps: Sequence[Tensor], boxes: Sequence[Tensor], side: int) -> tuple[Tensor, Tensor]:
         return pool_regions(maps[: len(self.strides)], boxes, self.strides, side)
+
+    def _score(self, head: BoxHead, maps: Sequence[Tensor], boxes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return a box head's class logits and deltas for each image's boxes."""
+        pooled, rows = self._pooled(maps, boxes, 7)
+        logits, deltas = head(pooled)
+        return logits[rows], deltas[rows]
 
     def loss(
         self,
@@ -190,7 +212,7 @@ class RoIHead(nn.Module):
     ) -> dict[str, Tensor]:
         """Return loss_cls, loss_bbox and, with masks, loss_mask."""
         sampled = [self.sample(p, t, 0.5, low_quality=True) for p, t in zip(proposals, targets)]
-        logits, deltas = self.bbox_head(self._pooled(maps, [s.boxes for s in sampled], 7))
+        logits, deltas = self._score(self.bbox_head, maps, [s.boxes for s in sampled])
         labels = torch.cat([s.labels for s in sampled])
         positive = torch.where(labels < self.num_classes)[0]
         boxes = torch.cat([s.boxes for s in sampled])[positive]
@@ -210,18 +232,18 @@ class RoIHead(nn.Module):
         """Return the mean cross-entropy of the positives' masks of their true class; 0 without positives."""
         boxes = [s.boxes[: len(s.target)] for s in sampled]
         labels = torch.cat([s.labels[: len(s.target)] for s in sampled])
-        logits = head(self._pooled(maps, boxes, 14))
+        pooled, rows = self._pooled(maps, boxes, 14)
+        logits = head(pooled[rows], labels)
         if not len(labels):
             return logits.sum() * 0
         wanted = torch.cat([mask_targets(t["masks"][s.target], b) for s, t, b in zip(sampled, targets, boxes)])
-        chosen = logits[torch.arange(len(labels), device=labels.device), labels]
-        return F.binary_cross_entropy_with_logits(chosen, wanted.to(chosen))
+        return F.binary_cross_entropy_with_logits(logits, wanted.to(logits))
 
     def detect(
         self, maps: Sequence[Tensor], proposals: Sequence[Tensor], sizes: Sequence[Sequence[int]]
     ) -> list[tuple[Detections, Tensor | None]]:
         """Return each image's detections, in the pixels of the network's input, with mask probabilities (n, 28, 28)."""
-        logits, deltas = self.bbox_head(self._pooled(maps, proposals, 7))
+        logits, deltas = self._score(self.bbox_head, maps, proposals)
         found = self._select(logits, decode_by_class(torch.cat(list(proposals)), deltas, STDS), proposals, sizes)
         return self._with_masks(maps, found, [self.mask_head] if self.has_masks else [])
 
@@ -241,10 +263,9 @@ class RoIHead(nn.Module):
         """Pair each image's detections with the mean over `heads` of their class's mask probabilities."""
         if not heads:
             return [(detections, None) for detections in found]
-        pooled = self._pooled(maps, [detections.boxes for detections in found], 14)
+        pooled, rows = self._pooled(maps, [detections.boxes for detections in found], 14)
         labels = torch.cat([detections.labels for detections in found])
-        rows = torch.arange(labels.shape[0], device=labels.device)
-        masks = torch.stack([head(pooled)[rows, labels].sigmoid() for head in heads]).mean(0)
+        masks = torch.stack([head(pooled[rows], labels).sigmoid() for head in heads]).mean(0)
         return list(zip(found, masks.split([detections.boxes.shape[0] for detections in found])))
 
 
@@ -277,7 +298,7 @@ class CascadeRoIHead(RoIHead):
         losses = {}
         for stage, (overlap, weight, stds) in enumerate(STAGES):
             sampled = [self.sample(p, t, overlap, low_quality=False) for p, t in zip(proposals, targets)]
-            logits, deltas = self.bbox_head[stage](self._pooled(maps, [s.boxes for s in sampled], 7))
+            logits, deltas = self._score(self.bbox_head[stage], maps, [s.boxes for s in sampled])
             labels = torch.cat([s.labels for s in sampled])
             positive = torch.where(labels < self.num_classes)[0]
             boxes = torch.cat([s.boxes for s in sampled])
@@ -318,7 +339,7 @@ class CascadeRoIHead(RoIHead):
         total = 0
         proposals = list(proposals)
         for stage, (_, _, stds) in enumerate(STAGES):
-            logits, deltas = self.bbox_head[stage](self._pooled(maps, proposals, 7))
+            logits, deltas = self._score(self.bbox_head[stage], maps, proposals)
             total = total + logits
             boxes = torch.cat(proposals)
             if stage < len(STAGES) - 1:
