@@ -1,6 +1,7 @@
 """Images of every kind that files hold: one rule for 16 bits and floats, frames, palettes, orientation."""
 
 import io
+import warnings
 
 import numpy as np
 import pytest
@@ -61,6 +62,18 @@ def test_other_modes(tmp_path):
     for name in ("a.gif", "a.tif", "a.png"):
         frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
         assert np.array(read_image(tmp_path / name)).tolist() == [[[255, 0, 0]] * 2]
+    frames[0].save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=frames[1:])  # of phones
+    assert np.array(read_image(tmp_path / "a.jpg")).tolist() == [[[254, 0, 0]] * 2]
+    kinds["cmyk.tif"][0].save(tmp_path / "cmyk.jpg", quality=100)
+    assert np.array(read_image(tmp_path / "cmyk.jpg")).tolist() == [[[255, 0, 0]] * 2]
+    palette.save(tmp_path / "p.png", transparency=bytes([0, 9]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert np.array(read_image(tmp_path / "p.png")).tolist() == [kinds["p.png"][1]]
+    large = Image.Exif()
+    large[0x0112], large[0x927C] = 6, bytes(60000)  # a quarter turn, and a camera's own notes
+    frames[0].save(tmp_path / "a.jpg", exif=large)
+    assert read_image(tmp_path / "a.jpg").size == (1, 2)
 
 
 @pytest.mark.parametrize("kind", ["jpg", "png", "tif", "webp"])

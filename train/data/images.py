@@ -175,6 +175,9 @@ def to_rgb(image: Image.Image, name: Callable[[], str] = lambda: "the image") ->
         if not (low >= -0.001 and high <= 1.001):  # refuses NaN too
             raise BadImage(name(), f"has floats from {low:g} to {high:g}, which must be from 0 to 1 (scale them)")
         return Image.fromarray((values.clip(0, 1) * 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):  # of which Pillow warns
+        image = image.copy()
+        del image.info["transparency"]
     try:
         return image.convert("RGB")
     except ValueError as error:  # for example LAB
