@@ -10,7 +10,8 @@ An operator is included if OPERATORS has its name and its kernel.py a function
 
 that yields, for each tile it may launch on tensors of dtype ("fp32", "fp16" or "bf16"): the kernel, the types of the
 pointers to other dtypes ({"lse_ptr": "*fp32"}), and the keyword arguments of the launch (constexprs, num_warps, …).
-Of the other arguments, stride_* are taken to be divisible by 16, magic_* are int64, scale is fp32, the rest are int32.
+Of the other arguments, stride_* are taken to be divisible by 16 where the kernel specializes on them, magic_* are int64,
+scale is fp32, the rest are int32.
 """
 
 import argparse
@@ -115,7 +116,11 @@ def build(kernel, dtype: str, pointers: dict, options: dict, card: str):
             return f"*{dtype}"
         return "i64" if name.startswith("magic_") else "fp32" if name == "scale" else "i32"
 
-    aligned = [i for i, name in enumerate(kernel.arg_names) if name.endswith("_ptr") or name.startswith("stride_")]
+    aligned = [
+        i
+        for i, (name, param) in enumerate(zip(kernel.arg_names, kernel.params))
+        if (name.endswith("_ptr") or name.startswith("stride_")) and not param.do_not_specialize
+    ]
     source = triton.compiler.ASTSource(
         kernel,
         signature={name: typed(name) for name in kernel.arg_names},

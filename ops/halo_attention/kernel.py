@@ -300,6 +300,8 @@ TILES = {
     (4, 128): (16, 16, 8, 2),
     (4, 256): (16, 16, 8, 1),
 }
+# What dkdv_kernel changes of these: else it spills on sm_80.
+OF_KEYS = {(2, 32): dict(num_stages=1), (2, 64): dict(WALKED=16)}
 MAX_HEAD_DIM, MAX_WINDOW = 256, 32  # that the kernels support
 
 
@@ -329,13 +331,19 @@ def launch_options(itemsize: int, D: int, Dv: int, block: int, halo: int, side: 
     )
 
 
+def key_options(itemsize: int, D: int, Dv: int, block: int, *rest) -> dict:
+    """Return those of dkdv_kernel, whose tiles are of a block's keys."""
+    options = launch_options(itemsize, D, Dv, block, *rest)
+    return options | OF_KEYS.get((itemsize, max(32, options["BLOCK_D"], options["BLOCK_V"])), {})
+
+
 def _launch(q: Tensor, kv: Tensor, settings: Settings):
     """Return sizes, and the options for tiles of queries and of keys."""
     heads, block, halo, stride, scale, _ = settings
     (_, C, HQ, WQ), (_, CK, H, W) = q.shape, kv.shape
     side, hip = block // stride, torch.version.hip is not None
     fixed = q.element_size(), C // heads, (CK - C) // heads, block, halo, side
-    options = (launch_options(*fixed, tokens, hip) for tokens in (side**2, block**2))
+    options = launch_options(*fixed, side**2, hip), key_options(*fixed, block**2, hip)
     return (heads, H, W, HQ, WQ, triton.cdiv(H, block), triton.cdiv(W, block), scale), *options
 
 
@@ -393,7 +401,8 @@ def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]
     floats = dict(lse_ptr="*fp32", delta_ptr="*fp32")
     for D in (D for size, D in TILES if size == itemsize):
         for block, halo, form in ((8, 3, maps.CHANNELS + maps.ALIGNED), (8, 3, maps.COLUMNS), (14, 2, maps.COLUMNS)):
-            options = launch_options(itemsize, min(D, 64), D, block, halo, block, block**2, hip)
             for kernel in (fwd_kernel, dq_kernel, dkdv_kernel):
+                make = key_options if kernel is dkdv_kernel else launch_options
+                options = make(itemsize, min(D, 64), D, block, halo, block, block**2, hip)
                 names = [name for name in ("Q", "KV", "OUT", "DOUT", "TO") if name in kernel.arg_names]
                 yield kernel, floats, dict.fromkeys(names, form) | options
