@@ -3,8 +3,8 @@
 Lengths are in steps. Tests are of whole images, resized to fit 2048x512; for the result with flips and many scales:
 task.flip=True task.scales="(0.5, 0.75, 1.0, 1.25, 1.5, 1.75)". Differs from the published runs: the warm-up rises to
 the base rate, where mmsegmentation's multiplies the falling one (at most 1 % between them); autocast is bf16, where
-BiFormer uses fp16 and the others fp32; it needs no loss scaling and runs on CPUs too. checkpoint=…: the backbone's
-weights, a classifier's on ImageNet-1K.
+BiFormer and NAT use fp16 and the others fp32; it needs no loss scaling and runs on CPUs too. checkpoint=…: the
+backbone's weights, a classifier's on ImageNet-1K.
 """
 
 from saccade.train.data.ade20k import Ade20k

@@ -21,7 +21,7 @@ def test_recipe_is_the_published_one(name):
 
 
 @pytest.mark.parametrize(
-    "name", recipes.built("ade20k", TABLE, r"[a-z]+_(agent_pvt|agent_swin|biformer|davit|folders)")
+    "name", recipes.built("ade20k", TABLE, r"[a-z]+_(agent_pvt|agent_swin|biformer|davit|dinats|dinat|folders|nat)")
 )
 def test_model(name):
     recipes.compare_model(name, TABLE)

@@ -21,7 +21,7 @@ def test_recipe_is_the_published_one(name):
 
 
 @pytest.mark.parametrize(
-    "name", recipes.built("coco", TABLE, r"[a-z_]+?_(agent_pvt|agent_swin|biformer|davit|ela|patnet)")
+    "name", recipes.built("coco", TABLE, r"[a-z_]+?_(agent_pvt|agent_swin|biformer|davit|dinats|dinat|ela|nat|patnet)")
 )
 def test_model(name):
     recipes.compare_model(name, TABLE)

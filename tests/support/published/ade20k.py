@@ -5,6 +5,8 @@ from support.recipes import Differs, NoDecay, cosine, poly
 AGENT = "LeapLabTHU/Agent-Attention@207ce3e downstream/segmentation/configs"
 BIFORMER = "rayleizhu/BiFormer@1697bbb semantic_segmentation/configs"
 DAVIT = "dingmyu/davit@fc79470 mmseg/configs, README"
+NAT = "SHI-Labs/Neighborhood-Attention-Transformer@d334f5b segmentation/configs, README"
+STAGE_3 = (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5)  # of the large models
 SWIN_NO_DECAY = r"norm|relative_bias|\.attn\.(key|query)_(block|rows|columns)"
 BF16 = "autocast is bf16, where BiFormer"
 DAVIT_T = "The drop path is DaViT-T's: only the config of that size is published"
@@ -83,6 +85,32 @@ TABLE = [
     ("upernet_agent_swin_*", f"{AGENT}/agent_swin", {"no decay": NoDecay(names=SWIN_NO_DECAY)}),
     ("upernet_davit_*", f"{DAVIT}: BN in the heads", {"sync_bn": False}),
     ("fpn_agent_pvt_*", f"{AGENT}/agent_pvt, ../_base_/datasets/ade20k.py:27", {"schedule": poly(2e-4, 0.9, 40_000)}),
+    *(
+        (pattern, NAT, {"no decay": NoDecay(names="norm|rpb"), "precision": Differs("bf16", "fp16", BF16)})
+        for pattern in ("upernet_nat_*", "upernet_dinat_*", "upernet_dinats_*")
+    ),
+    ("upernet_dinat_*", NAT, {"model.dilations": ((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2))}),
+    ("upernet_dinats_*", NAT, {"model.dilations": ((1, 16), (1, 8), (1, 2, 1, 3, 1, 4), (1, 2))}),
+    (
+        "upernet_dinat*_l_160k",
+        f"{NAT}: the crop is what the dilations are for",
+        {"data.crop": 640, "data.scale": (2560, 640)},
+    ),
+    ("upernet_dinat_l_160k", NAT, {"model.dilations": ((1, 20), (1, 5, 1, 10), STAGE_3, (1, 2))}),
+    ("upernet_dinats_l_160k", NAT, {"model.dilations": ((1, 20), (1, 10), STAGE_3, (1, 2))}),
+    row("upernet_nat_m_160k", NAT, (45.1, 46.4), 0.2, 50),
+    row("upernet_nat_t_160k", NAT, (47.1, 48.4), 0.3, 58),
+    row("upernet_nat_s_160k", NAT, (48.0, 49.5), 0.5, 82),
+    row("upernet_nat_b_160k", NAT, (48.5, 49.7), 0.5, 123),
+    row("upernet_dinat_m_160k", NAT, (45.8, 47.2), 0.2, 50),
+    row("upernet_dinat_t_160k", NAT, (47.8, 48.8), 0.3, 58),
+    row("upernet_dinat_s_160k", NAT, (48.9, 49.9), 0.5, 82),
+    row("upernet_dinat_b_160k", NAT, (49.6, 50.4), 0.5, 123),
+    row("upernet_dinat_l_160k", NAT, (54.0, 54.9), 0.3, 238),
+    row("upernet_dinats_t_160k", NAT, (46.0, 47.4), 0.3, 60),
+    row("upernet_dinats_s_160k", NAT, (48.6, 49.9), 0.3, 81),
+    row("upernet_dinats_b_160k", NAT, (49.4, 50.2), 0.3, 121),
+    row("upernet_dinats_l_160k", NAT, (53.4, 54.6), 0.3, 234),
     row("upernet_biformer_s_160k", "arXiv:2303.08810", (49.8, 50.8), 0.3),
     row("upernet_biformer_b_160k", "arXiv:2303.08810", (51.0, 51.7), 0.4),
     row("fpn_biformer_s_80k", "arXiv:2303.08810", (48.9,), 0.15),

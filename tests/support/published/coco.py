@@ -8,6 +8,7 @@ AGENT = "LeapLabTHU/Agent-Attention@207ce3e downstream/detection/configs"
 BIFORMER = "rayleizhu/BiFormer@1697bbb object_detection/configs"
 DAVIT = "dingmyu/davit@fc79470 mmdet/configs, README"
 PATNET = "haiduo/PartialNet@679cfc0 detection"
+NAT = "SHI-Labs/Neighborhood-Attention-Transformer@d334f5b detection/configs, README"
 MMDET = "open-mmlab/mmdetection configs/_base_/models/faster_rcnn_r50_fpn.py, schedules/schedule_1x.py"
 
 ADAMW = {"optimizer": "AdamW", "optimizer.betas": (0.9, 0.999), "optimizer.eps": 1e-8}
@@ -36,7 +37,7 @@ def row(
     millions: float | None = None,
     **more,
 ):
-    detector = re.match(r"(\w+?)_(agent|biformer|davit|patnet)", name)[1]
+    detector = re.match(r"(\w+?)_(agent|biformer|davit|dinats?|nat|patnet)", name)[1]
     values = {"task.detector": detector, "expected": expected, "model.drop_path_rate": drop_path}
     values |= {"model.name": name.removeprefix(f"{detector}_").removesuffix("_1x").removesuffix("_3x")}
     values |= {"schedule": schedule(36 if name.endswith("3x") else 12, rate)}
@@ -176,6 +177,49 @@ TABLE = [
     *(
         row(f"mask_rcnn_patnet_{size}_1x", f"{PATNET}/configs", (), drop_path, rate)
         for size, drop_path, rate in (("s", 0.15, 2e-4), ("m", 0.2, 1e-4), ("l", 0.3, 1e-4))
+    ),
+    *(
+        (
+            pattern,
+            NAT,
+            DETR
+            | {
+                "optimizer.weight_decay": 0.05,
+                "no decay": NoDecay(names="norm|rpb"),
+                "model.out_norms": True,
+                "sync_bn": False,
+                "precision": Differs("bf16", "fp16", BF16),
+            },
+        )
+        for pattern in ("*_nat_*", "*_dinat_*", "*_dinats_*")
+    ),
+    ("*_dinat_*", NAT, {"model.dilations": ((1, 28), (1, 7, 1, 14), (1, 3, 1, 5, 1, 7), (1, 3))}),
+    ("*_dinats_*", NAT, {"model.dilations": ((1, 28), (1, 14), (1, 3, 1, 5, 1, 7), (1, 3))}),
+    *(
+        row(f"{detector}_{name}_3x", NAT, ap, drop_path, rate, millions)
+        for detector, name, millions, ap, drop_path, rate in (
+            ("mask_rcnn", "nat_m", 40, (46.5, 41.7), 0.2, 1e-4),
+            ("mask_rcnn", "nat_t", 48, (47.7, 42.6), 0.2, 1e-4),
+            ("mask_rcnn", "nat_s", 70, (48.4, 43.2), 0.35, 1e-4),
+            ("mask_rcnn", "dinat_m", 40, (47.2, 42.5), 0.2, 1e-4),
+            ("mask_rcnn", "dinat_t", 48, (48.6, 43.5), 0.2, 1e-4),
+            ("mask_rcnn", "dinat_s", 70, (49.3, 44.0), 0.35, 1e-4),
+            ("mask_rcnn", "dinats_t", 48, (46.6, 42.1), 0.2, 1e-4),
+            ("mask_rcnn", "dinats_s", 69, (48.6, 43.5), 0.35, 1e-4),
+            ("cascade_mask_rcnn", "nat_m", 77, (50.3, 43.6), 0.2, 1e-4),
+            ("cascade_mask_rcnn", "nat_t", 85, (51.4, 44.5), 0.3, 1e-4),
+            ("cascade_mask_rcnn", "nat_s", 108, (52.0, 44.9), 0.3, 1e-4),
+            ("cascade_mask_rcnn", "nat_b", 147, (52.3, 45.1), 0.5, 1e-4),
+            ("cascade_mask_rcnn", "dinat_m", 77, (51.2, 44.4), 0.2, 1e-4),
+            ("cascade_mask_rcnn", "dinat_t", 85, (52.2, 45.1), 0.3, 1e-4),
+            ("cascade_mask_rcnn", "dinat_s", 108, (52.9, 45.8), 0.5, 1e-4),
+            ("cascade_mask_rcnn", "dinat_b", 147, (53.4, 46.2), 0.6, 7.5e-5),
+            ("cascade_mask_rcnn", "dinat_l", 258, (55.3, 47.8), 0.6, 7.5e-5),
+            ("cascade_mask_rcnn", "dinats_t", 86, (51.0, 44.1), 0.3, 1e-4),
+            ("cascade_mask_rcnn", "dinats_s", 107, (52.3, 45.2), 0.5, 1e-4),
+            ("cascade_mask_rcnn", "dinats_b", 145, (52.6, 45.3), 0.6, 7.5e-5),
+            ("cascade_mask_rcnn", "dinats_l", 253, (54.8, 47.2), 0.6, 5e-5),
+        )
     ),
     (
         "faster_rcnn_ela_resnet50_1x",

@@ -1,6 +1,6 @@
 """ImageNet-1K: (configs, source, {key: published value})."""
 
-from support.recipes import Differs, NoDecay, cosine, exponential, steps
+from support.recipes import Differs, NoDecay, Schedule, cosine, exponential, steps
 
 AGENT = "LeapLabTHU/Agent-Attention@207ce3e agent_transformer/"
 BIFORMER = "rayleizhu/BiFormer@1697bbb"
@@ -12,6 +12,7 @@ ULSAM = "Nandan91/ULSAM@9a07d68 poster"
 TIMM = "huggingface/pytorch-image-models@aa4b585"
 RSB = "arXiv:2110.00476, procedure A1"
 HALONET = "arXiv:2103.12731"
+NAT = "SHI-Labs/Neighborhood-Attention-Transformer@d334f5b classification"
 
 CROPS = dict(hflip=0.5, train_crop_mode=None)
 
@@ -479,4 +480,65 @@ HALONETS = [
     ),
 ]
 
-TABLE = [*AGENTS, *BIFORMERS, *DAVITS, *PATNETS, *SPARSIFINERS, *ELAS, *ULSAMS, *HALONETS]
+
+def nat(name: str, top1: float, drop_path: float, **more) -> tuple:
+    values = {"model.name": name, "expected": (top1,), "model.drop_path_rate": drop_path}
+    return name, f"{NAT}/configs/{name}.yml, README", values | more
+
+
+def nat_large(name: str, top1: float, decay: float, crop: float, **more) -> tuple:
+    """Trained further from ImageNet-22K; "linear" is no schedule of train.py, so the rate stays."""
+    size = 384 if "384" in name else 224
+    more |= {"task.mixup": 0.0, "task.cutmix": 0.0, "test": test(size, crop), "optimizer.weight_decay": decay}
+    more |= {"schedule": Schedule(lambda t: 5e-5, 30), "batch_size": 512}
+    return nat(name, top1, 0.35, **more)
+
+
+NATS = [
+    (
+        "*nat*",
+        f"{NAT}/train.py",
+        ADAMW
+        | MIXED
+        | ALONE
+        | {
+            "augment": augment("rand-m9-mstd0.5-inc1", 0.4, 0.25, "random"),
+            "test": test(224, 0.875),
+            "optimizer.weight_decay": 0.05,
+            "no decay": NoDecay(True),
+            "batch_size": 1024,
+            "clip_grad": 5.0,
+            "precision": Differs("bf16", "fp16", BF16),
+            "schedule": cosine(1e-3, 5e-6, 300, 20, 1e-6, 10),
+            "task.bce": False,
+        },
+    ),
+    ("*nat_iso_b", f"{NAT}/configs", {"schedule": cosine(1e-3, 5e-6, 300, 50, 1e-6, 10), "ema": dict(decay=0.9998)}),
+    *(
+        nat(*row)
+        for row in (
+            ("nat_m", 81.8, 0.2),
+            ("nat_t", 83.2, 0.2),
+            ("nat_s", 83.7, 0.3),
+            ("nat_b", 84.3, 0.5),
+            ("dinat_m", 81.8, 0.2),
+            ("dinat_t", 82.7, 0.2),
+            ("dinat_s", 83.8, 0.3),
+            ("dinat_b", 84.4, 0.5),
+            ("dinats_t", 81.8, 0.2),
+            ("dinats_s", 83.5, 0.3),
+            ("dinats_b", 83.8, 0.5),
+            ("nat_iso_s", 80.0, 0.1),
+            ("dinat_iso_s", 80.8, 0.1),
+            ("nat_iso_b", 81.6, 0.4),
+            ("dinat_iso_b", 82.1, 0.4),
+        )
+    ),
+    nat_large("dinat_l", 86.6, 1e-4, 0.875),
+    nat_large("dinat_l_384", 87.4, 1e-10, 1.0),
+    nat_large("dinat_l_384_11x11", 87.5, 1e-10, 1.0, **{"model.name": "dinat_l_384", "model.kernel_size": 11}),
+    nat_large("dinats_l", 86.5, 1e-4, 0.875),
+    nat_large("dinats_l_384", 87.4, 1e-5, 1.0),
+]
+
+TABLE = [*AGENTS, *BIFORMERS, *DAVITS, *PATNETS, *SPARSIFINERS, *ELAS, *ULSAMS, *HALONETS, *NATS]

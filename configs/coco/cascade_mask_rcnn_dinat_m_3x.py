@@ -1,0 +1,17 @@
+"""Cascade Mask R-CNN on DiNAT-Mini, 3x, on COCO: box AP 51.2, mask AP 44.4 expected (arXiv:2209.15001).
+
+torchrun --nproc_per_node=8 tools/train.py configs/coco/cascade_mask_rcnn_dinat_m_3x.py \\
+  data.root=/path/to/coco checkpoint=/path/to/dinat_m.pth
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.coco_nat import *
+
+model.update(
+    name="dinat_m",
+    drop_path_rate=0.2,
+    dilations=((1, 28), (1, 7, 1, 14), (1, 3, 1, 5, 1, 7), (1, 3)),
+)
+task.update(detector="cascade_mask_rcnn")

@@ -1,0 +1,20 @@
+"""DiNAT-Large at 384 pixels with windows of 11 x 11 on ImageNet-1K: 87.5 % top-1 expected (arXiv:2209.15001).
+
+It starts from weights that were trained on ImageNet-22K, the authors' dinat_large_in22k_224_11x11interp.pth.
+The rate is constant: the schedule "linear" of the published config does not exist in the published script.
+
+torchrun --nproc_per_node=8 tools/train.py configs/imagenet/dinat_l_384_11x11.py \\
+  data.root=/path/to/imagenet checkpoint=/path/to/dinat_large_in22k_224_11x11interp.pth
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.imagenet_nat import *
+
+model.update(name="dinat_l_384", drop_path_rate=0.35, kernel_size=11)
+task.update(mixup=0.0, cutmix=0.0)
+optimizer.update(lr=5e-5, weight_decay=1e-10)
+schedule.update(sched="step", decay_epochs=1000, warmup_epochs=0, cooldown_epochs=0)
+epochs = 30
+batch_size = 512

@@ -1,0 +1,11 @@
+"""NAT-Tiny on ImageNet-1K: 83.2 % top-1 expected (arXiv:2204.07143).
+
+torchrun --nproc_per_node=8 tools/train.py configs/imagenet/nat_t.py data.root=/path/to/imagenet
+"""
+
+from mmengine.config import read_base
+
+with read_base():
+    from .._base_.imagenet_nat import *
+
+model.update(name="nat_t", drop_path_rate=0.2)
