@@ -5,6 +5,7 @@ import re
 import pytest
 import saccade.backbones  # noqa: F401  (registers the models)
 import timm
+from saccade.backbones import nat
 
 OURS = [name for name in timm.list_models() if timm.model_entrypoint(name).__module__.startswith("saccade.")]
 HUB = dict(
@@ -25,7 +26,9 @@ def test_tags_say_whether_there_are_weights():
             cfg = timm.get_pretrained_cfg(tagged)
             assert bool(cfg.has_weights) != cfg.tag.startswith("untrained"), tagged
     assert {name: timm.get_pretrained_cfg(name).hf_hub_id for name in HUB} == HUB
-    assert {name for name in OURS if timm.get_pretrained_cfg(name).has_weights} == set(HUB)
+    sites = {name for name in OURS if timm.get_pretrained_cfg(name).url}
+    assert sites == set(nat.VARIANTS)  # the addresses in the authors' code
+    assert {name for name in OURS if timm.get_pretrained_cfg(name).has_weights} == set(HUB) | sites
 
 
 @pytest.mark.parametrize("name", HUB)
@@ -47,6 +50,7 @@ def test_hub_weights_have_timms_configuration(name):
         ("ela_mobilenetv2", "apache-2.0"),
         ("ela_resnet50", None),
         ("halo_h1", None),
+        ("nat_m", "mit"),
         ("patnet_t0", "mit"),
         ("sparsifiner_deit_s", "mit"),
         ("ulsam_mobilenet_v2", None),

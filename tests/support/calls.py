@@ -12,6 +12,7 @@ from saccade.ops import (
     gaussian_gate,
     halo_attention,
     ms_deform_attn,
+    neighborhood_attention,
     pool_agents,
     predict_mask,
     region_routing,
@@ -109,6 +110,8 @@ def build(name: str) -> Call:
         return Call(
             lambda q, kv, *t: halo_attention(q, kv, *t, 2, 2, 1), [(8, 5, 4), (20, 5, 4)], [rand(7, 4), rand(7, 4)]
         )
+    if name == "neighborhood_attention":
+        return Call(lambda x, b: neighborhood_attention(x, 2, (3, 2), b, (1, 2)), [(4, 5, 3, 8)], [rand(2, 5, 3)])
     if name == "bilevel_routing_attention":
         return Call(_bilevel, [(4, 6, 24)], [])
     if name == "sparse_attention":
@@ -135,6 +138,7 @@ OPERATORS = [
     "gaussian_gate",
     "halo_attention",
     "ms_deform_attn",
+    "neighborhood_attention",
     "relative_bias_attention",
     "sparse_attention",
     "spatial_gate",

@@ -17,6 +17,8 @@ SMALL: dict[str, dict] = dict(
     biformer_stl_nchw=dict(dims=(32, 32, 32, 32), depths=(1, 1, 1, 1)),
     davit_t=dict(dims=(32, 32, 32, 32), depths=(1, 1, 1, 1)),
     dfa3d_bev_s=BEV,
+    dinat_m=dict(dims=(32, 32, 32, 32), depths=(1, 2, 1, 1), kernel_size=3, dilations=(1, (1, 2), 1, 1)),
+    dinats_t=dict(dims=(32, 32, 32, 32), depths=(1, 1, 1, 1), kernel_size=3, layer_scale=1e-5),
     ela_mobilenetv2=dict(width=0.5),
     ela_resnet18=dict(channels=(16, 16, 32, 32)),
     halo_h0=dict(blocks=("A", "A", "A", "A"), block=4, halo=1),
