@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from saccade.train.data.bev_scenes import CAMERAS, MEAN, STD, BevScenes, augment, corners, moved
+from saccade.train.data.bev_scenes import CAMERAS, MEAN, STD, BevScenes, augment, corners, motion_between
 from saccade.train.data.loader import EvaluationOrder
 from saccade.train.data.nuscenes import NuScenes, Samples, ego_motion, grid, split_scenes
 from saccade.train.models.bev import CentreHead, DecoderHead, depth_loss
@@ -99,7 +99,7 @@ def test_what_stands_still_stays_in_the_world():
         return frame.boxes[still, :3] @ frame.pose[:3, :3].T + frame.pose[:3, 3]
 
     np.testing.assert_allclose(in_world(first), in_world(later), atol=1e-9)
-    x, y, yaw = moved(first.pose, later.pose).tolist()
+    x, y, yaw = motion_between(first.pose, later.pose).tolist()
     assert yaw == pytest.approx(0.5 * np.rad2deg(world.turning), abs=1e-4)
     # Half a second along an arc: seen from the later view, mostly ahead (y).
     assert np.hypot(x, y) == pytest.approx(0.5 * world.speed, rel=0.01) and y > 0.9 * np.hypot(x, y)

@@ -112,7 +112,7 @@ def test_layout_is_the_world(layout):
     """What nuScenes' tables say of a generated scene is the scene."""
     pytest.importorskip("nuscenes", reason="nuscenes-devkit is the optional extra [bev]")
     from saccade.train.data.bev_scenes import CAMERAS as MADE
-    from saccade.train.data.bev_scenes import SEEN, STEP, moved
+    from saccade.train.data.bev_scenes import SEEN, STEP, motion_between
     from saccade.train.data.nuscenes import CAMERAS, NuScenes
 
     source = NuScenes(str(layout), version="v1.0-mini", frames=2, distort=False, grid_mask=0.0)
@@ -127,7 +127,7 @@ def test_layout_is_the_world(layout):
     order = [list(MADE).index(camera) for camera in CAMERAS]
     last = sample["frames"][-1]
     torch.testing.assert_close(last["lidar2img"], torch.from_numpy(frame.lidar2img[order]).float())
-    torch.testing.assert_close(last["motion"], moved(world.pose(0), world.pose(STEP)), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(last["motion"], motion_between(world.pose(0), world.pose(STEP)), atol=1e-4, rtol=1e-4)
     depth, true = last["depth"][:, :28, :48], torch.from_numpy(frame.depth[order])
     known = depth > 0
     assert known.float().mean() > 0.1

@@ -178,7 +178,7 @@ class World:
         for i, box in enumerate(np.concatenate([boxes, self.stand_boxes(boxes)]).astype(np.float32)):
             rows = window(box, matrix, size)
             turn = rotation(box[6])[:3, :3].astype(np.float32)
-            near, far = slab(box, (eye - box[:3]) @ turn, ray[rows] @ turn)
+            near, far = intersect_box(box, (eye - box[:3]) @ turn, ray[rows] @ turn)
             closer = (near < far) & (near > 0) & (near < depth[rows])
             depth[rows[closer]], hit[rows[closer]] = near[closer], i
         colour = self.shade(boxes, pose, eye, ray, depth, hit)
@@ -219,7 +219,7 @@ class World:
             reach = np.hypot(*box[3:5]) / 2 + above * np.hypot(*sun[:2]) / sun[2]
             rows = np.flatnonzero(np.square(seen[:, :2] - box[:2]).sum(1) < reach**2)
             turn = rotation(box[6])[:3, :3].astype(np.float32)
-            near, far = slab(box, (seen[rows] - box[:3]) @ turn, (sun @ turn).astype(np.float32))
+            near, far = intersect_box(box, (seen[rows] - box[:3]) @ turn, (sun @ turn).astype(np.float32))
             shade[rows] |= (near < far) & (far > 0)
         colour[ground] = (shine * np.where(shade, 0.55, 1.0))[:, None] * self.ground_tint
         for i, box in enumerate(np.concatenate([boxes, self.stand_boxes(boxes)])):
@@ -260,7 +260,7 @@ def rotation(angle: float) -> ndarray:
     return matrix
 
 
-def slab(box: ndarray, origin: ndarray, along: ndarray) -> tuple[ndarray, ndarray]:
+def intersect_box(box: ndarray, origin: ndarray, along: ndarray) -> tuple[ndarray, ndarray]:
     """Return where rays (n, 3), in a box's coordinates, enter and leave it, in lengths of `along`. If a ray misses the
     box, it leaves before it enters."""
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -401,7 +401,7 @@ class Scenes(Dataset):
                     images=images,
                     lidar2img=torch.from_numpy(frame.lidar2img).float(),
                     depth=torch.from_numpy(frame.depth).float(),
-                    motion=moved(frame.pose if pose is None else pose, frame.pose),
+                    motion=motion_between(frame.pose if pose is None else pose, frame.pose),
                 )
             )
             pose = frame.pose
@@ -412,7 +412,7 @@ class Scenes(Dataset):
         return dict(frames=frames, boxes=boxes, labels=labels, index=torch.tensor(index))
 
 
-def moved(before: ndarray, now: ndarray) -> Tensor:
+def motion_between(before: ndarray, now: ndarray) -> Tensor:
     """Return the ego motion (3,): (x, y) in metres, in the current axes, and the change of heading in degrees."""
     change = np.linalg.inv(now) @ before  # the previous pose in current coordinates
     turned = np.rad2deg(np.arctan2(change[1, 0], change[0, 0]))

@@ -24,13 +24,13 @@ def freeze(model: nn.Module, what: int | str | Sequence[str]) -> list[nn.Module]
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"freeze={what!r} leaves no trainable parameters: freeze fewer modules or stages")
 
-    def whole(module: nn.Module) -> list[nn.Module]:
+    def frozen_modules(module: nn.Module) -> list[nn.Module]:
         own = set(module.parameters())
         if own and own <= parameters:
             return [module]
-        return [found for child in module.children() for found in whole(child)]
+        return [found for child in module.children() for found in frozen_modules(child)]
 
-    return whole(model)
+    return frozen_modules(model)
 
 
 def _first_stages(model: nn.Module, count: int) -> set[str]:
