@@ -300,8 +300,21 @@ class Stem(nn.Module):
                 f"images must be {self.img_size[0]} x {self.img_size[1]}, the img_size that the mask predictors are "
                 f"made for, got {x.shape[2]} x {x.shape[3]}"
             )
+        if is_traced():
+            x = self._check_in_graph(x)
         x = self.proj(self.convs(channels_last(x)))
         return x.flatten(2).transpose(1, 2)
+
+    @torch.jit.unused
+    def _check_in_graph(self, x: Tensor) -> Tensor:
+        """Record the check of the size in a traced graph; ONNX has no errors."""
+        return x if torch.onnx.is_in_onnx_export() else torch.jit.script(_checked_image)(x, *self.img_size)
+
+
+def _checked_image(x: Tensor, height: int, width: int) -> Tensor:
+    if x.shape[2] != height or x.shape[3] != width:
+        raise ValueError(f"images must be {height} x {width}, as traced, got {x.shape[2]} x {x.shape[3]}")
+    return x
 
 
 class Distillation(NamedTuple):

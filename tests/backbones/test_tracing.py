@@ -41,7 +41,7 @@ def test_traces(name):
         agrees(traced, model, images(name, batch, seed=batch))
     agrees(torch.jit.freeze(traced), model, images(name, 5))
     if name in FIXED:
-        with pytest.raises((RuntimeError, ValueError)):
+        with pytest.raises(torch.jit.Error, match="images must be 64 x 64, as traced, got 96 x 64"):
             traced(*images(name, 2, (96, 64)))
         return
     for size in [(96, 128)] if name.startswith("dfa3d") else [(96, 64), (75, 101)]:
@@ -125,3 +125,13 @@ def test_func(name):
     )
     for key, g in per_sample.items():
         assert g.shape == (2, *params[key].shape) and g.isfinite().all()
+
+
+def test_lifter_in_other_formats():
+    """Channels-last weights, an empty batch, and the meta device."""
+    model, inputs = build("dfa3d_bev_s").eval(), images("dfa3d_bev_s", 1)
+    with torch.no_grad():
+        expected = model(*inputs)
+        assert model(*(x[:0] for x in inputs)).shape == (0, *expected.shape[1:])
+        torch.testing.assert_close(model.to(memory_format=torch.channels_last)(*inputs), expected, rtol=1e-4, atol=1e-5)
+        assert model.to("meta")(*(x.to("meta") for x in inputs)).shape == expected.shape
