@@ -263,7 +263,8 @@ class NAT(Pyramid):
         stages = []
         self.feature_info = []
         for i, (depth, dim) in enumerate(zip(depths, dims)):
-            each = [dilations[i]] if isinstance(dilations[i], int) else list(dilations[i])
+            given = dilations[i]
+            each = [given] if isinstance(given, int) else list(given)
             blocks = []
             for j in range(depth):
                 dilation, heads = each[j % len(each)], dim // head_dim

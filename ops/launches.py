@@ -33,7 +33,7 @@ class Pointer:
 
     def __init__(self, x: Tensor):
         self.dtype, self.numel = x.dtype, x.numel()
-        self.offset = x.storage_offset() * x.element_size()  # allocations are aligned, views may not be
+        self.offset = int(x.storage_offset()) * x.element_size()  # allocations are aligned, views may not be
         self.storage = x.untyped_storage().nbytes()
 
     def data_ptr(self) -> int:
@@ -134,7 +134,7 @@ def record_model(
             with record(hip) as launches:
                 outs = [x for x in tree_leaves(model(*inputs())) if isinstance(x, Tensor) and x.requires_grad]
                 if backward:
-                    sum(x.float().sum() for x in outs).backward()
+                    torch.autograd.backward([x.float().sum() for x in outs])
     finally:
         torch.set_default_dtype(default)
     return launches

@@ -133,11 +133,12 @@ def why_unreadable(file: Path, error: Exception) -> str:
         return "is JSON text, not weights: give the file of weights"
     if start.isascii() and re.fullmatch(rb"[\s\x20-\x7e]*", start):
         return "is text, not weights: give the file of weights"
-    blocked = re.search(r"(?:GLOBAL |global )(\w+\.[\w.]+)", str(error))
+    blocked = re.search(r"GLOBAL ([\w.]+)|global (\w+\.[\w.]+)", str(error))
     if blocked:
-        whose = "as files of mmdet 3 and mmseg 1 do, " if blocked[1].startswith("mmengine.") else ""
+        name = blocked[1] or blocked[2]
+        whose = "as files of mmdet 3 and mmseg 1 do, " if name.startswith("mmengine.") else ""
         return (
-            f"holds Python objects ({blocked[1]}), {whose}which are not loaded as they can run code: where you trust "
+            f"holds Python objects ({name}), {whose}which are not loaded as they can run code: where you trust "
             "it, save its state_dict alone to another file"
         )
     if "weights_only" in str(error) or "weights only" in str(error).lower():
