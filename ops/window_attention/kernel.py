@@ -60,12 +60,11 @@ def tokens(n, within, window, H, W, h, w, s_h, s_w, KW: tl.constexpr):
 
 @triton.jit
 def load(ptr, at, on, side, d, pad_ptr, D: tl.constexpr, PAD: tl.constexpr):
-    """Load a tile of queries, keys or values from the map; with PAD, padding tokens are read from pad_ptr."""
-    ptrs = ptr + at[:, None] + d[None, :]
-    if PAD:
-        ptrs = tl.where(on[:, None], ptrs, pad_ptr + d[None, :])
-        on = side >= 0
-    return tl.load(ptrs, on[:, None] & (d < D)[None, :], 0.0)
+    """Load a tile of queries, keys or values from the map; with PAD, padding tokens have the values at pad_ptr."""
+    x = tl.load(ptr + at[:, None] + d[None, :], on[:, None] & (d < D)[None, :], 0.0)
+    if PAD:  # loaded for every tile, since values kept over the loop would take registers
+        x = tl.where(((side >= 0) & (on == 0))[:, None], tl.load(pad_ptr + d, d < D, 0.0)[None, :], x)
+    return x
 
 
 @triton.jit
