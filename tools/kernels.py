@@ -106,14 +106,16 @@ def main(argv: list[str] | None = None) -> int:
                         )
                         continue
                     for key in new:
-                        row = usage(groups[key][0], dtype, card)
+                        launch = groups[key][0]
+                        try:
+                            row = usage(launch, dtype, card)
+                        except Exception as error:  # of the compiler: the other kernels are still worth knowing
+                            print(f"{name} {launch.name} does not compile for {card}: {error}", file=sys.stderr)
+                            problems += 1
+                            continue
                         problems += bool(row.problem)
-                        print(
-                            json.dumps(row._asdict() | dict(model=name, problem=row.problem))
-                            if args.json
-                            else f"{name:16} {row.describe()}",
-                            flush=True,
-                        )
+                        described = json.dumps(row._asdict() | dict(model=name, problem=row.problem))
+                        print(described if args.json else f"{name:16} {row.describe()}", flush=True)
     return 1 if problems else 0
 
 
