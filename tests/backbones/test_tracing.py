@@ -135,3 +135,29 @@ def test_lifter_in_other_formats():
         assert model(*(x[:0] for x in inputs)).shape == (0, *expected.shape[1:])
         torch.testing.assert_close(model.to(memory_format=torch.channels_last)(*inputs), expected, rtol=1e-4, atol=1e-5)
         assert model.to("meta")(*(x.to("meta") for x in inputs)).shape == expected.shape
+
+
+@pytest.mark.exhaustive
+@families
+def test_traces_in_half_precision_and_in_training(name):
+    """In bfloat16 as the model is; in training mode with gradients for every parameter that the model's own has."""
+    model, inputs, more = (
+        build(name).eval().bfloat16(),
+        *(tuple(x.bfloat16() for x in images(name, n)) for n in (2, 5)),
+    )
+    with torch.no_grad():
+        out, expected = torch.jit.trace(model, inputs, check_trace=False)(*more), model(*more)
+        exact = model.float()(*(x.float() for x in more))
+    assert out.dtype == torch.bfloat16  # and as near to float32 as the model's own result, up to rounding it
+    error, own = (exact - out).abs().max(), (exact - expected).abs().max()
+    assert error <= 2 * own + 2**-8 * exact.abs().max()
+    model = build(name).train()
+    out = torch.jit.trace(model, images(name, 2), check_trace=False)(*images(name, 3))
+    first = out if isinstance(out, Tensor) else out[0]
+    first.square().sum().backward()
+    reached = {key for key, p in model.named_parameters() if p.grad is not None}
+    assert first.isfinite().all() and all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+    model.zero_grad()
+    out = model(*images(name, 3))
+    (out if isinstance(out, Tensor) else out[0]).square().sum().backward()
+    assert reached == {key for key, p in model.named_parameters() if p.grad is not None}
