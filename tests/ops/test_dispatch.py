@@ -1,10 +1,14 @@
 """Which form of an operator runs, and the message when the requested one cannot."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import saccade.backbones
+import saccade.ops
 import torch
 from saccade.ops import backend, dispatch
 from saccade.ops.dispatch import use_triton
@@ -94,6 +98,28 @@ with ops.backend("triton"):
     assert run.stdout == "torch.Size([1, 4, 4, 8])\n", run.stderr
     assert "RuntimeError: backend 'triton'" in run.stderr
     assert "Triton is not installed; a tensor on cpu, where kernels do not run" in run.stderr
+
+
+def test_operators_set_no_process_wide_flags():
+    """They would change other threads' arithmetic, and PyTorch refuses the older ones once the newer ones are used."""
+    folders = [Path(package.__file__).parent for package in (saccade.ops, saccade.backbones)]
+    files = [file for folder in folders for file in folder.rglob("*.py")]
+    assert len(files) > 50
+    flags = re.compile(r"torch\.backends|set_float32_matmul_precision|use_deterministic_algorithms")
+    assert not [str(file) for file in files if flags.search(file.read_text())]
+
+
+def test_operators_run_with_the_newer_precision_flags():
+    code = """
+import torch
+torch.backends.cudnn.conv.fp32_precision = torch.backends.fp32_precision = "ieee"
+from saccade.ops import strip_gate
+x = torch.ones(2, 4, 3, 5, requires_grad=True)
+strip_gate(x, torch.ones(4, 1, 3), torch.ones(4), torch.ones(4), 2).sum().backward()
+print(x.grad.shape)
+"""
+    run = python(code)
+    assert run.stdout == "torch.Size([2, 4, 3, 5])\n", run.stderr
 
 
 def test_importing_brings_no_kernel():
