@@ -125,6 +125,8 @@ def load_heads(model: nn.Module, tensors: dict[str, Tensor], file: str | Path, n
         hint = "give the model and task sections that it was trained with"
         if not missing and not unexpected and len(resized) == len(by_class):
             hint = "the number of classes differs"
+        elif "mmdet 1" in describe(tensors):
+            hint = "convert it with upgrade_model_version.py of mmdet 2's tools/model_converters"
         raise UserError(
             f"checkpoint {file} is of {describe(tensors)} and does not fit: {'; '.join(faults)}{more}; {hint}"
         )

@@ -4,8 +4,6 @@ import ast
 import importlib
 import importlib.util
 import re
-import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from saccade.train.models.openmmlab import to_openmmlab
 from saccade.train.models.resize import resize_uint8, scaled_size
 from saccade.train.models.segmenter import Inference, Segmenter
 from saccade.train.runtime import config
-from saccade.train.runtime.errors import UserError, run
+from saccade.train.runtime.errors import UserError
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -85,18 +83,6 @@ def test_files_are_read_back(kind, tmp_path, monkeypatch):
     assert all(torch.equal(ours[key], value) for key, value in model.state_dict().items())
 
 
-@pytest.fixture
-def tool(monkeypatch, capfd):
-    """tool(*arguments) -> (exit code, stdout, stderr) of tools/convert.py"""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
-        code = run(runpy.run_path(str(ROOT / "tools/convert.py"))["main"])
-        return code, *capfd.readouterr()
-
-    return call
-
-
 def finished(folder: Path, recipe: str, model: nn.Module, inputs: dict, *changes: str) -> Path:
     """A run's folder with this model."""
     folder.mkdir()
@@ -109,12 +95,12 @@ def finished(folder: Path, recipe: str, model: nn.Module, inputs: dict, *changes
     return folder
 
 
-def test_runs_are_converted(tool, tmp_path):
+def test_runs_are_converted(command, tmp_path):
     """A detector's checkpoint and config, in their own words; files that exist stay."""
     model = make()
     changes = [f"task.{key}={value}" for key, value in DETECTOR.items()]
     folder = finished(tmp_path / "run", "scenes/mask_rcnn_resnet18", model, {}, *changes)
-    code, out, _ = tool(folder, tmp_path / "out.pth", "--to", "openmmlab")
+    code, out, _ = command("convert", folder, tmp_path / "out.pth", "--to", "openmmlab")
     assert code == 0 and "out.pth" in out and "out.py" in out
     content = torch.load(tmp_path / "out.pth", weights_only=True)
     assert content["meta"]["CLASSES"] == tuple(NAMES)
@@ -125,16 +111,16 @@ def test_runs_are_converted(tool, tmp_path):
     assert section["type"] == "MaskRCNN" and section["backbone"]["out_indices"] == (1, 2, 3, 4)
     assert section["data_preprocessor"]["mean"] == [123.675, 116.28, 103.53]
     assert section["test_cfg"]["rcnn"]["max_per_img"] == 5 and section["test_cfg"]["rpn"]["nms_pre"] == 20
-    code, _, error = tool(folder, tmp_path / "out.pth", "--to", "openmmlab")
+    code, _, error = command("convert", folder, tmp_path / "out.pth", "--to", "openmmlab")
     assert code == 2 and "out.pth exists: give another name" in error
 
 
-def test_backbones_of_classifiers_are_converted(tool, tmp_path):
+def test_backbones_of_classifiers_are_converted(command, tmp_path):
     torch.manual_seed(0)
     model = build.create("test_resnet", 3)
     inputs = dict(input_size=(3, 32, 32), interpolation="bilinear", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
     folder = finished(tmp_path / "run", "finetune/folder", model, inputs, "model.name=test_resnet")
-    assert tool(folder, tmp_path / "out.pth", "--to", "openmmlab")[0] == 0
+    assert command("convert", folder, tmp_path / "out.pth", "--to", "openmmlab")[0] == 0
     tensors = torch.load(tmp_path / "out.pth", weights_only=True)["state_dict"]
     assert all(key.startswith("backbone.body.") for key in tensors)
     body = create_features("test_resnet", checkpoint=folder)

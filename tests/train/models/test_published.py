@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from mmengine.logging import HistoryBuffer
 from saccade.train.models import load_published
 from saccade.train.models.build import create_features
 from saccade.train.models.class_names import read_class_names
@@ -69,6 +70,10 @@ def without(word: str):
     return lambda tensors: {key: value for key, value in tensors.items() if word not in key}
 
 
+def backbone_of(name: str) -> dict[str, torch.Tensor]:
+    return {f"backbone.{key}": value for key, value in create_features(name).state_dict().items()}
+
+
 OTHERS = {
     "classes": (
         lambda tensors: detector(classes=5).state_dict(),
@@ -87,6 +92,21 @@ OTHERS = {
     "more of a backbone": (
         lambda tensors: tensors | {"backbone.more.weight": torch.ones(2)},
         r"its backbone does not fit resnet18 \(it has more.weight\)",
+    ),
+    "another backbone": (
+        lambda tensors: without("backbone.")(tensors) | backbone_of("resnet26"),
+        r"is of a Mask R-CNN, and its backbone does not fit resnet18 \(it has layer1\.0\.conv3\.weight",
+    ),
+    "segmenter": (
+        lambda tensors: backbone_of("resnet18") | {"decode_head.psp_modules.0.1.conv.weight": torch.ones(2)},
+        r"is of a segmenter with UPerNet and does not fit: it lacks neck\.\S+; .*it has decode_head\.psp_modules",
+    ),
+    "mmdet 1": (
+        lambda tensors: (
+            without("roi_head.")(tensors)
+            | {key.removeprefix("roi_head."): value for key, value in tensors.items() if key.startswith("roi_head.")}
+        ),
+        r"is of an R-CNN of mmdet 1, whose heads have other names .*convert it with upgrade_model_version\.py",
     ),
     "bare": (
         lambda tensors: {key[9:]: value for key, value in tensors.items() if key.startswith("backbone.")},
@@ -110,6 +130,15 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"bomb\.pth holds Python objects \(io\.open\), which are not loaded"):
         read_published(tmp_path / "bomb.pth")
     assert not (tmp_path / "bomb went off").exists()
+    whole = write(tmp_path / "whole.pth", {"x": torch.zeros(5000)}).read_bytes()
+    (tmp_path / "cut.pth").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match=r"cut\.pth can't be read \(.*\): it is damaged or incomplete; download"):
+        read_published(tmp_path / "cut.pth")
+    hub = dict(log_scalars=dict(loss=HistoryBuffer([1.0], [1])))  # as mmdet 3 and mmseg 1 write
+    torch.save(dict(state_dict={}, message_hub=hub), tmp_path / "newer.pth")
+    message = r"holds Python objects \(mmengine\.\S+HistoryBuffer\), as files of mmdet 3 .*save its state_dict alone"
+    with pytest.raises(UserError, match=message):
+        read_published(tmp_path / "newer.pth")
     torch.save(dict(meta={}), tmp_path / "empty.pth")
     with pytest.raises(UserError, match="has no weights"):
         read_published(tmp_path / "empty.pth")
