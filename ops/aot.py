@@ -105,7 +105,8 @@ def build(kernel, dtype: str, pointers: dict, options: dict, card: str):
 
     if not isinstance(kernel, triton.runtime.JITFunction):
         raise RuntimeError("kernels cannot be compiled under TRITON_INTERPRET=1: unset it and use a new process")
-    const = {name: options[name] for name in kernel.arg_names if name in options}
+    defaults = {param.name: param.default for param in kernel.params if param.is_constexpr and param.has_default}
+    const = {name: value for name, value in (defaults | options).items() if name in kernel.arg_names}
 
     def typed(name: str) -> str:
         if name in const:

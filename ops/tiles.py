@@ -4,8 +4,10 @@ Logits are in base 2 (scale and bias times LOG2E), since GPUs have exp2. This fi
 files may import it.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
 # Initial value of a running maximum. It is finite so that a row whose keys are all masked so far has p = 0, not NaN
@@ -13,8 +15,15 @@ LOG2E = tl.constexpr(1.4426950408889634)
 FLOOR = tl.constexpr(-1e38)
 
 
+def precision(x: Tensor) -> str:
+    """Return the input precision of products of matrices like x: tf32 for float32 where PyTorch's own may use it."""
+    if x.dtype != torch.float32 or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 @triton.jit
-def softmax_step(s, v, m, l, acc):
+def softmax_step(s, v, m, l, acc, PRECISION: tl.constexpr = "ieee"):
     """Do an online softmax step with logits s (M, N), masked ones -inf, and values v (N, D). It updates the running
     maximum m (M), sum l (M) and weighted sum acc (M, D), all fp32. At the end the output is acc / l and the base-2
     log-sum-exp is m + log2(l)."""
@@ -22,7 +31,7 @@ def softmax_step(s, v, m, l, acc):
     p = tl.exp2(s - m_new[:, None])
     shrink = tl.exp2(m - m_new)
     l = l * shrink + tl.sum(p, 1)
-    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return m_new, l, acc
 
 

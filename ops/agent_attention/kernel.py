@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import FLOOR, LOG2E, softmax_step
+from ..tiles import FLOOR, LOG2E, precision, softmax_step
 from .tables import resizing
 
 # Not specialised on, since they change with the image size: a divisible size would recompile the kernel.
@@ -85,6 +85,7 @@ def gather_kernel(
     stride_kb, stride_kn, stride_vb, stride_vn,
     B, heads, N, a, h, w, S, share, scale,
     T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
@@ -105,9 +106,9 @@ def gather_kernel(
         k = load(k_ptr, n, stride_kn, ok, D, BLOCK_D)
         v = load(v_ptr, n, stride_vn, ok, D, BLOCK_D)
         both = mine[:, None] & ok[None, :]
-        s = tl.dot(agents, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+        s = tl.dot(agents, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         s += bias(rows_ptr, columns_ptr, token_ptr, head, n[None, :], m[:, None], both, a, h, w, S, T)
-        top, l, acc = softmax_step(tl.where(ok[None, :], s, float("-inf")), v, top, l, acc)
+        top, l, acc = softmax_step(tl.where(ok[None, :], s, float("-inf")), v, top, l, acc, PRECISION)
     first = ((split * B + b) * heads + head) * a
     store(part_ptr + first * D, m, D, mine, acc / l[:, None], D, BLOCK_D)
     tl.store(lse_ptr + first + m, top + tl.log2(l), mine)
@@ -142,6 +143,7 @@ def read_kernel(
     heads, N, a, h, w, S, scale,
     T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
     CONV: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
@@ -161,9 +163,9 @@ def read_kernel(
         agents = load(agents_ptr, m, heads * D, ok, D, BLOCK_D)
         va = load(va_ptr, m, D, ok, D, BLOCK_D)
         both = mine[:, None] & ok[None, :]
-        s = tl.dot(q, tl.trans(agents), input_precision="ieee") * (scale * LOG2E)
+        s = tl.dot(q, tl.trans(agents), input_precision=PRECISION) * (scale * LOG2E)
         s += bias(rows_ptr, columns_ptr, token_ptr, head, n[:, None], m[None, :], both, a, h, w, S, T)
-        top, l, acc = softmax_step(tl.where(ok[None, :], s, float("-inf")), va, top, l, acc)
+        top, l, acc = softmax_step(tl.where(ok[None, :], s, float("-inf")), va, top, l, acc, PRECISION)
     tl.store(lse_ptr + (b * heads + head) * N + n, top + tl.log2(l), mine)
     out = acc / l[:, None]
     if CONV:  # weight is (10, C): nine taps and the bias
@@ -178,10 +180,10 @@ def read_kernel(
 
 
 @triton.jit
-def pairs(x, y, agents, z, b, lse, ok, scale):
+def pairs(x, y, agents, z, b, lse, ok, scale, PRECISION: tl.constexpr):
     """Return P and dP of a tile: softmax of the logits of x and agents, and its gradient from y and z."""
-    p = tl.exp2(tl.dot(x, tl.trans(agents), input_precision="ieee") * (scale * LOG2E) + b - lse)
-    return tl.where(ok, p, 0.0), tl.dot(y, tl.trans(z), input_precision="ieee")
+    p = tl.exp2(tl.dot(x, tl.trans(agents), input_precision=PRECISION) * (scale * LOG2E) + b - lse)
+    return tl.where(ok, p, 0.0), tl.dot(y, tl.trans(z), input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -192,6 +194,7 @@ def tokens_kernel(
     B, heads, N, a, h, w, S, images, scale,
     T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
     KEYS: tl.constexpr, CONV: tl.constexpr, SINGLE: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     """Without KEYS x, y, z are q, dout and P1 V, the softmax over agents; with KEYS k, v and d(P1 V), over tokens."""
     pid = tl.program_id(0)
@@ -226,7 +229,7 @@ def tokens_kernel(
                     agents = load(agents_ptr + b * a * C + c, m, C, m < a, D, BLOCK_D)
                     z = load(z_ptr + first * D, m, D, m < a, D, BLOCK_D)
                     one = bias(rows_ptr, columns_ptr, token_ptr, head, n[:, None], m[None, :], ok, a, h, w, S, T)
-                    p, dp = pairs(x, y, agents, z, one, lse, ok, scale)
+                    p, dp = pairs(x, y, agents, z, one, lse, ok, scale, PRECISION)
                     total += tl.sum(p * dp, 1)
                 tl.store(delta_ptr + token, total, mine)
                 delta = total[:, None]
@@ -244,15 +247,15 @@ def tokens_kernel(
                 one = bias_one
             else:
                 one = bias(rows_ptr, columns_ptr, token_ptr, head, n[:, None], m[None, :], ok, a, h, w, S, T)
-            p, dp = pairs(x, y, agents, z, one, lse, ok, scale)
+            p, dp = pairs(x, y, agents, z, one, lse, ok, scale, PRECISION)
             if SINGLE and not KEYS:
                 total = tl.sum(p * dp, 1)
                 tl.store(delta_ptr + token, total, mine)
                 delta = total[:, None]
             ds = p * (dp - delta)
-            dx = tl.dot(ds.to(agents.dtype), agents, dx, input_precision="ieee")
+            dx = tl.dot(ds.to(agents.dtype), agents, dx, input_precision=PRECISION)
             if KEYS:
-                dy = tl.dot(p.to(z.dtype), z, dy, input_precision="ieee")
+                dy = tl.dot(p.to(z.dtype), z, dy, input_precision=PRECISION)
             if SINGLE:
                 dbias += ds
         store(dx_ptr + b * N * C + c, n, C, mine, dx * scale, D, BLOCK_D)
@@ -283,6 +286,7 @@ def agents_kernel(
     B, heads, N, a, h, w, S, share, scale,
     T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
     KEYS: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
@@ -311,10 +315,10 @@ def agents_kernel(
             lse = tl.load(lse_ptr + token, n < N, 0.0)[None, :]
             delta = tl.load(delta_ptr + token, n < N, 0.0)[None, :]
         one = bias(rows_ptr, columns_ptr, token_ptr, head, n[None, :], m[:, None], ok, a, h, w, S, T)
-        p, dp = pairs(agents, z, x, y, one, lse, ok, scale)
-        dagents = tl.dot((p * (dp - delta)).to(x.dtype), x, dagents, input_precision="ieee")
+        p, dp = pairs(agents, z, x, y, one, lse, ok, scale, PRECISION)
+        dagents = tl.dot((p * (dp - delta)).to(x.dtype), x, dagents, input_precision=PRECISION)
         if not KEYS:
-            dz = tl.dot(p.to(y.dtype), y, dz, input_precision="ieee")
+            dz = tl.dot(p.to(y.dtype), y, dz, input_precision=PRECISION)
     first += split.to(tl.int64) * B * heads * a
     store(dagents_ptr + first * D, m, D, mine, dagents * scale, D, BLOCK_D)
     if not KEYS:
@@ -328,6 +332,7 @@ def bias_kernel(
     B, heads, N, a, h, w, S, images, scale,
     T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
     KEYS: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
@@ -350,7 +355,7 @@ def bias_kernel(
             token = (b * heads + head) * N + n
             lse = tl.load(lse_ptr + token, n < N, 0.0)[:, None]
             delta = tl.load(delta_ptr + token, n < N, 0.0)[:, None]
-        p, dp = pairs(x, y, agents, z, one, lse, ok, scale)
+        p, dp = pairs(x, y, agents, z, one, lse, ok, scale, PRECISION)
         dbias += p * (dp - delta)
     dbias_ptr += (chunk * heads + head).to(tl.int64) * N * a + n.to(tl.int64)[:, None] * a + m[None, :]
     tl.store(dbias_ptr, dbias, ok)
@@ -372,6 +377,7 @@ def tile(itemsize: int, D: int, a: int, hip: bool) -> dict:
     BLOCK_D = max(16, triton.next_power_of_2(D))
     tokens, agents, warps, stages = TILES[itemsize, max(32, BLOCK_D)]
     agents = max(16, min(agents, triton.next_power_of_2(a)))
+    warps = warps // 2 if hip else warps  # as many threads: AMD's have 64 lanes
     stages = 1 if hip else stages  # with two, Triton 3.6 fails to compile tokens_kernel for gfx942
     return dict(D=D, BLOCK_D=BLOCK_D, BLOCK_N=tokens, BLOCK_A=agents, num_warps=warps, num_stages=stages)
 
@@ -422,6 +428,7 @@ def fwd(
     (B, N, C), M, a = q.shape, k.shape[1], agents.shape[1]
     q, k, v, agents = _readable(q), _readable(k), _readable(v), agents.contiguous()
     options = tile(q.element_size(), C // heads, a, torch.version.hip is not None)
+    options |= dict(PRECISION=precision(agents))
     out = q.new_empty(B, N, C)
     va = q.new_empty(B, heads, a, C // heads)
     lse1, lse2 = (q.new_empty(B, heads, n, dtype=torch.float32) for n in (a, N))
@@ -491,6 +498,7 @@ def _tokens(x, y, agents, z, tables, lse, delta, dout, weight, heads, scale, dx,
     """Run tokens_kernel and, with many agents, bias_kernel. Return the gradients of the bias (heads, N, a) and taps."""
     (B, N, C), a = x.shape, agents.shape[1]
     options = tile(x.element_size(), C // heads, a, torch.version.hip is not None)
+    options |= dict(PRECISION=precision(agents))
     pointers, sizes, T = _tables(*tables)
     tiles, agent_tiles = triton.cdiv(N, options["BLOCK_N"]), triton.cdiv(a, options["BLOCK_A"])
     single, conv = agent_tiles == 1, keys and weight is not None
@@ -518,6 +526,7 @@ def _agents(x, y, agents, z, tables, lse, delta, heads, scale, keys):
     """Return the gradients of the agents and of z, (B, heads, a, D) in float32."""
     (B, N, C), a = x.shape, agents.shape[1]
     options = tile(x.element_size(), C // heads, a, torch.version.hip is not None)
+    options |= dict(PRECISION=precision(agents))
     pointers, sizes, T = _tables(*tables)
     programs = B * heads * triton.cdiv(a, options["BLOCK_A"])
     share = _share(N, programs, options["BLOCK_N"])

@@ -32,7 +32,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import FLOOR, LOG2E, once, softmax_step
+from ..tiles import FLOOR, LOG2E, once, precision, softmax_step
 
 SHIFT = tl.constexpr(44)
 
@@ -104,6 +104,7 @@ def fwd_kernel(
     heads, h, w, Rw, P, K, magic_t, magic_w, magic_Rw, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DENSE: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     t = h * w
     C = heads * D
@@ -141,14 +142,14 @@ def fwd_kernel(
         inside = there[:, None] & (d < D)[None, :]
         k = tl.load(q_ptr + C + key[:, None] + d[None, :], inside, 0.0)
         v = tl.load(q_ptr + 2 * C + key[:, None] + d[None, :], inside, 0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         if DENSE:
             see = routed_pairs(table_ptr, r, i, start, t, P, magic_t)
         else:
             see = (i < total)[None, :]
             astray = astray | (ok & ~there)
         s = tl.where(see, s, float("-inf"))
-        m, l, acc = softmax_step(s, v, m, l, acc)
+        m, l, acc = softmax_step(s, v, m, l, acc, PRECISION)
     if not DENSE:  # all rows share the list
         broken = tl.max(astray.to(tl.int32), 0) != 0
     l = tl.where(broken, float("nan"), l)
@@ -169,6 +170,7 @@ def dq_kernel(
     heads, h, w, Rw, P, K, magic_t, magic_w, magic_Rw, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DENSE: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     t = h * w
     C = heads * D
@@ -213,11 +215,11 @@ def dq_kernel(
         inside = ok[:, None] & (d < D)[None, :]
         k = tl.load(q_ptr + C + key[:, None] + d[None, :], inside, 0.0)
         v = tl.load(q_ptr + 2 * C + key[:, None] + d[None, :], inside, 0.0)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         see = routed_pairs(table_ptr, r, i, start, t, P, magic_t) if DENSE else (i < total)[None, :]
         ds = tl.where(see, tl.exp2(s - lse[:, None]) * (dp - delta[:, None]), 0.0)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     dq = tl.where((lse == lse)[:, None], dq, lse[:, None])  # a NaN query stays NaN, even without a valid key
     dqkv_ptr += (b * N + pix)[:, None] * (3 * C) + head * D + d[None, :]
     tl.store(dqkv_ptr, (dq * scale).to(dqkv_ptr.dtype.element_ty), mine)
@@ -230,6 +232,7 @@ def dkdv_kernel(
     B, heads, h, w, Rw, P, K, magic_t, magic_w, magic_Rw, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     DENSE: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     t = h * w
     C = heads * D
@@ -282,16 +285,16 @@ def dkdv_kernel(
         inside = ok[:, None] & (d < D)[None, :]
         q = tl.load(q_ptr + (qy * stride_h + qx * stride_w)[:, None] + d[None, :], inside, 0.0)
         dout = tl.load(dout_ptr + (qy * stride_dh + qx * stride_dw)[:, None] + d[None, :], inside, 0.0)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         p = tl.exp2(s - lse[None, :])
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
         if DENSE:
             see = routed_pairs(table_ptr, r, i, start, t, P, magic_t)
             p = tl.where(see, p, 0.0)
             ds = tl.where(see, ds, 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     dqkv_ptr += (b * N + y * W + x)[:, None] * (3 * C) + head * D + d[None, :]
     tl.store(dqkv_ptr + C, (dk * scale).to(dqkv_ptr.dtype.element_ty), mine)
     tl.store(dqkv_ptr + 2 * C, dv.to(dqkv_ptr.dtype.element_ty), mine)
@@ -346,7 +349,7 @@ def _launch(qkv: Tensor, K: int, heads: int, regions: tuple[int, int], scale: fl
     t = h * w
     dense = is_dense(t, K, P)
     hip = torch.version.hip is not None
-    options = launch_options(qkv.element_size(), C3 // 3 // heads, t, dense, hip)
+    options = launch_options(qkv.element_size(), C3 // 3 // heads, t, dense, hip) | dict(PRECISION=precision(qkv))
     tiles = triton.cdiv(P * t, options["BLOCK_M"]) if dense else P * triton.cdiv(t, options["BLOCK_M"])
     return dense, tiles, (heads, h, w, Rw, P, K, _magic(t), _magic(w), _magic(Rw), scale), options
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import LOG2E
+from ..tiles import LOG2E, precision
 
 SIZES = ["heads", "W", "N"]
 
@@ -34,6 +34,7 @@ def products_kernel(
     x_ptr, y_ptr, part_ptr, stride_xb, stride_xh, stride_xw, stride_yb, stride_yh, stride_yw,
     heads, W, N,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, STRETCH: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
@@ -49,7 +50,7 @@ def products_kernel(
         ok = (n < N)[:, None] & (d < D)[None, :]
         x = tl.load(x_ptr + token_offsets(n, W, stride_xh, stride_xw)[:, None], ok, 0.0)
         y = tl.load(y_ptr + token_offsets(n, W, stride_yh, stride_yw)[:, None], ok, 0.0)
-        acc = tl.dot(tl.trans(x), y, acc, input_precision="ieee")
+        acc = tl.dot(tl.trans(x), y, acc, input_precision=PRECISION)
     part_ptr += pid.to(tl.int64) * D * D + (d * D)[:, None] + d[None, :]
     tl.store(part_ptr, acc, (d < D)[:, None] & (d < D)[None, :])
 
@@ -81,7 +82,7 @@ def softmax_kernel(
 
 
 @triton.jit
-def mix(x_ptr, row, m_ptr, stride_in, stride_out, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def mix(x_ptr, row, m_ptr, stride_in, stride_out, D: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
     """Return x M for a tile of tokens x, masked by `row`, and a D x D matrix M in float32. It takes 32 channels of x at
     a time, since a product in float32 would hold all of M in registers. Each slice of M is scaled to at most 1 before
     it is cast to half precision: gradients summed over 67,000 tokens may exceed the range of float16."""
@@ -95,7 +96,7 @@ def mix(x_ptr, row, m_ptr, stride_in, stride_out, D: tl.constexpr, BLOCK_D: tl.c
         m = tl.load(m_ptr + (k * stride_in)[:, None] + (d * stride_out)[None, :], inside, 0.0)
         top = tl.max(tl.max(tl.abs(m), 1), 0)
         top = tl.where(top > 0, top, 1.0)
-        y += tl.dot(x, (m / top).to(x.dtype), input_precision="ieee") * top
+        y += tl.dot(x, (m / top).to(x.dtype), input_precision=PRECISION) * top
     return y
 
 
@@ -103,6 +104,7 @@ def mix(x_ptr, row, m_ptr, stride_in, stride_out, D: tl.constexpr, BLOCK_D: tl.c
 def out_kernel(
     q_ptr, a_ptr, out_ptr, stride_b, stride_h, stride_w, heads, W, N,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
@@ -111,7 +113,7 @@ def out_kernel(
     b = (pid // heads // tiles).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     q_ptr += b * stride_b + head * D + token_offsets(n, W, stride_h, stride_w)[:, None]
-    out = mix(q_ptr, n < N, a_ptr + (b * heads + head) * D * D, 1, D, D, BLOCK_D)
+    out = mix(q_ptr, n < N, a_ptr + (b * heads + head) * D * D, 1, D, D, BLOCK_D, PRECISION)
     out_ptr += (b * N + n)[:, None] * (heads * D) + head * D + d[None, :]
     tl.store(out_ptr, out.to(out_ptr.dtype.element_ty), (n < N)[:, None] & (d < D)[None, :])
 
@@ -121,6 +123,7 @@ def dqkv_kernel(
     qkv_ptr, dout_ptr, a_ptr, ds_ptr, dqkv_ptr, stride_b, stride_h, stride_w, stride_db, stride_dh, stride_dw,
     heads, W, N,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
@@ -134,11 +137,11 @@ def dqkv_kernel(
     dout_ptr += b * stride_db + head * D + token_offsets(n, W, stride_dh, stride_dw)[:, None]
     dqkv_ptr += (b * N + n)[:, None] * (3 * C) + head * D + d[None, :]
     matrix = (b * heads + head) * D * D
-    dq = mix(dout_ptr, n < N, a_ptr + matrix, D, 1, D, BLOCK_D)
+    dq = mix(dout_ptr, n < N, a_ptr + matrix, D, 1, D, BLOCK_D, PRECISION)
     tl.store(dqkv_ptr, dq.to(dqkv_ptr.dtype.element_ty), ok)
-    dk = mix(qkv_ptr + 2 * C, n < N, ds_ptr + matrix, 1, D, D, BLOCK_D)
+    dk = mix(qkv_ptr + 2 * C, n < N, ds_ptr + matrix, 1, D, D, BLOCK_D, PRECISION)
     tl.store(dqkv_ptr + C, dk.to(dqkv_ptr.dtype.element_ty), ok)
-    dv = mix(qkv_ptr + C, n < N, ds_ptr + matrix, D, 1, D, BLOCK_D)
+    dv = mix(qkv_ptr + C, n < N, ds_ptr + matrix, D, 1, D, BLOCK_D, PRECISION)
     tl.store(dqkv_ptr + 2 * C, dv.to(dqkv_ptr.dtype.element_ty), ok)
 
 
@@ -196,7 +199,7 @@ def fwd(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     B, H, W, C = *qkv.shape[:3], qkv.shape[3] // 3
     if qkv.stride(3) != 1:
         qkv = qkv.contiguous()
-    options = launch_options(qkv.element_size(), C // heads)
+    options = launch_options(qkv.element_size(), C // heads) | dict(PRECISION=precision(qkv))
     q, k, v = qkv.split(C, 3)
     out = qkv.new_empty(B, H, W, C)
     with torch.cuda.device_of(qkv):
@@ -213,7 +216,7 @@ def bwd(dout: Tensor, qkv: Tensor, a: Tensor, heads: int, scale: float) -> Tenso
         qkv = qkv.contiguous()
     if dout.stride(3) != 1:
         dout = dout.contiguous()
-    options = launch_options(qkv.element_size(), C // heads)
+    options = launch_options(qkv.element_size(), C // heads) | dict(PRECISION=precision(qkv))
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     with torch.cuda.device_of(qkv):
         ds = _matrices(dout, qkv[..., :C], heads, scale, options, a)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .. import maps
 from ..maps import known_strides, layout
-from ..tiles import FLOOR, LOG2E, once, softmax_step
+from ..tiles import FLOOR, LOG2E, once, precision, softmax_step
 from .eager import Settings, empty
 
 SIZES = ["H", "W", "HQ", "WQ", "M", "N"]
@@ -98,6 +98,7 @@ def fwd_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, POSITIONS: tl.constexpr,
     OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     stride_qb, stride_qc, stride_qy, stride_qx = known_strides(stride_qb, stride_qc, stride_qy, stride_qx, Q)
     stride_kb, stride_kc, stride_ky, stride_kx = known_strides(stride_kb, stride_kc, stride_ky, stride_kx, KV)
@@ -125,10 +126,10 @@ def fwd_kernel(
         k = tl.load(k_ptr + offsets(d, ky, kx, stride_kc, stride_ky, stride_kx), of_keys, 0.0)
         v = tl.load(v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), of_values, 0.0)
         hot = one_hot(i, j, A, POSITIONS).to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        s = tl.dot(pos, tl.trans(hot), s, input_precision="ieee") * LOG2E
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        s = tl.dot(pos, tl.trans(hot), s, input_precision=PRECISION) * LOG2E
         s = tl.where((n < A * A)[None, :], s, float("-inf"))
-        most, total, acc = softmax_step(s, v, most, total, acc)
+        most, total, acc = softmax_step(s, v, most, total, acc, PRECISION)
     lse_ptr += (b * heads + head) * HQ * WQ + y.to(tl.int64) * WQ + x
     tl.store(lse_ptr, most + tl.log2(total), ok)
     out_ptr += b * stride_ob + head * DV * stride_oc
@@ -148,6 +149,7 @@ def dq_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, POSITIONS: tl.constexpr,
     OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     stride_qb, stride_qc, stride_qy, stride_qx = known_strides(stride_qb, stride_qc, stride_qy, stride_qx, Q)
     stride_kb, stride_kc, stride_ky, stride_kx = known_strides(stride_kb, stride_kc, stride_ky, stride_kx, KV)
@@ -189,12 +191,12 @@ def dq_kernel(
         k = tl.load(k_ptr + offsets(d, ky, kx, stride_kc, stride_ky, stride_kx), of_keys, 0.0)
         v = tl.load(v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), of_values, 0.0)
         hot = one_hot(i, j, A, POSITIONS).to(q.dtype)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
-        s = tl.dot(pos, tl.trans(hot), s, input_precision="ieee") * LOG2E
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        s = tl.dot(pos, tl.trans(hot), s, input_precision=PRECISION) * LOG2E
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = tl.where((n < A * A)[None, :], tl.exp2(s - lse[:, None]) * (dp - delta[:, None]), 0.0).to(k.dtype)
-        dq = tl.dot(ds, k, dq, input_precision="ieee")
-        dpos = tl.dot(ds, hot, dpos, input_precision="ieee")
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+        dpos = tl.dot(ds, hot, dpos, input_precision=PRECISION)
     dq_ptr += b * stride_db + head * D * stride_dc
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + offsets(d, y, x, stride_dc, stride_dy, stride_dx), dq, of_q)
@@ -216,6 +218,7 @@ def dkdv_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, POSITIONS: tl.constexpr,
     OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     stride_qb, stride_qc, stride_qy, stride_qx = known_strides(stride_qb, stride_qc, stride_qy, stride_qx, Q)
     stride_kb, stride_kc, stride_ky, stride_kx = known_strides(stride_kb, stride_kc, stride_ky, stride_kx, KV)
@@ -272,13 +275,13 @@ def dkdv_kernel(
         j = kx - block_x * BLOCK + HALO
         sees = (mine & (i >= 0) & (i < A) & (j >= 0) & (j < A))[:, None]
         hot = one_hot(i, j, A, POSITIONS).to(k.dtype)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * scale
-        s = tl.dot(hot, tl.trans(pos), s, input_precision="ieee") * LOG2E
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
+        s = tl.dot(hot, tl.trans(pos), s, input_precision=PRECISION) * LOG2E
         p = tl.where(sees, tl.exp2(s - lse[None, :]), 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         ds = tl.where(sees, p * (dp - delta[None, :]), 0.0)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     dkv_ptr += b * stride_db + head * (D + DV) * stride_dc
     dk = (dk * scale).to(dkv_ptr.dtype.element_ty)
     tl.store(dkv_ptr + offsets(d, ky, kx, stride_dc, stride_dy, stride_dx), dk, of_k)
@@ -344,6 +347,7 @@ def _launch(q: Tensor, kv: Tensor, settings: Settings):
     side, hip = block // stride, torch.version.hip is not None
     fixed = q.element_size(), C // heads, (CK - C) // heads, block, halo, side
     options = launch_options(*fixed, side**2, hip), key_options(*fixed, block**2, hip)
+    options = (one | dict(PRECISION=precision(q)) for one in options)
     return (heads, H, W, HQ, WQ, triton.cdiv(H, block), triton.cdiv(W, block), scale), *options
 
 

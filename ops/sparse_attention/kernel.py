@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import FLOOR, LOG2E, once, softmax_step
+from ..tiles import FLOOR, LOG2E, once, precision, softmax_step
 from .eager import Predictor, Selection
 from .reference import basis, with_cls
 
@@ -54,6 +54,7 @@ def unpack_bits(word, WIDTH: tl.constexpr):
 def fwd_kernel(
     qkv_ptr, mask_ptr, out_ptr, lse_ptr, stride_b, stride_n, heads, N, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     words = (N + WORD - 1) // WORD
     b, head, tile = program(heads, (N + BLOCK_M - 1) // BLOCK_M)
@@ -77,9 +78,9 @@ def fwd_kernel(
             key = (i * stride_n)[:, None] + d[None, :]
             k = tl.load(q_ptr + C + key, inside, 0.0)
             v = tl.load(q_ptr + 2 * C + key, inside, 0.0)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
             s = tl.where(unpack_bits(word, WORD) & ok[None, :], s, float("-inf"))
-            m, l, acc = softmax_step(s, v, m, l, acc)
+            m, l, acc = softmax_step(s, v, m, l, acc, PRECISION)
     none = l == 0  # no key: the output is 0, and so is exp2(s - inf) in the backward pass
     tl.store(lse_ptr + first + n, tl.where(none, float("inf"), m + tl.log2(l)), row)
     out = acc / tl.where(none, 1.0, l)[:, None]
@@ -92,6 +93,7 @@ def dq_kernel(
     qkv_ptr, mask_ptr, out_ptr, lse_ptr, dout_ptr, delta_ptr, dqkv_ptr, stride_b, stride_n, stride_db, stride_dn,
     heads, N, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     words = (N + WORD - 1) // WORD
     b, head, tile = program(heads, (N + BLOCK_M - 1) // BLOCK_M)
@@ -118,11 +120,11 @@ def dq_kernel(
             key = (i * stride_n)[:, None] + d[None, :]
             k = tl.load(q_ptr + C + key, inside, 0.0)
             v = tl.load(q_ptr + 2 * C + key, inside, 0.0)
-            s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-            dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+            dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
             ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
             ds = tl.where(unpack_bits(word, WORD) & ok[None, :], ds, 0.0)
-            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+            dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     dqkv_ptr += (b * N + n)[:, None] * (3 * C) + head * D + d[None, :]
     tl.store(dqkv_ptr, (dq * scale).to(dqkv_ptr.dtype.element_ty), mine)
 
@@ -132,6 +134,7 @@ def dkdv_kernel(
     qkv_ptr, mask_ptr, lse_ptr, dout_ptr, delta_ptr, dqkv_ptr, stride_b, stride_n, stride_db, stride_dn,
     heads, N, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     words = (N + WORD - 1) // WORD
     b, head, tile = program(heads, (N + BLOCK_M - 1) // BLOCK_M)
@@ -163,12 +166,12 @@ def dkdv_kernel(
             inside = (ok & (lse == lse))[:, None] & (d < D)[None, :]
             q = tl.load(q_ptr + (i * stride_n)[:, None] + d[None, :], inside, 0.0)
             dout = tl.load(dout_ptr + (i * stride_dn)[:, None] + d[None, :], inside, 0.0)
-            s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
             p = tl.where(see, tl.exp2(s - lse[None, :]), 0.0)
-            dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+            dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             ds = tl.where(see, p * (dp - delta[None, :]), 0.0)
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     dqkv_ptr += (b * N + n)[:, None] * (3 * C) + head * D + d[None, :]
     tl.store(dqkv_ptr + C, (dk * scale).to(dqkv_ptr.dtype.element_ty), mine)
     tl.store(dqkv_ptr + 2 * C, dv.to(dqkv_ptr.dtype.element_ty), mine)
@@ -346,7 +349,7 @@ def fwd(qkv: Tensor, mask: Tensor, heads: int, scale: float) -> tuple[Tensor, Te
         return out, lse
     if qkv.stride(2) != 1:
         qkv = qkv.contiguous()
-    options = attention_options(qkv.element_size(), C3 // 3 // heads)
+    options = attention_options(qkv.element_size(), C3 // 3 // heads) | dict(PRECISION=precision(qkv))
     grid = (B * heads * triton.cdiv(N, options["BLOCK_M"]),)
     with torch.cuda.device_of(qkv):
         fwd_kernel[grid](qkv, mask.contiguous(), out, lse, *qkv.stride()[:2], heads, N, scale, **options)
@@ -364,7 +367,7 @@ def bwd(dout: Tensor, qkv: Tensor, mask: Tensor, out: Tensor, lse: Tensor, heads
     if dout.stride(2) != 1:
         dout = dout.contiguous()
     mask, delta = mask.contiguous(), torch.empty_like(lse)
-    options = attention_options(qkv.element_size(), C3 // 3 // heads)
+    options = attention_options(qkv.element_size(), C3 // 3 // heads) | dict(PRECISION=precision(qkv))
     grid = (B * heads * triton.cdiv(N, options["BLOCK_M"]),)
     strides = *qkv.stride()[:2], *dout.stride()[:2]
     with torch.cuda.device_of(qkv):

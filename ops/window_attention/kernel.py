@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import FLOOR, LOG2E, once, softmax_step
+from ..tiles import FLOOR, LOG2E, once, precision, softmax_step
 from .eager import diagonals, sum_diagonals
 
 SIZES = ["B", "H", "W", "h", "w", "s_h", "s_w", "heads"]
@@ -68,9 +68,9 @@ def load(ptr, at, on, side, d, pad_ptr, D: tl.constexpr, PAD: tl.constexpr):
 
 
 @triton.jit
-def logits(q, k, q_side, k_side, q_at, k_at, bias_ptr, middle, scale, BIAS: tl.constexpr):
+def logits(q, k, q_side, k_side, q_at, k_at, bias_ptr, middle, scale, BIAS: tl.constexpr, PRECISION: tl.constexpr):
     """Return the logits of pairs (M, N) in base 2; -inf for pairs on two sides of a seam."""
-    s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
     if BIAS:
         s += tl.load(bias_ptr + (q_at[:, None] - k_at[None, :] + middle)) * LOG2E
     return tl.where(q_side[:, None] == k_side[None, :], s, float("-inf"))
@@ -95,6 +95,7 @@ def fwd_kernel(
     H, W, h, w, s_h, s_w, heads, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     if KH:
         h, w = KH, KW
@@ -120,8 +121,8 @@ def fwd_kernel(
         key = ky * stride_h + kx * stride_w
         k = load(qkv_ptr + stride_t, key, k_on, k_side, d, pad_ptr, D, PAD)
         v = load(qkv_ptr + 2 * stride_t, key, k_on, k_side, d, pad_ptr + C, D, PAD)
-        s = logits(q, k, side, k_side, at, k_at, bias_ptr, middle, scale, BIAS)
-        m, l, acc = softmax_step(s, v, m, l, acc)
+        s = logits(q, k, side, k_side, at, k_at, bias_ptr, middle, scale, BIAS, PRECISION)
+        m, l, acc = softmax_step(s, v, m, l, acc, PRECISION)
     pixel = (b * H + y) * W + x
     tl.store(lse_ptr + (b * heads + head) * H * W + y * W + x, m + tl.log2(l), on)  # base 2, like the logits
     out = (acc / l[:, None]).to(out_ptr.dtype.element_ty)
@@ -135,6 +136,7 @@ def dq_kernel(
     H, W, h, w, s_h, s_w, heads, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     if KH:
         h, w = KH, KW
@@ -166,10 +168,10 @@ def dq_kernel(
         key = ky * stride_h + kx * stride_w
         k = load(qkv_ptr + stride_t, key, k_on, k_side, d, pad_ptr, D, PAD)
         v = load(qkv_ptr + 2 * stride_t, key, k_on, k_side, d, pad_ptr + C, D, PAD)
-        s = logits(q, k, side, k_side, at, k_at, bias_ptr, middle, scale, BIAS)
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        s = logits(q, k, side, k_side, at, k_at, bias_ptr, middle, scale, BIAS, PRECISION)
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     dqkv_ptr += (pixel * 3 * C + head * D)[:, None] + d[None, :]
     tl.store(dqkv_ptr, (dq * scale).to(dqkv_ptr.dtype.element_ty), mine)
 
@@ -181,6 +183,7 @@ def dkdv_kernel(
     H, W, h, w, s_h, s_w, heads, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     if KH:
         h, w = KH, KW
@@ -212,12 +215,14 @@ def dkdv_kernel(
         delta = once(tl.load(delta_ptr + qy * W + qx, q_on, 0.0))
         q = load(qkv_ptr, qy * stride_h + qx * stride_w, q_on, q_side, d, pad_ptr, D, False)
         dout = load(dout_ptr, qy * stride_dh + qx * stride_dw, q_on, q_side, d, pad_ptr, D, False)
-        s = logits(k, q, side, q_side, -at, -q_at, bias_ptr, middle, scale, BIAS)  # distances are query - key
+        s = logits(
+            k, q, side, q_side, -at, -q_at, bias_ptr, middle, scale, BIAS, PRECISION
+        )  # distances are query - key
         p = tl.exp2(s - lse[None, :])
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     dk *= scale
     has = (d < D)[None, :]
     dqkv_ptr += (((b * H + y) * W + x) * 3 * C + head * D)[:, None] + d[None, :]
@@ -237,6 +242,7 @@ def dbias_kernel(
     B, per, H, W, h, w, s_h, s_w, heads, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, PAD: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     """Sum dS over the pairs of rows at each distance, query - key: ds (chunks of `per` windows, heads, 2h-1, w, w)."""
     if KH:
@@ -277,8 +283,10 @@ def dbias_kernel(
         at_lse = (b * heads + head) * H * W + y * W + x
         lse = once(tl.load(lse_ptr + at_lse, on, float("inf")))
         delta = once(tl.load(delta_ptr + at_lse, on, 0.0))
-        s = logits(q, k, side, k_side, at, k_at, bias_ptr + head * (2 * h - 1) * (2 * w - 1), middle, scale, True)
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        s = logits(
+            q, k, side, k_side, at, k_at, bias_ptr + head * (2 * h - 1) * (2 * w - 1), middle, scale, True, PRECISION
+        )
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         total += tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
     ds_ptr += ((chunk * heads + head) * (2 * h - 1) + dy + h - 1).to(tl.int64) * w * w
     tl.store(ds_ptr + (i * w)[:, None] + j[None, :], total, (i < w)[:, None] & (j < w)[None, :])
@@ -291,6 +299,7 @@ def bwd_kernel(
     B, per, H, W, h, w, s_h, s_w, heads, scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
     KH: tl.constexpr, KW: tl.constexpr, PAD: tl.constexpr, BIAS: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     """Compute all gradients for `per` windows that fit in one tile each; ds (chunks, heads, N, N) is summed over
     them."""
@@ -322,7 +331,7 @@ def bwd_kernel(
         k = load(base + stride_t, token, on, side, d, pad_ptr, D, PAD)
         v = load(base + 2 * stride_t, token, on, side, d, pad_ptr + C, D, PAD)
         dout = load(dout_ptr + b * stride_db + head * D, y * stride_dh + x * stride_dw, on, side, d, pad_ptr, D, False)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
         if BIAS:
             s += bias
         s = tl.where(side[:, None] == side[None, :], s, float("-inf"))
@@ -332,20 +341,20 @@ def bwd_kernel(
         to += ((y.to(tl.int32) * W + x.to(tl.int32)).to(tl.int64) * 3 * C)[:, None] + d[None, :]
         mine = on[:, None] & has
         dv = tl.dot(
-            tl.trans(p.to(dout.dtype)), dout, input_precision="ieee"
+            tl.trans(p.to(dout.dtype)), dout, input_precision=PRECISION
         )  # first, so that it needs no registers later
         tl.store(to + 2 * C, dv.to(dqkv_ptr.dtype.element_ty), mine)
         if PAD:  # of each window: sums over windows would take registers
             out = ((side >= 0) & (on == 0))[:, None]
             part = dpad_ptr + tl.cast(i, tl.int64) * 2 * C + head * D + d
             tl.store(part + C, tl.sum(tl.where(out, dv, 0.0), 0), d < D)
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = p * (dp - tl.sum(p * dp, 1)[:, None])
         if BIAS:
             total += ds
-        dq = tl.dot(ds.to(k.dtype), k, input_precision="ieee") * scale
+        dq = tl.dot(ds.to(k.dtype), k, input_precision=PRECISION) * scale
         tl.store(to, dq.to(dqkv_ptr.dtype.element_ty), mine)
-        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision="ieee") * scale
+        dk = tl.dot(tl.trans(ds.to(q.dtype)), q, input_precision=PRECISION) * scale
         tl.store(to + C, dk.to(dqkv_ptr.dtype.element_ty), mine)
         if PAD:
             tl.store(part, tl.sum(tl.where(out, dk, 0.0), 0), d < D)
@@ -436,7 +445,7 @@ def fwd(
         fwd_kernel[grid](
             qkv, lse if pad is None else pad.contiguous(), lse if bias is None else bias.contiguous(), out, lse,
             *qkv.stride()[:4], H, W, *window, *shift, heads, scale,
-            **window_options(*window), PAD=pad is not None, BIAS=bias is not None, **options,
+            **window_options(*window), PAD=pad is not None, BIAS=bias is not None, PRECISION=precision(qkv), **options,
         )  # fmt: skip
     return out, lse
 
@@ -465,7 +474,7 @@ def bwd(
     windows, hip = B * _count(H, W, window), torch.version.hip is not None
     tensors = qkv, lse if pad is None else pad.contiguous(), lse if bias is None else bias.contiguous()
     strides, sizes = (*qkv.stride()[:4], *dout.stride()[:3]), (H, W, h, w, *shift, heads, scale)
-    given = dict(PAD=pad is not None, BIAS=bias is not None, **window_options(h, w))
+    given = dict(PAD=pad is not None, BIAS=bias is not None, PRECISION=precision(qkv), **window_options(h, w))
     with torch.cuda.device_of(qkv):
         if fits_tile(qkv.element_size(), D, N):
             per = 1 if bias is None else max(4, triton.cdiv(windows * heads, PROGRAMS))
@@ -493,7 +502,7 @@ def bwd(
                 ds = lse.new_empty(chunks, heads, 2 * h - 1, w, w)
                 dbias_kernel[(chunks * owners,)](
                     *tensors, lse, dout, delta, ds, *strides, B, per, *sizes,
-                    **window_options(h, w), PAD=pad is not None, **options,
+                    **window_options(h, w), PAD=pad is not None, PRECISION=precision(qkv), **options,
                 )  # fmt: skip
                 dbias = sum_diagonals(ds.sum(0))
         if pad is not None:

@@ -105,8 +105,25 @@ def test_operators_set_no_process_wide_flags():
     folders = [Path(package.__file__).parent for package in (saccade.ops, saccade.backbones)]
     files = [file for folder in folders for file in folder.rglob("*.py")]
     assert len(files) > 50
-    flags = re.compile(r"torch\.backends|set_float32_matmul_precision|use_deterministic_algorithms")
+    flags = re.compile(r"backends[\w.]* *=[^=]|backends[\w.]*flags\(|set_float32_matmul|use_deterministic_algorithms")
+    assert flags.search("with torch.backends.cudnn.flags(allow_tf32=False):")
+    assert flags.search("torch.backends.cuda.matmul.allow_tf32 = True")
     assert not [str(file) for file in files if flags.search(file.read_text())]
+
+
+def test_products_in_float32_follow_pytorch(monkeypatch):
+    from saccade.ops.tiles import precision
+
+    assert precision(torch.ones(2)) == "ieee"
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert precision(torch.ones(2)) == "tf32"
+        assert precision(torch.ones(2, dtype=torch.float16)) == "ieee"
+        monkeypatch.setattr(torch.version, "hip", "6.0")
+        assert precision(torch.ones(2)) == "ieee"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_operators_run_with_the_newer_precision_flags():
