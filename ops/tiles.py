@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 LOG2E = tl.constexpr(1.4426950408889634)
+IEEE = tl.constexpr("ieee")
 # Initial value of a running maximum. It is finite so that a row whose keys are all masked so far has p = 0, not NaN
 # from inf - inf.
 FLOOR = tl.constexpr(-1e38)
@@ -23,7 +24,7 @@ def precision(x: Tensor) -> str:
 
 
 @triton.jit
-def softmax_step(s, v, m, l, acc, PRECISION: tl.constexpr = "ieee"):
+def softmax_step(s, v, m, l, acc, PRECISION: tl.constexpr = IEEE):
     """Do an online softmax step with logits s (M, N), masked ones -inf, and values v (N, D). It updates the running
     maximum m (M), sum l (M) and weighted sum acc (M, D), all fp32. At the end the output is acc / l and the base-2
     log-sum-exp is m + log2(l)."""
