@@ -60,6 +60,7 @@ class RoutedAttention(nn.Module):
         if not 1 <= topk <= n_win**2:
             raise ValueError(f"topk must be between 1 and the n_win**2 = {n_win**2} regions, got {topk}")
         self.heads, self.n_win, self.topk = heads, n_win, topk
+        self.scale = dim**-0.5  # a number, where a traced graph has tensors for sizes
         self.auto_pad, self.pad_projected = auto_pad, pad_projected
         self.qkv = nn.Linear(dim, 3 * dim, **dd)
         self.lepe = DepthwiseConv(dim, lepe_kernel, **dd)
@@ -98,7 +99,7 @@ class RoutedAttention(nn.Module):
         H, W = x.shape[1], x.shape[2]
         qkv, v, idx, regions, _ = self._project(x)
         lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        out = bilevel_routing_attention(qkv, idx, self.heads, regions)
+        out = bilevel_routing_attention(qkv, idx, self.heads, regions, self.scale)
         return self.proj(out[:, :H, :W] + lepe[:, :H, :W])
 
 

@@ -15,9 +15,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: f
     if torch.jit.is_scripting():
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     else:
-        if not (torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)):
-            return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
-        if use_definition(q):
+        differentiates = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if use_definition(q) or not differentiates:  # one call: torch.jit.trace checks that a second trace has its line
             return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         device = q.device.type
         if torch.is_autocast_enabled(device) and q.dtype != torch.float64:

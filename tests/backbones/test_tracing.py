@@ -137,6 +137,12 @@ def test_lifter_in_other_formats():
         assert model.to("meta")(*(x.to("meta") for x in inputs)).shape == expected.shape
 
 
+@pytest.mark.parametrize("name", [n if n == "biformer_t" else exhaustive(n) for n in SMALL])
+def test_pytorchs_own_check_of_a_trace_passes(name):
+    """As TensorBoard's add_graph makes it: traced with gradients, and again without, to the same graph and result."""
+    torch.jit.trace(build(name).eval(), images(name, 1))
+
+
 @pytest.mark.exhaustive
 @families
 def test_traces_in_half_precision_and_in_training(name):
