@@ -15,6 +15,7 @@ KERNEL = 7
 
 
 @lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept serves training, too
 def neighbors(L: int, d: int) -> tuple[Tensor, Tensor]:
     """(L, k) each: the positions that every position sees along an axis, and the indices of their biases."""
     x, k = torch.arange(L), KERNEL
