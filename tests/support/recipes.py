@@ -178,7 +178,8 @@ def model(name: str) -> nn.Module:
 
 
 def _defaults(function: Callable) -> dict[str, Any]:
-    return {name: p.default for name, p in inspect.signature(function).parameters.items() if p.default is not p.empty}
+    given = (inspect.signature(each).parameters.items() for each in (function, *getattr(function, "passes_to", ())))
+    return {name: p.default for parameters in given for name, p in parameters if p.default is not p.empty}
 
 
 def resolve(name: str) -> dict[str, Any]:

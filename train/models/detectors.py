@@ -20,6 +20,7 @@ from timm.data import resolve_data_config
 from torch import Tensor, nn
 
 from ..runtime.checkpoint import atomic_write
+from ..runtime.config import Count, Fraction, Positive
 from ..runtime.errors import UserError
 from .anchor_heads import Anchors, RetinaHead, RPNHead
 from .body import OnBody, freeze_batchnorm, to_full_precision
@@ -168,16 +169,17 @@ def create(
     detector: str,
     body: nn.Module,
     num_classes: int,
-    channels: int = 256,
-    hidden: int = 1024,
-    rois: int = 512,
-    rpn_samples: int = 256,
-    proposals: int = 1000,
-    anchor_scale: float | None = None,
-    test_size: Sequence[int] = (800, 1333),
-    score_thresh: float = 0.05,
-    detections: int = 100,
-    pad_to: Sequence[int] | None = None,
+    /,
+    channels: Count = 256,
+    hidden: Count = 1024,
+    rois: Count = 512,
+    rpn_samples: Count = 256,
+    proposals: Count = 1000,
+    anchor_scale: Positive | None = None,
+    test_size: Sequence[Count] = (800, 1333),
+    score_thresh: Fraction = 0.05,
+    detections: Count = 100,
+    pad_to: Sequence[Count] | None = None,
     norm_eval: bool = False,
     no_decay: Sequence[str] = (),
     class_agnostic: bool = False,

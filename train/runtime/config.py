@@ -202,9 +202,12 @@ def option_hint(option: str, value: str, keys: Sequence[str]) -> str:
 
 
 def signature(*built: Callable, without: Sequence[str] = ()) -> dict[str, tuple[Any, bool]]:
-    """Return the arguments of callables that a section can set: name -> (type hint, whether it is required)."""
+    """Return the arguments of callables that a section can set: name -> (type hint, whether it is required).
+
+    A class may name, in `passes_to`, callables that get its further keyword arguments.
+    """
     known: dict[str, tuple[Any, bool]] = {}
-    for function in built:
+    for function in (each for outer in built for each in (outer, *getattr(outer, "passes_to", ()))):
         hints = _hints(function)
         for name, parameter in inspect.signature(function).parameters.items():
             if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY) and name not in without:

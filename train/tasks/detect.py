@@ -25,7 +25,6 @@ from ..models.build import create_features, probe, save_whole
 from ..models.class_names import find_labels, fit_head
 from ..models.weights import read_weights
 from ..runtime.checkpoint import label_names, write_text
-from ..runtime.config import Count, Fraction, Positive
 from ..runtime.distributed import world_size
 from ..runtime.errors import UserError
 from ..visual import boxes
@@ -40,8 +39,11 @@ class Detect(Task):
     An image is (3, H, W) float32, 0 … 1: in training at its final size, in evaluation as it is. A target has boxes
     (n, 4) float32 (left, top, right, bottom in pixels), labels (n,) int64 from 1, masks (n, H, W) uint8 and image_id.
     The config's model section is the backbone: a timm model's name and arguments, `out_indices` among them. A model of
-    ours that can have `out_norms` gets them, but for Agent-PVT's, which are published without.
+    ours that can have `out_norms` gets them, but for Agent-PVT's, which are published without. settings: arguments of
+    saccade.train.models.detectors.create.
     """
+
+    passes_to = (detectors.create,)
 
     documented_in = detectors.create, detectors.Detector
 
@@ -50,18 +52,7 @@ class Detect(Task):
         data: Any,
         /,
         detector: Literal["retinanet", "faster_rcnn", "mask_rcnn", "cascade_rcnn", "cascade_mask_rcnn"] = "mask_rcnn",
-        channels: Count = 256,
-        hidden: Count = 1024,
-        rois: Count = 512,
-        rpn_samples: Count = 256,
-        proposals: Count = 1000,
-        anchor_scale: Positive | None = None,
-        test_size: Sequence[Count] = (800, 1333),
-        score_thresh: Fraction = 0.05,
-        detections: Count = 100,
-        pad_to: Sequence[Count] | None = None,
-        norm_eval: bool = False,
-        no_decay: Sequence[str] = (),
+        **settings: Any,
     ):
         self.data, self.class_names, self.detector = data, list(data.class_names), detector
         self.masks = "mask" in detector
@@ -69,9 +60,7 @@ class Detect(Task):
             raise UserError(f"task.detector={detector} learns masks: set data.masks=True, or take a detector of boxes")
         data.masks = self.masks  # boxes without a mask are for detectors of boxes
         self.scores = (*(("mask_ap", "mask_ap50") if self.masks else ()), "box_ap", "box_ap50")
-        self.settings = dict(channels=channels, hidden=hidden, rois=rois, rpn_samples=rpn_samples, proposals=proposals)
-        self.settings |= dict(anchor_scale=anchor_scale, test_size=tuple(test_size), score_thresh=score_thresh)
-        self.settings |= dict(detections=detections, pad_to=pad_to, norm_eval=norm_eval, no_decay=tuple(no_decay))
+        self.settings = settings
 
     def model(
         self, name: str, checkpoint: Any = None, new_head: bool = False, pretrained: bool = False, **kwargs: Any
