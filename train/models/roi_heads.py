@@ -127,11 +127,14 @@ class MaskHead(nn.Module):
         return (weight.transpose(1, 2) @ x.flatten(2) + bias[:, None, None]).unflatten(2, (28, 28))[:, 0]
 
 
-def mask_targets(masks: Tensor, boxes: Tensor, side: int = 28) -> Tensor:
-    """Crop and resize one mask per box: masks (n, H, W) 0/1, boxes (n, 4), to 0/1 targets (n, side, side)."""
-    index = torch.arange(len(boxes), device=boxes.device, dtype=boxes.dtype)[:, None]
-    rois = torch.cat((index, clip_boxes(boxes, masks.shape[1:])), 1)
-    share = roi_align(masks[:, None].to(boxes), rois, side, 1.0, 0, aligned=True)
+def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, side: int = 28) -> Tensor:
+    """Crop and resize a mask per box: of masks (m, H, W) 0/1, that of its object, to 0/1 targets (n, side, side).
+
+    boxes: (n, 4). objects: (n,) int64, an index of `masks` each.
+    """
+    used, index = objects.unique(return_inverse=True)
+    rois = torch.cat((index[:, None].to(boxes), clip_boxes(boxes, masks.shape[1:])), 1)
+    share = roi_align(masks[used, None].to(boxes), rois, side, 1.0, 0, aligned=True)
     return (share[:, 0] >= 0.5).to(boxes)
 
 
@@ -236,7 +239,7 @@ class RoIHead(nn.Module):
         logits = head(pooled[rows], labels)
         if not len(labels):
             return logits.sum() * 0
-        wanted = torch.cat([mask_targets(t["masks"][s.target], b) for s, t, b in zip(sampled, targets, boxes)])
+        wanted = torch.cat([mask_targets(t["masks"], b, s.target) for s, t, b in zip(sampled, targets, boxes)])
         return F.binary_cross_entropy_with_logits(logits, wanted.to(logits))
 
     def detect(

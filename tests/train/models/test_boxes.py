@@ -119,7 +119,7 @@ def test_mask_targets():
     for mask, rectangles in zip(masks, unit["rectangles"]):
         for x0, y0, x1, y1 in rectangles:
             mask[y0:y1, x0:x1] = 1
-    targets = roi_heads.mask_targets(masks[unit["which"]], tensor(unit["boxes"]))
+    targets = roi_heads.mask_targets(masks, tensor(unit["boxes"]), torch.tensor(unit["which"]))
     for target, rows in zip(targets, unit["targets"], strict=True):
         assert ["".join(str(int(v)) for v in row) for row in target] == rows
 
