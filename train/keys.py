@@ -24,12 +24,13 @@ class Key(NamedTuple):
 def key_help(built: Callable) -> dict[str, str]:
     """Return the descriptions of a callable's arguments, from docstrings of the form "name: text. name, name: text".
 
-    For a class: its own docstring, its bases', and those of the callables in its attribute `documented_in`, to which it
-    passes arguments.
+    For a class: its own docstring, its bases', and those of the callables in its attributes `documented_in` and
+    `passes_to`, which get arguments from it.
     """
-    names = inspect.signature(built).parameters
+    names = configs.signature(built)
     found: dict[str, str] = {}
-    for one in [*(built.__mro__ if inspect.isclass(built) else [built]), *getattr(built, "documented_in", ())]:
+    others = (*getattr(built, "documented_in", ()), *getattr(built, "passes_to", ()))
+    for one in [*(built.__mro__ if inspect.isclass(built) else [built]), *others]:
         for name, text in _arguments(one.__doc__ or "", names).items():
             found.setdefault(name, text)
     return found
@@ -48,7 +49,9 @@ def _arguments(text: str, names: Collection[str]) -> dict[str, str]:
 
 
 def _keys(section: str, settings: dict, built: Callable, without: tuple[str, ...] = ()) -> list[Key]:
-    help, parameters = key_help(built), inspect.signature(built).parameters
+    help, parameters = key_help(built), {}
+    for function in (*getattr(built, "passes_to", ()), built):
+        parameters |= inspect.signature(function).parameters
     prefix = f"{section}." if section else ""
     keys = []
     for name, (hint, required) in configs.signature(built, without=without).items():

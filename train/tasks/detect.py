@@ -44,8 +44,7 @@ class Detect(Task):
     """
 
     passes_to = (detectors.create,)
-
-    documented_in = detectors.create, detectors.Detector
+    documented_in = (detectors.Detector,)
 
     def __init__(
         self,
