@@ -26,6 +26,7 @@ _context.set_forkserver_preload(PRELOAD)
 
 
 def _main(script: str, arguments: list[str], environment: dict[str, str], output: str, file_size: int | None) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own; a loader's workers end with it
     file = os.open(output, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1), os.dup2(file, 2)
     os.environ.clear()
