@@ -1,3 +1,8 @@
+"""What holds for all models: features that are not there, and names."""
+
+import subprocess
+import sys
+
 import pytest
 import saccade.backbones  # noqa: F401  (registers the models)
 import timm
@@ -10,3 +15,16 @@ def test_features_that_are_not_there_are_refused_in_one_sentence(name, maps):
     model = timm.create_model(name, device="meta")
     with pytest.raises(ValueError, match=r"output_fmt must be 'NCHW'.* got 'NHWC'"):
         model.forward_intermediates(None, output_fmt="NHWC")
+
+
+def test_timms_names_stay_timms():
+    """Models are registered under names of their own, without a warning; timm's and their weights stay as they were."""
+    code = (
+        "import warnings, timm; warnings.simplefilter('error');"
+        "before = {name: timm.model_entrypoint(name) for name in timm.list_models()}; weights = timm.list_pretrained();"
+        "import saccade.backbones;"
+        "assert all(timm.model_entrypoint(name) is function for name, function in before.items());"
+        "assert set(timm.list_pretrained()) >= set(weights) and len(timm.list_models()) > len(before)"
+    )
+    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, done.stderr

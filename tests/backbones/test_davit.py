@@ -1,8 +1,6 @@
 """DaViT equals the published models and timm's, and does what a timm backbone should."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 import saccade.backbones  # noqa: F401  (registers the models)
@@ -144,19 +142,6 @@ def test_timms_davit_is_the_same_function(tmp_path):
     x = torch.randn(1, 3, 75, 109)
     torch.testing.assert_close(ours(x), theirs(x), rtol=1e-10, atol=1e-10)
     theirs.load_state_dict(ours.state_dict())
-
-
-def test_timms_names_stay_timms():
-    """Registered under their own names, without a word."""
-    code = (
-        "import warnings, timm; warnings.simplefilter('error'); before = timm.list_models('*davit*');"
-        "import saccade.backbones; from saccade.backbones import davit;"
-        "assert not set(davit.VARIANTS) & set(before) and set(davit.VARIANTS) <= set(timm.list_models('davit_*'));"
-        "assert timm.model_entrypoint('davit_tiny').__module__ == 'timm.models.davit';"
-        "assert timm.list_pretrained('davit_tiny') == ['davit_tiny.msft_in1k']"
-    )
-    done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0 and not done.stderr, done.stderr
 
 
 SMALL = dict(depths=(1, 1, 2, 1), dims=(32, 32, 64, 64), window_size=3, num_classes=7)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -32,6 +34,7 @@ def test_unknown_model_is_one_sentence(command):
     assert code == 2 and "unknown model 'biformer_x'" in err
 
 
+@pytest.mark.exhaustive
 def test_compares_a_fused_model_with_the_form_it_came_from(tmp_path):
     small = ["--size", "64", "--batch", "1", "--runs", "1", "--out", str(tmp_path)]
     done = benchmark("--models", "patnet_t0,spatial_attn=False,fuse", "--vs", "patnet_t0", *small)

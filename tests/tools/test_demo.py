@@ -27,7 +27,7 @@ def tool(name: str, *arguments: object) -> str:
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize(("overrides", "top1"), [(["epochs=2"], 50.0), exhaustive([], 98.0)])
+@pytest.mark.parametrize(("overrides", "top1"), [(["epochs=1"], 20.0), exhaustive([], 98.0)])
 def test_demo(tmp_path, overrides, top1):
     run = tmp_path / "demo"
     recipe = re.search(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.M)[1]

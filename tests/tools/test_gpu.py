@@ -41,6 +41,7 @@ def test_accuracy_finds_a_wrong_model(gpu, small, monkeypatch):
     assert not gpu.accuracy("biformer_t", "cpu", **SMALL)["passed"]
 
 
+@pytest.mark.exhaustive
 def test_rates(gpu, small, monkeypatch):
     import torch
 
