@@ -555,6 +555,7 @@ def test_flops_are_those_of_the_rows():
         assert backward == (3 if shape[4] else 2) * forward
 
 
+@pytest.mark.exhaustive
 def test_memory_of_the_torch_form(monkeypatch):
     """A gathered corner would be N · C numbers, the product of value and depth 112 times value."""
     monkeypatch.setattr(eager, "TILE", 1 << 13)
