@@ -23,7 +23,8 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import connectivity, predict_mask, sparse_attention, sparse_mask, unpack_mask
-from ..ops.precision import no_autocast
+from ..ops.dispatch import is_saved_graph
+from ..ops.precision import no_autocast, no_gradients
 from .base import Isotropic, TokenHead, checked_size, create_model, init_linear, make_cfg
 from .layers import CachedMlp, can_fuse, channels_last, is_traced, mark_unused, position_table, resize_positions
 from .published import Rules, complete, rename_key, unwrap
@@ -88,19 +89,26 @@ class MaskPredictor(nn.Module):
     def forward(self, q: Tensor, k: Tensor, kept: Tensor | None) -> Tensor:
         """Map queries and keys (B, heads, n, D) to bits (B, heads, n, ceil(n / 32)), of the n tokens `kept` (B, n), or
         of all tokens."""
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
+        if torch.jit.is_scripting():
+            with torch.no_grad():
+                return self.bits(q, k, kept)
+        else:
             if self.record is not None:
                 self.record.connectivity = self.scores(q, k, kept, self.record.recon)
                 return self.select(self.record.connectivity)
-        with torch.no_grad():
-            if kept is not None:
-                return self.select(self.scores(q, k, kept))
-            up = self.down if self.up is None else self.up
-            q, k, W_q, b_q, W_k, b_k = self.project(q, k)
-            return predict_mask(
-                q, k, W_q, b_q, W_k, b_k, self.down, up,
-                self.budget, self.score_threshold, self.coef_topk, self.coef_threshold, self.basis_threshold,
-            )  # fmt: skip
+            with no_gradients():
+                return self.bits(q, k, kept)
+
+    def bits(self, q: Tensor, k: Tensor, kept: Tensor | None) -> Tensor:
+        """As `forward`, without a record."""
+        if kept is not None:
+            return self.select(self.scores(q, k, kept))
+        up = self.down if self.up is None else self.up
+        q, k, W_q, b_q, W_k, b_k = self.project(q, k)
+        return predict_mask(
+            q, k, W_q, b_q, W_k, b_k, self.down, up,
+            self.budget, self.score_threshold, self.coef_topk, self.coef_threshold, self.basis_threshold,
+        )  # fmt: skip
 
     def select(self, scores: Tensor) -> Tensor:
         """Map scores (B, heads, n-1, n) to bits. If tokens were removed, at most all remaining patches are kept."""
@@ -230,11 +238,13 @@ class SparseAttention(nn.Module):
         if self.keep is None:
             return self.proj(out), None
         weights = (logits.detach().softmax(-1) * share.detach())[:, :, 1:].mean(1)
-        if is_traced():  # ONNX has no stable sort, but of equal values its top-k takes the first
-            order = weights.topk(self.keep, -1)[1]
+        if torch.jit.is_scripting():
+            order = weights.sort(stable=True, dim=-1, descending=True)[1][:, : self.keep].sort(-1)[0]
+        elif is_saved_graph():  # ONNX has no sort, but a top-k that takes the first of equal values
+            order = weights.topk(self.keep, -1)[1].topk(self.keep, -1, largest=False)[0]
         else:
-            order = weights.sort(stable=True, dim=-1, descending=True)[1][:, : self.keep]
-        left = torch.cat((torch.zeros_like(order[:, :1]), order.sort(-1)[0] + 1), 1)
+            order = weights.sort(stable=True, dim=-1, descending=True)[1][:, : self.keep].sort(-1)[0]
+        left = torch.cat((torch.zeros_like(order[:, :1]), order + 1), 1)
         return self.proj(_take(out, left)), left
 
 

@@ -19,6 +19,12 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else contextlib.nullcontext()
 
 
+def no_gradients() -> contextlib.AbstractContextManager:
+    """Return torch.no_grad(). It does nothing while a model is exported, for results without gradients anyway: a region
+    without them becomes a subgraph of the program, which torch 2.11 loads only where the code that made it is."""
+    return contextlib.nullcontext() if torch.compiler.is_exporting() else torch.no_grad()
+
+
 @torch.no_grad()
 def copy_back(updated: Sequence[Tensor | None], given: Sequence[Tensor | None]) -> None:
     """Copy running statistics that were updated in another dtype back to the given tensors."""

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from ..dispatch import use_triton
-from ..precision import no_autocast
+from ..precision import no_autocast, no_gradients
 from . import eager, reference
 
 __all__ = ["connectivity", "predict_mask", "sparse_attention", "sparse_mask", "unpack_mask"]
@@ -84,7 +84,7 @@ def sparse_mask(
             )
         _check_rule(scores.shape[3], budget, threshold)
         _check_alive(alive, scores, scores.shape[2])
-        with torch.no_grad():
+        with no_gradients():
             return eager.sparse_mask(scores, budget, threshold, alive)
 
 
@@ -137,7 +137,7 @@ def _predict(
     (_, _, N, D), c, K = q.shape, predictor.proj_q.shape[0], predictor.down.shape[1]
     limits = [("head dimension", D, 64), ("projection", c, 64), ("basis", K, 128), ("number of tokens", N, MAX_TOKENS)]
     cannot = [f"a {name} of {size}, over {most}" for name, size, most in limits if size > most]
-    with no_autocast(q), torch.no_grad():
+    with no_autocast(q), no_gradients():
         if q.numel() and use_triton(q, k, *predictor, cannot=cannot):
             from . import op  # imports Triton, so not at the top of the file
 

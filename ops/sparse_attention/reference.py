@@ -15,6 +15,8 @@ M is stored as bits: key j of a row is bit j % 32 of its word j // 32.
 import torch
 from torch import Tensor
 
+from ..dispatch import is_saved_graph
+
 
 def connectivity(
     q: Tensor,
@@ -68,8 +70,13 @@ def basis(up: Tensor, threshold: float | None) -> Tensor:  # (N, K) -> (K, N)
 
 def largest(x: Tensor, count: int) -> Tensor:
     """Return a mask of the `count` largest values of each row; of equal values, the first are chosen."""
-    order = x.detach().sort(stable=True, dim=-1, descending=True)[1]
-    return torch.zeros_like(x, dtype=torch.bool).scatter(-1, order[..., :count], True)
+    if torch.jit.is_scripting():
+        order = x.detach().sort(stable=True, dim=-1, descending=True)[1][..., :count]
+    elif is_saved_graph():  # ONNX has no stable sort, but of equal values its top-k takes the first
+        order = x.detach().topk(count, -1)[1]
+    else:
+        order = x.detach().sort(stable=True, dim=-1, descending=True)[1][..., :count]
+    return torch.zeros_like(x, dtype=torch.bool).scatter(-1, order, True)
 
 
 def with_cls(alive: Tensor) -> Tensor:  # (B, N-1) -> (B, N)
