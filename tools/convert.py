@@ -7,7 +7,7 @@ openmmlab: a checkpoint of mmdet or mmseg and, beside it, its config (detector.p
 init_detector("detector.py", "detector.pth"). A classifier's file has its backbone, for load_from= in their configs. The
 backbone is the SaccadeBackbone of saccade.integrations.mmdet, so saccade must be installed there, too.
 
-Files are never replaced. Exit codes: 0 done, 2 something to mend (one sentence says what), 74 a file could not be
+Files are never replaced. Exit codes: 0 done, 2 an error to fix (one sentence says what), 74 a file could not be
 written.
 """
 

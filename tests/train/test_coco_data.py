@@ -447,7 +447,7 @@ def test_every_field_is_checked_before_training(root, entry, field, values, sent
 
 
 def test_boxes_and_polygons_of_other_formats(root, capsys):
-    """Corners in place of sizes, and fractions of the image, are refused; repeated annotations are reported."""
+    """Corners instead of sizes, and fractions of the image, are refused; repeated annotations are reported."""
 
     def boxes(*given) -> dict:
         return broken(lambda c: c.update(annotations=[dict(a, bbox=b) for a, b in zip(c["annotations"], given)]))
