@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .data.bad_images import BadImages
 from .data.loader import Batches, EvaluationOrder, TrainingOrder, batches, steps_per_epoch
+from .data.permutation import order_method
 from .models.batchnorm import check_batch_statistics
 from .models.freeze import freeze as freeze_modules
 from .runtime import ranges
@@ -166,7 +167,8 @@ def train(
     bad.share()
 
     # Resume
-    state = State(net, ema, optimizer, scaler, dump(config), data.class_names, len(training))
+    of_data = data.class_names, len(training), order_method(len(training))
+    state = State(net, ema, optimizer, scaler, dump(config), *of_data)
     folder = run_dir / "checkpoints"
     with sync_errors():
         messages = [*task.messages, *warmup_message(config), *(state.load(folder, device, steps) if resume else ())]

@@ -154,6 +154,14 @@ def test_failed_evaluation_loses_no_step(half, command, tmp_path, monkeypatch):
     assert checkpoint.read(run / "checkpoints" / checkpoint.PREVIOUS)[1]["step"] == 2
 
 
+def test_another_order_is_refused(resume, monkeypatch):
+    """Runs of versions that drew the order of very many images otherwise would see some twice and others never."""
+    monkeypatch.setattr(engine, "order_method", lambda images: "feistel")
+    code, _, err, folder = resume()
+    assert code == 2 and re.search(r"orders the \d+ images of an epoch otherwise: resume with that version, or", err)
+    assert state(folder)[1]["step"] == 2 and state(folder)[1]["order"] == "stored"
+
+
 def judged(*evaluations: dict[str, float]) -> int:
     """The index of the evaluation that a State takes for the best."""
     made = State(torch.nn.Linear(1, 1), None, None, None, "")

@@ -3,7 +3,8 @@
 Every random number is a function of (seed, epoch or step, image or process), not of earlier ones. The order of an epoch
 is a function of (seed, epoch); step s takes the next `batch_size` images, and each process a contiguous part of them.
 The augmentation of an image is a function of (seed, epoch, image), and so is the replacement of an unreadable image. So
-a run is the same with any number of loader workers and processes, and can resume in the middle of an epoch.
+a run is the same with any number of loader workers and processes, and can resume in the middle of an epoch. Orders are
+evaluated where they are needed, so that their memory does not grow with the number of images.
 
 A sample's key is (epoch, index), or (epoch, index, copy) if an epoch has an image several times.
 """
@@ -21,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from ..runtime.distributed import derive_seed, rank, world_size
 from ..runtime.errors import DATA, UserError
 from .bad_images import BadImage, BadImages
+from .permutation import permutation
 
 MAX_REPLACEMENTS = 100  # images that are tried as a replacement of an unreadable one
 
@@ -123,18 +125,19 @@ class TrainingOrder:
         for step in range(self.start, self.stop):
             epoch, position = divmod(step, self.per_epoch)
             if shuffled != epoch:
-                generator = torch.Generator().manual_seed(derive_seed("order", self.seed, epoch))
-                order, shuffled = torch.randperm(self.images, generator=generator).tolist(), epoch
-            places = range(position * self.batch_size, (position + 1) * self.batch_size)
+                order, shuffled = permutation(self.images, derive_seed("order", self.seed, epoch)), epoch
+            places = np.arange(position * self.batch_size, (position + 1) * self.batch_size)
+            mine: list[tuple[int, ...]]
             if self.aspects is not None:
-                batch = sorted((order[i] for i in places), key=lambda i: self.aspects[i])
+                batch = sorted(order(places).tolist(), key=lambda i: self.aspects[i])
                 shift = step % (world_size() * self.accumulate) * part
                 batch = batch[shift:] + batch[:shift]
                 mine = [(epoch, i) for i in batch[rank() * own : (rank() + 1) * own]]
             elif self.repeats == 1:
-                mine = [(epoch, order[i]) for i in places[rank() * own : (rank() + 1) * own]]
+                mine = [(epoch, i) for i in order(places[rank() * own : (rank() + 1) * own]).tolist()]
             else:
-                mine = [(epoch, order[i // self.repeats], i % self.repeats) for i in places[rank() :: world_size()]]
+                images, copies = np.divmod(places[rank() :: world_size()], self.repeats)
+                mine = [(epoch, i, copy) for i, copy in zip(order(images).tolist(), copies.tolist())]
             for begin in range(0, own, part):
                 yield mine[begin : begin + part]
 
@@ -146,17 +149,17 @@ class EvaluationOrder:
     """
 
     def __init__(self, images: int, batch_size: int, sequences: list[list[int]] | None = None):
-        self.batches = [list(range(i, min(i + batch_size, images))) for i in range(0, images, batch_size)][
-            rank() :: world_size()
-        ]
-        if sequences is not None:
-            self.batches = [[index] for sequence in sequences[rank() :: world_size()] for index in sequence]
+        self.images, self.batch_size = images, batch_size
+        self.starts = range(0, images, batch_size)[rank() :: world_size()]
+        self.single = None if sequences is None else [i for each in sequences[rank() :: world_size()] for i in each]
 
     def __len__(self) -> int:
-        return len(self.batches)
+        return len(self.starts if self.single is None else self.single)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return ([(0, index) for index in batch] for batch in self.batches)
+        if self.single is not None:
+            return ([(0, index)] for index in self.single)
+        return ([(0, i) for i in range(start, min(start + self.batch_size, self.images))] for start in self.starts)
 
 
 class Batches:

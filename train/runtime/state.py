@@ -43,10 +43,11 @@ class State:
         config: str,
         class_names: Sequence[str] = (),
         images: int = 0,
+        order: str = "stored",
     ):
         self.model, self.ema, self.optimizer, self.scaler, self.config = model, ema, optimizer, scaler, config
         self.class_names = list(class_names)  # of the model's outputs, in order
-        self.images = images  # of the training split
+        self.images, self.order = images, order  # of the training split; how the order of an epoch is computed
         self.step, self.evaluated = 0, 0
         self.best: dict[str, Any] | None = None
         self._names: list[str] = []
@@ -131,6 +132,7 @@ class State:
             config=self.config,
             class_names=self.class_names,
             images=self.images,
+            order=self.order,
         )
         return kept, meta
 
@@ -155,6 +157,11 @@ class State:
             messages.append(
                 f"changed since the checkpoint: {self.images} training images, {images} before: the images of an epoch "
                 "are in another order, and steps and epochs are counted by the new number"
+            )
+        elif meta.get("order", "stored") != self.order:
+            raise UserError(
+                f"the checkpoint in {folder} is of a version of saccade that orders the {images} images of an epoch "
+                "otherwise: resume with that version, or train a new run from its weights with checkpoint=…"
             )
         if meta["step"] > steps:
             raise UserError(
