@@ -8,6 +8,14 @@ from torch import Tensor, nn
 Rules = Iterable[tuple[str, str | Callable[[re.Match], str]]]  # patterns and what replaces them, applied in order
 
 
+class MismatchError(ValueError):
+    """Weights that are not a model's. differences: for each entry that does not fit, its key and what is wrong."""
+
+    def __init__(self, message: str, differences: list[str]):
+        super().__init__(message)
+        self.differences = differences
+
+
 def rename_key(key: str, rules: Rules) -> str:
     for pattern, ours in rules:
         key = re.sub(pattern, ours, key)
@@ -26,6 +34,15 @@ def unwrap(state_dict: dict, containers: tuple[str, ...] = ("state_dict", "model
     return state_dict
 
 
+def compare_shapes(theirs: dict[str, Tensor], own: dict[str, Tensor], keys: Iterable[str]) -> list[str]:
+    """Describe each of these entries: "KEY is SHAPE there and SHAPE here", where a missing one has no shape."""
+    described = []
+    for key in keys:
+        has, wants = (tuple(d[key].shape) if key in d else "missing" for d in (theirs, own))
+        described.append(f"{key} is {has} there and {wants} here")
+    return described
+
+
 def complete(state_dict: dict[str, Tensor], model: nn.Module, body: str = "stages.") -> dict[str, Tensor]:
     """Complete a state dict under our names with the model's own values for what a file may lack.
 
@@ -34,16 +51,17 @@ def complete(state_dict: dict[str, Tensor], model: nn.Module, body: str = "stage
     `body` must be present with the model's shapes.
 
     Raises:
-        ValueError: if a weight of the body is missing, unexpected or has another shape.
+        MismatchError: if a weight of the body is missing, unexpected or has another shape.
     """
     own = model.state_dict()
     out = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | state_dict
     keys = [key for key in own | out if key.startswith(body)]
     if unlike := [k for k in keys if k not in own or k not in out or own[k].shape != out[k].shape]:
-        has, wants = (tuple(d[unlike[0]].shape) if unlike[0] in d else "missing" for d in (out, own))
-        raise ValueError(
+        differences = compare_shapes(out, own, unlike)
+        raise MismatchError(
             f"not the weights of this {type(model).__name__}: {len(unlike)} of {len(keys)} entries of its {body[:-1]} "
-            f"do not fit, {unlike[0]} is {has} there and {wants} here"
+            f"do not fit, {differences[0]}",
+            differences,
         )
     out = {k: v for k, v in out.items() if k in own or not k.startswith("out_norms.")}
     dense_file = "head.fc.weight" not in out

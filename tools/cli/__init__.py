@@ -5,9 +5,11 @@
   torchrun --nproc_per_node=8 -m saccade.cli train imagenet/biformer_s data.root=/data/imagenet
   saccade predict runs/digits/biformer_t photo.png
   saccade doctor                                     what is installed, and what is missing for what
+  eval "$(saccade completion bash)"                  commands, options and configs by the tab key
 
-`saccade COMMAND --help` describes a command. Exit codes: 0 done, 2 an error to fix (one sentence says what); those of
-train, test and predict are listed in their help.
+`saccade COMMAND --help` describes a command. Exit codes: 0 done, 2 an error to fix (one sentence says what), 65 damaged
+data, 74 a file could not be written, 75 and 130 stopped with everything saved, 141 the reader of the output has closed
+it. Output has colours on a terminal only, and none where NO_COLOR is set.
 """
 
 import ast
@@ -19,8 +21,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 # The commands, in the order of the help: a file of tools/ or a module of this package.
-PROGRAMS = ["train", "test", "predict", "probe", "compare", "convert", "export", "shard", "benchmark", "plot_attention"]
-MODULES = ["configs", "zoo", "doctor"]
+PROGRAMS = ["train", "test", "predict", "probe", "compare", "convert", "publish", "export", "shard"]
+PROGRAMS += ["benchmark", "plot_attention"]
+MODULES = ["configs", "zoo", "doctor", "completion"]
 
 
 def _tools() -> Path:

@@ -47,7 +47,7 @@ def create(
     `new_head`, a classifier of another size than ours is left out. pretrained: the weights that timm publishes.
     Raises UserError for an invalid name, argument or file, naming valid ones.
     """
-    _known(name)
+    check_name(name)
     try:
         arguments = resolve_model_input_args(name, dict(img_size=img_size), num_classes=num_classes, **kwargs)
         if checkpoint is None:
@@ -102,8 +102,8 @@ def _can_reach(endpoint: str) -> bool:
     return True
 
 
-def _known(name: str) -> None:
-    """Raise UserError for a name that timm does not know."""
+def check_name(name: str) -> None:
+    """Raise UserError for a model's name that timm does not know."""
     try:
         source, known = parse_model_name(name)
     except ValueError as error:
@@ -132,7 +132,7 @@ def create_features(
     `arguments` are those of timm.create_model that it was made with.
     Raises UserError as `create` does, and where the model has no such maps.
     """
-    _known(name)
+    check_name(name)
     wanted: dict[str, Any] = {}
     try:
         with torch.device("meta"):  # errors in the arguments are raised before a file is opened

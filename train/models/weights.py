@@ -36,6 +36,7 @@ class Weights:
     file: Path
     tensors: dict[str, Tensor]  # the best weights, if the file is a run's checkpoint
     class_names: list[str] | None  # in label order, where the file names them
+    container: str | None = None  # the key of a PyTorch file under which the tensors are
 
     def __fspath__(self) -> str:
         return str(self.file)
@@ -55,16 +56,16 @@ def read_weights(file: str | Path | Weights) -> Weights:
         raise UserError(f"there is no checkpoint {path}: give a file of weights or the folder of a finished run")
     try:
         if path.suffix == ".safetensors":
-            tensors, names = _read_safetensors(path), class_names_of_run(path)
+            tensors, names, container = _read_safetensors(path), class_names_of_run(path), None
         else:
             with torch.serialization.safe_globals(HARMLESS):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-            tensors, names = _unwrap(content), _class_names(content)
+            (tensors, container), names = _unwrap(content), _class_names(content)
     except Exception as error:  # zip, pickle and tensor readers each have their own
         raise UserError(f"checkpoint {path} {why_unreadable(path, error)}") from error
     if not tensors:
         raise UserError(f"checkpoint {path} has no weights: a file must hold a state_dict")
-    return Weights(Path(file), tensors, names)
+    return Weights(Path(file), tensors, names, container)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -76,19 +77,21 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     return {key.removeprefix(kind): value for key, value in tensors.items() if key.startswith(kind)}
 
 
-def _unwrap(content: Any) -> dict[str, Tensor]:
-    """Return the tensors of a checkpoint, taken out of nested dicts, without the prefixes that training adds."""
+def _unwrap(content: Any) -> tuple[dict[str, Tensor], str | None]:
+    """Return the tensors of a checkpoint, without the prefixes that training adds, and the key of the innermost dict
+    that they are taken from."""
+    container = None
     while isinstance(content, dict):
-        inner = next((content[name] for name in CONTAINERS if isinstance(content.get(name), dict)), None)
+        inner = next((name for name in CONTAINERS if isinstance(content.get(name), dict)), None)
         if inner is None:
             break
-        content = inner
+        content, container = content[inner], inner
     if not isinstance(content, dict):
-        return {}
+        return {}, None
     tensors = clean_state_dict({key: value for key, value in content.items() if isinstance(value, Tensor)})
     # OpenMMLab's EMAHook keeps a second copy under flattened names; the averaged weights have the plain ones.
     second = {f"ema_{key.replace('.', '_')}" for key in tensors}
-    return {key: value for key, value in tensors.items() if key not in second}
+    return {key: value for key, value in tensors.items() if key not in second}, container
 
 
 def _class_names(content: Any) -> list[str] | None:
