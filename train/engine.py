@@ -220,7 +220,7 @@ def train(
                 save()  # before the evaluation, which may fail
             with log.paused():
                 metrics = state.evaluate(partial(measure, validation_batches))
-            if stop.agreed(bad):
+            if stop.agreed(bad, wait=True):
                 raise stopped()
             improved = state.judge(metrics, task.score)
             log.evaluation(state.step, metrics, improved)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import tarfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from saccade.train import engine
-from saccade.train.data import loader, tar
+from saccade.train.data import combined, loader, tar
+from saccade.train.data import imagenet as imagenet_data
 from saccade.train.data.imagenet import ImageNet
 from saccade.train.data.loader import EvaluationOrder, TrainingOrder, batches
+from saccade.train.data.mapped import Mapped
 from saccade.train.runtime import checkpoint
 from saccade.train.runtime.config import check_typed
 from saccade.train.runtime.errors import DATA, UserError
 from support import imagenet
+from support.jobs import Job
 
 INPUTS = dict(input_size=(3, 16, 16), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
 SPLITS = imagenet.make_images()
@@ -378,8 +382,8 @@ def test_run_with_bad_images(command, spoilt, tmp_path, records, monkeypatch):
     assert [(line["images"], line["skipped"]) for line in records(whole, "val")] == [(9, 1), (9, 1)]
     agreed, taken = engine.StopRequest.agreed, []
 
-    def stop_in_the_middle(request, bad) -> bool:
-        taken.append(agreed(request, bad))
+    def stop_in_the_middle(request, bad, wait=False) -> bool:
+        taken.append(agreed(request, bad, wait))
         return len(taken) == 7
 
     with pytest.MonkeyPatch.context() as patch:
@@ -409,3 +413,54 @@ def test_command_line(command, spoilt, tmp_path, records):
     code, _, err = command("train", spoilt, *given, "data.max_bad=1", "--run-dir", tmp_path / "torn")
     assert code == 65 and err.startswith(f"error: {path} has ") and "log.jsonl" not in os.listdir(tmp_path / "torn")
     assert (tmp_path / "torn/bad_images.txt").read_text().split("\t")[1] == str(path)
+
+
+def test_ten_to_the_nine_images(tmp_path):
+    """They start within seconds of CPU time and within 2 GB, at any step."""
+    job = Job(Path(__file__).with_name("growth.py"), tmp_path, processes=0)
+    assert job.wait(120) == 0, job.text()
+    found = json.loads(job.text())
+    assert found["images"] == 10**9 and found["seen"] > 11_900
+    assert found["cpu_seconds"] < 5
+    assert found["after"]["VmHWM"] < 2 and found["after"]["RssAnon"] - found["before"]["RssAnon"] < 0.5
+
+
+def test_many_shards(tmp_path, cache, monkeypatch):
+    """More shards than are read at each start have one index, and give what each shard's own index gives."""
+    root = imagenet.write_shards(tmp_path / "data", SPLITS)
+    source = ImageNet(str(root))
+    few = {split: source._layout.images(split) for split in ("train", "val")}
+    monkeypatch.setattr(imagenet_data, "SHARDS", 1)
+    for _ in range(2):  # written, then opened
+        source = ImageNet(str(root))
+        for split, (files, labels) in few.items():
+            many, numbers = source._layout.images(split)
+            assert isinstance(numbers, Mapped) and numbers[:].tolist() == labels.tolist()
+            assert source.class_counts(split) == np.bincount(labels, minlength=len(source.class_names)).tolist()
+            assert [many.name(i) for i in range(len(many))] == [files.name(i) for i in range(len(files))]
+            assert all(many.read(i) == files.read(i) for i in range(len(files)))
+        assert not source.bad and len(list(root.glob(".*.index"))) == 2
+        monkeypatch.setattr(combined, "_write", None)
+    dataset = source.dataset("train", INPUTS)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert (
+        len(pickle.dumps(dataset)) < 20_000 and again[3][1] == dataset[3][1] and torch.equal(again[3][0], dataset[3][0])
+    )
+
+
+def test_many_shards_that_change(tmp_path, cache, monkeypatch):
+    """The index is written again; shards without all of their samples and with wrong labels are named as few are."""
+    root = imagenet.write_shards(tmp_path / "data", SPLITS)
+    monkeypatch.setattr(imagenet_data, "SHARDS", 1)
+    whole = len(ImageNet(str(root))._layout.images("train")[0])
+    path = root / "train-0001.tar"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    (root / f".{path.name}.index.npz").unlink()
+    source = ImageNet(str(root), max_bad=99)
+    files, _ = source.images("train")
+    ((name, (reason, count)),) = source.bad.items()
+    assert name == str(path) and f"has {7 - count} of 7 samples: it " in reason and len(files) == whole - count
+    listed = json.loads((root / "index.json").read_text())
+    (root / "index.json").write_text(json.dumps(listed | dict(classes=listed["classes"][:1])))
+    with pytest.raises(UserError, match=r"\.tar!.* has label 1, and there are 1 classes: labels are 0 … 0$"):
+        ImageNet(str(root)).images("train")

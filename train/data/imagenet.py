@@ -5,7 +5,7 @@ import json
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,11 @@ import numpy as np
 
 from ..runtime.config import Count, NonNegativeInt
 from ..runtime.errors import DATA, UserError
+from .combined import SHARDS, combine
 from .files import note
 from .folder import ImageFolder
-from .images import Files, Source
+from .images import Files, Source, Strings
+from .mapped import Mapped
 from .tar import Members, Samples, cache_folder, expand, fetch, index, is_stream
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
@@ -79,6 +81,9 @@ class ImageNet(Source):
             raise UserError("".join([f"the {split} split holds no images", *why]), DATA)
         return files, labels
 
+    def class_counts(self, split: str) -> Sequence[int] | None:
+        return getattr(self._layout, "counts", {}).get(split)
+
     @classmethod
     def scanned(cls, root: str | None = None, **_: object) -> list[Path]:
         """Return the folders whose images are all used as data, so that no run may be written there."""
@@ -119,8 +124,8 @@ class _Tars:
         if None in labels:
             raise UserError(f"{tar}!{samples.names[labels.index(None)]} is no image that {self.root / DEVKIT} knows")
         expected = None if split == "train" else len(self.truth)
-        self.bad |= _missing(str(tar), samples, expected)
-        return Members([(tar, samples)]), labels
+        self.bad |= _missing(str(tar), samples, len(samples.offsets), expected)
+        return Members.concatenated([(tar, samples)]), labels
 
 
 def _classes(meta: bytes) -> dict[int, str]:
@@ -137,9 +142,9 @@ class _Shards:
     def __init__(self, patterns: dict[str, Any], listed: str | None, classes: int | None, cache: Path):
         self.bad, self.cache = {}, cache
         self.names = {split: list(expand(given)) for split, given in patterns.items()}
-        beside = [Path(name).parent / INDEX for names in self.names.values() for name in names if not is_stream(name)]
-        if listed is None and beside and beside[0].is_file():
-            listed = str(beside[0])
+        local = next((name for names in self.names.values() for name in names if not is_stream(name)), None)
+        if listed is None and local is not None and (beside := Path(local).parent / INDEX).is_file():
+            listed = str(beside)
         known = read_index(fetch(listed, cache) if is_stream(listed) else Path(listed)) if listed else {}
         self.listed: dict[str, dict] = known.get("shards", {})
         if classes is not None and known and classes != len(known["classes"]):
@@ -148,42 +153,74 @@ class _Shards:
             raise UserError("data.classes is missing: the shards have no index.json with the number of classes")
         self.class_names = known["classes"] if known else [str(i) for i in range(classes)]
         self.numbered = not known  # nothing names the classes
+        self.counts: dict[str, list[int]] = {}  # images of each class of a split, where they are known
 
-    def images(self, split: str) -> tuple[Members, np.ndarray]:
+    def images(self, split: str) -> tuple[Members, np.ndarray | Mapped]:
         names = self.names.get("val" if split == "test" and "test" not in self.names else split)
         if names is None:
             raise UserError(f"data.{split} is missing: give the shards of that split")
         entries = [self._entry(name) for name in names]
         paths = [
-            fetch(name, self.cache, entry.get("bytes"), entry.get("sha256")) if is_stream(name) else Path(name)
+            str(fetch(name, self.cache, entry.get("bytes"), entry.get("sha256"))) if is_stream(name) else name
             for name, entry in zip(names, entries)
         ]
-        indexed = index(paths, "shard")
-        unused = sum((Counter(samples.unused) for samples in indexed), Counter())
+        expected = [entry.get("samples") for entry in entries]
+        if len(paths) > SHARDS:
+            return self._many(split, names, paths, expected)
+        indexed = index([Path(path) for path in paths], "shard")
+        self._note_unused(split, sum((Counter(samples.unused) for samples in indexed), Counter()))
+        for path, name, samples, count in zip(paths, names, indexed, expected):
+            shard = f"{path} ({name})" if is_stream(name) else name
+            self.bad |= _missing(shard, samples, len(samples.offsets), count)
+            if (wrong := self._wrong(samples.labels)) is not None:
+                raise self._beyond(f"{shard}!{samples.names[wrong]}", samples.labels[wrong])
+        labels = np.concatenate([samples.labels for samples in indexed])
+        return Members.concatenated(list(zip(paths, indexed))), labels
+
+    def _many(
+        self, split: str, names: list[str], paths: list[str], expected: list[int | None]
+    ) -> tuple[Members, Mapped]:
+        """Return what `images` does of more shards than are read at each start."""
+        found = combine(paths, "shard")
+        self._note_unused(split, found.unused)
+        counts = np.diff(found.ends)
+        listed = np.array([-1 if count is None else count for count in expected])
+        empty = Samples(Strings(()), *[np.empty(0, np.int64)] * 3, {}, "", {})
+        for i in sorted({*found.odd, *np.flatnonzero((listed >= 0) & (listed != counts)).tolist()}):
+            shard = f"{paths[i]} ({names[i]})" if is_stream(names[i]) else names[i]
+            self.bad |= _missing(shard, found.odd.get(i, empty), int(counts[i]), expected[i])
+        members = found.members()
+        if min(found.class_counts, default=0) < 0 or max(found.class_counts, default=0) >= len(self.class_names):
+            wrong = self._wrong(np.asarray(found.labels))
+            raise self._beyond(members.name(wrong), found.labels[wrong])
+        self.counts[split] = [found.class_counts.get(i, 0) for i in range(len(self.class_names))]
+        return members, found.labels
+
+    def _note_unused(self, split: str, unused: Mapping[str, int]) -> None:
         if unused:
             parts = ", ".join(f"{count} {ending}" for ending, count in sorted(unused.items()))
             note(f"{split}: skipped members of shards that belong to no sample: {parts}")
-        for path, name, samples, entry in zip(paths, names, indexed, entries):
-            shard = f"{path} ({name})" if is_stream(name) else name
-            self.bad |= _missing(shard, samples, entry.get("samples"))
-            beyond = np.flatnonzero((samples.labels < 0) | (samples.labels >= len(self.class_names)))
-            if len(beyond):
-                first = int(beyond[0])
-                raise UserError(
-                    f"{shard}!{samples.names[first]} has label {samples.labels[first]}, "
-                    f"and there are {len(self.class_names)} classes: labels are 0 … {len(self.class_names) - 1}"
-                )
-        return Members(list(zip(paths, indexed))), np.concatenate([samples.labels for samples in indexed])
+
+    def _wrong(self, labels: np.ndarray) -> int | None:
+        """Return the position of the first label that is of no class."""
+        beyond = np.flatnonzero((labels < 0) | (labels >= len(self.class_names)))
+        return int(beyond[0]) if len(beyond) else None
+
+    def _beyond(self, sample: str, label: int) -> UserError:
+        classes = len(self.class_names)
+        return UserError(f"{sample} has label {label}, and there are {classes} classes: labels are 0 … {classes - 1}")
 
     def _entry(self, name: str) -> dict[str, Any]:
         """Return a shard's entry in the index; for a stream, that of the shard that it names."""
-        words = re.split(r"[/\s'\"?&=]+", name) if is_stream(name) else [Path(name).name]
+        words = re.split(r"[/\s'\"?&=]+", name) if is_stream(name) else [name.rpartition("/")[2]]
         return next((self.listed[word] for word in words if word in self.listed), {})
 
 
-def _missing(name: str, samples: Samples, expected: int | None) -> dict[str, tuple[str, int]]:
-    """Return the missing samples of a tar, name -> (reason, samples); at least one if their number is unknown."""
-    count = len(samples.names)
+def _missing(name: str, samples: Samples, count: int, expected: int | None) -> dict[str, tuple[str, int]]:
+    """Return the missing samples of a tar, name -> (reason, samples); at least one if their number is unknown.
+
+    count: the number of samples that it has.
+    """
     truncated = f": it {samples.truncated}" if samples.truncated else ""
     if expected is not None and count > expected:
         raise UserError(f"{name} has {count} samples, but {expected} are listed: it is another file", DATA)

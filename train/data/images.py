@@ -26,6 +26,7 @@ from ..runtime.errors import UserError
 from .augment import Augment
 from .bad_images import BadImage
 from .files import note, note_classes
+from .mapped import Mapped
 
 _TRANSFORM = ("input_size", "is_training", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # set by `inputs`
 _NO_CHOICE = ("use_prefetcher", "normalize", "separate", "naflex")  # they change the format of a sample
@@ -68,7 +69,8 @@ class Images(Dataset):
     """A dataset of (image (3, H, W), label): normalised float32, or uint8, which `finish` normalises.
 
     files: has __len__, name(index), base(index) (ends with the file name) and read(index) (the file's bytes).
-    labels (N,). transforms: first epoch -> function of a file's bytes and of a function that returns its name.
+    labels (N,), which may be mapped. transforms: first epoch -> function of a file's bytes and of a function that
+    returns its name.
     """
 
     def __init__(
@@ -79,7 +81,8 @@ class Images(Dataset):
         mean: Sequence[float],
         std: Sequence[float],
     ):
-        self.files, self.labels, self.transforms = files, np.asarray(labels, np.int64), transforms
+        self.files, self.transforms = files, transforms
+        self.labels = labels if isinstance(labels, Mapped) else np.asarray(labels, np.int64)
         self.mean, self.std = mean, std
         self.set_epoch(0)
 
@@ -277,6 +280,10 @@ class Source:
     def images(self, split: str) -> tuple[Any, Sequence[int]]:
         raise NotImplementedError
 
+    def class_counts(self, split: str) -> Sequence[int] | None:
+        """Return the number of images of each class, after images(split), if it is known without reading all labels."""
+        return None
+
     def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
         """Return the model's own preprocessing at `img_size`, with timm's keys."""
         inputs = timm.data.resolve_data_config(pretrained_cfg=pretrained_cfg)
@@ -288,9 +295,10 @@ class Source:
         """Return the images of "train", "val" or "test", with their labels."""
         files, labels = self.images(split)
         note_conversions(files.read, len(files), f"{split} images")
-        note_classes(
-            split, np.bincount(labels, minlength=len(self.class_names)), self.class_names, "images", 2 * training
-        )
+        counts = self.class_counts(split)
+        if counts is None:
+            counts = np.bincount(labels, minlength=len(self.class_names)).tolist()
+        note_classes(split, counts, self.class_names, "images", 2 * training)
         norm = dict(mean=inputs["mean"], std=inputs["std"])
         if not training:
             return Images(files, labels, {0: partial(_as_tested, create_transform(**inputs))}, **norm)

@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from filelock import FileLock
@@ -53,13 +53,23 @@ class Samples:
 
 
 class Members:
-    """The images of several tars as one sequence of files (see images.Images)."""
+    """The images of several tars as one sequence of files (see images.Images).
 
-    def __init__(self, tars: Sequence[tuple[Path, Samples]]):
-        self.tars = [str(tar) for tar, _ in tars]
-        self.ends = np.cumsum([0, *(len(samples.names) for _, samples in tars)])
-        self.samples = [samples for _, samples in tars]
+    tars (T,): paths. ends (T + 1,): numbers of images up to and with each tar, after a 0. offsets, sizes (N,): of each
+    image in its tar, bytes. names (T,): the names of each tar's images.
+    """
+
+    def __init__(self, tars: Sequence[str], ends: Any, offsets: Any, sizes: Any, names: Sequence[Sequence[str]]):
+        self.tars, self.ends, self.offsets, self.sizes, self.names = tars, ends, offsets, sizes, names
         self.open: OrderedDict[int, io.FileIO] = OrderedDict()
+
+    @classmethod
+    def concatenated(cls, tars: Sequence[tuple[Path, Samples]]) -> "Members":
+        """Return the images of tars from their indexes."""
+        samples = [each for _, each in tars]
+        ends = np.cumsum([0, *(len(each.offsets) for each in samples)])
+        places = (np.concatenate([getattr(each, key) for each in samples]) for key in ("offsets", "sizes"))
+        return cls([str(tar) for tar, _ in tars], ends, *places, [each.names for each in samples])
 
     def __getstate__(self) -> dict:  # worker processes open their own files
         return self.__dict__ | dict(open=OrderedDict())
@@ -73,21 +83,21 @@ class Members:
 
     def name(self, index: int) -> str:
         tar, i = self._find(index)
-        return f"{self.tars[tar]}!{self.samples[tar].names[i]}"
+        return f"{self.tars[tar]}!{self.names[tar][i]}"
 
     def base(self, index: int) -> str:
         tar, i = self._find(index)
-        return self.samples[tar].names[i]
+        return self.names[tar][i]
 
     def read(self, index: int) -> bytes:
-        tar, i = self._find(index)
+        tar, _ = self._find(index)
         if tar not in self.open:
             if len(self.open) == OPEN:
                 self.open.popitem(last=False)[1].close()
             self.open[tar] = io.FileIO(self.tars[tar])
         self.open.move_to_end(tar)
-        size = int(self.samples[tar].sizes[i])
-        data = os.pread(self.open[tar].fileno(), size, int(self.samples[tar].offsets[i]))  # keeps the file position
+        size = int(self.sizes[index])
+        data = os.pread(self.open[tar].fileno(), size, int(self.offsets[index]))  # keeps the file position
         if len(data) < size:
             raise OSError(f"has only {len(data)} of {size} bytes")
         return data

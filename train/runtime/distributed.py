@@ -157,7 +157,10 @@ def wrap_ddp(model: nn.Module, device: torch.device) -> nn.Module:
         return model
     # A warning about depthwise convolutions, whose one input channel has a stride that means nothing.
     warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
-    ddp_model = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None)
+    # Each step's buffers (BatchNorm's running means) need no broadcast: training does not read them, and an evaluation
+    # and a checkpoint take those of process 0 (broadcast_buffers).
+    ids = [device] if device.type == "cuda" else None
+    ddp_model = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
     if device.type == "cpu" and world_size() > 2:
         ddp_model.register_comm_hook(None, _average_each)
     return ddp_model
@@ -274,16 +277,24 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt(f"interrupted twice by Ctrl-C, so not saved again: {self.saved}")
 
-    def agreed(self, bad: Any) -> bool:
+    def agreed(self, bad: Any, wait: bool = False) -> bool:
         """Tell whether any process has been asked to stop. Every process must call it at the same points.
 
         The same message shares whether any has new bad images (saccade.train.data.bad_images.BadImages) to count.
         """
-        interrupted = float(self.code == INTERRUPTED)
-        flags = torch.tensor([float(self.asked), interrupted, float(len(bad.new))])
-        asked, interrupted, new = all_reduce_sum(flags).tolist()
-        if interrupted:
-            self.code = INTERRUPTED
+        flags = torch.tensor([float(self.asked), float(self.code == INTERRUPTED), float(len(bad.new))])
+        work = dist.all_reduce(flags, async_op=True) if world_size() > 1 else None
+        pending = [*self._pending, (flags, work)]
+        count = len(pending) - (work is not None and not wait)
+        self._pending = pending[count:]
+        stop = new = False
+        for flags, work in pending[:count]:
+            if work is not None:
+                work.wait()
+            asked, interrupted, found = flags.tolist()
+            stop, new = stop or asked > 0, new or found > 0
+            if interrupted:
+                self.code = INTERRUPTED
         if new:
             bad.share()
         return asked > 0
@@ -344,6 +355,7 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     """Make every BatchNorm of a model compute over all processes; in a single process, return the model as it is."""
+        self._pending: list[tuple[Tensor, dist.Work | None]] = []
     if world_size() == 1:
         return model
     if device.type == "cuda":
