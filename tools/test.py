@@ -6,6 +6,7 @@
   python tools/test.py runs/demo data.root=/other --class-map names.json  data whose classes have other names
   python tools/test.py runs/demo --images imagenetv2-matched-frequency    another folder; see docs/evaluate.md
   python tools/test.py configs/finetune/folder.py model.name=resnet18 model.pretrained=True --images imagenet/val
+  python tools/test.py runs/demo --json | jq .top1                        metrics.json on standard output
   torchrun --nproc_per_node=2 tools/test.py runs/demo
 
 Exit codes as of tools/train.py.
@@ -36,6 +37,7 @@ def main() -> None:
     parser.add_argument(
         "--interpolation", choices=["bilinear", "bicubic", "nearest", "lanczos"], help="of resizing (the model's own)"
     )
+    parser.add_argument("--json", action="store_true", help="print the content of metrics.json, and nothing else")
     parser.add_argument("--out", type=Path, help="where to write (default: the run folder, or runs/test)")
     args = parser.parse_intermixed_args()
 
@@ -69,13 +71,15 @@ def main() -> None:
                 kept = {key: settings["data"][key] for key in ("img_size", "max_bad") if key in settings["data"]}
                 settings["data"] = dict(type=TestFolder, root=str(args.images), class_names=names, **kept)
             engine.validate(settings)
+            if settings["batch_size"] == "auto":
+                raise UserError("batch_size=auto is for training: give a number of images with batch_size=…")
             finished = run_dir is not None and (run_dir / "model.safetensors").exists()
             if checkpoint is None and not finished and (run_dir or not settings["model"].get("pretrained")):
                 raise UserError(f"{args.run} has no finished model: give the weights with --checkpoint FILE")
         own = dict(crop_pct=args.crop_pct, interpolation=args.interpolation)
         changed = {key: value for key, value in own.items() if value is not None}
         out = args.out or run_dir or Path("runs/test")
-        test(run_dir, settings, checkpoint, args.split, out, args.real, changed, class_map)
+        test(run_dir, settings, checkpoint, args.split, out, args.real, changed, class_map, args.json)
 
 
 if __name__ == "__main__":

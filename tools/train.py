@@ -5,11 +5,14 @@
   python tools/train.py configs/digits/resnet18.py model.drop_path_rate=      without this key of the config
   python tools/train.py runs/short --resume
   python tools/train.py configs/digits/resnet18.py --print-config      every key, its value, type and meaning
+  python tools/train.py configs/digits/resnet18.py --dry-run           one step: images, memory, time
+  python tools/train.py configs/digits/resnet18.py patience=3 batch_size=auto profile=5
   torchrun --nproc_per_node=2 tools/train.py configs/digits/resnet18.py
   python tools/train.py configs/finetune/folder.py data.root=/path/to/images checkpoint=weights.safetensors
 
-Exit codes: 0 done, 2 an error to fix (one sentence says what), 65 damaged data (more than data.max_bad samples), 74 a
-file could not be written, 75 stopped by SIGTERM or SIGUSR1 and 130 by Ctrl-C, with everything saved (the same command
+Exit codes: 0 done, 2 an error to fix (one sentence says what), 65 damaged data (more than data.max_bad samples), 69
+another process was killed or did not answer, 70 the loss was not finite max_skipped times in a row, 74 a file could not
+be written, 75 stopped by SIGTERM or SIGUSR1 and 130 by Ctrl-C, with everything saved (the same command
 with --resume continues).
 """
 
@@ -23,7 +26,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("config", type=Path, help="a config file, or the folder of an earlier run (or its config.py)")
+    parser.add_argument(
+        "config",
+        type=Path,
+        help="a config file, which is code and is run, or the folder of an earlier run (or its config.py), which is read",
+    )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the config; values are Python literals"
     )
@@ -35,6 +42,11 @@ def main() -> None:
         action="store_true",
         help="print every key with its value, type and default, and train nothing",
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build data and model, try one step, say what it takes, and write nothing",
+    )
     parser.add_argument("--json", action="store_true", help="with --print-config: a JSON list of objects")
     args, unknown = parser.parse_known_intermixed_args()
 
@@ -45,6 +57,7 @@ def main() -> None:
     from saccade.train.runtime.distributed import process_group, sync_errors
     from saccade.train.runtime.errors import UserError
     from saccade.train.runtime.run_folder import is_run, removed_if_empty
+    from saccade.train.trial import dry_run
 
     path = args.config.expanduser()
     resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
@@ -57,6 +70,9 @@ def main() -> None:
             engine.validate(settings)
             if args.print_config:
                 print_config(settings, args.json)
+                return
+            if args.dry_run:
+                print("\n".join(dry_run(settings)))
                 return
             folder = path if path.is_dir() else path.parent
             run_dir = args.run_dir and args.run_dir.expanduser()

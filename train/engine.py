@@ -50,9 +50,11 @@ from .runtime.distributed import (
 from .runtime.errors import UserError, closest
 from .runtime.log import Log, environment, format_metrics
 from .runtime.precision import autocasting
+from .runtime.profiling import Profile
 from .runtime.run_folder import HEADER, prepare_folder  # noqa: F401  (prepare_folder is part of this module's interface)
 from .runtime.state import State, best_weights
 from .runtime.trackers import check_trackers, start
+from .trial import auto_batch_size
 
 SCHEDULES = ["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"]  # timm's by step
 
@@ -67,7 +69,7 @@ def train(
     task: dict,
     optimizer: dict,
     schedule: dict,
-    batch_size: Count,
+    batch_size: Count | Literal["auto"],
     epochs: Count | None = None,
     iterations: Count | None = None,
     accumulate: Count = 1,
@@ -88,6 +90,8 @@ def train(
     log_every: Count = 50,
     save_every: Count | None = None,
     eval_every: Count | None = None,
+    patience: Count | None = None,
+    profile: Count | None = None,
     trackers: Sequence[str] = (),
 ) -> None:
     """Train a model; a config's keys are these arguments. docs/train.md says which can change when a run resumes.
@@ -99,7 +103,8 @@ def train(
     epochs: passes over the training images, 1 or more; images that don't fill a last batch are left out of a pass.
     Alternatively iterations: steps, in which the schedule's lengths (warmup_epochs, decay_epochs, …) and eval_every are
     then given.
-    batch_size: images in an optimizer step, over all processes and accumulated parts, as papers count; 1 or more.
+    batch_size: images in an optimizer step, over all processes and accumulated parts, as papers count; 1 or more, or
+    "auto": the largest that fits into memory (saccade.train.trial); lr stays as given.
     accumulate: forward and backward passes per step, 1 or more. repeats: of each image in an epoch (1 or more), which
     then sees fewer of them (repeated augmentation). clip_grad: largest norm of the gradient, more than 0.
     ema: arguments of timm.utils.ModelEmaV3 (decay from 0 to 1); the averaged weights are evaluated too.
@@ -113,6 +118,8 @@ def train(
     seed: 0 to 2**32 - 1. workers: loader processes per process, 0 or more. device: cpu or cuda (None: cuda if any).
     log_every, save_every: steps, 1 or more. eval_every: epochs, 1 or more (None: each). A checkpoint is saved before
     and after each evaluation too.
+    patience: evaluations without a better score after which a run ends early, 1 or more (None: never).
+    profile: steps, after the first two, that torch.profiler records into the run's profile/, 1 or more (None: none).
     trackers: of "tensorboard" and "wandb", which get what the log gets.
     Raises UserError for errors that the user can fix and, with the state saved, after SIGTERM or SIGUSR1 (exit code 75)
     and Ctrl-C (130).
@@ -139,6 +146,10 @@ def train(
         trained = task.trained(net)
         frozen = freeze_modules(net, freeze) if freeze is not None else []
         training, validation = data.dataset("train", inputs, training=True), data.dataset("val", inputs)
+        autocast = autocasting(device, precision)
+        if batch_size == "auto":
+            arguments = task, net, training, seed, device, autocast, accumulate
+            batch_size = config["batch_size"] = auto_batch_size(*arguments, run_dir if resume else None)
         per_epoch = steps_per_epoch(len(training), batch_size, accumulate)
         images = batch_size // (accumulate * world_size())
         check_batch_statistics(net, frozen, images, lambda net: task.probe(net, inputs))
@@ -160,7 +171,6 @@ def train(
         if compile:
             net.compile()
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-        autocast = autocasting(device, precision)
         log = Log(run_dir, steps, per_epoch, batch_size, device)
 
     bad = BadImages(run_dir / "bad_images.txt", data, resume)
@@ -212,6 +222,7 @@ def train(
     order = EvaluationOrder(len(validation), max(1, batch_size // world_size()), sequences)
     validation_batches = batches(validation, order, seed, workers, device, bad)
     resumed_at = state.step
+    profiler = Profile(run_dir / "profile", profile, log.message)
     stop.catch_interrupts()
     while True:
         finished = state.step == steps
@@ -227,7 +238,7 @@ def train(
             save(improved)
         elif save_every and state.step % save_every == 0 and state.step > resumed_at:
             save()
-        if finished:
+        if finished or state.has_stalled(patience, eval_steps):
             break
         if stop.agreed(bad):
             raise stopped()
@@ -262,11 +273,15 @@ def train(
             ema.update(net, step=state.step)
         state.note(sums)
         log.stepped(state.step)
+        profiler.step()
         if state.step % log_every == 0 or state.step == steps:
             log.training(state.step, state.take_means(), max(group["lr"] for group in optimizer.param_groups))
 
     # Finish
     stop.catch_interrupts(False)
+    profiler.stop()
+    if state.step < steps:
+        log.message(f"ended early, at step {state.step} of {steps}: no better score in {patience} evaluations")
     with sync_errors():
         if rank() == 0:
             best = task.model(**model | dict(pretrained=False))  # plain, however `net` was wrapped

@@ -34,6 +34,7 @@ def test(
     real: str | None = None,
     preprocessing: dict[str, Any] | None = None,
     class_map: dict[str, str] | None = None,
+    as_json: bool = False,
 ) -> None:
     """Evaluate a model on a split, write out/metrics.json (top1, top5 in percent, images, seconds, …), and draw.
 
@@ -42,7 +43,7 @@ def test(
     config: the run's, or any that `train` takes; its data may be a TestFolder.
     real: a file of further labels that are accepted; see saccade.train.metrics.real. preprocessing: what replaces the
     data's or the model's own, as timm names it (crop_pct, interpolation). class_map: {class of the data: class of the
-    model}, of those that have different names.
+    model}, of those that have different names. as_json: print metrics.json instead of lines for people.
     Raises UserError for what the user can fix.
     """
     with sync_errors():
@@ -86,6 +87,9 @@ def test(
         task.draw_results(out, net, dataset, detail)
         if sorted(indices) == list(range(len(indices))) and indices != sorted(indices):
             lines = ["the data have the model's classes in another order: they are matched by name", *lines]
+        if as_json:
+            print((out / "metrics.json").read_text(encoding="utf-8").strip())
+            return
         print("\n".join([f"{tested_on}: {metrics['images']} images {format_metrics(metrics)}", *lines]))
         files = [out / "metrics.json", *sorted(out.glob("*.csv")), *sorted(out.glob("pictures/*.png"))]
         print(list_outputs(run_dir or out, files))

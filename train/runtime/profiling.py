@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 
 import torch
 from torch.profiler import ProfilerActivity
@@ -17,7 +16,7 @@ class Profile:
     """Record training steps into FOLDER: trace.json for https://ui.perfetto.dev, operators.txt, a table by time.
 
     steps: how many are recorded, after the first two; None: none. message: is told where they are. Process 0 records.
-    `step` is called after each training step; leaving the context ends the recording, also where steps are missing.
+    `step` is called after each training step; `stop` ends the recording, also where steps are missing.
     """
 
     def __init__(self, folder: Path, steps: int | None, message: Callable[[str], None]):
@@ -33,21 +32,15 @@ class Profile:
             profile_memory=True,
             acc_events=True,
         )
-
-    def __enter__(self) -> "Profile":
-        if self._profiler is not None:
-            self._profiler.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._profiler is not None:
-            self._profiler.__exit__(kind, error, traceback)
+        self._profiler.start()
 
     def step(self) -> None:
         if self._profiler is not None:
             self._profiler.step()
+
+    def stop(self) -> None:
+        if self._profiler is not None:
+            self._profiler.stop()
 
     def _write(self, profiler: torch.profiler.profile) -> None:
         table = profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=50)

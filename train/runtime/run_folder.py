@@ -9,8 +9,9 @@ from .distributed import rank, sync_errors
 from .errors import UserError, from_os
 
 HEADER = '"""The configuration of this run."""'  # the first line of config.py, by which a run's folder is recognised
-RUN_FILES: tuple[str, ...] = ("checkpoints", "pictures", "config.json", "environment.json", "log.jsonl", "log.txt")
-RUN_FILES += ("tensorboard", "wandb", "metrics.json", "classes.csv", "model.safetensors", "config.py", "bad_images.txt")
+RUN_FILES: tuple[str, ...] = ("checkpoints", "pictures", "profile", "config.json", "environment.json")
+RUN_FILES += ("log.jsonl", "log.txt", "tensorboard", "wandb", "metrics.json", "classes.csv", "model.safetensors")
+RUN_FILES += ("config.py", "bad_images.txt")
 
 
 def is_run(folder: Path) -> bool:

@@ -102,6 +102,12 @@ class State:
         self.best |= dict(score=_finite(score(values)), metrics={k: _finite(v) for k, v in values.items()})
         return True
 
+    def has_stalled(self, patience: int | None, eval_steps: int) -> bool:
+        """Return whether the last `patience` evaluations, the last at this step, were not better than one before."""
+        if patience is None or self.best is None or self.evaluated != self.step:
+            return False
+        return self.evaluated - self.best["step"] >= patience * eval_steps
+
     def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return a checkpoint's tensors and metadata. All processes must call it; process 0 gets all tensors.
 
