@@ -16,6 +16,7 @@ from rich.progress import track
 from .data.bad_images import BadImage, printable
 from .data.files import Skipped, image_files
 from .data.images import read_image
+from safetensors import SafetensorError
 from .runtime import config
 from .runtime.checkpoint import atomic_write, to_json, write_text
 from .runtime.distributed import choose_device
@@ -29,6 +30,8 @@ LACKING = dict(  # error messages for methods that a task's predictor does not h
     label_map="--format png is for segmenters, which label each pixel",
     to_coco="--format coco is for detectors, which predict boxes",
 )
+# What readers raise for files that are not as a run writes them.
+UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError)
 
 
 class Prediction(NamedTuple):
@@ -78,7 +81,13 @@ def predictor(run_dir: Path, device: str | None = None, **options: Any) -> Predi
     for name in options:
         if name not in inspect.signature(task.predictor).parameters:
             raise UserError(f"--{name} does not apply to {run_dir}, whose task is {task.__name__}")
-    return task.predictor(run_dir, settings, choose_device(device), **options)
+    chosen = choose_device(device)
+    try:
+        return task.predictor(run_dir, settings, chosen, **options)
+    except UNFIT as error:
+        # A run's files are data, and may be another's: whatever is wrong with them is no fault of the program.
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise UserError(f"{run_dir} does not hold what a run writes ({reason}): train it again") from error
 
 
 @torch.inference_mode()

@@ -367,7 +367,7 @@ def spoilt(tmp_path):
     for path in ("train/n01440764/n01440764_13.JPEG", "train/n03000134/n03000134_3.JPEG"):
         (root / path).write_bytes((root / path).read_bytes()[:300])
     next(root.glob("val/*/ILSVRC2012_val_00000004.JPEG")).write_bytes(b"no image")
-    config = tmp_path / "config.py"
+    config = tmp_path / "spoilt.py"
     config.write_text(CONFIG.format(root=root, budget=3))
     return config
 

@@ -5,6 +5,7 @@ the memory layout of the decoder, a fifth of that. The random numbers are drawn 
 timm's and the pixels differ only by the rounding of the resize.
 """
 
+import math
 import random
 from collections.abc import Callable
 from itertools import chain
@@ -84,7 +85,7 @@ def _takes_tensors(step: Any) -> bool:
 
 def _jpeg(data: bytes) -> Tensor | None:
     """Decode a greyscale or colour JPEG to uint8 (3, H, W); return None for anything else, and for a damaged file."""
-    if data[:2] != b"\xff\xd8":
+    if data[:2] != b"\xff\xd8" or _jpeg_pixels(data) > (Image.MAX_IMAGE_PIXELS or math.inf):
         return None
     try:
         pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), apply_exif_orientation=True)
@@ -93,6 +94,17 @@ def _jpeg(data: bytes) -> Tensor | None:
     if len(pixels) == 1:
         return pixels.expand(3, -1, -1)
     return pixels if len(pixels) == 3 else None  # PIL converts CMYK differently from torchvision
+
+
+def _jpeg_pixels(data: bytes) -> int:
+    """Return the number of pixels that a JPEG's header claims, 0 where it has none: a few bytes may claim gigabytes."""
+    at = 2
+    while at + 9 <= len(data) and data[at] == 0xFF:
+        kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # a frame's header
+            return int.from_bytes(data[at + 5 : at + 7], "big") * int.from_bytes(data[at + 7 : at + 9], "big")
+        at += 1 if kind == 0xFF else 2 + length  # any number of 0xFF may stand before a marker
+    return 0
 
 
 def _pixels(image: Image.Image) -> Tensor:

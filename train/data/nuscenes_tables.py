@@ -23,7 +23,11 @@ TOKENS = dict(  # the table that a field's token is of
 
 def check_tables(tables: Mapping[str, list[dict[str, Any]]], folder: Path) -> None:
     """Raise UserError, naming file, entry and field, for the first that is missing, not finite or out of range."""
-    tokens = {name: {row.get("token") for row in rows} for name, rows in tables.items()}
+    for name, rows in tables.items():
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise UserError(f"{folder / name}.json is not a list of entries: unpack the tables again")
+        _refuse([not isinstance(row.get("token"), str) for row in rows], tables, name, "token", folder, "text")
+    tokens = {name: {row["token"] for row in rows} for name, rows in tables.items()}
     for name, fields in VECTORS.items():
         for field, count in fields.items():
             values = _vectors(tables[name], name, field, count, folder)
@@ -33,15 +37,16 @@ def check_tables(tables: Mapping[str, list[dict[str, Any]]], folder: Path) -> No
                 _refuse((values <= 0).any(1), tables, name, field, folder, "three numbers above 0")
     for name, fields in TOKENS.items():
         for field, other in fields.items():
-            wrong = [row.get(field) not in tokens[other] for row in tables[name]]
+            given = [row.get(field) for row in tables[name]]
+            wrong = [not isinstance(token, str) or token not in tokens[other] for token in given]
             _refuse(wrong, tables, name, field, folder, f"a token of {other}.json")
     annotations, images = tables["sample_annotation"], tables["sample_data"]
     for field in ("num_lidar_pts", "num_radar_pts"):
         wrong = [not _is_count(row.get(field)) for row in annotations]
         _refuse(wrong, tables, "sample_annotation", field, folder, "a whole number of 0 or more")
-    names = {row["token"]: row.get("name") for row in tables["attribute"]}
+    names, known = {row["token"]: row.get("name") for row in tables["attribute"]}, list(ATTRIBUTES)
     traits = [_list(row.get("attribute_tokens")) for row in annotations]
-    wrong = [any(names.get(token) not in ATTRIBUTES for token in row) for row in traits]
+    wrong = [any(not isinstance(token, str) or names.get(token) not in known for token in row) for row in traits]
     _refuse(wrong, tables, "sample_annotation", "attribute_tokens", folder, "tokens of nuScenes' attributes")
     wrong = [not isinstance(row.get("filename"), str) or not row["filename"] for row in images]
     _refuse(wrong, tables, "sample_data", "filename", folder, "a file's name")

@@ -118,10 +118,10 @@ def _indexed(tar: Path, kind: Kind) -> Samples:
         stat = tar.stat()
         stamp = json.dumps([VERSION, kind, stat.st_size, stat.st_mtime_ns])
         places = tar.with_name(f".{tar.name}.index.npz"), cache_folder() / "index" / f"{_digest(tar)}.npz"
-        if (kept := _load(places, stamp)) is not None:
+        if (kept := _load(places, stamp, stat.st_size)) is not None:
             return kept
         with file_lock(tar):
-            if (kept := _load(places, stamp)) is not None:  # written by another process meanwhile
+            if (kept := _load(places, stamp, stat.st_size)) is not None:  # written by another process meanwhile
                 return kept
             if stat.st_size > 20 << 30:  # takes minutes for ImageNet
                 print(f"indexing {tar} (once)", file=sys.stderr, flush=True)
@@ -159,14 +159,19 @@ def _store(path: Path, samples: Samples, stamp: str) -> None:
         np.savez_compressed(file, **arrays, **names, beside=np.frombuffer(beside.encode(), np.uint8))
 
 
-def _load(places: Sequence[Path], stamp: str) -> Samples | None:
+def _load(places: Sequence[Path], stamp: str, length: int) -> Samples | None:
+    """Return an index that is kept in one of the places; None where none is whole and of the tar, of `length` bytes."""
     for place in places:
         with suppress(Exception), np.load(place, allow_pickle=False) as kept:  # missing or damaged: it will be rebuilt
             stamped, *rest = json.loads(kept["beside"].tobytes())
             if stamped == stamp:
                 names = Strings(())
                 names.text, names.ends = kept["text"], kept["ends"]
-                return Samples(names, kept["offsets"], kept["sizes"], kept["labels"], *rest)
+                found = Samples(names, kept["offsets"], kept["sizes"], kept["labels"], *rest)
+                lengths = {len(found.offsets), len(found.sizes), len(found.labels), len(names)}
+                low = min(found.offsets.min(initial=0), found.sizes.min(initial=0))
+                if len(lengths) == 1 and low >= 0 and (found.offsets + found.sizes).max(initial=0) <= length:
+                    return found
     return None
 
 
@@ -200,13 +205,16 @@ def _members(file: io.BufferedReader, begin: int, end: int) -> tuple[list[tuple[
         with tarfile.open(fileobj=_Part(file, begin, end), mode="r:") as tar:
             for member in tar:
                 tar.members = []  # free the members that it collects
-                data, length = begin + member.offset_data, member.size if member.isreg() else 0
+                plain = member.isreg() and not member.issparse()  # what lies at its offset is the file itself
+                data, length = begin + member.offset_data, member.size if plain else 0
+                if length < 0 or begin + tar.offset <= position:  # else it could go on forever
+                    return found, f"is damaged at {member.name}"
                 if data + length > end:
                     return found, f"ends within {member.name}"
-                position = data + -(-length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
-                if member.isreg():
+                position = begin + tar.offset
+                if plain:
                     found.append((member.name, data, length))
-    except tarfile.ReadError as error:
+    except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:  # of damaged headers
         return found, "is damaged" if found else f"is not a tar file ({error})"
     file.seek(position)
     block = file.read(min(tarfile.BLOCKSIZE, end - position))

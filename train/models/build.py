@@ -48,6 +48,7 @@ def create(
     Raises UserError for an invalid name, argument or file, naming valid ones.
     """
     check_name(name)
+    folder = name.removeprefix("local-dir:") if name.startswith("local-dir:") else None
     try:
         arguments = resolve_model_input_args(name, dict(img_size=img_size), num_classes=num_classes, **kwargs)
         if checkpoint is None:
@@ -55,9 +56,13 @@ def create(
                 return timm.create_model(**arguments, pretrained=pretrained)
         with torch.device("meta"):  # errors in the arguments are raised before the file is opened
             heads = timm.create_model(**arguments).pretrained_cfg.get("classifier") or ()
-    except TypeError as error:
-        raise _unknown_argument(name, error) from error
-    except (ValueError, AssertionError, RuntimeError, OSError) as error:
+    except Exception as error:
+        if folder is not None:  # its files are data: whatever is wrong with them is no fault of the program
+            raise UserError(f"the model in {folder} can't be read ({_first_lines(error)})") from error
+        if isinstance(error, TypeError):
+            raise _unknown_argument(name, error) from error
+        if not isinstance(error, (ValueError, AssertionError, RuntimeError, OSError)):
+            raise
         raise UserError(f"{name} can't be built with {_call(img_size, kwargs)}: {_first_line(error)}") from error
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     weights = read_weights(checkpoint)
@@ -289,6 +294,12 @@ def _unknown_argument(name: str, error: TypeError) -> UserError:
 
 def _call(img_size: int | None, kwargs: dict[str, Any]) -> str:
     return ", ".join(f"{k}={v!r}" for k, v in {"img_size": img_size, **kwargs}.items() if v is not None) or "defaults"
+
+
+def _first_lines(error: BaseException) -> str:
+    """Return the type of an error and two lines of its message, as one: torch's say what does not fit on the second."""
+    lines = [line.strip() for line in str(error).strip().splitlines()[:2]]
+    return f"{type(error).__name__}: {' '.join(lines)}".rstrip(".: ")
 
 
 def _first_line(error: BaseException) -> str:

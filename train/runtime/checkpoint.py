@@ -227,8 +227,11 @@ def _parameter_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list
 def label_names(folder: Path) -> list[str]:
     """Return the class names of a finished run's model. Raises UserError where its config.json does not have them."""
     try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))["label_names"]
-    except (OSError, ValueError, KeyError) as error:
+        names = json.loads((folder / "config.json").read_text(encoding="utf-8"))["label_names"]
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError("label_names must be a list of names")
+        return names
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(
             f"{folder / 'config.json'} does not name the model's classes ({error}): train the run again"
         ) from error

@@ -3,9 +3,13 @@
 A config is a .py file of plain assignments; `with read_base():` inherits one base, and classes are imported. There is
 no separate schema: a section's keys are the arguments of what it builds, and their annotations say which values are
 valid. `Annotated[float, Range(0, 1)]` gives a number's range.
+
+A config is code, which `load` runs, except for a run's config.py: it is in the form that `dump` writes, literals and
+classes of saccade.train, and is read without running anything, as the folder may be another person's.
 """
 
 import ast
+import importlib
 import importlib.util
 import inspect
 import math
@@ -69,11 +73,20 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """Read a config and apply overrides such as "optimizer.lr=1e-3"; values are Python literals, else strings.
 
     path: a config file, the folder of a run, or the name of a config that comes with saccade ("imagenet/biformer_s").
-    An override without a value ("model.drop_path_rate=") removes the key.
+    A file that is called config.py is a run's and is read, all others are run. An override without a value
+    ("model.drop_path_rate=") removes the key.
     `~` and variables such as $HOME in paths are expanded. Returns plain dicts, whose `type` values are classes. Raises
     UserError if the file or an override can't be read.
     """
     file = _find(Path(path))
+    settings = _read_run(file) if file.name == "config.py" else _run(file, path)
+    for override in overrides:
+        _override(settings, override)
+    return settings
+
+
+def _run(file: Path, path: str | Path) -> Section:
+    """Return what a config file sets, by running it; `path`: as it was asked for."""
     try:
         with (
             patch.object(ConfigDict, "update", _update),
@@ -81,12 +94,77 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ):
             config = Config.fromfile(str(file), format_python_code=False)
         imported: set[str] = getattr(config, "_imported_names", set())
-        settings = Section({key: _plain(value) for key, value in config.items() if key not in imported})
+        return Section({key: _plain(value) for key, value in config.items() if key not in imported})
     except Exception as error:  # whatever the file's own code raises
         raise UserError(f"{path} can't be read as a config: {type(error).__name__}: {error}") from error
-    for override in overrides:
-        _override(settings, override)
-    return settings
+
+
+MODULES = "SACCADE_MODULES"  # environment variable: further modules, by commas, whose classes a run's config may name
+LARGEST_CONFIG = 1 << 20  # bytes of a run's config.py
+
+
+def _read_run(file: Path) -> Section:
+    """Return what a run's config.py sets, without running it. Raises UserError for what `dump` does not write."""
+    try:
+        if file.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f"it has more than {LARGEST_CONFIG} bytes")
+        body = ast.parse(file.read_text(encoding="utf-8")).body
+        classes: dict[str, type] = {}
+        settings = Section()
+        for i, node in enumerate(body):
+            if i == 0 and isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                continue  # the docstring
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                classes |= {alias.asname or alias.name: _class(node.module or "", alias.name) for alias in node.names}
+            elif isinstance(node, ast.Assign) and len(node.targets) == 1 and isinstance(node.targets[0], ast.Name):
+                settings[node.targets[0].id] = _plain(_literal(node.value, classes))
+            else:
+                raise ValueError(f"line {node.lineno} is code: {_short(node)}")
+        return settings
+    except (OSError, ValueError, SyntaxError, RecursionError, MemoryError) as error:
+        raise UserError(
+            f"{file} is not in the form that a run writes, and is not run as code ({error}): where you trust it, give "
+            "it another name, or the config that the run was started with"
+        ) from error
+
+
+def _short(node: ast.AST) -> str:
+    return ast.unparse(node).splitlines()[0][:80]
+
+
+def _class(module: str, name: str) -> type:
+    """Return a class that a run's config imports. Raises ValueError for what is not one of saccade.train's own."""
+    trusted = ("saccade.train", *filter(None, os.environ.get(MODULES, "").split(",")))
+    if not any(module == one or module.startswith(f"{one}.") for one in trusted):
+        raise ValueError(f"it imports {module}, which may run code; {MODULES}={module} allows it")
+    try:
+        found = getattr(importlib.import_module(module), name, None)
+    except ImportError as error:
+        raise ValueError(f"there is no module {module}") from error
+    if not isinstance(found, type) or found.__module__ != module:
+        raise ValueError(f"{module}.{name} is not a class of that module")
+    return found
+
+
+def _literal(node: ast.expr, classes: Mapping[str, type]) -> Any:
+    """Return the value of a literal, dict(key=value, …) or the name of a class. Raises ValueError for all else."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "dict" and not node.args:
+        return {str(item.arg): _literal(item.value, classes) for item in node.keywords if item.arg is not None}
+    if isinstance(node, ast.Dict):
+        if None in node.keys:
+            raise ValueError(f"line {node.lineno} is code: {_short(node)}")
+        return {ast.literal_eval(k): _literal(v, classes) for k, v in zip(node.keys, node.values) if k is not None}
+    if isinstance(node, (ast.List, ast.Tuple)):
+        return (list if isinstance(node, ast.List) else tuple)(_literal(item, classes) for item in node.elts)
+    if isinstance(node, ast.Name) and node.id in classes:
+        return classes[node.id]
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        raise ValueError(f"line {node.lineno} is code: {_short(node)}") from None
+    if isinstance(value, str) and re.match(r"""\s*pipe:|.*://.*['"`;|&$<>\\\s]""", value, re.DOTALL):  # by webdataset
+        raise ValueError(f"line {node.lineno} would run a command: {value[:80]}")
+    return value
 
 
 def _find(path: Path) -> Path:
