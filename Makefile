@@ -4,7 +4,8 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
 
-.PHONY: help demo demo-detection demo-segmentation demo-bev test test-all test-newest test-sim gpu coverage lint docs setup clean
+.PHONY: help demo demo-detection demo-segmentation demo-bev test test-all test-newest test-lowest test-sim gpu coverage lint docs setup
+.PHONY: audit dist mutants clean
 .DEFAULT_GOAL := help
 
 help:
@@ -14,10 +15,14 @@ help:
 	@echo 'make test       what every change must pass: every operator, model family, task and command'
 	@echo 'make test-all   that, and what is exhaustive: every shape, dtype, card and registered model, long runs'
 	@echo 'make test-newest  make test with the newest releases of every package ($(VENV)-newest)'
+	@echo 'make test-lowest  import, and training on digits, with the lowest versions of pyproject.toml ($(VENV)-lowest)'
 	@echo 'make test-sim   the operators in a simulator of Triton that finds races and accesses out of bounds ($(VENV)-sim)'
 	@echo 'make gpu        on a machine with a GPU: tests, accuracy and times of everything (PART=ops for a part)'
 	@echo 'make coverage   branch coverage of backbones/, ops/ and train/ under make test'
 	@echo 'make lint       ruff, the import contracts and the types of the public API'
+	@echo 'make audit      known vulnerabilities of the pinned packages; ADVISORIES=all.zip: without a network'
+	@echo 'make dist       a release in dist/, built with packages pinned by their hashes'
+	@echo 'make mutants    mutation testing: TARGET=train/runtime/checkpoint.py TESTS=tests/train/test_checkpoint.py'
 	@echo 'make docs       the pages of docs/ and the reference from docstrings as a site: docs/_build/html/index.html'
 	@echo 'make setup      the virtual environment that the others use ($(VENV)); they call it themselves'
 	@echo 'make clean      remove the environment, runs and builds'
@@ -68,6 +73,17 @@ $(VENV)-newest/.ready: pyproject.toml
 # Python 3.12 or 3.13 and fixes torch and Triton itself: hence an environment of its own.
 SIM_PYTHON ?= $(shell for p in python3.13 python3.12 ~/.pyenv/versions/3.1[23].*/bin/python3; do \
   $$p -c '' 2>/dev/null && command -v $$p && break; done)
+# The lowest versions that pyproject.toml allows, and what these need themselves.
+test-lowest: $(VENV)-lowest/.ready
+	$(VENV)-lowest/bin/python -c 'import saccade.backbones, saccade.ops, saccade.train.engine'
+	$(VENV)-lowest/bin/python tools/train.py configs/digits/biformer_t.py epochs=2 device=cpu --run-dir $(VENV)-lowest/run --overwrite
+
+$(VENV)-lowest/.ready: pyproject.toml .ci/lowest.py
+	$(PYTHON) -m venv $(VENV)-lowest
+	$(PY) .ci/lowest.py > $(VENV)-lowest/lowest.txt
+	$(VENV)-lowest/bin/python -m pip install --quiet -c $(VENV)-lowest/lowest.txt -e '.[train,coco]'
+	@touch $@
+
 test-sim: $(VENV)-sim/.ready
 	$(VENV)-sim/bin/python -m ttsem.sanitize pytest -m 'not exhaustive' -k triton tests/ops
 
@@ -94,6 +110,28 @@ lint: setup
 docs: setup
 	$(PY) -m pip install --quiet -c constraints.txt -e '.[docs]'
 	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+# PyPI is asked for each pinned package; a copy of OSV's database (see .ci/audit.py) needs no network.
+audit: setup
+ifdef ADVISORIES
+	$(PY) .ci/audit.py constraints.txt $(ADVISORIES)
+else
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[audit]'
+	$(PY) -m pip_audit --strict --no-deps --disable-pip -r constraints.txt
+endif
+
+# Each mutant's tests run in a process of its own; CHILDREN of them at a time.
+TARGET ?= train/runtime/checkpoint.py
+TESTS ?= tests/train/test_checkpoint.py
+mutants: setup
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[mutants]'
+	$(PY) .ci/mutants.py $(TARGET) $(TESTS)
+
+dist:
+	rm -rf dist $(VENV)-dist
+	$(PYTHON) -m venv $(VENV)-dist
+	$(VENV)-dist/bin/python -m pip install --quiet --require-hashes --no-deps --only-binary :all: -r .ci/release.txt
+	$(VENV)-dist/bin/python -m build --no-isolation
 
 setup: $(VENV)/.ready
 
