@@ -6,8 +6,7 @@ trained with model.backbone=resnet101 model.backbone_pretrained=True. With the C
 accelerations and velocities are given as published, else zeros.
 
 Lengths are in steps, 3,516 an epoch, as the warm-up takes 500. The stem, the first stage and all BatchNorms of the
-backbone are frozen. Differs from the published runs: the cosine follows the step, not the epoch; brightness is
-multiplied by 0.875 to 1.125, where theirs adds up to 32.
+backbone are frozen. Differs from the published runs: the cosine follows the step, not the epoch.
 """
 
 from saccade.train.data.nuscenes import NuScenes

@@ -24,6 +24,7 @@ from ..runtime.config import check as check_section
 from ..runtime.distributed import derive_seed, rank
 from ..runtime.errors import DATA, UserError
 from .bad_images import BadImage
+from .distort import distort_colors, uniform
 from .files import Skipped, image_files, note_classes, read_text, split_folders
 from .images import (
     SWAPS_SIDES,
@@ -342,7 +343,7 @@ class Augment:
 
     def __call__(self, image: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         height, width = image.shape[1:]
-        ratio = _uniform(*self.ratios)
+        ratio = uniform(*self.ratios)
         if self.scale is None:
             height, width = height * ratio, width * ratio
         else:
@@ -354,7 +355,7 @@ class Augment:
         image, labels = self.flip(F.crop(image, *box), tv_tensors.Mask(F.crop(labels, *box)))
         image = F.to_dtype(image, torch.float32, scale=True)
         if self.distort:
-            image = distort_colors(image)
+            image = distort_colors(image, hue=0.1, clip=True)
         border = [0, 0, self.crop - image.shape[2], self.crop - image.shape[1]]
         image = F.pad(image, border, fill=self.fill)
         labels = F.pad(labels, border, fill=IGNORED)
@@ -373,28 +374,6 @@ class Augment:
         return top, left, height, width
 
 
-def distort_colors(image: Tensor) -> Tensor:
-    """Change brightness, contrast, saturation and hue of an image (3, H, W) in [0, 1], each with probability 0.5 (SSD).
-
-    The strengths are mmsegmentation's: brightness ± 32 / 255, contrast and saturation 0.5 … 1.5, hue ± 0.1 of a turn.
-    """
-    if _uniform(0, 1) < 0.5:
-        image = (image + _uniform(-32, 32) / 255).clamp(0, 1)
-    contrast = _uniform(0.5, 1.5) if _uniform(0, 1) < 0.5 else 1.0
-    first = _uniform(0, 1) < 0.5
-    if first:
-        image = (image * contrast).clamp(0, 1)
-    if _uniform(0, 1) < 0.5:
-        image = F.adjust_saturation(image, _uniform(0.5, 1.5))
-    if _uniform(0, 1) < 0.5:
-        image = F.adjust_hue(image, _uniform(-0.1, 0.1))
-    return image if first else (image * contrast).clamp(0, 1)
-
-
-def _uniform(low: float, high: float) -> float:
-    return float(torch.empty(()).uniform_(low, high))
-
-
 class Maps(Dataset):
     """A split. With `augment`, samples are (image (3, crop, crop) float32 in [0, 1], labels (crop, crop) int64).
     Without, they are unchanged, (image (3, H, W) uint8, labels (H, W) int64, index), and a batch has a list of each.
@@ -409,6 +388,9 @@ class Maps(Dataset):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def filename(self, index: int) -> str:
+        return self.images[index]
 
     def __getitem__(self, index: int) -> tuple:
         name = self.images[index]

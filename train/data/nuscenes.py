@@ -22,13 +22,13 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
 from torch.utils.data import Dataset
-from torchvision.transforms.v2 import RandomPhotometricDistort
 
 from ..runtime.config import Count, Fraction, NonNegativeInt, Positive
 from ..runtime.errors import UserError
 from .bad_images import BadImage
 from .bev_frames import ATTRIBUTES, RANGES, attribute, collate
 from .bev_scenes import quaternion
+from .distort import distort_colors
 from .files import note_classes
 from .images import read_image
 from .nuscenes_tables import check_tables
@@ -217,7 +217,7 @@ class Samples(Dataset):
     ):
         self.source, self.tokens, self.inputs, self.augmentation = source, tokens, inputs, augmentation
         self.mean, self.std = (torch.tensor(inputs[name]).view(3, 1, 1) for name in ("mean", "std"))
-        self.distort = RandomPhotometricDistort() if augmentation and augmentation["distort"] else None
+        self.distort = augmentation is not None and augmentation["distort"]
         self.streams = augmentation is None and source.frames > 1
         self.sequences = split_scenes(source.tables, tokens) if self.streams else None
 
@@ -282,7 +282,9 @@ class Samples(Dataset):
                 continue
             row = tables.get("sample_data", sample["data"][camera])
             picture = torch.from_numpy(np.array(read_image(Path(source.root, row["filename"])))).permute(2, 0, 1)
-            picture = self.distort(picture) if self.distort else picture
+            picture = picture.float() / 255
+            if self.distort:
+                picture = distort_colors(picture, hue=0.05, clip=False, swap=True)
             known = tables.get("calibrated_sensor", row["calibrated_sensor_token"])["camera_intrinsic"]
             matrix = np.eye(4)
             matrix[:3, :3] = known
@@ -290,7 +292,7 @@ class Samples(Dataset):
             depth = sparse_depth(points, matrix, tuple(picture.shape[1:]))
             tall, wide = (int(source.scale * side) for side in picture.shape[1:])
             # As OpenCV resizes: bilinear without antialiasing, and depth by the nearest pixel.
-            picture = interpolate(picture[None].float() / 255, (tall, wide), mode="bilinear")[0]
+            picture = interpolate(picture[None], (tall, wide), mode="bilinear")[0]
             depths.append(pad(interpolate(depth[None, None], (tall, wide))[0, 0], (0, W - wide, 0, H - tall)))
             images.append(pad((picture - self.mean) / self.std, (0, W - wide, 0, H - tall)))
             matrices.append(np.diag([source.scale, source.scale, 1, 1]) @ matrix)

@@ -1,6 +1,6 @@
 """nuScenes: (configs, source, {key: published value})."""
 
-from support.recipes import Differs, NoDecay, cosine
+from support.recipes import NoDecay, cosine
 
 DFA3D = "IDEA-Research/3D-deformable-attention@cc38675 BEVFormer_DFA3D/projects/configs/bevformer"
 PAPER = "arXiv:2307.12972, tables 4 and 6"
@@ -34,7 +34,7 @@ TABLE = [
             "freeze": tuple(f"lifter.backbone.{part}" for part in ("conv1", "layer1", "*bn?", "*downsample.1")),
             "data.skip": True,
             "data.grid_mask": 0.7,
-            "data.distort": Differs(True, "brightness ± 32", "brightness is multiplied by 0.875 to 1.125"),
+            "data.distort": True,
             "optimizer": "AdamW",
             "optimizer.betas": (0.9, 0.999),
             "optimizer.eps": 1e-8,
