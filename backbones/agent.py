@@ -10,6 +10,7 @@ are resized as in the published detection backbones, so that images of any size 
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import agent_attention, pool_agents, resize_agent_bias, window_attention
+from ..ops.agent_attention.tables import whole
+from ..ops.precision import full
+from .attention_maps import AttentionMap, QueryMap, describe, softmax_map, split_heads, window_map
 from .base import Isotropic, Pyramid, TokenHead, checked_size, create_model, init_linear, make_cfg, map_norms
 from .layers import (
     CachedMlp,
@@ -115,6 +119,46 @@ class AgentAttention(nn.Module):
         return self.proj(out + F.pad(conv, (0, 0, self.tokens, 0)))
 
 
+@describe.register(AgentAttention)
+def _(mixer: AgentAttention, x: Tensor, size: tuple[int, int]) -> Iterator[AttentionMap]:
+    """gather: what an agent takes from each position; give: how much each position takes from an agent; tokens: the
+    product, from position to position. The query of the first two is an agent's place in their grid."""
+    T, grid = mixer.tokens, (size[0], size[1])
+    qkv = mixer.qkv(x)
+    q, k, v = split_heads(qkv, mixer.heads)
+    packed = qkv[:, T:, : qkv.shape[2] // 3].unflatten(1, grid)
+    agents = pool_agents(packed, mixer.grid).unflatten(2, (mixer.heads, -1)).transpose(1, 2)
+    biases = []
+    for factors, token in (
+        ((mixer.key_block, mixer.key_rows, mixer.key_columns), mixer.key_token),
+        ((mixer.query_block, mixer.query_rows, mixer.query_columns), mixer.query_token),
+    ):
+        bias = whole(resize_agent_bias(factors, grid, mixer.grid))  # (heads, agents, h·w)
+        biases.append(bias if token is None else torch.cat((token.unsqueeze(2), bias), 2))
+    wide = full(q)
+    wide_q, wide_agents = q.to(wide), agents.to(wide)
+    giving = (q.shape[3] ** -0.5 * wide_q @ wide_agents.mT + biases[1].mT).softmax(-1)  # (B, heads, [1 +] h·w, agents)
+    gather = softmax_map("gather", agents, k, v, grid, bias=lambda i: biases[0][:, i], query_grid=mixer.grid, tokens=T)
+    gathering = gather.weights(torch.arange(agents.shape[2]))
+    common = dict(grid=grid, heads=mixer.heads, images=len(x), tokens=T)
+    yield gather
+    yield QueryMap(
+        kind="give",
+        query_grid=mixer.grid,
+        weights=lambda i: giving[..., i.to(x.device)].mT,
+        normalized=False,
+        **common,  # type: ignore[arg-type]
+    )
+    yield QueryMap(
+        kind="tokens",
+        query_grid=grid,
+        query_tokens=T,
+        weights=lambda i: giving[:, :, i.to(x.device)] @ gathering,
+        values=v,
+        **common,  # type: ignore[arg-type]
+    )
+
+
 @register_notrace_module
 class WindowAttention(nn.Module):
     """Swin's attention within windows, shifted in every other block: (B, h·w, C) -> same.
@@ -153,9 +197,13 @@ class WindowAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"heads={self.heads}, window={self.window}, shift={self.shift}"
 
-    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+    def shift_for(self, size: tuple[int, int]) -> tuple[int, int]:
         s_h = self.shift[0] * int(self.always_shift or size[0] > self.window[0])
         s_w = self.shift[1] * int(self.always_shift or size[1] > self.window[1])
+        return s_h, s_w
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        s_h, s_w = self.shift_for(size)
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if torch.jit.is_tracing() and not self.always_shift:  # as a part of the graph, which serves other sizes too
                 s_h, s_w = (s * (n > w) for s, n, w in zip(self.shift, size, self.window))
@@ -171,6 +219,13 @@ class WindowAttention(nn.Module):
         qkv = self.qkv(x).unflatten(3, (3, -1))
         out = window_attention(qkv, self.heads, self.window, (s_h, s_w), self.relative_bias)
         return self.proj(out[:, : size[0], : size[1]].flatten(1, 2))
+
+
+@describe.register(WindowAttention)
+def _(mixer: WindowAttention, x: Tensor, size: tuple[int, int]) -> Iterator[AttentionMap]:
+    (H, W), (h, w) = size, mixer.window
+    qkv = mixer.qkv(F.pad(x.unflatten(1, (H, W)), (0, 0, 0, -W % w, 0, -H % h)))
+    yield window_map(qkv, mixer.heads, (H, W), mixer.window, mixer.shift_for((H, W)), mixer.relative_bias)
 
 
 @register_notrace_module
@@ -221,6 +276,19 @@ class StripeAttention(nn.Module):
         return self.proj(out.reshape(B, N, C))
 
 
+@describe.register(StripeAttention)
+def _(mixer: StripeAttention, x: Tensor, size: tuple[int, int]) -> Iterator[AttentionMap]:
+    """One map for the half of the heads in vertical stripes, one for the half in horizontal ones."""
+    (H, W), (columns, rows), half = size, mixer.stripe, x.shape[2] // 2
+    x = F.pad(x.unflatten(1, (H, W)), (0, 0, 0, -W % columns, 0, -H % rows))
+    qkv = mixer.qkv(x).unflatten(3, (3, -1))
+    for kind, part, window in (
+        ("vertical", qkv[..., :half], (x.shape[1], columns)),
+        ("horizontal", qkv[..., half:], (rows, x.shape[2])),
+    ):
+        yield window_map(part.flatten(3), mixer.heads // 2, (H, W), window, kind=kind)
+
+
 @register_notrace_module
 class FullAttention(nn.Module):
     """Softmax attention over all tokens, optionally with CSwin's depthwise convolution of v: (B, N, C) -> same."""
@@ -245,6 +313,12 @@ class FullAttention(nn.Module):
             v = qkv[..., 2 * C :].view(B, size[0], size[1], C).permute(0, 3, 1, 2)
             out = out + self.dwc(v).flatten(2).transpose(1, 2)
         return self.proj(out)
+
+
+@describe.register(FullAttention)
+def _(mixer: FullAttention, x: Tensor, size: tuple[int, int]) -> Iterator[AttentionMap]:
+    T = x.shape[1] - size[0] * size[1]
+    yield softmax_map("tokens", *split_heads(mixer.qkv(x), mixer.heads), grid=size, tokens=T, query_tokens=T)
 
 
 class Block(nn.Module):

@@ -14,8 +14,10 @@ from timm.models import build_model_with_cfg, checkpoint_seq, resolve_pretrained
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .attention_maps import HasAttentionMaps
 
-class Backbone(nn.Module):
+
+class Backbone(HasAttentionMaps, nn.Module):
     """A model with a `head`, which `reset`s itself and whose `fc` is the classifier.
 
     A subclass implements `forward_features` and sets `num_classes`, `num_features`, `head_hidden_size` and

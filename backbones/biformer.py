@@ -8,6 +8,7 @@ stage returns an NCHW view of the same memory.
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import bilevel_routing_attention, region_routing
+from .attention_maps import AttentionMap, QueryMap, describe, hidden_unless, softmax_map, split_heads
 from .base import Pyramid, Stage, create_model, make_cfg, map_norms
 from .layers import CachedMlp, DepthwiseConv, at_least_one, at_most, channels_last, must_pad
 from .published import Rules, complete, rename_key, unwrap
@@ -137,6 +139,48 @@ class FullAttention(nn.Module):
             source = qkv[..., 2 * C :] if self.lepe_on_v else x
             out = out + self.lepe(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj(out)
+
+
+@describe.register(RoutedAttention)
+def _(mixer: RoutedAttention, x: Tensor) -> Iterator[AttentionMap]:
+    """regions: 1 in the regions that the query's region is routed to; tokens: the weights within them."""
+    grid = (x.shape[1], x.shape[2])
+    qkv, _, idx, (R, S), (h, w) = mixer._project(x)
+    rows, columns = R * h, S * w
+    y, z = torch.arange(rows, device=x.device) // h, torch.arange(columns, device=x.device) // w
+    region = (y[:, None] * S + z).flatten()  # of each cell of the padded map
+    of_query = region.view(rows, columns)[: grid[0], : grid[1]].flatten()
+    chosen = torch.zeros(len(x), R * S, R * S, dtype=torch.bool, device=x.device).scatter(2, idx.long(), True)
+
+    def seen(index: Tensor) -> Tensor:
+        return chosen[:, None, of_query[index.to(x.device)]][..., region]
+
+    frame = (rows, columns, 0, 0)
+    common = dict(grid=grid, query_grid=grid, frame=frame)
+    yield QueryMap(
+        kind="regions",
+        heads=1,
+        images=len(x),
+        weights=lambda index: seen(index).float(),
+        normalized=False,
+        **common,  # type: ignore[arg-type]
+    )
+    q, k, v = split_heads(qkv, mixer.heads)
+    q = q.unflatten(2, (rows, columns))[:, :, : grid[0], : grid[1]].flatten(2, 3)
+    yield softmax_map(
+        "tokens",
+        q,
+        k,
+        v,
+        scale=mixer.scale,
+        bias=lambda index: hidden_unless(seen(index)),
+        **common,  # type: ignore[arg-type]
+    )
+
+
+@describe.register(FullAttention)
+def _(mixer: FullAttention, x: Tensor) -> Iterator[AttentionMap]:
+    yield softmax_map("tokens", *split_heads(mixer.qkv(x), mixer.heads), grid=(x.shape[1], x.shape[2]))
 
 
 class Block(nn.Module):
@@ -277,35 +321,6 @@ class BiFormer(Pyramid):
                 trunc_normal_(m.weight, std=0.02)
                 if m.bias is not None:
                     nn.init.zeros_(m.bias)
-
-    @torch.jit.ignore
-    @torch.no_grad()
-    def attended_regions(self, x: Tensor) -> dict[str, dict]:
-        """Return the regions that each routed layer attends to on images x (B, in_chans, H, W), for visualization.
-
-        Returns, per layer name ('stages.0.blocks.0', …): `idx` (B, P, K), the regions chosen by each region, row-major
-        over `grid` = (rows, columns) of regions, and `pixels`, the image pixels (height, width) that a region covers.
-        """
-        regions: dict[str, dict] = {}
-
-        def hook(name: str, stride: int):
-            def record(module: RoutedAttention, args: tuple[Tensor]) -> None:
-                _, _, idx, grid, (h, w) = module._project(args[0])
-                regions[name] = dict(idx=idx, grid=grid, pixels=(h * stride, w * stride))
-
-            return record
-
-        handles = []
-        for name, module in self.named_modules():
-            if isinstance(module, RoutedAttention):
-                stride = self.feature_info[int(name.split(".")[1])]["reduction"]
-                handles.append(module.register_forward_pre_hook(hook(name.removesuffix(".attn"), stride)))
-        try:
-            self.forward_features(x)
-        finally:
-            for handle in handles:
-                handle.remove()
-        return regions
 
 
 PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order

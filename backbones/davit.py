@@ -8,6 +8,7 @@ Everything is channels-last: blocks process (B, H, W, C), their convolutions get
 stage returns such a view.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -19,6 +20,8 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import channel_attention, window_attention
+from ..ops.precision import full
+from .attention_maps import AttentionMap, ChannelMap, describe, split_heads, window_map
 from .base import Pyramid, Stage, create_model, init_linear, make_cfg, map_norms
 from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last, must_pad
 from .published import Rules, complete, rename_key, unwrap
@@ -72,6 +75,22 @@ class ChannelAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(channel_attention(self.qkv(x), self.heads))
+
+
+@describe.register(WindowAttention)
+def _(mixer: WindowAttention, x: Tensor) -> Iterator[AttentionMap]:
+    (H, W), n = x.shape[1:3], mixer.window
+    qkv = mixer.qkv(F.pad(x, (0, 0, 0, -W % n, 0, -H % n)))
+    yield window_map(qkv, mixer.heads, (H, W), (n, n))
+
+
+@describe.register(ChannelAttention)
+def _(mixer: ChannelAttention, x: Tensor) -> Iterator[AttentionMap]:
+    q, k, v = split_heads(mixer.qkv(x), mixer.heads)
+    wide = full(k)
+    weights = (k.to(wide).mT @ v.to(wide) * q.shape[3] ** -0.5).softmax(-1)
+    grid = (x.shape[1], x.shape[2])
+    yield ChannelMap(kind="channels", grid=grid, heads=mixer.heads, images=len(x), weights=weights, values=q)
 
 
 class ConvPosEnc(nn.Module):

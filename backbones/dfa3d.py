@@ -15,7 +15,7 @@ does so for one sample only, where the two are equal.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import timm
@@ -30,6 +30,7 @@ from torchvision.ops import FeaturePyramidNetwork
 from ..ops import dfa3d, ms_deform_attn
 from ..ops.dispatch import is_saved_graph, is_transformed
 from ..ops.precision import full, no_autocast
+from .attention_maps import AttentionMap, HasAttentionMaps, SamplingMap, describe
 from .base import create_model
 from .dfa3d_depth import DepthHead, depth_bins, depth_target
 from .published import Rules, rename_key
@@ -241,15 +242,19 @@ class TemporalSelfAttention(nn.Module):
         (B, Q, E), the query added."""
         B = query.shape[0]
         before, present = (query, query) if frames is None else frames
-        asking = torch.cat([before, query + position], -1)
+        locations, weights = self.sample(torch.cat([before, query + position], -1), shape, where)
+        value = self.value_proj(torch.stack([before, present])).unflatten(-1, (self.heads, -1)).flatten(0, 1)
+        out = ms_deform_attn(value, [shape], locations, weights)
+        return self.dropout(self.output_proj(out.unflatten(0, (2, B)).mean(0))) + query
+
+    def sample(self, asking: Tensor, shape: tuple[int, int], where: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute locations (2·B, Q, M, 1, P, 2), the previous frame first, and weights (2·B, Q, M, 1, P)."""
         split = (self.heads, 2, self.points)
         offsets = self.sampling_offsets(asking).unflatten(-1, (*split, 2)).permute(3, 0, 1, 2, 4, 5)  # frames first
         weights = self.attention_weights(asking).unflatten(-1, split).softmax(-1).permute(3, 0, 1, 2, 4)
-        size = torch.tensor(shape[::-1], dtype=full(offsets), device=query.device)
+        size = torch.tensor(shape[::-1], dtype=full(offsets), device=asking.device)
         locations = (offsets.to(full(offsets)) / size + where[:, :, None, None]).flatten(0, 1)
-        value = self.value_proj(torch.stack([before, present])).unflatten(-1, (self.heads, -1)).flatten(0, 1)
-        out = ms_deform_attn(value, [shape], locations[:, :, :, None], weights.flatten(0, 1)[:, :, :, None])
-        return self.dropout(self.output_proj(out.unflatten(0, (2, B)).mean(0))) + query
+        return locations[:, :, :, None], weights.flatten(0, 1)[:, :, :, None]
 
 
 class EncoderLayer(nn.Module):
@@ -270,6 +275,113 @@ class EncoderLayer(nn.Module):
         query = self.norm1(self.tsa(query, position, frames, shape, where))
         query = self.norm2(self.sca(query, value, depth, shapes, reference, seen))
         return self.norm3(query + self.mlp(query))
+
+
+def weigh_cells(depth: Tensor | None, shapes: Sequence[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
+    """Return the weight of each cell of all levels in deformable attention, (B, Q, M, S).
+
+    depth (B, S, D) or None, locations (B, Q, M, L, P, 2 or 3), weights (B, Q, M, L, P): as of the operator.
+    """
+    wide = full(locations)
+    levels = []
+    start = 0
+    for level, (H, W) in enumerate(shapes):
+        place, weight = locations[:, :, :, level].to(wide), weights[:, :, :, level].to(wide)
+        x, y = place[..., 0] * W - 0.5, place[..., 1] * H - 0.5
+        cells = weight.new_zeros(*weight.shape[:3], H * W)
+        for row in (y.floor(), y.floor() + 1):
+            for column in (x.floor(), x.floor() + 1):
+                share = weight * (1 - (y - row).abs()) * (1 - (x - column).abs())
+                inside = (row >= 0) & (row < H) & (column >= 0) & (column < W)
+                cell = torch.where(inside, row * W + column, 0).long()
+                if depth is not None:
+                    bins = depth.shape[2]
+                    z = place[..., 2] * bins - 0.5
+                    hats = (1 - (z[..., None] - torch.arange(bins, device=z.device)).abs()).clamp(min=0)
+                    image = torch.arange(len(depth), device=z.device)[:, None, None, None]
+                    share = share * (hats * depth[image, start + cell].to(wide)).sum(-1)
+                cells.scatter_add_(3, cell, torch.where(inside, share, 0.0))
+        levels.append(cells)
+        start += H * W
+    return torch.cat(levels, 3)
+
+
+def _table(
+    locations: Tensor, weights: Tensor, sources: Tensor
+) -> dict[str, Tensor]:  # (N, M, L, P, 2 or 3), (N, M, L, P)
+    """Return the samples of one query as `SamplingMap.samples` does, of the sources numbered `sources`."""
+    place, weight = locations[sources], weights[sources]
+    source, head, level, _ = torch.meshgrid(sources, *map(torch.arange, weight.shape[1:]), indexing="ij")
+    columns = dict(source=source, level=level, head=head, weight=weight)
+    columns |= dict(zip("xyz", place.unbind(-1)))
+    return {name: column.flatten() for name, column in columns.items()}
+
+
+@describe.register(EncoderLayer)
+def _(
+    layer: EncoderLayer,
+    query: Tensor,
+    position: Tensor,
+    frames: tuple[Tensor, Tensor] | None,
+    shape: tuple[int, int],
+    where: Tensor,
+    value: Tensor,
+    depth: Tensor | None,
+    shapes: list[tuple[int, int]],
+    reference: Tensor,
+    seen: Tensor,
+) -> Iterator[AttentionMap]:
+    """time: where a cell of the view samples the previous view (source 0) and the present one (1); cameras: where it
+    samples the cameras' maps. Weights of cameras are products with the depth's, and do not sum to 1."""
+    tsa, sca = layer.tsa, layer.sca
+    B = len(query)
+    before, present = (query, query) if frames is None else frames
+    asking = torch.cat([before, query + position], -1)
+    moved = tsa.value_proj(torch.stack([before, present], 1)).unflatten(-1, (tsa.heads, -1))  # (B, 2, Q, M, C)
+
+    def times(index: Tensor) -> tuple[Tensor, Tensor]:
+        return tsa.sample(asking[:, index], shape, where[:, index])
+
+    def weigh_times(index: Tensor) -> Tensor:
+        cells = weigh_cells(None, [shape], *times(index.to(query.device))).unflatten(0, (2, B))
+        return cells.permute(1, 3, 2, 0, 4).flatten(3) / 2
+
+    def times_of(image: int, index: int) -> dict[str, Tensor]:
+        locations, weights = (t.unflatten(0, (2, B))[:, image, 0] for t in times(torch.tensor([index])))
+        return _table(locations, weights, torch.arange(2))
+
+    yield SamplingMap(
+        kind="time", grid=shape, query_grid=shape, heads=tsa.heads, images=B, weights=weigh_times, normalized=False,
+        values=moved.permute(0, 3, 1, 2, 4).flatten(2, 3), sources=2, shapes=[shape], points=times_of,
+    )  # fmt: skip
+
+    query = layer.norm1(tsa(query, position, frames, shape, where))
+    attention, N = sca.deformable_attention, reference.shape[1]
+    bins = None if depth is None else depth.flatten(0, 1)
+    looking = seen.any(-1)  # (B, N, Q)
+    cells = attention.value_proj(value).unflatten(-1, (attention.heads, -1))  # (B, N, S, M, C)
+
+    def cameras(index: Tensor) -> tuple[Tensor, Tensor]:
+        asking = query[:, None, index].expand(-1, N, -1, -1).flatten(0, 1)
+        around, empty = reference[:, :, index].flatten(0, 1), value.flatten(0, 1)[:, :0]
+        return attention.sample(asking, empty, bins, shapes, around)[3:]
+
+    def weigh_cameras(index: Tensor) -> Tensor:
+        index = index.to(query.device)
+        weights = weigh_cells(bins, shapes, *cameras(index)).unflatten(0, (B, N))
+        look = looking[:, :, index]
+        share = look / look.sum(1, keepdim=True).clamp(min=1)  # the mean over the cameras that see the cell
+        return (weights * share[..., None, None]).permute(0, 3, 2, 1, 4).flatten(3)
+
+    def cameras_of(image: int, index: int) -> dict[str, Tensor]:
+        locations, weights = (t.unflatten(0, (B, N))[image, :, 0] for t in cameras(torch.tensor([index])))
+        return _table(locations, weights, looking[image, :, index].nonzero()[:, 0].cpu())
+
+    yield SamplingMap(
+        kind="cameras", grid=shapes[0], query_grid=shape, heads=attention.heads, images=B, weights=weigh_cameras,
+        normalized=False, values=cells.permute(0, 3, 1, 2, 4).flatten(2, 3), sources=N, shapes=shapes,
+        points=cameras_of,
+    )  # fmt: skip
 
 
 class Encoder(nn.Module):
@@ -349,7 +461,7 @@ class ExtraLevel(nn.Module):
         return self.conv(x)
 
 
-class BEVLifter(nn.Module):
+class BEVLifter(HasAttentionMaps, nn.Module):
     """Map images of the cameras around a vehicle to its bird's-eye view.
 
     Args:
@@ -370,6 +482,10 @@ class BEVLifter(nn.Module):
         depth_gain: what the depth distribution is multiplied by before it weights the features; published: 1. As it is
             spread over the bins, features begin as many times smaller than without depth; a gain of about the bins'
             number makes up for that, and they are learned sooner.
+        cell_noise: how the cells' embeddings begin: published, 1, each from N(0, 1). Less: as one vector for all, plus
+            that much noise, so that lifted features, which begin small, stand out from it.
+        offset_scale: what the attention's first offsets are multiplied by, which lie up to `points` cells of a map
+            apart; published: 1. On small maps, whose cells are metres wide, less keeps them on the object.
         lift_depth: False: 2D deformable attention, with no depth, as BEVFormer has it.
         depth_network: False: none; `depth` is given to forward.
         cams: cameras that have an embedding each; 0: none has, and there may be any number.
@@ -399,6 +515,8 @@ class BEVLifter(nn.Module):
         depth_bound: tuple[float, float, float] = (2.0, 58.0, 0.5),
         depth_groups: tuple[int, ...] = (2, 4, 8),
         depth_gain: float = 1.0,
+        cell_noise: float = 1.0,
+        offset_scale: float = 1.0,
         lift_depth: bool = True,
         depth_network: bool = True,
         cams: int = 6,
@@ -486,8 +604,17 @@ class BEVLifter(nn.Module):
         for embedding in (self.level_embed, self.camera_embed, self.query):
             if embedding is not None:
                 nn.init.normal_(embedding)
+        if cell_noise != 1:
+            self.query.data.mul_(cell_noise).add_(torch.randn(embed_dims))
         nn.init.uniform_(self.row_embed)
         nn.init.uniform_(self.column_embed)
+        if offset_scale != 1:
+            for layer in self.encoder.layers:
+                attention: Any = layer.sca.deformable_attention
+                for linear in (attention.sampling_offsets, attention.sampling_offsets_depth):
+                    if linear is not None:
+                        linear.weight.data.mul_(offset_scale)
+                        linear.bias.data.mul_(offset_scale)
         for mlp in (self.can_bus_mlp, *(layer.mlp for layer in self.encoder.layers)):
             for module in mlp.modules() if mlp is not None else ():
                 if isinstance(module, nn.Linear):

@@ -7,6 +7,7 @@ at the published positions. Outputs are equal, and parameters map one to one (`c
 timm's own `create_attn("ela")` is another module.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import Tensor, nn
 
 from ..ops import strip_gate
+from .attention_maps import AttentionMap, GateMap, HasAttentionMaps, describe
 from .base import create_model, make_cfg
 from .layers import can_fuse
 from .mobilenet import MobileNet, map_state_dict
@@ -55,14 +57,25 @@ class ELA(nn.Module):
             if can_fuse(self.conv, self.gn) and self.conv.bias is None:
                 gn = self.gn
                 return strip_gate(x, self.conv.weight, gn.weight, gn.bias, gn.num_groups, gn.eps, self.residual)
-        y = x * self.gate(x.mean(3)).unsqueeze(3) * self.gate(x.mean(2)).unsqueeze(2)
+        rows, columns = self.gates(x)
+        y = x * rows * columns
         return x + y if self.residual else y
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the gates of rows (B, C, H, 1) and columns (B, C, 1, W)."""
+        return self.gate(x.mean(3)).unsqueeze(3), self.gate(x.mean(2)).unsqueeze(2)
 
     def gate(self, mean: Tensor) -> Tensor:  # (B, C, L) -> same
         return self.gn(self.conv(mean)).sigmoid().to(mean.dtype)
 
 
-class ELAResNet(ResNet):
+@describe.register(ELA)
+def _(mixer: ELA, x: Tensor) -> Iterator[AttentionMap]:
+    rows, columns = mixer.gates(x)
+    yield GateMap(kind="gate", grid=(x.shape[2], x.shape[3]), heads=x.shape[1], images=len(x), gate=rows * columns)
+
+
+class ELAResNet(HasAttentionMaps, ResNet):
     """timm's ResNet with ELA in each block: after the 3x3 convolution of a bottleneck (with its norm and activation),
     or last in the branch of a basic block.
 

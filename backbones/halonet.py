@@ -9,6 +9,7 @@ Maps are NCHW, channels-last in memory from the stem to the head.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import halo_attention
+from .attention_maps import AttentionMap, describe, hidden_unless, softmax_map
 from .base import Backbone, create_model, make_cfg
 from .layers import channels_last
 from .published import Rules, rename_key, unwrap
@@ -112,6 +114,34 @@ class HaloAttention(nn.Module):
         if self.pool > 1:
             out = F.avg_pool2d(out, self.pool, ceil_mode=True)  # at an odd edge the mean is over the pixels there are
         return out
+
+
+@describe.register(HaloAttention)
+def _(mixer: HaloAttention, x: Tensor) -> Iterator[AttentionMap]:
+    """Before the mean of answers, where there is one. Cells outside the image take part, as in the layer."""
+    q, kv = mixer.q(x).unflatten(1, (mixer.heads, -1)), mixer.kv(x)
+    H, W, (h, w) = x.shape[2], x.shape[3], q.shape[3:]
+    block, halo, D = mixer.block, mixer.halo, q.shape[2]
+    tile, side = block // mixer.stride, block + 2 * halo
+    rows, columns = (-(-n // block) * block + 2 * halo for n in (H, W))
+    kv = F.pad(kv, (halo, columns - halo - W, halo, rows - halo - H)).unflatten(1, (mixer.heads, -1)).flatten(3).mT
+    q, scale = q.flatten(3).mT, D**-0.5
+    tables = mixer.height_rel, mixer.width_rel
+
+    def bias(index: Tensor) -> Tensor:
+        of = q[:, :, index]  # (B, heads, n, D)
+        seen, logits = [], []
+        for at, n, table in zip((index // w, index % w), (rows, columns), tables):
+            i = torch.arange(n, device=x.device) - (at // tile * block)[:, None]  # in the query's window
+            seen.append((i >= 0) & (i < side))
+            entry = (i - (at % tile)[:, None] + side - 1).clamp(0, 2 * side - 2)
+            logits.append((of @ table.to(of).T).gather(3, entry.expand(*of.shape[:2], -1, -1)))
+        position = logits[0][..., :, None] + logits[1][..., None, :]
+        hidden = hidden_unless(seen[0][:, :, None] & seen[1][:, None])
+        return ((scale if mixer.scale_pos else 1.0) * position + hidden).flatten(3)
+
+    frame, k, v = (rows, columns, halo, halo), kv[..., :D], kv[..., D:]
+    yield softmax_map("halo", q, k, v, (H, W), scale, bias, query_grid=(h, w), frame=frame)
 
 
 class Bottleneck(nn.Module):

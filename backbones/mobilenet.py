@@ -7,6 +7,7 @@ from timm.models import EfficientNet
 from timm.models._efficientnet_builder import decode_arch_def, round_channels
 from torch import Tensor, nn
 
+from .attention_maps import HasAttentionMaps
 from .layers import channels_last
 from .published import complete, rename_key
 
@@ -31,7 +32,7 @@ class Stem(nn.Conv2d):
         return self._conv_forward(channels_last(x), self.weight, self.bias)
 
 
-class MobileNet(EfficientNet):
+class MobileNet(HasAttentionMaps, EfficientNet):
     """MobileNet of `generation` 1 or 2, with `width` times the paper's channels. The other arguments are timm's."""
 
     def __init__(

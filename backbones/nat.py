@@ -11,7 +11,7 @@ with other `dilations`. Names end in m (mini), t, s, b, l; `dinats_*` is DiNAT_s
 Maps travel as (B, H, W, C) through the blocks, and as NCHW views of the same memory between them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,6 +22,8 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import neighborhood_attention
+from ..ops.neighborhood_attention.reference import neighbors
+from .attention_maps import AttentionMap, describe, hidden_unless, softmax_map, split_heads
 from .base import Pyramid, Stage, create_model, init_linear, make_cfg, map_norms
 from .layers import CachedMlp, at_most, channels_last, must_pad
 from .published import Rules, complete, rename_key, unwrap
@@ -115,6 +117,31 @@ class NeighborhoodAttention(nn.Module):
         if padded:
             x = x[:, :H, :W]
         return self.proj_drop(self.proj(x))
+
+
+@describe.register(NeighborhoodAttention)
+def _(mixer: NeighborhoodAttention, x: Tensor) -> Iterator[AttentionMap]:
+    H, W = x.shape[1], x.shape[2]
+    rows, columns = (max(n, k * d) for n, k, d in zip((H, W), mixer.kernel_size, mixer.dilation))
+    q, k, v = split_heads(mixer.qkv(F.pad(x, (0, 0, 0, columns - W, 0, rows - H))), mixer.num_heads)
+    q = q.unflatten(2, (rows, columns))[:, :, :H, :W].flatten(2, 3)
+    axes = [  # for each axis, the keys of a position and their indices in the table of biases
+        neighbors(n, k, d, s, x.device)
+        for n, k, d, s in zip((rows, columns), mixer.kernel_size, mixer.dilation, mixer.stride)
+    ]
+
+    def bias(index: Tensor) -> Tensor:
+        seen, entry = [], []
+        for n, at, (keys, entries) in zip((rows, columns), (index // W, index % W), axes):
+            blank = torch.zeros(len(index), n, dtype=torch.long, device=x.device)
+            seen.append(blank.bool().scatter(1, keys[at], True))
+            entry.append(blank.scatter(1, keys[at], entries[at]))
+        hidden = hidden_unless((seen[0][:, :, None] & seen[1][:, None]).flatten(1))
+        if mixer.rpb is None:
+            return hidden
+        return mixer.rpb[:, entry[0][:, :, None], entry[1][:, None]].flatten(2) + hidden
+
+    yield softmax_map("neighborhood", q, k, v, (H, W), mixer.scale, bias, frame=(rows, columns, 0, 0))
 
 
 class Block(nn.Module):

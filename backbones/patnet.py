@@ -8,6 +8,7 @@ Everything is channels-last: blocks process (B, H, W, C), their convolutions and
 memory, and a stage returns such a view.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from ..ops import gaussian_gate, relative_bias_attention, spatial_gate
 from ..ops.dispatch import use_definition
 from ..ops.relative_bias import buckets
+from .attention_maps import AttentionMap, GateMap, describe, window_map
 from .base import Pyramid, Stage, create_model, make_cfg
 from .layers import can_fuse, channels_last
 from .published import Rules, complete, rename_key, unwrap
@@ -99,12 +101,30 @@ class GatedMixer(nn.Module):
             )  # fmt: skip
 
     def defined(self, x: Tensor) -> Tensor:
+        y = x * self.gates(x)
+        return y if self.norm is None else self.norm(y)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Return the gate of each channel of x (B, C, H, W), (B, C, 1, 1)."""
         mean = x.mean((2, 3), keepdim=True)
         std = torch.zeros_like(mean)
         if x.shape[2] * x.shape[3] > 1:
             std = x.std((2, 3), keepdim=True)
-        gate = F.hardsigmoid(self.gate_norm(F.conv2d(torch.cat((mean, std), 3), self.gate.unsqueeze(2))))
-        return x * gate if self.norm is None else self.norm(x * gate)
+        return F.hardsigmoid(self.gate_norm(F.conv2d(torch.cat((mean, std), 3), self.gate.unsqueeze(2))))
+
+
+@describe.register(GatedMixer)
+def _(mixer: GatedMixer, x: Tensor) -> Iterator[AttentionMap]:
+    rest = nchw(x)[:, mixer.part :]
+    grid = (x.shape[1], x.shape[2])
+    yield GateMap(
+        kind="channel gate",
+        grid=grid,
+        heads=rest.shape[1],
+        images=len(x),
+        gate=mixer.gates(rest),
+        magnitude=rest.abs(),
+    )
 
 
 @register_notrace_module
@@ -145,6 +165,13 @@ class RelativeAttention(nn.Module):
         bias = self.table[:, ids.flatten(0, 1).flatten(1)].to(q.dtype)
         y = F.scaled_dot_product_attention(q, k, v, bias, self.drop)
         return y.transpose(1, 2).reshape(B, H, W, C)
+
+
+@describe.register(RelativeAttention)
+def _(mixer: RelativeAttention, x: Tensor) -> Iterator[AttentionMap]:
+    grid = (x.shape[1], x.shape[2])
+    bias = mixer.table[:, buckets(*grid, x.device)]
+    yield window_map(mixer.qkv(x), mixer.heads, grid, grid, bias=bias, kind="tokens")
 
 
 class AttentionMixer(nn.Module):
@@ -194,6 +221,16 @@ class SpatialAttention(nn.Module):
 
     def defined(self, x: Tensor) -> Tensor:
         return nhwc(self.norm(nchw(x * F.hardsigmoid(self.gate(x)))))
+
+
+@describe.register(SpatialAttention)
+def _(mixer: SpatialAttention, x: Tensor) -> Iterator[AttentionMap]:
+    yield _spatial_gate(mixer.gate(x[..., : mixer.part]))
+
+
+def _spatial_gate(logits: Tensor) -> GateMap:  # (B, H, W, 1)
+    gate = nchw(F.hardsigmoid(logits))
+    return GateMap(kind="spatial gate", grid=(gate.shape[2], gate.shape[3]), heads=1, images=len(gate), gate=gate)
 
 
 class Mlp(nn.Module):
@@ -297,6 +334,15 @@ class FusedBlock(nn.Module):
             y, z, gate = x.split([self.gated, self.dim - self.gated, 1], -1)
             x = torch.cat((torch.addcmul(self.shift, y, F.hardsigmoid(gate)), z), -1)
         return x
+
+
+@describe.register(FusedBlock)
+def _(block: FusedBlock, x: Tensor) -> Iterator[AttentionMap]:
+    """The gate of PAT_sp, whose logit the last linear layer gives; mixers are modules of their own."""
+    if block.gated:
+        y = block.mixer(x)
+        y = x + y if block.residual else y
+        yield _spatial_gate(block.fc2(block.act(block.fc1(y)))[..., -1:])
 
 
 @register_notrace_module

@@ -11,7 +11,7 @@ earlier batches; and a query without keys above the score threshold gets 0 in LV
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from ..ops import connectivity, predict_mask, sparse_attention, sparse_mask, unpack_mask
 from ..ops.dispatch import is_saved_graph
-from ..ops.precision import no_autocast, no_gradients
+from ..ops.precision import full, no_autocast, no_gradients
+from .attention_maps import AttentionMap, QueryMap, describe
 from .base import Isotropic, TokenHead, checked_size, create_model, init_linear, make_cfg
 from .layers import CachedMlp, can_fuse, channels_last, is_traced, mark_unused, position_table, resize_positions
 from .published import Rules, complete, rename_key, unwrap
@@ -179,6 +180,7 @@ class SparseAttention(nn.Module):
         qkv_bias: whether the projection to queries, keys and values has a bias.
         keep: number of patches to keep after this layer, those that the class token attends to most; None for all.
         predictor: arguments of the MaskPredictor.
+        size: (h, w) of the map of patches, for attention maps; None: one row.
     """
 
     def __init__(
@@ -189,6 +191,7 @@ class SparseAttention(nn.Module):
         qkv_bias: bool,
         keep: int | None,
         predictor: dict,
+        size: tuple[int, int] | None = None,
         device=None,
         dtype=None,
     ):
@@ -198,6 +201,7 @@ class SparseAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.predictor = MaskPredictor(tokens, dim // heads, **predictor, **dd)
+        self.size = size or (1, tokens - 1)
         self.record: Record | None = None  # while `Sparsifiner.distill` runs
 
     def extra_repr(self) -> str:
@@ -230,9 +234,7 @@ class SparseAttention(nn.Module):
         logits = (q[:, :, :1].to(full) * k.to(full)).sum(-1) * self.scale  # (B, heads, n), of the class token
         share = torch.ones_like(logits[:, :, :1])
         if removed > 0:
-            # In the published code removed tokens are zeros, and the class token still attends to them, with logits of
-            # 0. This is the share of its attention to the others.
-            share = (logits.logsumexp(-1, keepdim=True) - math.log(removed)).sigmoid()
+            share = _share_of_the_rest(logits, removed)
             cls = out[:, :1].reshape(out.shape[0], 1, self.heads, -1) * share[:, None].to(out.dtype)
             out = torch.cat((cls.flatten(2), out[:, 1:]), 1)
         if self.keep is None:
@@ -246,6 +248,34 @@ class SparseAttention(nn.Module):
             order = weights.sort(stable=True, dim=-1, descending=True)[1][:, : self.keep].sort(-1)[0]
         left = torch.cat((torch.zeros_like(order[:, :1]), order + 1), 1)
         return self.proj(_take(out, left)), left
+
+
+def _share_of_the_rest(logits: Tensor, removed: int) -> Tensor:
+    """Return the share of the class token's attention that tokens still there get, from its logits for them.
+
+    In the published code removed tokens are zeros, and the class token still attends to them, with logits of 0.
+    """
+    return (logits.logsumexp(-1, keepdim=True) - math.log(removed)).sigmoid()
+
+
+@describe.register(SparseAttention)
+def _(mixer: SparseAttention, x: Tensor, kept: Tensor | None) -> Iterator[AttentionMap]:
+    """kept: 1 for the keys that a query keeps; tokens: their weights. Removed tokens have no weights at all."""
+    q, k, v = mixer.split(mixer.qkv(x))
+    mask = unpack_mask(mixer.predictor(q, k, kept), x.shape[1])
+    logits = q.to(full(q)) @ k.to(full(k)).mT * mixer.scale
+    weights = logits.masked_fill(~mask, -torch.inf).softmax(-1).masked_fill(~mask, 0.0)
+    if kept is not None:
+        share = _share_of_the_rest(logits[:, :, 0], mixer.tokens - x.shape[1])
+        weights = torch.cat((weights[:, :, :1] * share[..., None], weights[:, :, 1:]), 2)
+        mask, weights = (_put(_put(t, kept, mixer.tokens, 2), kept, mixer.tokens, 3) for t in (mask, weights))
+        v = _put(v, kept, mixer.tokens, 2)
+    common = dict(grid=mixer.size, query_grid=mixer.size, heads=mixer.heads, images=len(x), tokens=1, query_tokens=1)
+    common = common | dict(normalized=False)
+    whole = kept is None and bool(mask.any(-1).all())
+    yield QueryMap(kind="kept", weights=lambda i: mask[:, :, i.to(x.device)].float(), **common)  # type: ignore[arg-type]
+    common = common | dict(normalized=whole, values=v)
+    yield QueryMap(kind="tokens", weights=lambda i: weights[:, :, i.to(x.device)], **common)  # type: ignore[arg-type]
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:  # (B, n, C), (B, m) -> (B, m, C)
@@ -427,7 +457,7 @@ class Sparsifiner(Isotropic):
         blocks = []
         for i, rate in enumerate(calculate_drop_path_rates(drop_path_rate, depth)):
             chosen = predictor | dict(budget=budgets[i])
-            attn = SparseAttention(dim, heads, patches + 1, not lvvit, keeps.get(i), chosen, **dd)
+            attn = SparseAttention(dim, heads, patches + 1, not lvvit, keeps.get(i), chosen, size, **dd)
             blocks.append(Block(dim, attn, mlp_ratio, eps, skip, rate, **dd))  # type: ignore[arg-type]
         self.blocks = nn.ModuleList(blocks)
         self.feature_info = [dict(num_chs=dim, reduction=STRIDE, module=f"blocks.{i}") for i in range(depth)]
@@ -562,19 +592,6 @@ class Sparsifiner(Isotropic):
             macs["predictor"] += heads * (projections + up_projection).mean().item()
             macs["sparse"] += 2 * D * mask.sum().item() / len(x)
         return macs
-
-    @torch.jit.ignore
-    @torch.no_grad()
-    def attended_regions(self, x: Tensor) -> dict[str, dict]:
-        """Return what each layer attends to on images x, for visualization.
-
-        Per layer name ('blocks.0', …): `share` (B, P, P), the share of the heads in which a patch keeps another as key,
-        the `grid` of patches, and their size in `pixels`.
-        """
-        return {
-            f"blocks.{i}": dict(share=mask[:, :, 1:, 1:].float().mean(1), grid=self.size, pixels=(STRIDE, STRIDE))
-            for i, mask in enumerate(self.kept_keys(x))
-        }
 
 
 def _budgets(keep_rate: float | Sequence[float], depth: int, tokens: int) -> list[int]:

@@ -8,6 +8,7 @@ here are timm's MobileNets with some layers replaced or followed by it.
 """
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import subspace_gate
+from .attention_maps import AttentionMap, GateMap, describe
 from .base import create_model, make_cfg
 from .layers import can_fuse
 from .mobilenet import MobileNet, map_state_dict
@@ -48,9 +50,13 @@ class ULSAM(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if can_fuse(self.conv, self.norm, self.point, self.point_norm):
                 return self._gated(x)
+        a = self.maps(x)
+        return x + (x.unflatten(1, [a.shape[1], -1]) * a.unsqueeze(2)).flatten(1, 2)
+
+    def maps(self, x: Tensor) -> Tensor:
+        """Return the attention map of each subspace, (B, subspaces, H, W): it sums to 1 over the positions."""
         s = self.point_norm(self.point(F.max_pool2d(F.relu(self.norm(self.conv(x))), 3, 1, 1)))
-        a = F.relu(s).flatten(2).softmax(2).view_as(s).to(x.dtype)
-        return x + (x.unflatten(1, [s.shape[1], -1]) * a.unsqueeze(2)).flatten(1, 2)
+        return F.relu(s).flatten(2).softmax(2).view_as(s).to(x.dtype)
 
     def feature_info(self, location: str) -> dict:
         """Return the information that timm's EfficientNet needs about its blocks."""
@@ -80,6 +86,12 @@ class ULSAM(nn.Module):
             norm.momentum,  # type: ignore[arg-type]
             norm.eps,
         )
+
+
+@describe.register(ULSAM)
+def _(mixer: ULSAM, x: Tensor) -> Iterator[AttentionMap]:
+    maps = mixer.maps(x)
+    yield GateMap(kind="subspaces", grid=(x.shape[2], x.shape[3]), heads=maps.shape[1], images=len(x), gate=maps)
 
 
 class ULSAMMobileNet(MobileNet):

@@ -229,29 +229,6 @@ def test_compiles_and_exports(backend):
     compiles_and_exports(small(), (72, 64), backend)
 
 
-def test_attended_regions_are_those_the_layer_uses():
-    model, x = small().eval(), torch.randn(2, 3, 80, 64)
-    found = model.attended_regions(x)
-    assert list(found) == ["stages.0.blocks.0", "stages.1.blocks.0", "stages.2.blocks.0", "stages.2.blocks.1"]
-    assert [f["idx"].shape for f in found.values()] == [(2, 16, 1), (2, 16, 2), (2, 16, 4), (2, 16, 4)]
-    assert [f["pixels"] for f in found.values()] == [(20, 16), (24, 16), (32, 16), (32, 16)]
-    # Keys that no region chose do not matter to the first layer; those that were chosen do.
-    block = model.stages[0].blocks[0]
-    h = block.norm1(torch.randn(1, 20, 16, 32))
-    qkv, _, idx, grid, (rows, cols) = block.attn._project(h)
-    from saccade.ops import bilevel_routing_attention
-
-    with torch.no_grad():
-        before = bilevel_routing_attention(qkv, idx, 1, grid)
-        chosen = set(idx.flatten().tolist())
-        for region in range(16):
-            i, j = divmod(region, 4)
-            changed = qkv.clone()
-            changed[:, i * rows : (i + 1) * rows, j * cols : (j + 1) * cols, 32:] += 1.0
-            same = torch.equal(bilevel_routing_attention(changed, idx, 1, grid), before)
-            assert same == (region not in chosen)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "sentence"),
     [
