@@ -435,6 +435,21 @@ def test_depth_gain_multiplies_the_distribution():
     assert (got - model.lift(maps, bins, given["lidar2img"], (48, 80))).abs().max() > 1e-2
 
 
+def test_the_start_of_cells_and_offsets():
+    """Little noise: the cells begin alike. A scale of 0.25: all offsets over cameras begin a quarter as large."""
+    torch.manual_seed(0)
+    plain = timm.create_model("dfa3d_bev_s", **TINY)
+    torch.manual_seed(0)
+    model = timm.create_model("dfa3d_bev_s", **TINY, cell_noise=0.1, offset_scale=0.25)
+    assert plain.query.detach().std(0).mean() == pytest.approx(1, abs=0.2)
+    assert model.query.detach().std(0).mean() == pytest.approx(0.1, abs=0.02) and model.query.mean(0).std() > 0.5
+    before, after = (m.encoder.layers[0].sca.deformable_attention for m in (plain, model))
+    torch.testing.assert_close(after.sampling_offsets.bias, 0.25 * before.sampling_offsets.bias)
+    torch.testing.assert_close(after.sampling_offsets_depth.bias, 0.25 * before.sampling_offsets_depth.bias)
+    torch.testing.assert_close(after.sampling_offsets_depth.weight, 0.25 * before.sampling_offsets_depth.weight)
+    assert torch.equal(after.value_proj.weight, before.value_proj.weight)
+
+
 def test_without_depth_is_two_dimensional():
     """The third coordinate is ignored, and there is neither a network nor an offset for it."""
     model, given = tiny(lift_depth=False), seen()

@@ -167,6 +167,9 @@ def test_centre_head_returns_what_it_is_taught():
         torch.testing.assert_close(found[best][kinds[best] == label][0], box, atol=1e-5, rtol=1e-5)
     worse = head.loss((logits, codes + 0.1), [boxes], [labels])["boxes"]
     assert worse == pytest.approx(0.5 * 0.1 * (8 + 2 * 0.2), rel=1e-4)
+    head = CentreHead(8, 4, (32, 32), (-16, -16, -2, 16, 16, 2), yaw_weight=4.0)
+    worse = head.loss((logits, codes + 0.1), [boxes], [labels])["boxes"]
+    assert worse == pytest.approx(0.5 * 0.1 * (6 + 2 * 4 + 2 * 0.2), rel=1e-4)
 
 
 def test_decoder_matches_each_box_once():
@@ -341,6 +344,7 @@ def test_two_processes_train(strategy, start, tmp_path):
     small = "frames=2 train=4 val=3 test=2 img_size=(32,48)"
     line = [f"data.{word}" for word in small.split()] + [f"model.{key}={value!r}" for key, value in MODEL.items()]
     line += ["model.backbone_args={}", "model.ffn=32", "precision=bf16", "accumulate=2", "batch_size=4", "sync_bn=True"]
+    line += ["iterations=None"]
     line += [
         "epochs=2",
         "eval_every=2",

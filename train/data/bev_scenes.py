@@ -235,12 +235,13 @@ class World:
             paint = self.colours[i] * (1 - 0.25 * (noise(at[:, :2] + at[:, 2:], self.stripes[i]) > 0.5))[:, None]
             name = CLASSES[self.labels[i]]
             ahead, up = at[:, 0] / box[3], at[:, 2] / box[5]  # -1/2 to 1/2
-            if name in ("car", "truck"):  # windows, white headlights and red tail lights
+            if name in ("car", "truck"):  # windows, white front and red rear lamps
                 glass = (up > 0.1) & (up < 0.4) & (face < 2) & (ahead > (0.3 if name == "truck" else -0.2))
                 paint = np.where(glass[:, None], [0.08, 0.1, 0.13], paint)
-                lamp = (face == 0) & (up > -0.3) & (up < 0.05)
-                paint = np.where((lamp & (ahead > 0))[:, None], [1.0, 1.0, 0.85], paint)
-                paint = np.where((lamp & (ahead < 0))[:, None], [0.85, 0.05, 0.05], paint)
+                low = (up > -0.4) & (up < 0.1)  # lamps on the ends, and on the sides next to them
+                front, rear = (low & ((face == 0) | (face == 1)) & (sign * ahead > 0.25) for sign in (1, -1))
+                paint = np.where(front[:, None], [1.0, 1.0, 0.85], paint)
+                paint = np.where(rear[:, None], [0.85, 0.05, 0.05], paint)
             elif name == "pedestrian":  # a face, and hair
                 head = up > 0.36
                 paint = np.where((head & (ahead > 0))[:, None], [0.75, 0.57, 0.45], paint)

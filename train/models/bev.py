@@ -105,7 +105,7 @@ class CentreHead(nn.Module):
         bev_size: (H, W) of the view.
         pc_range: of the view, in metres.
         most: boxes of a sample at most.
-        box_weight: of the boxes' loss; that of the peaks is 1.
+        box_weight: of the boxes' loss; that of the peaks is 1. yaw_weight: of sine and cosine of the yaw in it.
     """
 
     def __init__(
@@ -116,10 +116,12 @@ class CentreHead(nn.Module):
         pc_range: Sequence[float],
         most: int = 100,
         box_weight: float = 0.5,
+        yaw_weight: float = 1.0,
     ):
         super().__init__()
         H, W = bev_size
         self.most, self.box_weight = most, box_weight
+        self.code_weights = (*CODE_WEIGHTS[:6], yaw_weight, yaw_weight, *CODE_WEIGHTS[8:])
         self.low = pc_range[:2]
         self.cell = (pc_range[3] - pc_range[0]) / W, (pc_range[4] - pc_range[1]) / H  # metres
         self.shared = nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False), nn.BatchNorm2d(dim), nn.ReLU())
@@ -174,7 +176,7 @@ class CentreHead(nn.Module):
         # Penalty-reduced focal loss (CornerNet, arXiv 1808.01244).
         p, log, rest = logits.sigmoid(), F.logsigmoid(logits), F.logsigmoid(-logits)
         peaks = -torch.where(heat == 1, (1 - p).square() * log, (1 - heat) ** 4 * p.square() * rest).sum()
-        off = (torch.cat(found) - torch.cat(wanted)).abs() * logits.new_tensor(CODE_WEIGHTS)
+        off = (torch.cat(found) - torch.cat(wanted)).abs() * logits.new_tensor(self.code_weights)
         return dict(peaks=peaks / max(1, count), boxes=self.box_weight * off.sum() / max(1, count))
 
     def boxes(self, outputs: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
