@@ -18,7 +18,7 @@ from .data.loader import Batches, EvaluationOrder, TrainingOrder, batches, steps
 from .data.permutation import order_method
 from .models.batchnorm import check_batch_statistics
 from .models.freeze import freeze as freeze_modules
-from .runtime import ranges
+from .runtime import ranges, sharded
 from .runtime.checkpoint import save as save_checkpoint
 from .runtime.checkpoint import write_json, write_text
 from .runtime.config import (
@@ -79,6 +79,7 @@ def train(
     checkpoint: str | None = None,
     precision: Literal["fp32", "bf16", "fp16"] = "fp32",
     strategy: Literal["ddp", "fsdp"] = "ddp",
+    sharded_checkpoints: bool = False,
     freeze: int | str | Sequence[str] | None = None,
     sync_bn: bool = False,
     compile: bool = False,
@@ -112,7 +113,8 @@ def train(
     freeze: parameters that are not trained: the number of first stages, or names; see saccade.train.models.freeze.
     precision: of autocast.
     strategy: ddp: each process has a full model; fsdp: weights, gradients and optimizer state are sharded over the
-    processes (torch's FSDP2).
+    processes (torch's FSDP2). sharded_checkpoints: with fsdp, each process writes its own shards to a folder that all
+    share, for models larger than the memory of one host.
     sync_bn: BatchNorm over all processes. compile: by torch.compile. channels_last: memory format of weights and maps.
     grad_checkpointing: recompute activations in the backward pass.
     seed: 0 to 2**32 - 1. workers: loader processes per process, 0 or more. device: cpu or cuda (None: cuda if any).
@@ -197,9 +199,12 @@ def train(
         nonlocal saved
         state.check_finite()
         with log.paused(), sync_errors():
-            tensors, meta = state.content()
-            if rank() == 0:
+            tensors, meta = state.content(gather=not sharded_checkpoints)
+            if rank() == 0 and not sharded_checkpoints:
                 save_checkpoint(folder, tensors, meta, best, rotate=saved != state.step)
+        if sharded_checkpoints:
+            with log.paused():
+                sharded.save(folder, tensors, meta, best, rotate=saved != state.step)
         saved = state.step
         stop.saved = f"--resume continues after step {saved}, the last checkpoint in {folder}"
 
@@ -378,6 +383,8 @@ def validate(config: dict) -> None:
     check_trackers(config.get("trackers", ()))
     if config.get("strategy") == "fsdp" and config.get("channels_last"):
         raise UserError("channels_last=True can't be combined with strategy=fsdp, which shards contiguous weights only")
+    if config.get("sharded_checkpoints") and config.get("strategy") != "fsdp":
+        raise UserError("sharded_checkpoints=True needs strategy=fsdp: with ddp each process has all weights")
     if (config.get("epochs") is None) == (config.get("iterations") is None):
         raise UserError("give one of epochs and iterations, with the other None")
 

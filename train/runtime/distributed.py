@@ -184,13 +184,18 @@ def apply_fsdp(model: nn.Module, device: torch.device, methods: Sequence[str] = 
     methods: those of the model, besides forward, that training calls.
     """
     mesh = dist.device_mesh.init_device_mesh(device.type, (world_size(),))
-    names = [name for name, _ in model.named_modules() if re.search(r"(^|\.)(blocks|layers|layer\d+)\.\d+$", name)]
-    for name in names:
-        if not any(other.startswith(f"{name}.") for other in names):  # the innermost of nested lists
-            fully_shard(model.get_submodule(name), mesh=mesh)
+    for block in fsdp_blocks(model):
+        fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
     for method in methods:
         register_fsdp_forward_method(model, method)
+
+
+def fsdp_blocks(model: nn.Module) -> list[nn.Module]:
+    """Return the blocks of a model that are gathered one at a time."""
+    names = [name for name, _ in model.named_modules() if re.search(r"(^|\.)(blocks|layers|layer\d+)\.\d+$", name)]
+    inner = [name for name in names if not any(other.startswith(f"{name}.") for other in names)]  # of nested lists
+    return [model.get_submodule(name) for name in inner]
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -201,6 +206,11 @@ def is_sharded(model: nn.Module) -> bool:
 def full_tensor(tensor: Tensor) -> Tensor:
     """Return the full tensor of one that may be sharded; all processes must call it."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a tensor that may be sharded."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def shard_tensor(tensor: Tensor, like: Tensor) -> Tensor:
@@ -216,6 +226,24 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
+
+
+class PendingSum:
+    """The sum of a tensor over all processes, which is exchanged while this process computes.
+
+    All processes must make them, and take their results, in the same order.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self._tensor = tensor.clone() if world_size() > 1 else tensor
+        self._work = dist.all_reduce(self._tensor, async_op=True) if world_size() > 1 else None
+
+    def result(self) -> Tensor:
+        """Wait for the sum, and return it."""
+        if self._work is not None:
+            self._work.wait()
+            self._work = None
+        return self._tensor
 
 
 def all_reduce_max(number: int) -> int:
@@ -257,6 +285,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked, self.code, self.saved = False, PREEMPTED, "nothing was saved"
         self._interrupted_at: float | None = None
+        self._pending: list[PendingSum] = []
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
@@ -283,15 +312,12 @@ class StopRequest:
         The same message shares whether any has new bad images (saccade.train.data.bad_images.BadImages) to count.
         """
         flags = torch.tensor([float(self.asked), float(self.code == INTERRUPTED), float(len(bad.new))])
-        work = dist.all_reduce(flags, async_op=True) if world_size() > 1 else None
-        pending = [*self._pending, (flags, work)]
-        count = len(pending) - (work is not None and not wait)
+        pending = [*self._pending, PendingSum(flags)]
+        count = len(pending) - (world_size() > 1 and not wait)
         self._pending = pending[count:]
         stop = new = False
-        for flags, work in pending[:count]:
-            if work is not None:
-                work.wait()
-            asked, interrupted, found = flags.tolist()
+        for each in pending[:count]:
+            asked, interrupted, found = each.result().tolist()
             stop, new = stop or asked > 0, new or found > 0
             if interrupted:
                 self.code = INTERRUPTED
@@ -355,7 +381,6 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 def sync_batchnorm(model: nn.Module, device: torch.device) -> nn.Module:
     """Make every BatchNorm of a model compute over all processes; in a single process, return the model as it is."""
-        self._pending: list[tuple[Tensor, dist.Work | None]] = []
     if world_size() == 1:
         return model
     if device.type == "cuda":

@@ -9,9 +9,9 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import checkpoint, sharded
 from .config import flatten
-from .distributed import all_reduce_sum, broadcast_buffers, full_tensor, rank, shard_tensor, world_size
+from .distributed import all_reduce_sum, broadcast_buffers, full_tensor, local_tensor, rank, shard_tensor, world_size
 from .errors import UserError
 
 REMEDIES = "try a smaller optimizer.lr, more schedule.warmup_epochs, clip_grad=1.0 or precision=fp32"
@@ -108,8 +108,10 @@ class State:
             return False
         return self.evaluated - self.best["step"] >= patience * eval_steps
 
-    def content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def content(self, gather: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return a checkpoint's tensors and metadata. All processes must call it; process 0 gets all tensors.
+
+        gather: gather sharded tensors in process 0; otherwise each process gets its shards.
 
         Raises UserError where the weights are not finite.
         """
@@ -120,11 +122,13 @@ class State:
         tensors |= {f"optimizer.{name}": tensor for name, tensor in moments.items()}
         kept = {}
         for name, tensor in tensors.items():  # one after the other: no GPU need hold all full tensors
-            tensor = full_tensor(tensor)
-            if name.startswith("model.") and tensor.is_floating_point() and not tensor.isfinite().all():
+            tensor = full_tensor(tensor) if gather else tensor
+            if name.startswith("model.") and tensor.is_floating_point() and not local_tensor(tensor).isfinite().all():
                 name = name.removeprefix("model.")
                 raise UserError(f"{name} is not finite after step {self.step}, so it is not saved: {REMEDIES}")
-            if rank() == 0:
+            if not gather:
+                kept[name] = tensor.detach()
+            elif rank() == 0:
                 kept[name] = tensor.detach().cpu()
         if self._window:
             kept["window"] = torch.stack(self._window)
@@ -142,13 +146,21 @@ class State:
         )
         return kept, meta
 
+    def _like(self, name: str) -> Tensor | None:
+        """Return the tensor whose sharding an entry of a checkpoint has."""
+        kind, _, rest = name.partition(".")
+        if kind in ("model", "ema"):
+            model = self.model if kind == "model" else self.ema and self.ema.module
+            return model.state_dict().get(rest) if model is not None else None
+        return dict(self.model.named_parameters()).get(rest.removeprefix("state.").rpartition(".")[0])
+
     def load(self, folder: Path, device: torch.device, steps: int) -> list[str]:
         """Resume from the newest intact checkpoint in a folder, if there is one; return messages about it.
 
         steps: of the whole run. Raises UserError for a checkpoint of another model, optimizer or data, for a change of
         the config that can't take effect, and where the run is past its end.
         """
-        loaded = checkpoint.load(folder)
+        loaded = sharded.load(folder, self._like) or checkpoint.load(folder)
         if loaded is None:
             return ["nothing saved yet: starting from the beginning"]
         tensors, meta, messages = loaded
@@ -230,7 +242,10 @@ def _finite(value: float) -> float | None:
 def best_weights(folder: Path) -> dict[str, Tensor]:
     """Return the best weights saved in a folder. Raises UserError where the file can't be read."""
     try:
-        tensors, meta = checkpoint.read(folder / checkpoint.BEST)
+        if sharded.newest_step(folder, (sharded.BEST,)) > checkpoint.step(folder / checkpoint.BEST):
+            tensors, meta = sharded.read(folder / sharded.BEST, alone=True, only=("model.", "ema."))
+        else:
+            tensors, meta = checkpoint.read(folder / checkpoint.BEST)
     except checkpoint.Unreadable as error:
         raise UserError(f"{error}: train again with --overwrite") from error
     return _part(tensors, f"{meta['best']['weights']}.")
