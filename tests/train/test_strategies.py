@@ -4,9 +4,14 @@ import json
 import os
 import signal
 import struct
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
+from saccade.train.runtime import sharded
+from safetensors.torch import load_file
+from support.jobs import Job
 from support.runs import SGD, finish, state
 
 
@@ -40,6 +45,52 @@ def test_fsdp_killed_resumes_to_the_same_end(start, tmp_path, records, wait_for,
     (tensors, meta), (others, other_meta) = state(whole), state(killed)
     assert meta == other_meta and tensors.keys() == others.keys()
     assert all(torch.equal(tensors[k], others[k]) for k in tensors)
+    assert records(whole) == records(killed)
+
+
+def test_sharded_state():
+    """What two processes save, one, two and three read to the same bits, and damage is noticed by all."""
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(__file__).with_name("sharded_state.py")
+        for processes, mode in ((2, "save"), (2, "load"), (3, "load"), (0, "load"), (2, "damaged")):
+            finish(Job(script, folder, mode, processes=processes))
+
+
+def test_sharded_checkpoints(start, tiny, tmp_path, records):
+    """A run of two processes goes on in one, without the key too, and exports its best weights."""
+    arguments = ["strategy=fsdp", "ema.decay=0.9", "save_every=4", "epochs=1"]
+    finish(start(2, *arguments, "sharded_checkpoints=True", "--run-dir", tmp_path))
+    folder = tmp_path / "checkpoints"
+    assert sorted(file.name for file in folder.iterdir()) == ["best", "last", "previous"]
+    assert sharded.newest_step(folder, ("previous",)) == 8 and sharded.newest_step(folder) == 9
+    tensors, meta = sharded.read(folder / "best", alone=True)
+    exported = load_file(tmp_path / "model.safetensors")
+    kind = meta["best"]["weights"]
+    assert all(torch.equal(tensors[f"{kind}.{name}"], tensor) for name, tensor in exported.items())
+    (folder / "last" / "shard-00002-model-00001-of-00001.safetensors").unlink()
+    code, out, err = tiny(tmp_path, *arguments, "epochs=2", "--resume")
+    assert code == 0 and "resuming after step 8" in out and "last can't be read" in out, err
+    assert state(tmp_path)[1]["step"] == 18 and [line["step"] for line in records(tmp_path, "val")] == [9, 18]
+    code, _, err = tiny(tmp_path / "ddp", "sharded_checkpoints=True")
+    assert code == 2 and "sharded_checkpoints=True needs strategy=fsdp" in err
+
+
+@pytest.mark.exhaustive
+def test_sharded_killed_resumes_to_the_same_end(start, tmp_path, records, wait_for, children):
+    """To the same bits as a run that gathers its checkpoints."""
+    arguments = [*SGD, "optimizer.momentum=0.9", "strategy=fsdp", "ema.decay=0.9", "save_every=2"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    finish(start(2, *arguments, "--run-dir", whole))
+    arguments += ["sharded_checkpoints=True"]
+    run = start(2, *arguments, "--run-dir", killed)
+    wait_for(lambda: (killed / "log.jsonl").exists() and len(records(killed)) >= 7, run)
+    for victim in children(run):
+        os.kill(victim, signal.SIGKILL)
+    run.communicate(timeout=60)
+    assert 4 <= sharded.newest_step(killed / "checkpoints") < 20, "killed too late"
+    finish(start(2, *arguments, "--run-dir", killed, "--resume"))
+    tensors, others = state(whole)[0], sharded.read(killed / "checkpoints/last", alone=True)[0]
+    assert tensors.keys() == others.keys() and all(torch.equal(tensors[k], others[k]) for k in tensors)
     assert records(whole) == records(killed)
 
 

@@ -2,10 +2,11 @@
 
 import io
 import json
+import os
 import re
 import tarfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ class ImageNet(Source):
         elif any(Path(root, name).is_file() for name in (TRAIN, VAL)):
             self._layout = _Tars(Path(root))
         elif Path(root, INDEX).is_file():
-            self._layout = _Shards(_listed(Path(root)), str(Path(root, INDEX)), None, cache_folder())
+            self._layout = _Shards(None, str(Path(root, INDEX)), None, cache_folder())
         else:
             self._layout = ImageFolder(root)
         self.class_names = self._layout.class_names
@@ -137,15 +138,21 @@ def _classes(meta: bytes) -> dict[int, str]:
 
 
 class _Shards:
-    """Shards of each split, by patterns. listed: an index.json; None: the one next to the first shard, if any."""
+    """Shards of each split, by patterns; None: all that the index lists, in its folder.
 
-    def __init__(self, patterns: dict[str, Any], listed: str | None, classes: int | None, cache: Path):
+    listed: an index.json; None: the one next to the first shard, if any.
+    """
+
+    def __init__(self, patterns: dict[str, Any] | None, listed: str | None, classes: int | None, cache: Path):
         self.bad, self.cache = {}, cache
-        self.names = {split: list(expand(given)) for split, given in patterns.items()}
-        local = next((name for names in self.names.values() for name in names if not is_stream(name)), None)
-        if listed is None and local is not None and (beside := Path(local).parent / INDEX).is_file():
-            listed = str(beside)
+        if patterns is not None:
+            self.names = {split: list(expand(given)) for split, given in patterns.items()}
+            local = next((name for names in self.names.values() for name in names if not is_stream(name)), None)
+            if listed is None and local is not None and (beside := Path(local).parent / INDEX).is_file():
+                listed = str(beside)
         known = read_index(fetch(listed, cache) if is_stream(listed) else Path(listed)) if listed else {}
+        if patterns is None:
+            self.names = _by_split(Path(listed).parent, known["shards"])
         self.listed: dict[str, dict] = known.get("shards", {})
         if classes is not None and known and classes != len(known["classes"]):
             raise UserError(f"data.classes={classes}, but {listed} has {len(known['classes'])}")
@@ -234,11 +241,14 @@ def _missing(name: str, samples: Samples, count: int, expected: int | None) -> d
     return bad
 
 
-def _listed(root: Path) -> dict[str, list[str]]:
-    """Return the shards of each split from a folder's index."""
+def _by_split(root: Path, listed: Iterable[str]) -> dict[str, list[str]]:
+    """Return the shards of each split of a folder. Raises UserError for one that does not exist."""
     splits: dict[str, list[str]] = {}
-    for name in sorted(read_index(root / INDEX)["shards"]):
-        splits.setdefault(name.rpartition("-")[0], []).append(str(root / name))
+    for name in sorted(listed):
+        path = os.path.join(root, name)
+        if not os.path.isfile(path):
+            raise UserError(f"there is no shard {path}")
+        splits.setdefault(name.rpartition("-")[0], []).append(path)
     return splits
 
 

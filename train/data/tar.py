@@ -360,7 +360,7 @@ def expand(patterns: str | Sequence[str]) -> Iterator[str]:
 
     for pattern in [patterns] if isinstance(patterns, str) else patterns:
         try:
-            names = expand_urls(pattern)
+            names = expand_urls(pattern) if re.search(r"[{}$\\]|::", pattern) else [pattern]
         except ValueError as error:  # unbalanced braces, unset variables
             raise UserError(f"{pattern} is not a valid pattern of shards ({error})") from error
         for name in names:

@@ -151,6 +151,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(metadata["saccade"])
 
 
+def step(path: Path) -> int:
+    """Return the step of a checkpoint file from its metadata, unverified; -1 if it is missing or can't be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return int(json.loads(file.metadata()["saccade"])["step"])
+    except (SafetensorError, OSError, UnicodeDecodeError, ValueError, KeyError, TypeError):
+        return -1
+
+
 def _link(source: Path, target: Path) -> None:
     """Make `target` the same file as `source`, or a copy where the file system has no hard links."""
     with atomic_write(target) as temporary:
