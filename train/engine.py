@@ -1,6 +1,5 @@
 """Training, from top to bottom: build, resume, steps, evaluation, checkpoints, finish. Labels are left to the tasks."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -14,6 +13,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from .data.bad_images import BadImages
+from .data.files import sample_names
 from .data.loader import Batches, EvaluationOrder, TrainingOrder, batches, steps_per_epoch
 from .data.permutation import order_method
 from .models.batchnorm import check_batch_statistics
@@ -31,27 +31,33 @@ from .runtime.config import (
     check_finite,
     check_typed,
     dump,
+    flatten,
     signature,
 )
 from .runtime.distributed import (
+    DEFAULT_TIMEOUT,
     StopRequest,
     all_reduce_max,
     all_reduce_sum,
     apply_fsdp,
+    check_same,
     choose_device,
     is_sharded,
     rank,
     seed_generators,
+    set_timeout,
     sync_batchnorm,
     sync_errors,
     world_size,
     wrap_ddp,
 )
 from .runtime.errors import UserError, closest
-from .runtime.log import Log, environment, format_metrics
+from .runtime.log import Log, environment, format_metrics, versions
+from .runtime.numbers import Numbers, Part, examine
 from .runtime.precision import autocasting
 from .runtime.profiling import Profile
-from .runtime.run_folder import HEADER, prepare_folder  # noqa: F401  (prepare_folder is part of this module's interface)
+from .runtime.ranges import warmup_message
+from .runtime.run_folder import HEADER, list_outputs, prepare_folder  # noqa: F401  (part of this module's interface)
 from .runtime.state import State, best_weights
 from .runtime.trackers import check_trackers, start
 from .trial import auto_batch_size
@@ -93,6 +99,9 @@ def train(
     eval_every: Count | None = None,
     patience: Count | None = None,
     profile: Count | None = None,
+    max_skipped: Count = 10,
+    loss_spike: Annotated[float, Range(1, open_low=True)] | None = 4.0,
+    timeout: Positive = DEFAULT_TIMEOUT,
     trackers: Sequence[str] = (),
 ) -> None:
     """Train a model; a config's keys are these arguments. docs/train.md says which can change when a run resumes.
@@ -122,12 +131,19 @@ def train(
     and after each evaluation too.
     patience: evaluations without a better score after which a run ends early, 1 or more (None: never).
     profile: steps, after the first two, that torch.profiler records into the run's profile/, 1 or more (None: none).
+    max_skipped: steps in a row whose loss or gradients are not finite, 1 or more; each is skipped with a warning, and
+    the last ends the run. loss_spike: a loss more than this many times the median of those before is reported; more
+    than 1 (None: never).
+    timeout: seconds that a process waits for the others, more than 0, before the job ends.
     trackers: of "tensorboard" and "wandb", which get what the log gets.
     Raises UserError for errors that the user can fix and, with the state saved, after SIGTERM or SIGUSR1 (exit code 75)
-    and Ctrl-C (130).
+    and Ctrl-C (130); 69 and 70 are in saccade.train.runtime.errors.
     """
     config = {key: value for key, value in locals().items() if key not in ("run_dir", "resume")}
     stop = StopRequest()
+    set_timeout(timeout)
+    own = "workers", "device", "data.root"  # may differ from machine to machine
+    check_same({k: v for k, v in flatten(dump(config)).items() if k not in own} | {"--resume": resume} | versions())
 
     # Build
     with sync_errors():
@@ -175,6 +191,8 @@ def train(
         scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
         log = Log(run_dir, steps, per_epoch, batch_size, device)
 
+    sizes = dict(parameters=sum(p.numel() for p in net.parameters()), classes=len(data.class_names))
+    check_same({"number of training images": len(training), "number of val images": len(validation), **sizes})
     bad = BadImages(run_dir / "bad_images.txt", data, resume)
     bad.share()
 
@@ -197,7 +215,6 @@ def train(
 
     def save(best: bool = False) -> None:
         nonlocal saved
-        state.check_finite()
         with log.paused(), sync_errors():
             tensors, meta = state.content(gather=not sharded_checkpoints)
             if rank() == 0 and not sharded_checkpoints:
@@ -221,17 +238,30 @@ def train(
     # Steps
     ddp_model = wrap_ddp(trained, device)
     aspects = getattr(training, "aspects", None)
-    order = TrainingOrder(len(training), batch_size, seed, state.step, steps, accumulate, repeats, aspects)
-    training_batches = iter(batches(training, order, seed, workers, device, bad))
+    order = partial(TrainingOrder, len(training), batch_size, seed, repeats=repeats, aspects=aspects)
+    order = partial(order, accumulate=accumulate)
+    training_batches = iter(batches(training, order(state.step, steps), seed, workers, device, bad))
     sequences = getattr(validation, "sequences", None)
-    order = EvaluationOrder(len(validation), max(1, batch_size // world_size()), sequences)
-    validation_batches = batches(validation, order, seed, workers, device, bad)
+    evaluation_order = EvaluationOrder(len(validation), max(1, batch_size // world_size()), sequences)
+    validation_batches = batches(validation, evaluation_order, seed, workers, device, bad)
     resumed_at = state.step
+    numbers = Numbers(state, max_skipped, loss_spike, log.message)
+
+    def explain() -> list[Part]:
+        """Load the images of this step again, and find where a value is not finite."""
+        seed_generators("step", seed, state.step, rank())
+        keys, parts = list(order(state.step, state.step + 1)), []
+        for part, batch in zip(keys, batches(training, order(state.step, state.step + 1), seed, 0, device, bad)):
+            with autocast():
+                parts.append(examine(trained, partial(task.loss, trained, batch), sample_names(training, part)))
+        return parts
+
     profiler = Profile(run_dir / "profile", profile, log.message)
     stop.catch_interrupts()
     while True:
         finished = state.step == steps
-        if state.step > state.evaluated and (finished or state.step % eval_steps == 0):
+        due = state.step // eval_steps > state.evaluated // eval_steps and not state.skipped_in_row
+        if state.step > state.evaluated and (finished or due):
             if saved != state.step:
                 save()  # before the evaluation, which may fail
             with log.paused():
@@ -241,7 +271,7 @@ def train(
             improved = state.judge(metrics, task.score)
             log.evaluation(state.step, metrics, improved)
             save(improved)
-        elif save_every and state.step % save_every == 0 and state.step > resumed_at:
+        elif save_every and state.step % save_every == 0 and state.step > resumed_at and not state.skipped_in_row:
             save()
         if finished or state.has_stalled(patience, eval_steps):
             break
@@ -254,6 +284,7 @@ def train(
         ddp_model.train()
         for module in frozen:
             module.eval()
+        numbers.begin()
         sums: dict[str, Tensor] = {}
         for part in range(accumulate):
             with log.waiting():
@@ -267,16 +298,17 @@ def train(
                 scaler.scale(loss / accumulate).backward()
             for name, value in {"loss": loss.detach(), **extra}.items():
                 sums[name] = sums.get(name, 0) + value / accumulate
-        if clip_grad is not None:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(net.parameters(), clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
+        values = numbers.accept(sums, explain)
+        if values is not None:
+            if clip_grad is not None:
+                nn.utils.clip_grad_norm_(net.parameters(), clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            state.note(values)
         optimizer.zero_grad()
         state.step += 1
-        if ema is not None:
+        if ema is not None and values is not None:
             ema.update(net, step=state.step)
-        state.note(sums)
         log.stepped(state.step)
         profiler.step()
         if state.step % log_every == 0 or state.step == steps:
@@ -299,21 +331,9 @@ def train(
     log.stop()
     if rank() == 0:
         metrics = format_metrics(state.best["metrics"])
-        log.message(f"done: the best on val was step {state.best['step']} of {steps} ({metrics})")
+        skipped = f"; {state.skipped} steps were skipped, see log.txt" if state.skipped else ""
+        log.message(f"done: the best on val was step {state.best['step']} of {steps} ({metrics}){skipped}")
         log.message(list_outputs(run_dir, [run_dir / "model.safetensors", run_dir / "log.jsonl", *plots]))
-
-
-def warmup_message(config: dict[str, Any]) -> list[str]:
-    """Return a message where the learning rate never reaches optimizer.lr, as warm-up takes the whole run."""
-    schedule, length = config["schedule"], config["epochs"] or config["iterations"]
-    warmup = 0 if schedule.get("warmup_prefix") or schedule.get("sched") == "none" else schedule.get("warmup_epochs", 0)
-    if warmup < length:
-        return []
-    key = "epochs" if config["epochs"] else "iterations"
-    return [
-        f"schedule.warmup_epochs={warmup} takes the whole run ({key}={length}): the learning rate stays below "
-        "optimizer.lr; give a shorter warm-up or a longer run"
-    ]
 
 
 @torch.no_grad()
@@ -349,15 +369,6 @@ def evaluate(
         metrics, detail = task.evaluate(model, counted())
     skipped = int(all_reduce_sum(torch.tensor(loader.skipped)))
     return metrics | (dict(skipped=skipped) if skipped else {}), detail
-
-
-def list_outputs(run_dir: Path, paths: list[Path]) -> str:
-    """Return a text with the files and, if timm can build the run's model, the line of Python that loads it."""
-    lines = [f"  {path}" for path in paths]
-    file = run_dir / "config.json"
-    if file.exists() and "architecture" in json.loads(file.read_text(encoding="utf-8")):
-        lines.append(f'  import saccade.backbones, timm; timm.create_model("local-dir:{run_dir}", pretrained=True)')
-    return "\n".join(lines)
 
 
 def validate(config: dict) -> None:

@@ -20,6 +20,7 @@ TOOLS = ROOT / "tools"
 # What the commands import at their start.
 PRELOAD = ["torch", "torchvision", "timm", "saccade.backbones", "saccade.train.engine", "saccade.train.test"]
 PRELOAD += ["saccade.train.models.build", "saccade.train.tasks", "torch.distributed.run", "torch.nn.parallel"]
+PRELOAD += ["saccade.train.visual.curves", "saccade.train.visual.contact_sheet"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)

@@ -6,7 +6,6 @@ import os
 import pytest
 import torch
 from saccade.train.runtime import checkpoint
-from saccade.train.tasks.classify import Classify
 from timm.models import load_state_dict  # noqa: F401  (timm is imported before stderr is captured)
 
 
@@ -35,10 +34,6 @@ def says(result, code: int, *words: str) -> None:
         (["accumulate=3"], ["batch_size=128 must be a multiple of 3"]),
         (["precision=fp16"], ["precision=fp16 needs a GPU"]),
         (["device=quantum"], ["device='quantum' is not a device"]),
-        (
-            ["optimizer.lr=1e30", "schedule.warmup_epochs=0"],
-            ["the loss became ", "at step ", "try a smaller optimizer.lr"],
-        ),
         (["task.mixup=0.5", "batch_size=63"], ["must be an even number"]),
         (["batch_size=1"], ["is a BatchNorm that would train on one value per channel", "raise batch_size"]),
         (["batch_size=8", "accumulate=8"], ["is a BatchNorm that would train on one value per channel", "accumulate"]),
@@ -64,7 +59,8 @@ def test_run_folder_that_cannot_be_written(tiny, tmp_path):
 
 def test_unfinished_run(tiny, command, tmp_path):
     says(command("test", tmp_path), 2, "no config")
-    says(tiny(tmp_path / "run", "optimizer.lr=1e30"), 2, "the loss became")
+    diverged = tiny(tmp_path / "run", "optimizer.lr=1e30", "max_skipped=2")
+    says(diverged, 70, "2 steps in a row", "try a smaller optimizer.lr")
     says(command("test", tmp_path / "run"), 2, "has no finished model: give the weights with --checkpoint")
 
 
@@ -96,35 +92,6 @@ def test_disk_full(tiny, tmp_path, monkeypatch, moment):
     assert tiny(run, "--resume")[0] == 0
     ends = [checkpoint.read(tmp_path / name / "checkpoints" / checkpoint.LAST) for name in ("whole", "run")]
     assert ends[0][1] == ends[1][1] and all(torch.equal(v, ends[1][0][k]) for k, v in ends[0][0].items())
-
-
-def test_loss_not_finite_names_the_step(tiny, tmp_path, monkeypatch):
-    real = Classify.loss
-    steps = []
-
-    def loss(self, model, batch):
-        steps.append(1)
-        value, extra = real(self, model, batch)
-        return (value * float("nan") if len(steps) == 13 else value), extra
-
-    monkeypatch.setattr(Classify, "loss", loss)
-    says(tiny(tmp_path, "log_every=50"), 2, "the loss became nan at step 13")
-    assert checkpoint.load(tmp_path / "checkpoints")[1]["step"] == 9  # nothing saved after it
-
-
-def test_weights_not_finite(tiny, tmp_path, monkeypatch):
-    """A loss may stay finite while a weight it does not depend on does not."""
-    real = Classify.loss
-
-    def loss(self, model, batch):
-        value, extra = real(self, model, batch)
-        corner = torch.tensor([0])  # which a 3x3 kernel never uses on a map of 1x1
-        model.layer4[0].conv2.weight.register_hook(lambda grad: grad.index_fill(3, corner, float("nan")))
-        return value, extra
-
-    monkeypatch.setattr(Classify, "loss", loss)
-    says(tiny(tmp_path), 2, "layer4.0.conv2.weight is not finite after step 9, so it is not saved")
-    assert not list(tmp_path.glob("checkpoints/*"))
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_two_agents_equal_one(start, tmp_path, records, one):
     assert_as_one(tmp_path, one, records)
 
 
-@pytest.mark.parametrize("processes", [0, exhaustive(3)])
+@pytest.mark.parametrize("processes", [exhaustive(0), exhaustive(3)])
 def test_killed_run_resumes_to_the_same_end(start, tmp_path, records, wait_for, children, processes):
     """SIGKILL in the middle of an epoch: weights, averages, optimiser and log end bit-identical."""
     arguments = ["ema.decay=0.9", "save_every=2", "model.drop_path_rate=0.1", "batch_size=120"]

@@ -4,7 +4,7 @@ import os
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -247,3 +247,9 @@ def first(names: list[str], most: int = 5) -> str:
     """Return the first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def sample_names(dataset: Any, keys: Sequence[tuple[int, ...]]) -> list[str]:
+    """Return a name for each image of a batch, given by the loader's keys: its file's, or "image INDEX"."""
+    name = getattr(dataset, "filename", "image {}".format)
+    return [name(key[1]) for key in keys]

@@ -3,16 +3,19 @@
 CPU tensors are sent by gloo, CUDA tensors by nccl. All functions work in a single process too, where they do nothing.
 """
 
+import contextlib
 import hashlib
 import os
 import random
 import re
 import signal
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -24,7 +27,16 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import INTERRUPTED, PREEMPTED, UserError
+from .errors import INTERRUPTED, LOST, PREEMPTED, UserError
+
+DEFAULT_TIMEOUT = 600.0  # seconds that a process waits for the others
+ROLL_CALL = 5.0  # seconds in which the processes that are left report after one is lost
+TIMED_OUT, DISCONNECTED = "timed out", "disconnected"  # reports of processes that have lost another
+# What gloo and nccl raise where another process has ended or does not answer.
+_PEER_LOST = re.compile(
+    r"Connection (closed|reset)|Timed out waiting|Broken pipe|[Tt]imeout caused pair closure|Socket (closed|Timeout)"
+    r"|failed to (recv|send)|watchdog|Connection was likely closed"
+)
 
 
 def world_size() -> int:
@@ -83,7 +95,8 @@ def is_distributed() -> bool:
 def process_group() -> Iterator[None]:
     """Join the processes that torchrun started, for the duration of the block.
 
-    Raises UserError where they can't be reached, and where one of them ends early.
+    Raises UserError where they can't be reached and, with code 69, where another process is lost: killed, or without an
+    answer for the time of `set_timeout`.
     """
     if not is_distributed():
         yield
@@ -101,7 +114,8 @@ def process_group() -> Iterator[None]:
             # several machines it has to make a new one each time (docs/train.md): they count restarts differently.
             store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-        dist.init_process_group(backend, store=store, rank=number, world_size=count)
+        limit = timedelta(seconds=DEFAULT_TIMEOUT)
+        dist.init_process_group(backend, timeout=limit, store=store, rank=number, world_size=count)
     except dist.DistError as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise UserError(
@@ -112,11 +126,93 @@ def process_group() -> Iterator[None]:
         yield
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)  # references to the group in them, freed after it, can hang
-        if isinstance(error, RuntimeError) and re.search(r"Connection (closed|reset) by peer", str(error)):
-            raise UserError(f"process {rank()} ends because another has; see that one's message") from error
+        lost = isinstance(error, RuntimeError) and _PEER_LOST.search(str(error))
+        ended = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        if lost:
+            ended = TIMED_OUT if re.search("[Tt]imed? ?out|watchdog", str(error)) else DISCONNECTED
+        reports = _roll_call(store, number, count, ended)
+        if lost:
+            raise _lost(number, count, reports) from error
         raise
     finally:
         dist.destroy_process_group()
+
+
+def set_timeout(seconds: float) -> None:
+    """Set how long a process waits for the others in a collective operation before it ends with code 69."""
+    if world_size() > 1:
+        dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds))
+
+
+def _roll_call(store: dist.Store, number: int, count: int, ended: str) -> dict[int, str]:
+    """Report to the other processes that this one ends; return the reports of those that do so within ROLL_CALL.
+
+    ended: this process's own error, or TIMED_OUT or DISCONNECTED if it ends because it has lost another; then the
+    reports are waited for. The store may be in a process that no longer answers, so a thread talks to it.
+    """
+    reports: dict[int, str] = {}
+    waits = ended in (TIMED_OUT, DISCONNECTED)
+
+    def talk() -> None:
+        with contextlib.suppress(RuntimeError):  # the store's process is gone
+            store.set(f"ended {number}", ended)
+            reports[number] = ended
+            end = time.monotonic() + ROLL_CALL
+            while waits and len(reports) < count and time.monotonic() < end:
+                for other in set(range(count)) - reports.keys():
+                    if store.check([f"ended {other}"]):
+                        reports[other] = store.get(f"ended {other}").decode()
+                time.sleep(0.05)
+
+    thread = threading.Thread(target=talk, daemon=True)
+    thread.start()
+    thread.join(1.5 * ROLL_CALL if waits else 1.0)
+    return dict(reports)
+
+
+def _lost(number: int, count: int, reports: dict[int, str]) -> UserError:
+    """Return the error of a process that has lost others, which it names.
+
+    Those that have ended with an error of their own; else those without a report; else those that were too slow, and
+    found the others gone.
+    """
+    waiting = [other for other, report in sorted(reports.items()) if report in (TIMED_OUT, DISCONNECTED)]
+    own = [f"process {other} ended with {report}" for other, report in sorted(reports.items()) if other not in waiting]
+    culprits = sorted(set(range(count)) - reports.keys() - {number})
+    if not reports:  # nobody answers where process 0 hosts the store
+        culprits = [0] if number else culprits
+    elif not culprits and TIMED_OUT in reports.values():
+        culprits = [other for other in waiting if reports[other] == DISCONNECTED]
+    if culprits and not own:
+        names = f"process{'es' if len(culprits) > 1 else ''} {', '.join(map(str, culprits))} of {count}"
+        own = [f"{names} was killed, or has not answered within `timeout`"]
+    first = min([other for other in waiting if other not in culprits], default=number)
+    return UserError(
+        f"{'; '.join(own) or 'the connection between the processes broke'}: the others end too; the same command with "
+        "--resume continues from the last checkpoint",
+        LOST,
+        quiet=number != first,
+    )
+
+
+def check_same(facts: Mapping[str, Any]) -> None:
+    """Check that all processes have the same facts, name -> value.
+
+    Raises UserError in all of them for one that differs, with both values.
+    """
+    if world_size() == 1:
+        return
+    gathered: list[Mapping[str, Any]] = [{}] * world_size()
+    dist.all_gather_object(gathered, facts)
+    for number, theirs in enumerate(gathered):
+        for key in [*gathered[0], *(key for key in theirs if key not in gathered[0])]:
+            ours, other = (each.get(key, "not set") for each in (gathered[0], theirs))
+            if ours != other:
+                raise UserError(
+                    f"{key} is {other} in process {number} and {ours} in process 0: start all processes with the same "
+                    "command, data and versions",
+                    quiet=rank() > 0,
+                )
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -309,6 +405,8 @@ class StopRequest:
     def agreed(self, bad: Any, wait: bool = False) -> bool:
         """Tell whether any process has been asked to stop. Every process must call it at the same points.
 
+        The processes exchange their requests while they compute, so the answer is that of the call before, a step
+        earlier; with `wait`, and in a single process, it includes this call's.
         The same message shares whether any has new bad images (saccade.train.data.bad_images.BadImages) to count.
         """
         flags = torch.tensor([float(self.asked), float(self.code == INTERRUPTED), float(len(bad.new))])
@@ -323,7 +421,7 @@ class StopRequest:
                 self.code = INTERRUPTED
         if new:
             bad.share()
-        return asked > 0
+        return stop
 
 
 class _AllReduceSum(torch.autograd.Function):

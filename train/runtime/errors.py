@@ -1,8 +1,10 @@
 """Errors that a user can fix: one sentence that says what to do, and an exit code.
 
 0    done
-2    an error in the configuration, data, files or permissions, or a loss that is not finite
+2    an error in the configuration, data, files or permissions
 65   bad data: more images that can't be read, or samples missing from truncated shards, than data.max_bad allows
+69   another process of the job was killed, or did not answer within `timeout`
+70   the loss or gradients were not finite in max_skipped steps in a row; the last good checkpoint is kept
 74   a file could not be written or read (disk full, quota, I/O error); earlier checkpoints are intact
 75   stopped by SIGTERM or SIGUSR1 after saving: the same command with --resume continues
 130  interrupted by Ctrl-C; training has saved a checkpoint, unless Ctrl-C was pressed twice
@@ -15,7 +17,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 
-USER, DATA, IO, PREEMPTED, INTERRUPTED, PIPE = 2, 65, 74, 75, 130, 141
+USER, DATA, LOST, NUMBERS, IO, PREEMPTED, INTERRUPTED, PIPE = 2, 65, 69, 70, 74, 75, 130, 141
 
 _DEVICE_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 _PERMISSION_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}

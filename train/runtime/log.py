@@ -80,12 +80,13 @@ class Log:
         for tracker in self._trackers:
             tracker.image(file.stem, file, step)
 
-    def message(self, text: str, show: bool = True) -> None:
-        """Write a line for people to log.txt and, with `show`, to the terminal."""
+    def message(self, text: str, show: bool = True, keep: bool = True) -> None:
+        """Write a line for people to log.txt, with `keep`, and to the terminal, with `show`."""
         if not self._writes:
             return
-        with open(self._folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if keep:
+            with open(self._folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if show:
             if self._bar:
                 self._bar.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -198,7 +199,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         command=sys.argv,
         started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         python=platform.python_version(),
-        versions={name: version(name) for name in ("saccade", "torch", "torchvision", "timm", "mmengine", "numpy")},
+        versions=versions(),
         machine=f"{platform.system()} {platform.machine()}",
         host=platform.node(),
         cpu=cpu_name(),
@@ -208,6 +209,11 @@ def environment(device: torch.device) -> dict[str, Any]:
         processes=world_size(),
         commit=_commit(),
     )
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that a run's numbers depend on."""
+    return {name: version(name) for name in ("saccade", "torch", "torchvision", "timm", "mmengine", "numpy")}
 
 
 def cpu_name() -> str:

@@ -78,3 +78,16 @@ def check_model(settings: dict[str, Any]) -> None:
         for number in numbers:
             if isinstance(number, (int, float)) and not isinstance(number, bool) and number not in allowed:
                 raise UserError(f"model.{key} must be {allowed}; got {value!r}")
+
+
+def warmup_message(config: dict[str, Any]) -> list[str]:
+    """Return a message where the learning rate never reaches optimizer.lr, as warm-up takes the whole run."""
+    schedule, length = config["schedule"], config["epochs"] or config["iterations"]
+    warmup = 0 if schedule.get("warmup_prefix") or schedule.get("sched") == "none" else schedule.get("warmup_epochs", 0)
+    if warmup < length:
+        return []
+    key = "epochs" if config["epochs"] else "iterations"
+    return [
+        f"schedule.warmup_epochs={warmup} takes the whole run ({key}={length}): the learning rate stays below "
+        "optimizer.lr; give a shorter warm-up or a longer run"
+    ]

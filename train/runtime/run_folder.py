@@ -1,5 +1,6 @@
 """The folder of a run: made, recognised, emptied."""
 
+import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -56,3 +57,12 @@ def removed_if_empty(run_dir: Path) -> Iterator[None]:
             with suppress(OSError):  # not empty, or not there
                 run_dir.rmdir()
         raise
+
+
+def list_outputs(run_dir: Path, paths: list[Path]) -> str:
+    """Return a text with the files and, if timm can build the run's model, the line of Python that loads it."""
+    lines = [f"  {path}" for path in paths]
+    file = run_dir / "config.json"
+    if file.exists() and "architecture" in json.loads(file.read_text(encoding="utf-8")):
+        lines.append(f'  import saccade.backbones, timm; timm.create_model("local-dir:{run_dir}", pretrained=True)')
+    return "\n".join(lines)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import checkpoint, sharded
 from .config import flatten
-from .distributed import all_reduce_sum, broadcast_buffers, full_tensor, local_tensor, rank, shard_tensor, world_size
+from .distributed import broadcast_buffers, full_tensor, local_tensor, rank, shard_tensor
 from .errors import UserError
 
 REMEDIES = "try a smaller optimizer.lr, more schedule.warmup_epochs, clip_grad=1.0 or precision=fp32"
@@ -31,7 +31,8 @@ class State:
     """Weights, averaged weights, optimizer and scaler; step, steps not yet logged, and the best evaluation.
 
     step: steps done. evaluated: the step of the last evaluation. best: None, or step, weights ("model" or "ema"),
-    rank, score and metrics of the best evaluation.
+    rank, score and metrics of the best evaluation. skipped, skipped_in_row: steps without an update, whose loss or
+    gradients were not finite, in all and in a row up to now (saccade.train.runtime.numbers).
     """
 
     def __init__(
@@ -48,31 +49,23 @@ class State:
         self.model, self.ema, self.optimizer, self.scaler, self.config = model, ema, optimizer, scaler, config
         self.class_names = list(class_names)  # of the model's outputs, in order
         self.images, self.order = images, order  # of the training split; how the order of an epoch is computed
-        self.step, self.evaluated = 0, 0
+        self.step, self.evaluated, self.skipped, self.skipped_in_row = 0, 0, 0, 0
         self.best: dict[str, Any] | None = None
         self._names: list[str] = []
         self._window: list[Tensor] = []  # a vector of values for each step since the last log line
 
     def note(self, values: dict[str, Tensor]) -> None:
-        """Record a step's values (scalar tensors of this process), averaged over the processes."""
+        """Record a step's values (scalar tensors, averaged over the processes)."""
         self._names = list(values)
-        self._window.append(all_reduce_sum(torch.stack(list(values.values())).float()) / world_size())
+        self._window.append(torch.stack(list(values.values())))
 
     def take_means(self) -> dict[str, float]:
-        """Return the means of the values recorded since the last call. Raises UserError for a loss not finite."""
-        self.check_finite()
+        """Return the means of the values recorded since the last call; NaN where every step since was skipped."""
+        if not self._window:
+            return dict.fromkeys(self._names or ["loss"], math.nan)
         means = torch.stack(self._window).double().mean(0).tolist()
         self._window = []
         return dict(zip(self._names, means))
-
-    def check_finite(self) -> None:
-        """Raise UserError for a loss recorded since the last log line that is not a finite number."""
-        if not self._window:
-            return
-        losses = torch.stack(self._window)[:, self._names.index("loss")].tolist()
-        for i, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                raise UserError(f"the loss became {loss} at step {self.step - len(losses) + i + 1}: {REMEDIES}")
 
     def evaluate(self, function: Callable[[nn.Module], dict[str, float]]) -> dict[str, float]:
         """Return `function`'s metrics of the weights and, prefixed with "ema_", of the averaged weights."""
@@ -134,6 +127,7 @@ class State:
             kept["window"] = torch.stack(self._window)
         meta = dict(
             step=self.step,
+            skipped=[self.skipped, self.skipped_in_row],
             evaluated=self.evaluated,
             best=self.best,
             names=self._names,
@@ -203,6 +197,7 @@ class State:
             self.scaler.load_state_dict(meta["scaler"])
         self.step, self.evaluated, self.best, self._names = (
             meta[key] for key in ("step", "evaluated", "best", "names")
+        self.skipped, self.skipped_in_row = meta.get("skipped", (0, 0))
         )
         if self.best is not None:
             self.best.setdefault("rank", [1, self.best["score"]])
