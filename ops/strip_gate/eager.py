@@ -79,7 +79,7 @@ class Gates:
         weight, norm_weight, norm_bias = (p.to(z_h.dtype) for p in self.params)
         self.weight, self.norm_weight, (self.norm_groups, eps) = weight, norm_weight, rest
         self.z = (torch.cat((z_h, z_w)),) if z_h.shape == z_w.shape else (z_h, z_w)
-        self.u = [convolve(z, weight) for z in self.z]
+        self.u = [convolve(z, weight).contiguous() for z in self.z]  # a weight's strides may be passed on
         normed = [torch.native_group_norm(u, norm_weight, norm_bias, *u.shape, self.norm_groups, eps) for u in self.u]
         self.statistics = [statistics for _, *statistics in normed]
         self.sigmoids = [n.sigmoid_() for n, *_ in normed]

@@ -181,7 +181,7 @@ def _lost(number: int, count: int, reports: dict[int, str]) -> UserError:
     culprits = sorted(set(range(count)) - reports.keys() - {number})
     if not reports:  # nobody answers where process 0 hosts the store
         culprits = [0] if number else culprits
-    elif not culprits and TIMED_OUT in reports.values():
+    elif not culprits and not own and TIMED_OUT in reports.values():
         culprits = [other for other in waiting if reports[other] == DISCONNECTED]
     if culprits and not own:
         names = f"process{'es' if len(culprits) > 1 else ''} {', '.join(map(str, culprits))} of {count}"
