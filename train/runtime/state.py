@@ -104,9 +104,8 @@ class State:
     def content(self, gather: bool = True) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return a checkpoint's tensors and metadata. All processes must call it; process 0 gets all tensors.
 
-        gather: gather sharded tensors in process 0; otherwise each process gets its shards.
-
-        Raises UserError where the weights are not finite.
+        gather: gather sharded tensors in process 0; otherwise each process gets its shards. Raises UserError where the
+        weights are not finite.
         """
         tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
         if self.ema is not None:
@@ -127,8 +126,8 @@ class State:
             kept["window"] = torch.stack(self._window)
         meta = dict(
             step=self.step,
-            skipped=[self.skipped, self.skipped_in_row],
             evaluated=self.evaluated,
+            skipped=[self.skipped, self.skipped_in_row],
             best=self.best,
             names=self._names,
             optimizer=optimizer,
@@ -197,8 +196,8 @@ class State:
             self.scaler.load_state_dict(meta["scaler"])
         self.step, self.evaluated, self.best, self._names = (
             meta[key] for key in ("step", "evaluated", "best", "names")
-        self.skipped, self.skipped_in_row = meta.get("skipped", (0, 0))
         )
+        self.skipped, self.skipped_in_row = meta.get("skipped", (0, 0))
         if self.best is not None:
             self.best.setdefault("rank", [1, self.best["score"]])
         self._window = [values.to(device) for values in tensors.get("window", ())]
