@@ -69,10 +69,6 @@ $(VENV)-newest/.ready: pyproject.toml
 	$(VENV)-newest/bin/python -m pip install --quiet --upgrade --upgrade-strategy eager pip -e '.[test]'
 	@touch $@
 
-# ttsem executes kernels on a CPU as on a GPU, in bfloat16 too, and stops at races and accesses out of bounds. It needs
-# Python 3.12 or 3.13 and fixes torch and Triton itself: hence an environment of its own.
-SIM_PYTHON ?= $(shell for p in python3.13 python3.12 ~/.pyenv/versions/3.1[23].*/bin/python3; do \
-  $$p -c '' 2>/dev/null && command -v $$p && break; done)
 # The lowest versions that pyproject.toml allows, and what these need themselves.
 test-lowest: $(VENV)-lowest/.ready
 	$(VENV)-lowest/bin/python -c 'import saccade.backbones, saccade.ops, saccade.train.engine'
@@ -84,6 +80,10 @@ $(VENV)-lowest/.ready: pyproject.toml .ci/lowest.py
 	$(VENV)-lowest/bin/python -m pip install --quiet -c $(VENV)-lowest/lowest.txt -e '.[train,coco]'
 	@touch $@
 
+# ttsem executes kernels on a CPU as on a GPU, in bfloat16 too, and stops at races and accesses out of bounds. It needs
+# Python 3.12 or 3.13 and fixes torch and Triton itself: hence an environment of its own.
+SIM_PYTHON ?= $(shell for p in python3.13 python3.12 ~/.pyenv/versions/3.1[23].*/bin/python3; do \
+  $$p -c '' 2>/dev/null && command -v $$p && break; done)
 test-sim: $(VENV)-sim/.ready
 	$(VENV)-sim/bin/python -m ttsem.sanitize pytest -m 'not exhaustive' -k triton tests/ops
 
@@ -107,10 +107,6 @@ lint: setup
 	@mkdir -p $(VENV)/types && ln -sfn ../.. $(VENV)/types/saccade  # mypy does not follow the editable install
 	$(VENV)/bin/mypy
 
-docs: setup
-	$(PY) -m pip install --quiet -c constraints.txt -e '.[docs]'
-	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
-
 # PyPI is asked for each pinned package; a copy of OSV's database (see .ci/audit.py) needs no network.
 audit: setup
 ifdef ADVISORIES
@@ -133,6 +129,10 @@ dist:
 	$(VENV)-dist/bin/python -m pip install --quiet --require-hashes --no-deps --only-binary :all: -r .ci/release.txt
 	$(VENV)-dist/bin/python -m build --no-isolation
 
+docs: setup
+	$(PY) -m pip install --quiet -c constraints.txt -e '.[docs]'
+	$(PY) -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
 setup: $(VENV)/.ready
 
 # Runs once, and again when the requirements change. The last steps check what a CPU-only or otherwise mismatched torch
@@ -149,4 +149,4 @@ $(VENV)/.ready: pyproject.toml constraints.txt tools/setup_check.py
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-sim runs build dist docs/_build docs/reference docs/project
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-lowest $(VENV)-dist $(VENV)-sim runs build dist docs/_build docs/reference docs/project
