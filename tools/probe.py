@@ -14,7 +14,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", type=Path, help="a config file with a `probe` section")
+    parser.add_argument("config", type=Path, help="a config file with a `probe` section, which is code and is run")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the config; values are Python literals"
     )

@@ -19,7 +19,7 @@ from pathlib import Path
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path, help="the folder of a finished run, or a config file")
+    parser.add_argument("run", type=Path, help="a finished run's folder, or a config, which is code and is run")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the config; values are Python literals"
     )
