@@ -10,6 +10,8 @@ import pytest
 import torch
 from saccade.train.runtime import checkpoint
 from saccade.train.runtime.errors import UserError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 
 
@@ -71,7 +73,9 @@ def test_falls_back_to_the_previous(tmp_path):
     assert meta["step"] == 0 and same(read, tensors(0))
     assert len(said) == 1 and "last.safetensors" in said[0]
     (tmp_path / checkpoint.PREVIOUS).write_bytes(b"")
-    with pytest.raises(UserError, match=r"every checkpoint is damaged .*--overwrite"):
+    with pytest.raises(
+        UserError, match=r"damaged \(\S+last\.\S+ .*; \S+previous\.\S+ .*\): start again with --overwrite"
+    ):
         checkpoint.load(tmp_path)
 
 
@@ -163,3 +167,70 @@ def test_optimizer_state(opt):
     for m, o in ((model, optimizer), (other, resumed)):
         step(m, o, 7)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters()))
+
+
+def test_errors_inside_safetensors():
+    """The system's error is taken out of the library's text, in both of its forms; another text stays as it is."""
+    for text in ('I/O error: Os { code: 28, kind: StorageFull, message: "x" }', "I/O error: x (os error 28)"):
+        error = checkpoint.as_os_error(SafetensorError(text))
+        assert (error.errno, error.strerror) == (errno.ENOSPC, os.strerror(errno.ENOSPC))
+    error = checkpoint.as_os_error(SafetensorError("no tensors"))
+    assert (error.errno, error.strerror) == (0, "no tensors")
+    system = OSError(errno.EIO, "x")
+    assert checkpoint.as_os_error(system) is system
+
+
+def test_forms_of_files(tmp_path):
+    """JSON is indented by two spaces; a checkpoint's checksum does not depend on the order of its metadata."""
+    checkpoint.write_json(tmp_path / "a.json", dict(a=[1], b="ä"))
+    assert (tmp_path / "a.json").read_bytes() == b'{\n  "a": [\n    1\n  ],\n  "b": "\\u00e4"\n}\n'
+    assert checkpoint.to_json(dict(a=1, b=2)) == '{"a": 1, "b": 2}'
+    with pytest.raises(ValueError):
+        checkpoint.to_json({float("nan"): 1})
+    for name, meta in (("a", dict(step=1, best=2)), ("b", dict(best=2, step=1))):
+        checkpoint.save(tmp_path / name, dict(a=torch.zeros(1)), meta, best=False)
+    with (
+        safe_open(tmp_path / "a" / checkpoint.LAST, "pt") as one,
+        safe_open(tmp_path / "b" / checkpoint.LAST, "pt") as b,
+    ):
+        assert one.metadata() == b.metadata()
+
+
+def test_files_that_are_refused_are_named(tmp_path):
+    checkpoint.save(tmp_path, dict(a=torch.zeros(4)), dict(step=1), best=False)
+    last = tmp_path / checkpoint.LAST
+    last.write_bytes(last.read_bytes()[:-1] + b"\x01")
+    with pytest.raises(checkpoint.Unreadable, match=r"last\.safetensors is damaged \(contents and checksum disagree\)"):
+        checkpoint.read(last)
+    save_file(dict(a=torch.zeros(1)), tmp_path / "other.safetensors")
+    with pytest.raises(checkpoint.Foreign, match=r"other\.safetensors is not a checkpoint of a training run"):
+        checkpoint.read(tmp_path / "other.safetensors")
+
+
+def test_what_of_an_optimizer_is_loaded():
+    """Its state and counters; not its groups' settings, nor their parameters. Strides are those of the parameters."""
+    model = torch.nn.Conv2d(4, 4, 3).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5, momentum=0.9)
+    optimizer.param_groups[0] |= dict(initial_lr=0.5, lr_scale=1.0, param_names=["weight", "bias"])
+    model(torch.ones(1, 4, 3, 3)).sum().backward()
+    optimizer.step()
+    moments, plain = checkpoint.optimizer_state(optimizer, model)
+    assert moments.keys() == {"state.weight.momentum_buffer", "state.bias.momentum_buffer"}
+    assert not {"group.0.params", "group.0.param_names"} & plain.keys()
+    before = {name: value.clone() for name, value in moments.items()}
+    saved = {f"group.0.{key}": 9.0 for key in ("lr", "momentum", "initial_lr", "lr_scale")}
+    saved |= {"group.0.counter": [1, 2], "group.1.counter": 3}
+    moments = {name: value.contiguous() + 1 for name, value in before.items()}
+    checkpoint.load_optimizer_state(optimizer, model, moments, saved)
+    (group,) = optimizer.param_groups
+    kept = (group["lr"], group["momentum"], group["initial_lr"], group["lr_scale"], group["counter"])
+    assert kept == (0.5, 0.9, 0.5, 1.0, (1, 2))
+    loaded = optimizer.state[model.weight]["momentum_buffer"]
+    assert torch.equal(loaded, before["state.weight.momentum_buffer"] + 1) and loaded.stride() == model.weight.stride()
+    checkpoint.load_optimizer_state(optimizer, model, {"state.bias.momentum_buffer": torch.zeros(4)}, {})
+    assert list(optimizer.state) == [model.bias]  # what is not in the file is gone
+    optimizer = torch.optim.SGD([model.weight], 0.5)
+    checkpoint.load_optimizer_state(optimizer, model, moments, {})  # the bias is no longer trained
+    assert list(optimizer.state) == [model.weight]
+    with pytest.raises(KeyError):
+        checkpoint.load_optimizer_state(optimizer, model, {"state.other.momentum_buffer": torch.zeros(4)}, {})
