@@ -1,7 +1,9 @@
 """Compare runs: their scores and what differs in their configs in one table, their curves in one figure.
 
-python tools/compare.py runs/a runs/b
-python tools/compare.py runs/* --out runs/comparison.png --json
+  python tools/compare.py runs/a runs/b
+  python tools/compare.py runs/* --out runs/comparison.png --json
+
+Exit codes: 0 done, 2 an error to fix (one sentence says what), 74 the figure could not be written.
 """
 
 import argparse

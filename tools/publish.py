@@ -21,9 +21,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="the folder of a finished run")
     parser.add_argument("repo", help="the repository: user/name")
-    parser.add_argument(
-        "--license", required=True, help="of the weights, as the Hub names it: apache-2.0, cc-by-4.0"
-    )
+    parser.add_argument("--license", required=True, help="of the weights, as the Hub names it: apache-2.0, cc-by-4.0")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="write this folder, and upload nothing")
     parser.add_argument("--private", action="store_true", help="make the repository private")
     args = parser.parse_args()

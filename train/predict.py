@@ -3,8 +3,12 @@
 import inspect
 import json
 import os
+import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,11 +16,12 @@ import torch
 from PIL import Image, PngImagePlugin
 from rich.console import Console
 from rich.progress import track
+from safetensors import SafetensorError
 
 from .data.bad_images import BadImage, printable
 from .data.files import Skipped, image_files
 from .data.images import read_image
-from safetensors import SafetensorError
+from .data.video import Frame, is_video, read_frames
 from .runtime import config
 from .runtime.checkpoint import atomic_write, to_json, write_text
 from .runtime.distributed import choose_device
@@ -25,22 +30,24 @@ from .tasks.classify import Classify
 from .tasks.task import Predictor
 
 AUTHOR = "saccade predict"  # the Software entry of the PNG files written here, which may be replaced
+# What readers raise for files that are not as a run writes them.
+UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError)
 LACKING = dict(  # error messages for methods that a task's predictor does not have
     draw="--out needs a task that draws on images, such as detection or segmentation",
     label_map="--format png is for segmenters, which label each pixel",
     to_coco="--format coco is for detectors, which predict boxes",
 )
-# What readers raise for files that are not as a run writes them.
-UNFIT = (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError, SafetensorError)
 
 
 class Prediction(NamedTuple):
-    """The prediction on one image. size: (width, height). written: the image file made of it, if any."""
+    """The prediction on one image. size: (width, height). written: the image file made of it, if any. frame: of a
+    video, whose path then ends in #NUMBER."""
 
     path: Path
     size: tuple[int, int]
     record: dict[str, Any]
     written: Path | None = None
+    frame: Frame | None = None
 
 
 def find_images(paths: Sequence[Path]) -> list[Path]:
@@ -95,36 +102,57 @@ def predict(
     model: Predictor,
     images: Sequence[Path],
     batch_size: int = 8,
-    out: Path | None = None,
+    out: "Path | OutputNames | None" = None,
     maps: bool = False,
     max_drawn: int = 50,
+    every: int = 1,
 ) -> Iterator[Prediction | BadImage]:
-    """Yield the prediction of each image, or the error of one that can't be read or predicted on.
+    """Yield the prediction of each image or frame of a video, or the error of one that can't be read or predicted on.
 
     out: a folder where each image is written as a PNG with its prediction drawn on it or, with `maps`, as its label
-    map; only files written by this function are replaced. max_drawn: objects drawn on an image.
+    map; only files written by this function are replaced. max_drawn: objects drawn on an image. every: of a video,
+    each so many-th frame, from the first.
     """
-    names = OutputNames(out, images) if out is not None else None
-    for first in range(0, len(images), batch_size):
-        opened: list[tuple[Path, Image.Image]] = []
-        for path in images[first : first + batch_size]:
-            try:
-                opened.append((path, read_image(path)))
-            except BadImage as error:
-                yield error
-        for (path, image), record in zip(opened, _predict_each(model, opened)):
+    names = OutputNames(out, images) if isinstance(out, Path) else out
+    batch: list[tuple[Path, Image.Image, Frame | None]] = []
+
+    def finish() -> Iterator[Prediction | BadImage]:
+        for (path, image, frame), record in zip(batch, _predict_each(model, [one[:2] for one in batch])):
             if isinstance(record, BadImage):
                 yield record
                 continue
             written = None
             if names is not None:
                 drawn = model.label_map(record) if maps else model.draw(image, record, max_drawn)
-                written = names.choose(path)
+                written = names.choose(path if frame is None else Path(str(path).rpartition("#")[0]), frame)
                 information = PngImagePlugin.PngInfo()
                 information.add_text("Software", AUTHOR)
                 with atomic_write(written) as temporary:
                     drawn.save(temporary, "PNG", pnginfo=information)
-            yield Prediction(path, image.size, record, written)
+            yield Prediction(path, image.size, record, written, frame)
+        batch.clear()
+
+    for opened in _open(images, every):
+        if isinstance(opened, BadImage):
+            yield opened
+            continue
+        batch.append(opened)
+        if len(batch) == batch_size:
+            yield from finish()
+    yield from finish()
+
+
+def _open(images: Sequence[Path], every: int) -> Iterator[tuple[Path, Image.Image, Frame | None] | BadImage]:
+    """Yield each image and each frame of a video with its name, or the error of one that can't be read."""
+    for path in images:
+        try:
+            if is_video(path):
+                for frame in read_frames(path, every):
+                    yield Path(f"{path}#{frame.number:06}"), frame.image, frame
+            else:
+                yield path, read_image(path), None
+        except BadImage as error:
+            yield error
 
 
 def _predict_each(model: Predictor, opened: Sequence[tuple[Path, Image.Image]]) -> list[dict[str, Any] | BadImage]:
@@ -154,12 +182,13 @@ class OutputNames:
         own = (path for path in (folder.iterdir() if folder.is_dir() else ()) if not _may_replace(path, inputs))
         self.taken = {path.name.casefold() for path in own}
 
-    def choose(self, image: Path) -> Path:
-        """Return IMAGE'S NAME.png or, where that is taken, IMAGE'S NAME_1.png and so on."""
-        number, name = 0, f"{image.stem}.png"
+    def choose(self, image: Path, frame: Frame | None = None) -> Path:
+        """Return IMAGE'S NAME.png or, where that is taken, IMAGE'S NAME_1.png and so on; of a video NAME_000012.png."""
+        stem = image.stem if frame is None else f"{image.stem}_{frame.number:06}"
+        number, name = 0, f"{stem}.png"
         while name.casefold() in self.taken:
             number += 1
-            name = f"{image.stem}_{number}.png"
+            name = f"{stem}_{number}.png"
         self.taken.add(name.casefold())
         return self.folder / name
 
@@ -184,13 +213,17 @@ def run(
     device: str | None = None,
     max_drawn: int = 50,
     batch_size: int = 8,
+    every: int = 1,
+    watch: Path | None = None,
+    interval: float = 1.0,
     **options: Any,
 ) -> None:
     """Print the predictions on images, and a summary; write them as JSON or images.
 
-    json_file, out: see tools/predict.py, whose --format is `form`. batch_size: images per batch.
-    options: of the task's predictor. Raises UserError (code 65) at the end where images could not be read or predicted
-    on, which are listed.
+    json_file, out: see tools/predict.py, whose --format is `form`. batch_size: images per batch. every: of a video,
+    each so many-th frame. watch: a folder whose new images are predicted until SIGINT or SIGTERM; it is searched each
+    `interval` seconds. options: of the task's predictor. Raises UserError (code 65) at the end where images could not
+    be read or predicted on, which are listed.
     """
     if form == "coco" and json_file is None:
         raise UserError("--format coco needs --json FILE, the file to write")
@@ -200,7 +233,11 @@ def run(
         raise UserError(f"--max-drawn must be 1 or more objects, got {max_drawn}")
     if batch_size < 1:
         raise UserError(f"--batch-size must be 1 or more images, got {batch_size}")
-    images = find_images(paths)
+    if every < 1:
+        raise UserError(f"--every must be 1 or more frames, got {every}")
+    if watch is not None:
+        check_watch(watch, paths, out, interval)
+    images = find_images(paths) if watch is None else []
     if json_file is not None:
         check_json(json_file, images)
     model = predictor(run_dir, device, **options)
@@ -208,29 +245,95 @@ def run(
     for method, sentence in LACKING.items():
         if asked[method] and getattr(type(model), method) is getattr(Predictor, method):
             raise UserError(sentence)
+    names = OutputNames(out, images) if out is not None else None
     done: list[Prediction] = []
     bad: list[BadImage] = []
-    results = predict(model, images, batch_size, out, form == "png", max_drawn)
-    # A bar on a terminal, unless the lines go there: then they show the progress.
-    hidden = not sys.stderr.isatty() or sys.stdout.isatty()
-    for result in track(results, "predicting", len(images), console=Console(stderr=True), disable=hidden):
-        if isinstance(result, BadImage):
-            bad.append(result)
-            continue
-        done.append(result)
-        if form == "jsonl":
-            print(to_json(_entry(result)), flush=True)
-            continue
-        written = f" -> {printable(str(result.written))}" if result.written else ""
-        print(f"{printable(str(result.path))}: {model.describe(result.record)}{written}")
-    if len(images) > 1:
+
+    def show(results: Iterator[Prediction | BadImage]) -> None:
+        for result in results:
+            if isinstance(result, BadImage):
+                bad.append(result)
+                continue
+            done.append(result)
+            if form == "jsonl":
+                print(to_json(_entry(result)), flush=True)
+                continue
+            written = f" -> {printable(str(result.written))}" if result.written else ""
+            print(f"{printable(str(result.path))}: {model.describe(result.record)}{written}", flush=watch is not None)
+
+    predict_on = partial(predict, model, batch_size=batch_size, out=names, maps=form == "png", max_drawn=max_drawn)
+    if watch is not None:
+        for group in new_images(watch, interval):
+            show(predict_on(group))
+    else:
+        # A bar on a terminal, unless the lines go there: then they show the progress.
+        hidden = not sys.stderr.isatty() or sys.stdout.isatty()
+        total = None if any(map(is_video, images)) else len(images)
+        bar = dict(console=Console(stderr=True), disable=hidden)
+        show(track(predict_on(images, every=every), "predicting", total, **bar))
+    if len(images) > 1 or watch is not None or any(one.frame for one in done):
         summary = f"{len(done)} images: {model.summarize([one.record for one in done])}"
         print(summary, file=sys.stderr if form == "jsonl" else sys.stdout)
     if json_file is not None:
         write(done, json_file, model if form == "coco" else None)
     if bad:
         listed = "; ".join(f"{error.name} {error.reason}" for error in bad)
-        raise UserError(f"{len(bad)} of {len(images)} images are left out: {listed}", DATA)
+        raise UserError(f"{len(bad)} of {len(done) + len(bad)} images are left out: {listed}", DATA)
+
+
+def check_watch(folder: Path, paths: Sequence[Path], out: Path | None, interval: float) -> None:
+    """Raise UserError for a folder that can't be watched."""
+    if paths:
+        raise UserError(f"--watch {folder} takes the place of images: leave out {paths[0]}")
+    if not folder.is_dir():
+        raise UserError(f"--watch {folder} is not a folder")
+    if out is not None and Path(os.path.realpath(out)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(f"--out {out} is inside the watched folder, whose images are predicted on: give one elsewhere")
+    if not 0 < interval < float("inf"):
+        raise UserError(f"--interval must be more than 0 seconds, got {interval:g}")
+
+
+def new_images(folder: Path, interval: float, patience: float = 10.0) -> Iterator[list[Path]]:
+    """Yield groups of image files below a folder: those that are there, then new and changed ones, until a signal.
+
+    A file is yielded when its size and time have stayed the same for an interval and it can be opened as an image, or
+    after `patience` seconds of no change. SIGINT and SIGTERM end the generator after the group at hand.
+    """
+    stop = threading.Event()
+    handlers = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    seen: dict[Path, tuple[float, int]] = {}  # as predicted on
+    waiting: dict[Path, tuple[tuple[float, int], float]] = {}  # as last looked at, and since when it is unchanged
+    try:
+        while not stop.is_set():
+            ready = []
+            for path in map(Path, image_files(folder)):
+                try:
+                    stat = path.stat()
+                except OSError:  # gone again
+                    continue
+                version, now = (stat.st_mtime, stat.st_size), time.monotonic()
+                if seen.get(path) == version:
+                    continue
+                if path not in waiting or waiting[path][0] != version:
+                    waiting[path] = version, now
+                    continue
+                if _is_complete(path) or now - waiting[path][1] > patience:
+                    seen[path] = waiting.pop(path)[0]
+                    ready.append(path)
+            if ready:
+                yield ready
+            stop.wait(interval)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def _is_complete(path: Path) -> bool:
+    try:
+        read_image(path)
+    except BadImage:
+        return False
+    return True
 
 
 def check_json(file: Path, images: Sequence[Path]) -> None:
@@ -261,4 +364,7 @@ def write(predictions: Sequence[Prediction], file: Path, coco: Predictor | None 
 
 
 def _entry(one: Prediction) -> dict[str, Any]:
-    return dict(image=str(one.path), **(dict(written=str(one.written)) if one.written else {}), **one.record)
+    entry: dict[str, Any] = dict(image=str(one.path))
+    if one.frame is not None:
+        entry |= dict(frame=one.frame.number, seconds=one.frame.seconds)
+    return entry | (dict(written=str(one.written)) if one.written else {}) | one.record

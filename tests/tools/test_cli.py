@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -43,18 +45,27 @@ def test_help_lists_every_command(saccade):
 
 @pytest.mark.parametrize("name", cli.PROGRAMS + cli.MODULES)
 def test_each_has_its_help(saccade, name):
+    """With an example and the exit codes; docs/cli.md has the command, too."""
     code, out, _ = saccade(name.replace("_", "-"), "--help")
     assert code == 0 and f"usage: saccade {name.replace('_', '-')}" in out
+    assert re.search(rf"^ +(python tools/{name}\.py|.*saccade {name.replace('_', '-')})", out, re.MULTILINE), (
+        "an example"
+    )
+    assert "exit code" in out.lower()
+    assert f"| `{name.replace('_', '-')}` |" in (ROOT / "docs/cli.md").read_text()
 
 
 def test_trains_and_tests(saccade, tmp_path):
     """A config by its name, as the programs in tools/ do it."""
     tiny = ["model={'name': 'test_resnet'}", "data.img_size=16", "epochs=1", "batch_size=128", "device=cpu"]
-    code, _, err = saccade("train", "digits/biformer_t", *tiny, "--run-dir", tmp_path / "run")
-    assert (code, err) == (0, "")
+    code, out, err = saccade("train", "digits/biformer_t", *tiny, "--run-dir", tmp_path / "run")
+    assert (code, err) == (0, "") and "\x1b" not in out
     assert (tmp_path / "run" / "model.safetensors").is_file()
-    assert saccade("test", tmp_path / "run")[0] == 0
-    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["images"] == 360
+    code, out, _ = saccade("test", tmp_path / "run", "--json")
+    assert code == 0 and json.loads(out) == json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert json.loads(out)["images"] == 360
+    code, out, _ = saccade("compare", tmp_path / "run", tmp_path / "run")
+    assert code == 0 and "test_resnet" in out and "\x1b" not in out
 
 
 def test_unknown_commands_and_configs(saccade):
@@ -100,3 +111,33 @@ def test_doctor(saccade, monkeypatch):
     assert any("torchvision::nms does not exist" in what for what in missing)
     code, out, _ = saccade("doctor")
     assert code == 0 and "without it: no figures" in out
+    assert {"torchvision's operators", "C++ compiler", "NCCL", "triton"} <= found["facts"].keys()
+    monkeypatch.setattr(doctor, "find_cpp_compiler", lambda: None)
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
+    facts, missing = doctor.examine()
+    assert facts["C++ compiler"] == facts["NCCL"] == "none"
+    assert dict(missing)["a C++ compiler (apt install g++)"] == "no torch.compile on a CPU, no export to aoti"
+
+
+def test_completion(saccade, tmp_path, monkeypatch):
+    """bash completes commands, options, and names of configs."""
+    pytest.importorskip("shtab", reason="shtab, which writes the scripts, is not installed")
+    code, script, err = saccade("completion", "bash")
+    assert (code, err) == (0, "")
+    (tmp_path / "script").write_text(script)
+
+    def complete(*words) -> set[str]:
+        setup = f"source {tmp_path / 'script'}; COMP_WORDS=({' '.join(words)} ''); COMP_CWORD={len(words)}; "
+        if not words[-1:] or words[-1].startswith("-") or words[-1] in ("tra", "digits/bif"):
+            setup = f"source {tmp_path / 'script'}; COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}; "
+        setup += 'compopt() { :; }; _shtab_saccade; printf "%s\n" "${COMPREPLY[@]}"'
+        done = subprocess.run(["bash", "-c", setup], capture_output=True, text=True, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+        return set(done.stdout.split())
+
+    assert complete("saccade", "tra") == {"train"}
+    assert {"--resume", "--run-dir"} <= complete("saccade", "train", "--r")
+    assert complete("saccade", "train", "digits/bif") == {"digits/biformer_t"}
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    code, _, err = saccade("completion", "bash")
+    assert code == 2 and err == "error: saccade completion needs shtab: pip install 'saccade[completion]'\n"

@@ -4,6 +4,10 @@ import io
 import json
 import os
 import re
+import signal
+import sys
+import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 from saccade.train import predict
+from saccade.train.data import video
 from saccade.train.data.bad_images import BadImage
 from saccade.train.runtime.errors import UserError
 from saccade.train.tasks.task import Predictor
@@ -275,3 +280,95 @@ def test_lines_of_a_list_on_standard_input(command, classifier_run, tmp_path, mo
     assert code == 2 and "standard input holds no images" in err
     code, _, err = command("predict", classifier_run, names[0], "--batch-size", 0)
     assert code == 2 and "--batch-size must be 1 or more images, got 0" in err
+
+
+def save_video(path, frames: int = 6, size=(32, 24)) -> None:
+    av = pytest.importorskip("av", reason="PyAV, which reads videos, is not installed")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
+        for i in range(frames):
+            image = Image.fromarray(np.full((size[1], size[0], 3), 40 * i, np.uint8))
+            container.mux(stream.encode(av.VideoFrame.from_image(image)))
+        container.mux(stream.encode(None))
+
+
+def test_video(command, classifier_run, detector_run, tmp_path, monkeypatch):
+    """Each second frame, with its number and time, as the same pictures in files are predicted."""
+    clip, out = tmp_path / "clip.mp4", tmp_path / "p.json"
+    save_video(clip)
+    code, said, err = command("predict", classifier_run, clip, "--every", 2, "--json", out, "--batch-size", 2)
+    assert (code, err) == (0, "") and "3 images: " in said
+    found = json.loads(out.read_text())
+    assert [(row["image"], row["frame"], row["seconds"]) for row in found] == [
+        (f"{clip}#000000", 0, 0.0), (f"{clip}#000002", 2, 0.2), (f"{clip}#000004", 4, 0.4),
+    ]  # fmt: skip
+    for i, frame in enumerate(video.read_frames(clip, 2)):
+        assert abs(int(np.asarray(frame.image).mean()) - 80 * i) <= 6
+        frame.image.save(tmp_path / f"{i}.png")
+    code, _, _ = command(
+        "predict", classifier_run, *(tmp_path / f"{i}.png" for i in range(3)), "--json", out, "--batch-size", 2
+    )
+    assert [row["classes"] for row in json.loads(out.read_text())] == [row["classes"] for row in found]
+    code, _, _ = command("predict", detector_run, clip, "--out", tmp_path / "drawn", "--every", 5)
+    assert code == 0
+    assert sorted(path.name for path in (tmp_path / "drawn").iterdir()) == ["clip_000000.png", "clip_000005.png"]
+
+    (tmp_path / "cut.mp4").write_bytes(clip.read_bytes()[:200])
+    (tmp_path / "text.mkv").write_text("no video")
+    code, _, err = command("predict", classifier_run, tmp_path / "cut.mp4", tmp_path / "text.mkv", clip)
+    assert code == 65 and "2 of 8 images are left out" in err and "can't be read as a video" in err
+    assert (
+        command("predict", classifier_run, clip, "--every", 0)[2] == "error: --every must be 1 or more frames, got 0\n"
+    )
+    monkeypatch.setitem(sys.modules, "av", None)
+    code, _, err = command("predict", classifier_run, clip)
+    assert code == 2 and "which needs PyAV: pip install 'saccade[video]'" in err
+
+
+def test_watch(command, classifier_run, tmp_path):
+    """Files that are there, that come, that change; one is written in two parts; Ctrl-C ends it."""
+    folder = tmp_path / "inbox"
+    (folder / "below").mkdir(parents=True)
+    save(folder / "a.png")
+    data = save(tmp_path / "b.png")
+
+    def visitor() -> None:
+        time.sleep(0.6)
+        (folder / "b.png").write_bytes(data[:45])
+        time.sleep(0.4)
+        (folder / "b.png").write_bytes(data)
+        save(folder / "below" / "c.png")
+        time.sleep(0.6)
+        save(folder / "a.png", size=(40, 40))
+        time.sleep(0.6)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=visitor)
+    thread.start()
+    watched = ("--watch", folder, "--interval", 0.1)
+    code, out, err = command("predict", classifier_run, *watched, "--format", "jsonl", "--json", tmp_path / "p.json")
+    thread.join()
+    names = [Path(json.loads(line)["image"]).name for line in out.splitlines()]
+    assert code == 0 and names[0] == "a.png" and sorted(names) == ["a.png", "a.png", "b.png", "c.png"]
+    assert err.startswith("4 images: ") and len(json.loads((tmp_path / "p.json").read_text())) == 4
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    for arguments, sentence in [
+        (("--watch", tmp_path / "none"), "none is not a folder"),
+        (("--watch", folder, "--interval", "0"), "--interval must be more than 0 seconds, got 0"),
+        ((folder, "--watch", folder), "takes the place of images"),
+        (("--watch", folder, "--out", folder / "drawn"), "is inside the watched folder"),
+        ((), "give images or folders of them, or --watch FOLDER"),
+    ]:
+        code, _, err = command("predict", classifier_run, *arguments)
+        assert code == 2 and sentence in err
+
+
+def test_a_file_that_stays_incomplete_is_given_up(tmp_path):
+    (tmp_path / "half.png").write_bytes(save(tmp_path / "x.png")[:45])
+    (tmp_path / "x.png").unlink()
+    groups = predict.new_images(tmp_path, 0.05, patience=0.3)
+    start = time.monotonic()
+    assert next(groups) == [tmp_path / "half.png"] and time.monotonic() - start > 0.3
+    groups.close()

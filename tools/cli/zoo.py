@@ -1,4 +1,11 @@
-"""List the models: parameters, input size, published ImageNet top-1, and where weights are."""
+"""List the models: parameters, input size, published ImageNet top-1, and where weights are.
+
+  saccade zoo
+  saccade zoo 'davit_*'
+  saccade zoo biformer_s --json
+
+Exit codes: 0 done, 2 no model matches.
+"""
 
 import argparse
 import json
@@ -6,31 +13,32 @@ import sys
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pattern", nargs="?", default="*", help="a name with wildcards, such as 'davit_*'")
     parser.add_argument("--json", action="store_true", help="print a JSON list of objects")
     args = parser.parse_args()
 
     import saccade.backbones  # noqa: F401  (registers the models)
     import timm
+    from saccade.backbones import catalog
 
-    names = [n for n in timm.list_models(args.pattern) if timm.model_entrypoint(n).__module__.startswith("saccade.")]
+    ours = {name for names in catalog.families().values() for name in names}
+    names = [name for name in timm.list_models(args.pattern) if name in ours]
     if not names:
         print(f"error: no model of saccade matches {args.pattern!r}: try 'biformer*', or no pattern", file=sys.stderr)
         return 2
     rows = []
     for name in names:
-        file = sys.modules[timm.model_entrypoint(name).__module__]
         model = timm.create_model(name, device="meta")
         cfg = timm.get_pretrained_cfg(name)
-        top1, _ = getattr(file, "PUBLISHED", {}).get(name, (None, None))
+        published = catalog.published(name)
         rows.append(
             dict(
                 name=name,
                 parameters=sum(p.numel() for p in model.parameters()),
                 input_size=list(cfg.input_size),
-                top1=top1,
-                weights=cfg.hf_hub_id or getattr(file, "WEIGHTS", {}).get(name),
+                top1=published and published.top1,
+                weights=catalog.weights(name),
             )
         )
     if args.json:
