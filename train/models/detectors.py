@@ -227,8 +227,14 @@ def to_onnx(model: Detector, size: tuple[int, int], file: Path) -> Path:
     with atomic_write(file) as temporary, torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tracer, on all that the size fixes
         options = dict(input_names=["image"], output_names=names, opset_version=17, dynamo=False)
-        torch.onnx.export(_OfOneImage(model.cpu(), names).eval(), (torch.rand(3, *size),), str(temporary), **options)
+        torch.onnx.export(of_one_image(model.cpu()), (torch.rand(3, *size),), str(temporary), **options)
     return file
+
+
+def of_one_image(model: Detector) -> nn.Module:
+    """Return a detector as a function of an image (3, H, W) that returns boxes, scores, labels and, if any, masks."""
+    has_masks = isinstance(model, RCNN) and model.roi_head.has_masks
+    return _OfOneImage(model, ["boxes", "scores", "labels", *(["masks"] if has_masks else [])]).eval()
 
 
 class _OfOneImage(nn.Module):
