@@ -30,6 +30,17 @@ REFERENCE = {
     "training": ("saccade.train.engine", "The training loop; a config's keys are the arguments of `train`.", ["train"]),
     "models": ("saccade.train.models", "Whole models from the authors' files.", ["load_published"]),
     "export": ("saccade.train.export", "Files for other runtimes.", ["export"]),
+    "converting": (
+        "saccade.train.convert",
+        "Weights under the authors' names, ours, and OpenMMLab's: [converting](../share.md).",
+        ["from_published", "to_published", "convert"],
+    ),
+    "publishing": ("saccade.train.publish", "Runs as folders of the Hugging Face Hub.", ["publish"]),
+    "catalog": (
+        "saccade.backbones.catalog",
+        "What is known of each model: [the zoo](../zoo.md).",
+        ["families", "published", "weights"],
+    ),
     "prediction": ("saccade.train.predict", "Predictions of finished runs.", ["predictor", "predict"]),
 }
 

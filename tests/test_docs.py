@@ -51,3 +51,15 @@ def test_every_page_is_on_the_site():
     pages = {page.relative_to(DOCS).with_suffix("").as_posix() for page in DOCS.glob("*.md")}
     pages |= {f"results/{page.stem}" for page in (DOCS / "results").glob("*.md")}
     assert pages - {"index"} <= listed
+    listed = set(re.findall(r"(?m)^(\w+)$", (DOCS / "models/index.md").read_text()))
+    assert {page.stem for page in (DOCS / "models").glob("*.md")} - {"index"} == listed
+
+
+def test_every_family_has_a_page():
+    import saccade.backbones  # noqa: F401  (registers the models)
+    from saccade.backbones import catalog
+
+    for family, names in catalog.families().items():
+        text = (DOCS / "models" / f"{family.rpartition('.')[2]}.md").read_text()
+        assert len(text.partition("## Models")[0]) > 500, "what its attention does"
+        assert not [name for name in names if f"| `{name}` |" not in text]

@@ -1,22 +1,24 @@
 """List every registered model with its size, cost, published accuracy, weights and what the tests compare it with.
 
-    python tools/zoo.py            print the table and write docs/zoo.md
-    python tools/zoo.py --check    write nothing, and fail if docs/zoo.md is stale
+    python tools/zoo.py            print the table and write docs/zoo.md and the tables of docs/models/
+    python tools/zoo.py --check    write nothing, and fail if one of these is stale
+    python tools/zoo.py --time     measure the CPU time of an image, first: docs/results/zoo_cpu.json
 
 The models run on fake CUDA tensors, so nothing is computed. Multiply-accumulates are those of the algorithm, from each
-kernel's FLOP formula; the CPU implementation may do more where that is faster. Published accuracy comes from the
-backbone file's `PUBLISHED`, name -> (top-1, source), weights from the pretrained configuration and the file's
-`WEIGHTS`. What was compared is read from the tests in tests/backbones: the fixtures with which
+kernel's FLOP formula; the CPU implementation may do more where that is faster. Published accuracy and weights are those
+of saccade.backbones.catalog. What was compared is read from the tests in tests/backbones: the fixtures with which
 `test_equals_published…` is parametrized as `fixture` for a `name`, and the names of `test_parameter_counts`. A new
-model appears by itself.
+model appears by itself; a new family gets a page in docs/models, whose text above the table is yours to write.
 """
 
 import argparse
 import importlib
 import importlib.util
 import inspect
+import json
 import re
 import sys
+import time
 from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +27,8 @@ from pathlib import Path
 def make_parser() -> argparse.ArgumentParser:
     """Make the parser of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail if docs/zoo.md is stale; write nothing")
+    parser.add_argument("--check", action="store_true", help="fail if a page is stale; write nothing")
+    parser.add_argument("--time", action="store_true", help="measure the models' CPU time, first (ten minutes)")
     return parser
 
 
@@ -33,18 +36,23 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
     make_parser().parse_args()  # before the imports below, which take seconds
 
 
-import saccade.backbones
+import saccade.backbones  # noqa: F401  (registers the models)
 import timm
 import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
+from saccade.backbones import catalog
 from saccade.train.runtime import measure
 from torch._subclasses import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "zoo.md"
+FAMILIES = ROOT / "docs" / "models"
+TIMES = ROOT / "docs" / "results" / "zoo_cpu.json"
+BEGIN, END = "<!-- Written by tools/zoo.py: begin -->", "<!-- end -->"
+MOST_TIMED = 25e9  # multiply-accumulates of a model whose time is measured
 
 
 class Activations(TorchFunctionMode):
@@ -104,7 +112,7 @@ def describe_weights(name: str) -> str:
     hub_id = timm.get_pretrained_cfg(name).hf_hub_id
     if hub_id:
         return f"[{hub_id}](https://huggingface.co/{hub_id})"
-    text = getattr(sys.modules[timm.model_entrypoint(name).__module__], "WEIGHTS", {}).get(name, "none")
+    text = catalog.weights(name) or "none"
     return re.sub(r"(.+): (https://\S+)$", r"[\1](\2)", text)
 
 
@@ -138,14 +146,31 @@ def read_parameters(test):
                 yield names, [case.values if hasattr(case, "marks") else case for case in cases]
 
 
-def families() -> dict[str, list[str]]:
-    """Return the names of the models of each module."""
-    names = defaultdict(list)
-    for name in timm.list_models():
-        module = timm.model_entrypoint(name).__module__
-        if module.startswith(saccade.backbones.__name__ + "."):
-            names[module].append(name)
-    return names
+def time_models(rows: list[Row]) -> None:
+    """Measure the CPU time of one image through each model of moderate cost, on one thread; write TIMES.
+
+    CPU time, not time on the clock: it hardly depends on what else runs. The least of three runs after one.
+    """
+    torch.set_num_threads(1)
+    seconds = {}
+    for row in rows:
+        if row.macs is None or row.macs > MOST_TIMED:
+            continue
+        model = timm.create_model(row.name).eval()
+        if hasattr(model, "fuse"):
+            model.fuse()
+        x = torch.randn(1, model.default_cfg["input_size"][0], *row.size)
+        times = []
+        with torch.inference_mode():
+            for _ in range(4):
+                start = time.process_time()
+                model(x)
+                times.append(time.process_time() - start)
+        seconds[row.name] = round(min(times[1:]), 4)
+        print(f"{row.name}: {seconds[row.name]} s", flush=True)
+    machine = measure.machine(torch.device("cpu"))
+    text = json.dumps(dict(machine=machine, dtype="float32", batch=1, cpu_seconds=seconds), indent=1)
+    TIMES.write_text(text + "\n")
 
 
 def measure_all() -> tuple[list[Row], float]:
@@ -153,14 +178,13 @@ def measure_all() -> tuple[list[Row], float]:
         importlib.import_module(f"saccade.ops.{file.parent.name}.op")  # registers FLOP formulas
     fixtures, counted, rtol = read_tests()
     rows = []
-    for module, names in families().items():
-        published = getattr(sys.modules[module], "PUBLISHED", {})
+    for module, names in catalog.families().items():
         for row in sorted((measure_model(name, module) for name in names), key=lambda row: (row.params, row.name)):
             row.fixtures, row.counted = sorted(fixtures[row.name]), row.name in counted
             row.weights = describe_weights(row.name)
             row.license = timm.get_pretrained_cfg(row.name).license or ""
-            if row.name in published:
-                row.top1, row.source = f"{published[row.name][0]:.1f}", published[row.name][1]
+            if published := catalog.published(row.name):
+                row.top1, row.source = f"{published.top1:.1f}", published.source
             rows.append(row)
     return rows, rtol
 
@@ -195,9 +219,8 @@ Written by `python tools/zoo.py`; a test fails when it is stale. After `import s
     for family in dict.fromkeys(row.family for row in rows):
         own = [row for row in rows if row.family == family]
         cfg = timm.get_pretrained_cfg(own[0].name)
-        title = sys.modules[family].__doc__.split(":")[0].strip()
         paper = re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", cfg.paper_ids or "")
-        lines += ["", f"## {title}", "", f"{cfg.paper_name}, {paper}. Code: <{cfg.origin_url}>.", ""]
+        lines += ["", f"## {title(family)}", "", f"{cfg.paper_name}, {paper}. Code: <{cfg.origin_url}>.", ""]
         if cfg.num_classes == 0:
             lines += [
                 "A lifter takes the images of several cameras (*input* is the size of each): [bev.md](bev.md).",
@@ -208,6 +231,67 @@ Written by `python tools/zoo.py`; a test fails when it is stale. After `import s
             cells = [f"`{row.name}`", *row.figures(), row.top1, row.source, format_checks(row, "`")]
             lines.append("| " + " | ".join([*cells, row.weights, row.license]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def title(family: str) -> str:
+    return sys.modules[family].__doc__.split(":")[0].strip()
+
+
+def family_table(own: list[Row]) -> str:
+    """Return the generated part of a family's page: paper, code, licence, a table with the CPU time of each model."""
+    cfg = timm.get_pretrained_cfg(own[0].name)
+    times = json.loads(TIMES.read_text())["cpu_seconds"] if TIMES.exists() else {}
+    paper = re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", cfg.paper_ids or "")
+    licenses = ", ".join(dict.fromkeys(row.license or "none stated" for row in own))
+    compared = sum(bool(row.fixtures) for row in own)
+    counted = sum(row.counted and not row.fixtures for row in own)
+    checks = [f"outputs and gradients of {compared} models against golden values of the published code"] * (
+        compared > 0
+    )
+    checks += [f"parameter counts of {counted} others"] * (counted > 0)
+    lines = [
+        f"- Paper: {cfg.paper_name}, {paper}",
+        f"- Published code: <{cfg.origin_url}>",
+        f"- Licence of the published weights or code: {licenses}",
+        f"- Compared in the tests: {', '.join(checks) or 'see the tests of the family'}",
+        f"- Source: `backbones/{own[0].family.rpartition('.')[2]}.py`; tests: `tests/backbones`",
+        "",
+        "| model | input | params, M | MACs, G | published top-1 | CPU, ms an image | equal to published | weights |",
+        "|---|---:|---:|---:|---:|---:|---|---|",
+    ]
+    for row in own:
+        size, params, macs, _ = row.figures()
+        cost = f"{1000 * times[row.name]:,.0f}" if row.name in times else ""
+        cells = [f"`{row.name}`", size, params, macs, row.top1, cost, format_checks(row, "`"), row.weights]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def family_pages(rows: list[Row]) -> dict[Path, str]:
+    """Return the text of each family's page, and of their index: what is there, with a new table."""
+    pages = {}
+    for family in dict.fromkeys(row.family for row in rows):
+        file = FAMILIES / f"{family.rpartition('.')[2]}.md"
+        about = sys.modules[family].__doc__.split("\n\n")[0].partition(":")[2].strip()
+        text = (
+            file.read_text()
+            if file.exists()
+            else f"# {title(family)}\n\n{about[:1].upper()}{about[1:]}\n\n{BEGIN}\n{END}\n"
+        )
+        before, _, rest = text.partition(BEGIN)
+        after = rest.partition(END)[2]
+        table = family_table([row for row in rows if row.family == family])
+        pages[file] = f"{before}{BEGIN}\n\n{table}\n\n{END}{after}"
+    names = "\n".join(file.stem for file in pages)
+    index = """\
+# Families
+
+What the attention of each does, its cost, accuracy, and how it was verified. The tables are written by
+`python tools/zoo.py`; a test fails when they are stale. *CPU* is the CPU time of one image in fp32 on one thread
+(`--time`), of models up to 25 G multiply-accumulates, fused where a model can be; it does not depend on the weights.
+"""
+    pages[FAMILIES / "index.md"] = f"{index}\n```{{toctree}}\n:maxdepth: 1\n\n{names}\n```\n"
+    return pages
 
 
 def make_table(rows: list[Row]) -> Table:
@@ -224,14 +308,20 @@ def make_table(rows: list[Row]) -> Table:
 def main() -> None:
     args = make_parser().parse_args()
     rows, rtol = measure_all()
-    text = format_page(rows, rtol)
+    if args.time:
+        time_models(rows)
+    pages = {PAGE: format_page(rows, rtol), **family_pages(rows)}
+    stale = [file for file, text in pages.items() if not file.exists() or file.read_text() != text]
     if args.check:
-        if not PAGE.exists() or PAGE.read_text() != text:
-            sys.exit(f"{PAGE.relative_to(ROOT)} is stale: run `python tools/zoo.py`")
+        if stale:
+            names = ", ".join(str(file.relative_to(ROOT)) for file in stale)
+            sys.exit(f"{names} {'is' if len(stale) == 1 else 'are'} stale: run `python tools/zoo.py`")
         return
     Console(width=None if sys.stdout.isatty() else 160).print(make_table(rows))
-    PAGE.write_text(text)
-    print(f"wrote {PAGE.relative_to(ROOT)}")
+    for file in stale:
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(pages[file])
+        print(f"wrote {file.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -28,8 +28,9 @@ def test_page_is_fresh():
 def test_stale_page_is_one_sentence(zoo, tmp_path, monkeypatch):
     (tmp_path / "docs").mkdir()
     page = tmp_path / "docs" / "zoo.md"
-    row = zoo.Row("biformer_t", "saccade.backbones.biformer", (224, 224), 1, 2, 3, counted=True)
-    for name, value in dict(ROOT=tmp_path, PAGE=page, measure_all=lambda: ([row], 1e-9)).items():
+    row = zoo.Row("biformer_t", "saccade.backbones.biformer", (224, 224), 1, 2, 3, counted=True, top1="81.4")
+    places = dict(ROOT=tmp_path, PAGE=page, FAMILIES=tmp_path / "docs" / "models")
+    for name, value in (places | dict(measure_all=lambda: ([row], 1e-9))).items():
         monkeypatch.setattr(zoo, name, value)
     monkeypatch.setattr(sys, "argv", ["zoo.py"])
     zoo.main()
@@ -38,6 +39,18 @@ def test_stale_page_is_one_sentence(zoo, tmp_path, monkeypatch):
     page.write_text(page.read_text().replace("parameter count |", "davit_tiny |"))
     with pytest.raises(SystemExit, match=r"docs/zoo\.md is stale: run `python tools/zoo\.py`"):
         zoo.main()
+    page.write_text(page.read_text().replace("davit_tiny |", "parameter count |"))
+    family = tmp_path / "docs" / "models" / "biformer.md"
+    assert family.read_text().startswith("# BiFormer\n\nA four-stage pyramid whose tokens attend")
+    family.write_text("# BiFormer\n\nMy text.\n\n" + family.read_text().partition("routed to.\n\n")[2] + "More.\n")
+    zoo.main()
+    family.write_text(family.read_text().replace("81.4", "99.9"))
+    with pytest.raises(SystemExit, match=r"docs/models/biformer\.md is stale"):
+        zoo.main()
+    monkeypatch.setattr(sys, "argv", ["zoo.py"])
+    zoo.main()
+    text = family.read_text()
+    assert "My text." in text and text.endswith("More.\n") and "| `biformer_t` |" in text and "99.9" not in text
 
 
 @pytest.mark.parametrize(
@@ -53,7 +66,7 @@ def test_counts_are_those_of_timms_tables(zoo, name, params, macs, activations):
 @pytest.mark.parametrize(("name", "giga"), [("biformer_t", 2.228), ("davit_t", 4.540)])
 def test_macs_are_the_algorithms(zoo, monkeypatch, name, giga):
     """Those counted on the published code, not of what runs on a CPU: BiFormer's third stage is dense there."""
-    monkeypatch.setattr(zoo, "families", dict)
+    monkeypatch.setattr(zoo.catalog, "families", dict)
     zoo.measure_all()  # registers the FLOP formulas
     assert zoo.measure_model(name).macs / 1e9 == pytest.approx(giga, rel=0.01)
 
