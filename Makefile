@@ -48,9 +48,13 @@ demo-segmentation: $(CLASSIFIER)
 	$(PY) tools/train.py configs/scenes/upernet_biformer_t.py checkpoint=runs/demo --run-dir runs/demo-segmentation --overwrite
 	$(PY) tools/test.py runs/demo-segmentation
 
+# With depth and without, side by side, on a core each.
 demo-bev: setup
-	$(PY) tools/train.py configs/scenes/bev_dfa3d.py --run-dir runs/demo-bev --overwrite
-	$(PY) tools/test.py runs/demo-bev
+	OMP_NUM_THREADS=1 $(PY) tools/train.py configs/scenes/bev_2d.py --run-dir runs/demo-bev-2d --overwrite > /dev/null & \
+	OMP_NUM_THREADS=1 $(PY) tools/train.py configs/scenes/bev_dfa3d.py --run-dir runs/demo-bev --overwrite && wait $$!
+	OMP_NUM_THREADS=1 $(PY) tools/test.py runs/demo-bev-2d > /dev/null & \
+	OMP_NUM_THREADS=1 $(PY) tools/test.py runs/demo-bev && wait $$!
+	$(PY) tools/compare.py runs/demo-bev-2d runs/demo-bev
 
 # One worker per core with one thread each. The marker `exhaustive` is explained in pyproject.toml.
 PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) -n auto --dist worksteal
