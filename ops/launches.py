@@ -35,6 +35,7 @@ class Pointer:
         self.dtype, self.numel = x.dtype, x.numel()
         self.offset = int(x.storage_offset()) * x.element_size()  # allocations are aligned, views may not be
         self.storage = x.untyped_storage().nbytes()
+        self.key = x.untyped_storage()._cdata, self.offset  # the same for a tensor that is given twice
 
     def data_ptr(self) -> int:
         return self.offset

@@ -5,6 +5,7 @@
 
     ops          every operator's tests, in float32, float16 and bfloat16
     families     a model of every family, forward and backward, against float64 on the CPU
+    tune         launch configurations of the kernels, timed on this card (python -m saccade.ops.tune)
     operators    operators timed against the published arithmetic and the best library call (tools/benchmark_ops.py)
     models       models timed against the published form (tools/benchmark.py)
     compiled     images per second and peak memory, eager and compiled, inference and training, bfloat16, channels-last
@@ -159,6 +160,7 @@ def distributed() -> dict[str, Any]:
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
     "ops": lambda: run("-m", "pytest", "-q", "-m", "not exhaustive", "tests/ops"),
     "families": lambda: within(FAMILIES, lambda name: accuracy(name, "cuda")),
+    "tune": lambda: run("-m", "saccade.ops.tune"),
     "operators": lambda: run("tools/benchmark_ops.py", "--images", "64x224x224", "--out", "runs/gpu-operators"),
     "models": lambda: run(
         "tools/benchmark.py", "--models", "biformer_s", "davit_t", "halo_26t",

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import FLOOR, LOG2E, precision, softmax_step
+from ..tune import launch
 from .tables import resizing
 
 # Not specialised on, since they change with the image size: a divisible size would recompile the kernel.
@@ -440,17 +441,19 @@ def fwd(
         part, parts = (x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (va, lse1))
     with torch.cuda.device_of(q):
         pointers, sizes, T = _tables(*key_tables)
-        gather_kernel[(programs * splits,)](
+        launch(gather_kernel, (programs * splits,))(
             k, v, agents, *pointers, part, parts, *k.stride()[:2], *v.stride()[:2],
             B, heads, M, *sizes, share, scale, T=T, **options,
         )  # fmt: skip
         if splits > 1:
             total = B * heads * a
             blocks = {name: options[name] for name in ("D", "BLOCK_D", "BLOCK_A")}
-            merge_kernel[(triton.cdiv(total, blocks["BLOCK_A"]),)](part, parts, va, lse1, total, splits, **blocks)
+            launch(merge_kernel, (triton.cdiv(total, blocks["BLOCK_A"]),))(
+                part, parts, va, lse1, total, splits, **blocks
+            )
         pointers, sizes, T = _tables(*query_tables)
         weight = _taps(dwc_weight, dwc_bias, C)
-        read_kernel[(B * heads * triton.cdiv(N, options["BLOCK_N"]),)](
+        launch(read_kernel, (B * heads * triton.cdiv(N, options["BLOCK_N"]),))(
             q, v, agents, va, *pointers, lse2 if weight is None else weight, out, lse2,
             *q.stride()[:2], *v.stride()[:2], heads, N, *sizes, scale, T=T, CONV=weight is not None, **options,
         )  # fmt: skip
@@ -507,7 +510,7 @@ def _tokens(x, y, agents, z, tables, lse, delta, dout, weight, heads, scale, dx,
     dbias = lse.new_empty(triton.cdiv(B, images), heads, N, a) if single else lse
     dweight = lse.new_empty(programs, 10, C) if conv else lse.new_empty(1, 0)
     strides = *x.stride()[:2], *y.stride()[:2]
-    tokens_kernel[(programs * heads,)](
+    launch(tokens_kernel, (programs * heads,))(
         x, y, agents, z, *pointers, lse, delta, dout, weight if conv else lse, dx, dy, dbias, dweight,
         *strides, *dout.stride()[:2], B, heads, N, *sizes, images, scale,
         T=T, KEYS=keys, CONV=conv, SINGLE=single, **options,
@@ -515,7 +518,7 @@ def _tokens(x, y, agents, z, tables, lse, delta, dout, weight, heads, scale, dx,
     if not single:
         images = _chunk(B, heads * tiles * agent_tiles)
         dbias = lse.new_empty(triton.cdiv(B, images), heads, N, a)
-        bias_kernel[(len(dbias) * tiles * agent_tiles * heads,)](
+        launch(bias_kernel, (len(dbias) * tiles * agent_tiles * heads,))(
             x, y, agents, z, *pointers, lse, delta, dbias, *strides, B, heads, N, *sizes, images, scale,
             T=T, KEYS=keys, **options,
         )  # fmt: skip
@@ -532,7 +535,7 @@ def _agents(x, y, agents, z, tables, lse, delta, heads, scale, keys):
     share = _share(N, programs, options["BLOCK_N"])
     dagents = lse.new_empty(triton.cdiv(N, share), B, heads, a, C // heads)
     dz = dagents if keys else torch.empty_like(dagents)
-    agents_kernel[(programs * len(dagents),)](
+    launch(agents_kernel, (programs * len(dagents),))(
         x, y, agents, z, *pointers, lse, delta, dagents, dz, *x.stride()[:2], *y.stride()[:2],
         B, heads, N, *sizes, share, scale, T=T, KEYS=keys, **options,
     )  # fmt: skip

@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import FLOOR, LOG2E, once, precision, softmax_step
+from ..tune import launch
 
 SHIFT = tl.constexpr(44)
 
@@ -392,7 +393,7 @@ def fwd(qkv: Tensor, idx: Tensor, heads: int, regions: tuple[int, int], scale: f
     dense, tiles, sizes, options = _launch(qkv, idx.shape[2], heads, regions, scale)
     table = _bits(idx, idx.shape[1]) if dense else idx.contiguous()
     with torch.cuda.device_of(qkv):
-        fwd_kernel[(B * tiles * heads,)](qkv, table, out, lse, *qkv.stride()[:3], *sizes, **options)
+        launch(fwd_kernel, (B * tiles * heads,))(qkv, table, out, lse, *qkv.stride()[:3], *sizes, **options)
     return out, lse
 
 
@@ -418,8 +419,10 @@ def bwd(
     delta = torch.empty_like(lse)
     strides, grid = (*qkv.stride()[:3], *dout.stride()[:3]), (qkv.shape[0] * tiles * heads,)
     with torch.cuda.device_of(qkv):
-        dq_kernel[grid](qkv, table, out, lse, dout, delta, dqkv, *strides, *sizes, **options)
-        dkdv_kernel[grid](qkv, walks, start, order, lse, dout, delta, dqkv, *strides, qkv.shape[0], *sizes, **options)
+        launch(dq_kernel, grid)(qkv, table, out, lse, dout, delta, dqkv, *strides, *sizes, **options)
+        launch(dkdv_kernel, grid)(
+            qkv, walks, start, order, lse, dout, delta, dqkv, *strides, qkv.shape[0], *sizes, **options
+        )
     return dqkv
 
 

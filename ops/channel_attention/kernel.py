@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import LOG2E, precision
+from ..tune import launch
 
 SIZES = ["heads", "W", "N"]
 
@@ -176,10 +177,10 @@ def _matrices(x: Tensor, y: Tensor, heads: int, scale: float, options: dict, a: 
     stretches = triton.cdiv(H * W, stretch(BLOCK_D))
     parts = x.new_empty(B, stretches, heads, D, D, dtype=torch.float32)
     out = x.new_empty(B, heads, D, D, dtype=torch.float32)
-    products_kernel[(B * stretches * heads,)](
+    launch(products_kernel, (B * stretches * heads,))(
         x, y, parts, *x.stride()[:3], *y.stride()[:3], heads, W, H * W, STRETCH=stretch(BLOCK_D), **options
     )
-    softmax_kernel[(B * heads * (BLOCK_D // ROWS),)](
+    launch(softmax_kernel, (B * heads * (BLOCK_D // ROWS),))(
         parts,
         out if a is None else a,
         out,
@@ -205,7 +206,7 @@ def fwd(qkv: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
     with torch.cuda.device_of(qkv):
         a = _matrices(k, v, heads, scale, options)
         tiles = triton.cdiv(H * W, options["BLOCK_N"])
-        out_kernel[(B * tiles * heads,)](q, a, out, *q.stride()[:3], heads, W, H * W, **options)
+        launch(out_kernel, (B * tiles * heads,))(q, a, out, *q.stride()[:3], heads, W, H * W, **options)
     return out, a
 
 
@@ -222,7 +223,7 @@ def bwd(dout: Tensor, qkv: Tensor, a: Tensor, heads: int, scale: float) -> Tenso
         ds = _matrices(dout, qkv[..., :C], heads, scale, options, a)
         tiles = triton.cdiv(H * W, options["BLOCK_N"])
         strides = (*qkv.stride()[:3], *dout.stride()[:3])
-        dqkv_kernel[(B * tiles * heads,)](qkv, dout, a, ds, dqkv, *strides, heads, W, H * W, **options)
+        launch(dqkv_kernel, (B * tiles * heads,))(qkv, dout, a, ds, dqkv, *strides, heads, W, H * W, **options)
     return dqkv
 
 

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..tune import launch
+
 
 @triton.jit
 def level_geometry(shapes, level):
@@ -310,7 +312,7 @@ def _launch_rows(kernel, value, depth, locations, weights, shapes, *rest) -> Non
     options = row_tile(C, L * P)
     grid = (B * M * triton.cdiv(Q, options["BLOCK_Q"]),)
     with torch.cuda.device_of(value):
-        kernel[grid](
+        launch(kernel, grid)(
             *tensors, *rest, *strides, Q, M, L * P, P, D, tuple(shapes), C=C, DEPTH=depth is not None, **options
         )
 
@@ -348,12 +350,12 @@ def bwd_maps(dout: Tensor, value: Tensor, depth: Tensor | None, locations: Tenso
         dead, n = images * M * keys, images * Q * M * L * P
         key = torch.empty(n, dtype=torch.int32 if dead < 2**31 else torch.int64, device=value.device)
         with torch.cuda.device_of(value):
-            keys_kernel[(triton.cdiv(n, KEYS),)](
+            launch(keys_kernel, (triton.cdiv(n, KEYS),))(
                 locations[first:], key, n, Q, M, L * P, P, D, shapes, keys, dead, DEPTH=depth is not None, BLOCK=KEYS
             )
             key, order = key.sort(stable=True)
             starts = torch.searchsorted(key, torch.arange(dead + 1, dtype=key.dtype, device=key.device))
-            maps_kernel[(images * (M // heads) * S,)](
+            launch(maps_kernel, (images * (M // heads) * S,))(
                 *tensors, dout, order, starts, dvalue, ddepth, *strides, S, Q, M, L * P, D, shapes, keys, first,
                 C=C, DEPTH=depth is not None, HEADS=heads, **options,
             )  # fmt: skip

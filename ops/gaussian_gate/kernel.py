@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import maps
 from ..maps import flattened, known_positions, known_sizes, known_strides, layout, positions_at
+from ..tune import launch
 
 SIZES = ["C", "W", "P"]
 STRIDES = [f"stride_{tensor}{axis}" for tensor in ("", "d", "o", "y") for axis in "bchw"]
@@ -155,7 +156,7 @@ def _partial(kernel, *given: Tensor) -> Tensor:
     names, strides = (("DY", "X")[-len(xs) :], [s for m in xs for s in m.stride()])
     forms = {name: layout(m) for name, m in zip(names, xs)}
     with torch.cuda.device_of(x):
-        kernel[(x.shape[0] * stretches * blocks,)](
+        launch(kernel, (x.shape[0] * stretches * blocks,))(
             *xs, *parts, *strides, *sizes, **forms, FLAT=flat, STRETCH=STRETCH, **options
         )
     return parts
@@ -194,7 +195,7 @@ def affine(
     scale, linear, shift = (v.contiguous() for v in (scale, linear, shift))
     tiles = blocks * triton.cdiv(sizes[2], options["BLOCK_P"])
     with torch.cuda.device_of(x):
-        affine_kernel[(x.shape[0] * tiles,)](
+        launch(affine_kernel, (x.shape[0] * tiles,))(
             x, other, scale, linear, shift, z, *strides, *sizes,
             X=layout(x), OTHER=layout(other), Y=layout(z), FLAT=flat, GRAD=grad, **options,
         )  # fmt: skip

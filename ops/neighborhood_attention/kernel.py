@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import FLOOR, LOG2E, once, softmax_step
+from ..tune import launch
 from .eager import diagonals
 
 NOWHERE = tl.constexpr(0x7FFF7FFF)  # row and column of no member, 16 bits each
@@ -498,7 +499,7 @@ def fwd(
     qkv = _readable(qkv)
     options, (_, line), tiles = _launch(qkv, heads, kernel, dilation, stride)
     with torch.cuda.device_of(qkv):
-        fwd_kernel[(tiles * heads,)](
+        launch(fwd_kernel, (tiles * heads,))(
             qkv, lse if bias is None else bias.contiguous(), out, lse, *qkv.stride()[:4], H, W, *dilation, heads, scale,
             SPAN=line[0], BIAS=bias is not None, **options,
         )  # fmt: skip
@@ -528,8 +529,8 @@ def bwd(
     given = options | dict(BIAS=bias is not None)
     with torch.cuda.device_of(qkv):
         grid = (tiles * heads,)
-        dq_kernel[grid](qkv, table, out, lse, dout, delta, dqkv, *strides, *sizes, scale, SPAN=line[0], **given)
-        dkdv_kernel[grid](qkv, table, lse, dout, delta, dqkv, *strides, *sizes, scale, SPAN=line[1], **given)
+        launch(dq_kernel, grid)(qkv, table, out, lse, dout, delta, dqkv, *strides, *sizes, scale, SPAN=line[0], **given)
+        launch(dkdv_kernel, grid)(qkv, table, lse, dout, delta, dqkv, *strides, *sizes, scale, SPAN=line[1], **given)
         if bias is not None:
             options = sum_options(options, qkv.element_size())
             del options["DENSE"]
@@ -538,7 +539,7 @@ def bwd(
             per = triton.cdiv(tiles, max(1, PROGRAMS // (heads * chunks)))
             parts = triton.cdiv(tiles, per)
             ds = lse.new_empty(parts, heads, *tile, rows, span)
-            dbias_kernel[(parts * heads * chunks,)](
+            launch(dbias_kernel, (parts * heads * chunks,))(
                 qkv, table, lse, dout, delta, ds, *strides, *sizes, tiles, per, scale,
                 LOW_Y=low_y, LOW_X=low_x, ROWS=rows, SPAN=span, **options,
             )  # fmt: skip

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import maps
 from ..maps import flattened, known_positions, known_sizes, known_strides, layout, positions_at
+from ..tune import launch
 
 SIZES = ["C", "W", "P"]
 STRIDES = [f"stride_{tensor}{axis}" for tensor in ("", "d", "x", "y") for axis in "bchw"]
@@ -180,7 +181,7 @@ def _launch(kernel, *tensors: Tensor, X: Tensor, flags: dict | None = None, **ot
     forms = {name: layout(m) for name, m in zip(given, xs)}
     strides = [s for m in xs for s in m.stride()]
     with torch.cuda.device_of(X):
-        kernel[(B * triton.cdiv(H * W, options["BLOCK_P"]),)](
+        launch(kernel, (B * triton.cdiv(H * W, options["BLOCK_P"]),))(
             *tensors, *strides, C, W, H * W, **forms, FLAT=flat, **(flags or {}), **options
         )
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import maps
 from ..maps import known_sizes, known_strides, layout
+from ..tune import launch
 
 SIZES = ["B", "C", "H", "W"]
 STRIDES = [f"stride_{tensor}{axis}" for tensor in ("", "d", "y") for axis in "bchw"]
@@ -163,7 +164,7 @@ def _sums(x: Tensor, dy: Tensor | None = None, a_h: Tensor | None = None, a_w: T
     a_h = rows if a_h is None else a_h.contiguous()  # not read if None
     a_w = columns if a_w is None else a_w.contiguous()
     with torch.cuda.device_of(x):
-        sums_kernel[_grid(x, ROWS, options)](
+        launch(sums_kernel, _grid(x, ROWS, options))(
             x, dy, a_h, a_w, rows, columns, *x.stride(), *dy.stride(), *x.shape,
             X=layout(x), DY=layout(dy), GRAD=grad, ROWS=ROWS, **options,
         )  # fmt: skip
@@ -194,7 +195,7 @@ def gate(
     a_h, a_w = a_h.contiguous(), a_w.contiguous()
     dz_h, dz_w = (a_h, a_w) if dz_h is None or dz_w is None else (dz_h.contiguous(), dz_w.contiguous())
     with torch.cuda.device_of(x):
-        gate_kernel[_grid(x, options["BLOCK_H"], options)](
+        launch(gate_kernel, _grid(x, options["BLOCK_H"], options))(
             x, a_h, a_w, dz_h, dz_w, y, *x.stride(), *y.stride(), *x.shape[1:],
             X=layout(x), Y=layout(y), GRAD=grad, RESIDUAL=residual, **options,
         )  # fmt: skip

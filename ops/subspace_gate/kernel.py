@@ -29,6 +29,7 @@ from torch import Tensor
 
 from .. import maps
 from ..maps import known_sizes, known_strides
+from ..tune import launch
 
 SIZES = ["B", "g", "G", "H", "W"]
 STRIDES = [f"stride_{tensor}{axis}" for tensor in ("", "d", "x", "y") for axis in "bchw"]
@@ -295,7 +296,7 @@ def moments(x: Tensor, g: int) -> tuple[Tensor, Tensor]:
     (B, C, H, W), (sizes, options, channels, _) = x.shape, _launch(moments_kernel, x, g)
     mean, square = (x.new_empty(B, C, dtype=torch.float32) for _ in range(2))
     with torch.cuda.device_of(x):
-        moments_kernel[(B * g * channels,)](x, mean, square, *x.stride(), *sizes, X=_layout(x, g), **options)
+        launch(moments_kernel, (B * g * channels,))(x, mean, square, *x.stride(), *sizes, X=_layout(x, g), **options)
     var, centre = torch.var_mean(mean, 0, correction=0)
     return centre, square.sum(0) / (B * H * W) + var
 
@@ -305,7 +306,7 @@ def scores(x: Tensor, scale: Tensor, shift: Tensor, point_weight: Tensor, g: int
     s = x.new_empty(B, g, H, W, dtype=torch.float32)
     vectors = (v.contiguous() for v in (scale, shift, point_weight))
     with torch.cuda.device_of(x):
-        scores_kernel[(B * g * positions,)](x, *vectors, s, *x.stride(), *sizes, X=_layout(x, g), **options)
+        launch(scores_kernel, (B * g * positions,))(x, *vectors, s, *x.stride(), *sizes, X=_layout(x, g), **options)
     return s
 
 
@@ -313,7 +314,7 @@ def gate(x: Tensor, attention: Tensor) -> Tensor:
     y, (B, g) = torch.empty_like(x), attention.shape[:2]
     sizes, options, channels, positions = _launch(gate_kernel, x, g)
     with torch.cuda.device_of(x):
-        gate_kernel[(B * g * channels * positions,)](
+        launch(gate_kernel, (B * g * channels * positions,))(
             x, attention.contiguous(), y, *x.stride(), *y.stride(), *sizes,
             X=_layout(x, g), Y=_layout(y, g), **options,
         )  # fmt: skip
@@ -324,7 +325,7 @@ def gate_gradient(dy: Tensor, x: Tensor, attention: Tensor) -> Tensor:
     da, (B, g) = torch.empty_like(attention, memory_format=torch.contiguous_format), attention.shape[:2]
     sizes, options, _, positions = _launch(dgate_kernel, x, g)
     with torch.cuda.device_of(x):
-        dgate_kernel[(B * g * positions,)](
+        launch(dgate_kernel, (B * g * positions,))(
             dy, x, da, *dy.stride(), *x.stride(), *sizes, DY=_layout(dy, g), X=_layout(x, g), **options
         )
     return da
@@ -343,7 +344,7 @@ def map_gradient(dy: Tensor, x: Tensor, ds: Tensor, attention: Tensor, middle) -
 
     def run(constant: Tensor, linear: Tensor, **which) -> None:
         with torch.cuda.device_of(x):
-            dmap_kernel[(B * g * channels,)](
+            launch(dmap_kernel, (B * g * channels,))(
                 *inputs, *vectors, constant, linear, dx, *sums, *strides, *sizes, **forms, **which, **options
             )
 

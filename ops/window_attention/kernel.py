@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..tiles import FLOOR, LOG2E, once, precision, softmax_step
+from ..tune import launch
 from .eager import diagonals, sum_diagonals
 
 SIZES = ["B", "H", "W", "h", "w", "s_h", "s_w", "heads"]
@@ -442,7 +443,7 @@ def fwd(
     options = launch_options(qkv.element_size(), C // heads, N, torch.version.hip is not None)
     grid = (B * _count(H, W, window) * triton.cdiv(N, options["BLOCK_M"]) * heads,)
     with torch.cuda.device_of(qkv):
-        fwd_kernel[grid](
+        launch(fwd_kernel, grid)(
             qkv, lse if pad is None else pad.contiguous(), lse if bias is None else bias.contiguous(), out, lse,
             *qkv.stride()[:4], H, W, *window, *shift, heads, scale,
             **window_options(*window), PAD=pad is not None, BIAS=bias is not None, PRECISION=precision(qkv), **options,
@@ -481,7 +482,7 @@ def bwd(
             chunks = triton.cdiv(windows, per)
             parts = lse.new_empty((0 if pad is None else windows, 2, C))
             ds = lse.new_empty((0 if bias is None else chunks, heads, N, N))
-            bwd_kernel[(chunks * heads,)](
+            launch(bwd_kernel, (chunks * heads,))(
                 *tensors, dout, dqkv, parts, ds, *strides, B, per, *sizes, **given,
                 **tile_options(qkv.element_size(), D, N, hip),
             )  # fmt: skip
@@ -492,15 +493,15 @@ def bwd(
             programs = windows * triton.cdiv(N, options["BLOCK_M"])
             parts = lse.new_empty((0 if pad is None else programs, 2, C))
             grid = (programs * heads,)
-            dq_kernel[grid](*tensors, out, lse, dout, delta, dqkv, *strides, *sizes, **given, **options)
-            dkdv_kernel[grid](*tensors, lse, dout, delta, dqkv, parts, *strides, *sizes, **given, **options)
+            launch(dq_kernel, grid)(*tensors, out, lse, dout, delta, dqkv, *strides, *sizes, **given, **options)
+            launch(dkdv_kernel, grid)(*tensors, lse, dout, delta, dqkv, parts, *strides, *sizes, **given, **options)
             if bias is not None:
                 options = owner_options(qkv.element_size(), D, w, hip)
                 owners = heads * (2 * h - 1) * triton.cdiv(w, options["BLOCK_M"]) * triton.cdiv(w, options["BLOCK_N"])
                 per = triton.cdiv(windows, max(1, PROGRAMS // owners))
                 chunks = triton.cdiv(windows, per)
                 ds = lse.new_empty(chunks, heads, 2 * h - 1, w, w)
-                dbias_kernel[(chunks * owners,)](
+                launch(dbias_kernel, (chunks * owners,))(
                     *tensors, lse, dout, delta, ds, *strides, B, per, *sizes,
                     **window_options(h, w), PAD=pad is not None, PRECISION=precision(qkv), **options,
                 )  # fmt: skip
