@@ -6,11 +6,12 @@ keys, in `dkdv_kernel` it holds keys and loops over queries. Tiles of keys that 
 skipped. Gathering the keys of each query would save arithmetic, but a tensor core needs 16 queries with the same keys.
 
 The mask takes two kernels. `basis_kernel` folds the predictor of a head, (q W_qᵀ + b_q)(k W_kᵀ + b_k)ᵀ P, into q G + g,
-in one pass over its keys. `mask_kernel` computes the softmax over K coefficients of 16 queries from G. It takes the
-largest coefficients one by one and adds each, times its row of U, to the scores, which stay in registers as whole rows.
-Then it finds the budget-th largest score two bits at a time, from the highest: floats are ordered like their bits. It
-reads q and writes the bits; the scores are never in memory. This is in float32, without tensor cores. A query with a
-NaN in its coefficients has NaN in all scores, and a NaN is above all numbers: it keeps keys, whatever max does with it.
+in one pass over its keys. `mask_kernel` computes the softmax over K coefficients of a few queries from G. It takes the
+largest coefficients one by one and adds each, times its row of U, to the scores. They stay in the registers of one warp
+as whole rows, so that a sum over a row takes few instructions. Then it finds the budget-th largest score by bisection:
+floats are ordered like their bits. It reads q and writes the bits; the scores are never in memory. This is in float32,
+without tensor cores. A query with a NaN in its coefficients has NaN in all scores, and a NaN is above all numbers: it
+keeps keys, whatever max does with it.
 """
 
 from collections.abc import Iterator
@@ -19,8 +20,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..tiles import FLOOR, LOG2E, once, precision, softmax_step
+from ..tune import launch
 from .eager import Predictor, Selection
 from .reference import basis, with_cls
 
@@ -209,9 +212,10 @@ def basis_kernel(
     W_q, b_q = matrix(pq_ptr, c, D, BLOCK_C, BLOCK_D), tl.load(pqb_ptr + cc, cc < c, 0.0).to(tl.float32)
     G = tl.dot(tl.trans(W_q), Kd, input_precision="ieee") * scale
     g = tl.sum(b_q[:, None] * Kd, 0) * scale
-    fold_ptr += (b * heads + head) * (D + 1) * K  # G (D, K), then g (K)
-    tl.store(fold_ptr + d[:, None] * K + kk[None, :], G, (d < D)[:, None] & (kk < K)[None, :])
-    tl.store(fold_ptr + D * K + kk, g, kk < K)
+    line = (K + BLOCK_K - 1) // BLOCK_K * BLOCK_K  # lines are padded with zeros
+    fold_ptr += (b * heads + head) * (D + 1) * line  # G (D, K), then g (K)
+    tl.store(fold_ptr + d[:, None] * line + kk[None, :], G, (d < D)[:, None])
+    tl.store(fold_ptr + D * line + kk, g)
 
 
 @triton.jit
@@ -223,31 +227,25 @@ def ordered(S, SIGNED: tl.constexpr):
     return x
 
 
-@triton.jit
-def at_least(x, t):
-    """Return how many numbers of each row of x are t or more."""
-    return tl.sum((x >= t[:, None]).to(tl.int32), 1)
-
-
 @triton.jit(do_not_specialize=SIZES)
 def mask_kernel(
     q_ptr, fold_ptr, up_ptr, alive_ptr, mask_ptr, stride_b, stride_h, stride_n,
     heads, N, K, rounds, budget, COEF_THRESHOLD: tl.constexpr, THRESHOLD: tl.constexpr,
     ALIVE: tl.constexpr, SIGNED: tl.constexpr,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    D: tl.constexpr, LINE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     b, head, tile = program(heads, (N + BLOCK_M - 1) // BLOCK_M)
     n, row = rows_of(tile, N, BLOCK_M)
     kk, col = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
     q_ptr += b * stride_b + head.to(tl.int64) * stride_h
-    fold_ptr += (b * heads + head) * (D + 1) * K
+    fold_ptr += (b * heads + head) * (D + 1) * LINE
     E = tl.full((BLOCK_M, BLOCK_K), 0, tl.float32)  # in base 2
-    for start in range(0, D, 16):  # in small steps, since fp32 operands take many registers
+    for start in tl.static_range(0, D, 16):  # in small steps, since fp32 operands take many registers
         d = start + tl.arange(0, 16)
         q = tl.load(q_ptr + (n * stride_n)[:, None] + d[None, :], row[:, None] & (d < D)[None, :], 0.0).to(tl.float32)
-        G = tl.load(fold_ptr + d[:, None] * K + kk[None, :], (d < D)[:, None] & (kk < K)[None, :], 0.0)
+        G = tl.load(fold_ptr + d[:, None] * LINE + kk[None, :], (d < D)[:, None] & (kk < LINE)[None, :], 0.0)
         E = tl.dot(q, G, E, input_precision="ieee")
-    E += tl.load(fold_ptr + D * K + kk, kk < K, 0.0)[None, :]
+    E += tl.load(fold_ptr + D * LINE + kk, kk < LINE, 0.0)[None, :]
     visible = col < N
     if ALIVE:
         E = tl.where((tl.load(alive_ptr + b * N + n, row, 0) != 0)[:, None], E, 0.0)
@@ -260,47 +258,32 @@ def mask_kernel(
     A = tl.where((kk < K)[None, :], A / tl.sum(A, 1)[:, None], -1.0)
 
     S = tl.full((BLOCK_M, BLOCK_N), 0, tl.float32)
+    A = A.to(tl.int32, bitcast=True)  # in the same order; one instruction finds the largest integer of a warp
     for _ in range(rounds):  # add the largest remaining coefficient times its row of U
-        a, at = tl.max(A, 1, return_indices=True, return_indices_tie_break_left=True)
-        U = tl.load(up_ptr + at[:, None] * N + col[None, :], (at < K)[:, None] & (col < N)[None, :], 0.0)
-        S += tl.where(a <= COEF_THRESHOLD, 0.0, a)[:, None] * U
-        A = tl.where(kk[None, :] == at[:, None], -1.0, A)
+        a = tl.max(A, 1)
+        at = tl.min(tl.where(a[:, None] == A, kk[None, :], BLOCK_K), 1)
+        U = tl.load(up_ptr + at[:, None] * BLOCK_N + col[None, :])
+        coef = a.to(tl.float32, bitcast=True)
+        S += tl.where(coef <= COEF_THRESHOLD, 0.0, coef)[:, None] * U
+        A = tl.where(kk[None, :] == at[:, None], LOWEST, A)
 
     S = tl.where(broken[:, None] | (S != S), float("nan"), S)  # without a sign, above all numbers
 
     if THRESHOLD is None:
         x = tl.where(visible[None, :], ordered(S, SIGNED), LOWEST)
-        t = tl.full((BLOCK_M,), 0, tl.int32)  # the largest t with `budget` scores >= t, from its highest bits on
-        if SIGNED:
-            t = tl.where(at_least(x, t) >= budget, t, LOWEST)
-        if BLOCK_N > 512:  # three counts do not fit into one integer
-            for i in range(31):
-                more = t | (tl.full((BLOCK_M,), 1, tl.int32) << (30 - i))
-                t = tl.where(at_least(x, more) >= budget, more, t)
-        else:
-            more = t | (1 << 30)
-            t = tl.where(at_least(x, more) >= budget, more, t)
-            for i in range(15):  # two bits at a time
-                bit = tl.full((BLOCK_M,), 1, tl.int32) << (28 - 2 * i)
-                low, high = t | bit, t | (2 * bit)
-                counts = (x >= low[:, None]).to(tl.int32)
-                counts += (x >= high[:, None]).to(tl.int32) << 10
-                counts += (x >= (low | high)[:, None]).to(tl.int32) << 20
-                counts = tl.sum(counts, 1)
-                t += tl.where((counts & 1023) >= budget, bit, 0)
-                t += tl.where(((counts >> 10) & 1023) >= budget, bit, 0)
-                t += tl.where((counts >> 20) >= budget, bit, 0)
-        quota = budget - tl.sum((x > t[:, None]).to(tl.int32), 1)
-        level = x == t[:, None]  # of these, keep the first `quota`
-        if BLOCK_N > 512:  # those before `end`: sums along whole rows would take too many registers
-            end = tl.full((BLOCK_M,), 0, tl.int32)
-            for i in range(11):
-                more = end + (BLOCK_N >> i)
-                count = tl.sum((level & (col[None, :] < more[:, None])).to(tl.int32), 1)
-                end = tl.where(count <= quota, more, end)
-            keep = (x > t[:, None]) | (level & (col[None, :] < end[:, None]))
-        else:
-            keep = (x > t[:, None]) | (level & (tl.cumsum(level.to(tl.int32), 1) <= quota[:, None]))
+        # `budget` scores or more are >= low, fewer are >= high; until exactly `budget` are, or no integer is between.
+        low = tl.min(tl.where(visible[None, :], x, -(LOWEST + 1)), 1)
+        high = tl.max(x, 1) + 1
+        while tl.max((high - 1 > low).to(tl.int32), 0) != 0:
+            middle = low + ((high - low).to(tl.uint32, bitcast=True) >> 1).to(tl.int32, bitcast=True)
+            count = tl.sum((x >= middle[:, None]).to(tl.int32), 1)
+            low = tl.where(count >= budget, middle, low)
+            high = tl.where(count > budget, high, tl.where(count == budget, middle + 1, middle))
+        keep = x >= low[:, None]
+        if tl.max(tl.sum(keep.to(tl.int32), 1), 0) > budget:  # of those equal to low, keep the first
+            above = x > low[:, None]
+            quota = budget - tl.sum(above.to(tl.int32), 1)
+            keep = above | (keep & (tl.cumsum((x == low[:, None]).to(tl.int32), 1) <= quota[:, None]))
     else:
         keep = (S > THRESHOLD) | (S != S)
     keep = (keep & visible[None, :]) | ((n == 0)[:, None] & (col < N)[None, :])  # CLS keeps all
@@ -320,7 +303,8 @@ TILES = {
     (4, 32): (32, 8, 2),  # fp32 products take many registers: every tile for (4, 128) spills
     (4, 64): (32, 8, 2),
 }
-ROWS = 16  # rows per program of mask_kernel: 16 x 256 float32 scores are 32 registers per thread
+STEP = 32  # columns of G per program of basis_kernel
+SCORES = 1024  # per program of mask_kernel, which is one warp: 32 registers per thread
 
 
 def attention_options(itemsize: int, D: int) -> dict:
@@ -332,12 +316,13 @@ def attention_options(itemsize: int, D: int) -> dict:
 def basis_options(D: int, c: int) -> dict:
     BLOCK_D, BLOCK_C = (max(16, triton.next_power_of_2(n)) for n in (D, c))
     # All of W_q and W_k is in registers, in float32: 64 x 64 spill with four warps.
-    return dict(D=D, BLOCK_D=BLOCK_D, BLOCK_C=BLOCK_C, BLOCK_K=32, num_warps=8 if BLOCK_C * BLOCK_D > 2048 else 4)
+    return dict(D=D, BLOCK_D=BLOCK_D, BLOCK_C=BLOCK_C, BLOCK_K=STEP, num_warps=8 if BLOCK_C * BLOCK_D > 2048 else 4)
 
 
 def mask_options(D: int, K: int, N: int) -> dict:
-    BLOCK_K, BLOCK_N = max(16, triton.next_power_of_2(K)), max(32, triton.next_power_of_2(N))
-    return dict(D=D, BLOCK_K=BLOCK_K, BLOCK_M=ROWS, BLOCK_N=BLOCK_N, num_warps=min(16, max(4, BLOCK_N // 64)))
+    BLOCK_K, BLOCK_N = (max(32, triton.next_power_of_2(n)) for n in (K, N))
+    rows, line = max(1, min(4, SCORES // BLOCK_N)), triton.cdiv(K, STEP) * STEP
+    return dict(D=D, LINE=line, BLOCK_K=BLOCK_K, BLOCK_M=rows, BLOCK_N=BLOCK_N, num_warps=1)
 
 
 def fwd(qkv: Tensor, mask: Tensor, heads: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -352,7 +337,7 @@ def fwd(qkv: Tensor, mask: Tensor, heads: int, scale: float) -> tuple[Tensor, Te
     options = attention_options(qkv.element_size(), C3 // 3 // heads) | dict(PRECISION=precision(qkv))
     grid = (B * heads * triton.cdiv(N, options["BLOCK_M"]),)
     with torch.cuda.device_of(qkv):
-        fwd_kernel[grid](qkv, mask.contiguous(), out, lse, *qkv.stride()[:2], heads, N, scale, **options)
+        launch(fwd_kernel, grid)(qkv, mask.contiguous(), out, lse, *qkv.stride()[:2], heads, N, scale, **options)
     return out, lse
 
 
@@ -371,8 +356,8 @@ def bwd(dout: Tensor, qkv: Tensor, mask: Tensor, out: Tensor, lse: Tensor, heads
     grid = (B * heads * triton.cdiv(N, options["BLOCK_M"]),)
     strides = *qkv.stride()[:2], *dout.stride()[:2]
     with torch.cuda.device_of(qkv):
-        dq_kernel[grid](qkv, mask, out, lse, dout, delta, dqkv, *strides, heads, N, scale, **options)
-        dkdv_kernel[grid](qkv, mask, lse, dout, delta, dqkv, *strides, heads, N, scale, **options)
+        launch(dq_kernel, grid)(qkv, mask, out, lse, dout, delta, dqkv, *strides, heads, N, scale, **options)
+        launch(dkdv_kernel, grid)(qkv, mask, lse, dout, delta, dqkv, *strides, heads, N, scale, **options)
     return dqkv
 
 
@@ -386,19 +371,19 @@ def mask(
     if bits.numel() == 0:
         return bits
     q, k = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k))
-    U = basis(predictor.up.float(), basis_threshold).contiguous()
-    fold = q.new_empty(B, heads, D + 1, K, dtype=torch.float32)
+    fold_options, options = basis_options(D, c), mask_options(D, K, N)
+    U = pad(basis(predictor.up.float(), basis_threshold), (0, options["BLOCK_N"] - N))
+    fold = q.new_empty(B, heads, D + 1, options["LINE"], dtype=torch.float32)
     there = bits if alive is None else with_cls(alive).to(torch.uint8)  # not read if None
     weights = (t.contiguous() for t in predictor[:5])  # all but `up`
     scale = heads**-0.5 * LOG2E.value
-    fold_options, options = basis_options(D, c), mask_options(D, K, N)
     with torch.cuda.device_of(q):
-        basis_kernel[(B * heads * triton.cdiv(K, fold_options["BLOCK_K"]),)](
+        launch(basis_kernel, (B * heads * triton.cdiv(K, fold_options["BLOCK_K"]),))(
             k, *weights, there, fold, *k.stride()[:3], heads, N, c, K, scale,
             ALIVE=alive is not None, **fold_options,
         )  # fmt: skip
-        mask_kernel[(B * heads * triton.cdiv(N, ROWS),)](
-            q, fold, U, there, bits, *q.stride()[:3], heads, N, K, topk or K, budget or 0,
+        launch(mask_kernel, (B * heads * triton.cdiv(N, options["BLOCK_M"]),))(
+            q, fold, U, there, bits, *q.stride()[:3], heads, N, K, min(topk or K, K), budget or 0,
             COEF_THRESHOLD=coef_threshold, THRESHOLD=threshold, ALIVE=alive is not None,
             SIGNED=basis_threshold is None, **options,
         )  # fmt: skip
