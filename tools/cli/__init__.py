@@ -22,7 +22,7 @@ from pathlib import Path
 
 # The commands, in the order of the help: a file of tools/ or a module of this package.
 PROGRAMS = ["train", "test", "predict", "probe", "compare", "convert", "publish", "export", "shard"]
-PROGRAMS += ["benchmark", "plot_attention"]
+PROGRAMS += ["benchmark", "explain"]
 MODULES = ["configs", "zoo", "doctor", "completion"]
 
 

@@ -1,0 +1,170 @@
+"""The pictures, the animation and the numbers of an explanation, written as a whole or not at all."""
+
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw
+from saccade.train.data.bad_images import BadImage, printable
+from saccade.train.data.images import read_image
+from saccade.train.runtime.checkpoint import to_json
+from saccade.train.runtime.errors import UserError
+from saccade.train.visual.attention import draw_map
+
+from .methods import Explained, explain, record
+from .subject import Subject, load
+
+LONGEST = 640  # pixels of an overlay's longer side, at most
+INDEX = "explained.json"  # what a folder holds; a folder with it may be replaced
+
+
+def draw(picture: Image.Image, one: Explained) -> Image.Image:
+    """Draw a map over the picture, with the query framed, or the samples of a lifter as dots."""
+    picture = picture.convert("RGB")
+    picture.thumbnail((LONGEST, LONGEST))
+    if one.name.endswith(":time"):  # a map of the ground, not of the picture
+        picture = Image.new("RGB", (448, 448))
+    drawn = Image.fromarray(draw_map(np.array(picture), one.values, one.frame))
+    if one.points is not None:
+        pen, most = ImageDraw.Draw(drawn), max(one.points[:, 2].max(initial=0), 1e-12)
+        for x, y, weight in one.points:
+            radius = 1.5 + 4 * (weight / most) ** 0.5
+            box = [x * drawn.width - radius, y * drawn.height - radius]
+            pen.ellipse([*box, box[0] + 2 * radius, box[1] + 2 * radius], outline="#00d5ff", width=2)
+    return drawn
+
+
+def title(drawn: Image.Image, text: str) -> Image.Image:
+    """Return an image with a line of text above it."""
+    page = Image.new("RGB", (drawn.width, drawn.height + 18), "#101014")
+    page.paste(drawn, (0, 18))
+    ImageDraw.Draw(page).text((4, 3), text, fill="white")
+    return page
+
+
+def check_out(out: Path) -> None:
+    """Raise UserError where --out would replace something else than an earlier explanation."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a folder")
+    if out.is_dir() and any(out.iterdir()):
+        try:
+            files = set(json.loads((out / INDEX).read_text(encoding="utf-8"))["files"])
+        except (OSError, ValueError, KeyError, TypeError):
+            files = set()
+        other = sorted({path.name for path in out.iterdir()} - files)
+        if other:
+            raise UserError(f"--out {out} has files of yours ({printable(other[0])}): give another folder")
+
+
+def write(
+    out: Path, picture: Image.Image, explained: Sequence[Explained], facts: dict[str, Any], gif: bool
+) -> list[str]:
+    """Write OUT/NAME.png for each map, OUT/maps.npz, OUT/explained.json and, with gif, OUT/layers.gif."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    files: dict[str, bytes] = {}
+    frames = []
+    for one, entry in zip(explained, facts["maps"]):
+        drawn = draw(picture, one)
+        entry["file"] = re.sub(r"[^\w.-]+", "_", one.name) + ".png"
+        files[entry["file"]] = _encoded(drawn, format="PNG")
+        frames.append(title(drawn, one.name).resize((448, round(448 * (drawn.height + 18) / drawn.width))))
+    if gif:
+        same = [frame.resize(frames[0].size) for frame in frames]
+        files["layers.gif"] = _encoded(
+            same[0], format="GIF", save_all=True, append_images=same[1:], duration=600, loop=0
+        )
+    arrays: dict[str, Any] = {one.name: one.values for one in explained}
+    arrays |= {f"{one.name}/query": np.array(one.query) for one in explained if one.query is not None}
+    arrays |= {f"{one.name}/points": one.points for one in explained if one.points is not None}
+    head = explained[0].head
+    numbers = io.BytesIO()
+    np.savez_compressed(numbers, head=np.array(-1 if head is None else head), **arrays)
+    files["maps.npz"] = numbers.getvalue()
+    facts["files"] = [*files, INDEX]
+    files[INDEX] = (to_json(facts) + "\n").encode()
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        folder.chmod(0o755)
+        if out.is_dir():
+            shutil.rmtree(out)  # an earlier explanation, see check_out
+        os.replace(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    return facts["files"]
+
+
+def _encoded(image: Image.Image, **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, **options)
+    return buffer.getvalue()
+
+
+def list_layers(subject: Subject, picture: Image.Image | None) -> list[dict[str, Any]]:
+    """Return the layers of a model with attention: name, kind, grid, heads, and whether there is a query."""
+    records = record(subject, picture or Image.new("RGB", (64, 64)))
+    return [
+        dict(name=one.name, kind=one.kind, grid=list(one.grid), heads=one.heads, query=one.has_query) for one in records
+    ]
+
+
+def run(
+    spec: str,
+    file: Path | None,
+    layer: str | None = None,
+    head: int | None = None,
+    query: tuple[float, float] | None = None,
+    out: Path = Path("explained"),
+    method: str = "attention",
+    target: int | None = None,
+    gif: bool = False,
+    list_only: bool = False,
+    as_json: bool = False,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    device: str | None = None,
+) -> None:
+    """Do what `saccade explain` does: see tools/explain.py."""
+    if file is None and not list_only:
+        raise UserError("give a picture after the model, or --list for the model's layers")
+    try:
+        picture = None if file is None else read_image(file)
+    except BadImage as error:
+        raise UserError(str(error)) from error
+    if not list_only:
+        check_out(out)
+    subject = load(spec, checkpoint, pretrained, device)
+    if list_only:
+        rows = list_layers(subject, picture)
+        if as_json:
+            print(to_json(rows))
+            return
+        for row in rows:
+            size = f"{row['grid'][0]}x{row['grid'][1]}"
+            print(f"{row['name']:<48} {size:>9}  {row['heads']:>3} heads{'' if row['query'] else '  no query'}")
+        return
+    assert picture is not None
+    explained = explain(subject, picture, layer, head, query, method, target)
+    facts = dict(model=spec, weights=subject.note, picture=str(file), method=method, query=query, head=head)
+    facts["maps"] = [dict(name=one.name, **one.facts, cell=one.query, sum=float(one.values.sum())) for one in explained]
+    if subject.predictor is not None:
+        facts["predicted"] = subject.predictor.describe(subject.predictor.predict([picture])[0])
+    files = write(out, picture, explained, facts, gif)
+    if as_json:
+        print(to_json(facts))
+        return
+    print(f"{spec}: {subject.note}")
+    if subject.is_lifter:
+        print("the picture is taken for that of one camera that looks ahead, with a field of view of 70 degrees")
+    if "predicted" in facts:
+        print(f"predicted: {facts['predicted']}")
+    print(f"{len(explained)} maps in {out}: {', '.join(files[:2])}, …, maps.npz" + (", layers.gif" if gif else ""))
