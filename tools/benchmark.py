@@ -3,21 +3,31 @@
     python tools/benchmark.py --models biformer_t --vs published
     python tools/benchmark.py --models davit_t halo_26t --vs davit_tiny halonet26t --dtypes float32 bfloat16
     python tools/benchmark.py --models sparsifiner_deit_t,token_keep_rate=0.7 patnet_t2,fuse --modes inference
+    python tools/benchmark.py --models davit_t biformer_t --vs davit_tiny resnet50 --runtimes eager inductor openvino
 
 A model is a name, optionally with comma-separated arguments, and `fuse` to call fuse() first (inference only).
 `--vs published` uses the peer in tools/published/, which does the published arithmetic with our weights and is checked
 against our model in float64 before it is timed. Any timm model works too: one for all models, or one per model.
 Our model and the peer run alternately, and the ratio is the median of the ratios of consecutive runs. dtypes other than
-float32 are also compared with our float32. Writes benchmark.json and benchmark.png to --out.
+float32 are also compared with our float32. --runtimes times inference, on a CPU, in several runtimes: the model and its
+peer in each of them run in turn, after their outputs are compared with eager's in float32. --clock cpu takes the CPU
+time of the process instead of the time that passes, for machines under load. Writes benchmark.json and, without
+--runtimes, benchmark.png to --out.
+
+Exit codes: 0 done, 1 or 2 an error to fix.
 """
 
 import argparse
 import ast
 import importlib
+import importlib.metadata
 import json
 import statistics
 import sys
+import time
 from pathlib import Path
+
+RUNTIMES = ["eager", "inductor", "onnxruntime", "openvino"]
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -35,6 +45,8 @@ def make_parser() -> argparse.ArgumentParser:
         choices=["float32", "bfloat16", "float16"],
         help="dtypes other than float32 use autocast",
     )
+    parser.add_argument("--runtimes", nargs="+", default=["eager"], choices=RUNTIMES, help="inference in each of them")
+    parser.add_argument("--clock", default="wall", choices=["wall", "cpu"], help="time that passes, or of the CPU")
     parser.add_argument("--batch", type=int, default=8, help="images per inference step")
     parser.add_argument("--train-batch", type=int, default=4, help="images per training step")
     parser.add_argument("--size", type=int, help="image size in pixels (default: the model's own)")
@@ -54,9 +66,11 @@ import timm
 import torch
 from rich.console import Console
 from rich.table import Table
+from saccade.tools import runtimes
 from saccade.train.runtime import measure
 from torch import nn
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -138,7 +152,7 @@ def compare(args, device: torch.device, console: Console) -> list[dict]:
                     console.print(f"[dim]memory of {key}, {mode}[/dim]")
                     facts[key] = dict(peak_bytes=peak(built, name, shape, mode, DTYPES[dtype], device))
             console.print(f"[dim]timing {', '.join(steps)}, {mode}, batch {batch}[/dim]")
-            times = measure.interleaved(steps, args.runs, device)
+            times = measure.interleaved(steps, args.runs, device, CLOCKS[args.clock])
             work = measure.macs(ours, x) * 2 * (1 if mode == "inference" else 3)
             for dtype in args.dtypes:
                 mine, theirs = f"{name} {dtype}", f"{vs} {dtype}"
@@ -161,6 +175,64 @@ def compare(args, device: torch.device, console: Console) -> list[dict]:
                     )
                 )
     return rows
+
+
+def compare_runtimes(args, console: Console) -> list[dict]:
+    """Time each model and its peer in each runtime; a row for each, with a note where a runtime can't run it."""
+    cpu, rows = torch.device("cpu"), []
+    for name, vs in zip(args.models, args.vs):
+        height, width = (args.size,) * 2 if args.size else timm.get_pretrained_cfg(parse(name)[0]).input_size[1:]
+        x = torch.randn(args.batch, 3, height, width)
+        models = {name: build_model(name, None, cpu).eval(), vs: build_model(vs, name, cpu).eval()}
+        work = {label: measure.macs(model, x) for label, model in models.items()}
+        for dtype in args.dtypes:
+            steps, notes = {}, {}
+            for runtime in args.runtimes:
+                for label, model in models.items():
+                    console.print(f"[dim]{label} in {runtime}, {dtype}[/dim]")
+                    began = CLOCKS[args.clock]()
+                    try:
+                        steps[label, runtime] = runtimes.prepare(runtime, model, x, dtype, args.threads)
+                        notes[label, runtime] = dict(warm_up_seconds=CLOCKS[args.clock]() - began)
+                    except Exception as error:  # each converter has its own
+                        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+                        notes[label, runtime] = dict(note=reason)
+            times = measure.interleaved(steps, args.runs, cpu, CLOCKS[args.clock])
+            for (label, runtime), facts in notes.items():
+                row = dict(model=label, runtime=runtime, dtype=dtype, batch=args.batch, size=[height, width], **facts)
+                if own := times.get((label, runtime)):
+                    other = times.get((vs if label == name else name, runtime))
+                    eager = times.get((label, "eager"))
+                    row |= dict(
+                        ms=1e3 * statistics.median(own),
+                        gmacs_per_second=work[label] / statistics.median(own) / 1e9,
+                        speedup_over_eager=measure.ratio(eager, own) if eager else None,
+                        speedup_over_other=measure.ratio(other, own) if other else None,
+                        other=vs if label == name else name,
+                    )
+                rows.append(row)
+    return rows
+
+
+def report_runtimes(args, rows: list[dict], console: Console) -> None:
+    """Print a table of the runtimes, and write benchmark.json."""
+    facts = measure.machine(torch.device("cpu"))
+    table = Table(title=f"{facts['device']}, {args.threads} threads, {args.clock} time, torch {facts['torch']}")
+    for head in ("model", "runtime", "dtype", "ms", "over eager", "over the other model", "GMAC/s", "warm-up"):
+        table.add_column(head, justify="left" if head in ("model", "runtime", "dtype") else "right")
+    for r in rows:
+        if "ms" not in r:
+            table.add_row(r["model"], r["runtime"], r["dtype"], "-", "-", "-", "-", r["note"])
+            continue
+        ratios = [f"{r[key]:.2f}×" if r[key] else "-" for key in ("speedup_over_eager", "speedup_over_other")]
+        cells = f"{r['ms']:.0f}", *ratios, f"{r['gmacs_per_second']:.0f}", f"{r['warm_up_seconds']:.0f} s"
+        table.add_row(r["model"], r["runtime"], r["dtype"], *cells)
+    console.print(table)
+    args.out.mkdir(parents=True, exist_ok=True)
+    found = {runtime: importlib.metadata.version(runtime) for runtime in args.runtimes if runtime in runtimes.NEEDS}
+    result = dict(machine=facts | found, clock=args.clock, threads=args.threads, runs=args.runs, rows=rows)
+    (args.out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
+    console.print(f"wrote {args.out / 'benchmark.json'}")
 
 
 def draw(rows: list[dict], file: Path, title: str) -> None:
@@ -208,6 +280,14 @@ def main() -> None:
             parser.error(f"{name!r} must be NAME or NAME,argument=value,… with Python's literals for values")
         if plain not in known and name != "published":
             parser.error(f"unknown model {plain!r}; timm.list_models('*{plain.split('_')[0]}*') lists similar ones")
+    if args.runtimes != ["eager"]:
+        for runtime in args.runtimes:
+            if (absent := runtimes.missing(runtime)) is not None:
+                parser.error(f"--runtimes {runtime} needs {absent}")
+        if device.type != "cpu" or "float16" in args.dtypes:
+            parser.error("--runtimes compares on the CPU, in float32 and bfloat16: leave out --device and float16")
+        report_runtimes(args, compare_runtimes(args, console), console)
+        return
     rows = compare(args, device, console)
     rate = measure.gemm_rate(device)
     facts = measure.machine(device)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from saccade.tools import runtimes
 
 ROOT = Path(__file__).parents[2]
 
@@ -46,3 +47,26 @@ def test_compares_a_fused_model_with_the_form_it_came_from(tmp_path):
 def test_arguments_that_are_not_literals_are_one_sentence(command):
     code, _, err = command("benchmark", "--models", "biformer_t,img_size=large")
     assert code == 2 and "must be NAME or NAME,argument=value" in err
+
+
+@pytest.mark.exhaustive
+def test_runtimes(tmp_path):
+    """Each is compared with eager first; what a runtime can't do is a note in its row."""
+    small = ["--size", "64", "--batch", "1", "--runs", "1", "--clock", "cpu", "--out", str(tmp_path)]
+    given = ["--runtimes", "eager", "onnxruntime", "openvino", "--dtypes", "float32", "bfloat16"]
+    done = benchmark("--models", "ela_resnet18", "--vs", "resnet18", *given, *small)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "benchmark.json").read_text())["rows"]
+    assert len(rows) == 12 and {row["model"] for row in rows} == {"ela_resnet18", "resnet18"}
+    for row in rows:
+        if row["runtime"] == "onnxruntime" and row["dtype"] == "bfloat16":
+            assert row["note"] == "onnxruntime computes in float32 on CPUs, not in bfloat16" and "ms" not in row
+        else:
+            assert row["ms"] > 0 and row["speedup_over_eager"] > 0 and row["speedup_over_other"] > 0, row
+            assert row["runtime"] != "eager" or row["speedup_over_eager"] == 1
+
+
+def test_missing_runtime_is_one_sentence(command, monkeypatch):
+    monkeypatch.setitem(runtimes.NEEDS, "openvino", ("no_such_package",))
+    code, _, err = command("benchmark", "--models", "biformer_t", "--runtimes", "eager", "openvino")
+    assert code == 2 and "--runtimes openvino needs no_such_package (pip install 'saccade[openvino]')" in err

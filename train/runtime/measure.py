@@ -25,17 +25,22 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def interleaved(steps: dict[str, Callable[[], Any]], runs: int, device: torch.device) -> dict[str, list[float]]:
+def interleaved(
+    steps: dict[Any, Callable[[], Any]],
+    runs: int,
+    device: torch.device,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[Any, list[float]]:
     """Seconds of each of `runs` runs of each step, taken in turn after two runs that are not counted."""
-    times: dict[str, list[float]] = {name: [] for name in steps}
+    times: dict[Any, list[float]] = {name: [] for name in steps}
     for i in range(runs + 2):
         for name, step in steps.items():
             synchronize(device)
-            start = time.perf_counter()
+            start = clock()
             step()
             synchronize(device)
             if i >= 2:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     return times
 
 
