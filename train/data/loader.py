@@ -178,7 +178,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Any]:
         self.skipped = 0
-        for loaded in self.loader:
+        for loaded in self._loaded():
             if isinstance(loaded, UserError):
                 raise loaded
             batch, found = loaded
@@ -190,6 +190,23 @@ class Batches:
             if batch is not None:
                 batch = to_device(batch, self.device)
                 yield batch if self.finish is None else self.finish(batch)
+
+    def _loaded(self) -> Iterator[Any]:
+        """Yield what the loader does. Raises UserError where the system has ended one of its processes."""
+        loaded = iter(self.loader)
+        while True:
+            try:
+                batch = next(loaded)
+            except StopIteration:
+                return
+            except (RuntimeError, ConnectionError, EOFError) as error:  # by when the process ended
+                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                    raise
+                raise UserError(
+                    f"a loader process was killed ({error}), perhaps for lack of memory: continue with --resume, with "
+                    "fewer workers, or with a smaller batch_size"
+                ) from error
+            yield batch
 
 
 def batches(
