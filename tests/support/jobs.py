@@ -17,10 +17,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "tools"
-# What the commands import at their start.
+# What the commands import at their start, and what takes seconds to import later.
 PRELOAD = ["torch", "torchvision", "timm", "saccade.backbones", "saccade.train.engine", "saccade.train.test"]
 PRELOAD += ["saccade.train.models.build", "saccade.train.tasks", "torch.distributed.run", "torch.nn.parallel"]
-PRELOAD += ["saccade.train.visual.curves", "saccade.train.visual.contact_sheet"]
+PRELOAD += ["saccade.train.visual.curves", "saccade.train.visual.contact_sheet", "saccade.train.data.digits"]
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
