@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.ops import roi_align
 
 from .body import keep_full_precision
 from .boxes import (
@@ -27,6 +26,7 @@ from .boxes import (
     smooth_l1_sum,
 )
 from .fpn import ConvUnit
+from .roi_align import roi_align
 
 STDS = (0.1, 0.1, 0.2, 0.2)  # of box deltas
 # Cascade stages: the overlap that makes a positive, the weight of the losses, the deviations of the box deltas.
@@ -58,7 +58,7 @@ def pool_regions(
     pooled, order = [], []
     for i, (x, stride) in enumerate(zip(maps, strides)):
         chosen = torch.where(level == i)[0]
-        pooled.append(roi_align(x, rois[chosen].to(x), side, 1 / stride, 0, aligned=True))
+        pooled.append(roi_align(x, rois[chosen].to(x), side, 1 / stride))
         order.append(chosen)
     return torch.cat(pooled), torch.cat(order).argsort()
 
@@ -134,7 +134,7 @@ def mask_targets(masks: Tensor, boxes: Tensor, objects: Tensor, side: int = 28) 
     """
     used, index = objects.unique(return_inverse=True)
     rois = torch.cat((index[:, None].to(boxes), clip_boxes(boxes, masks.shape[1:])), 1)
-    share = roi_align(masks[used, None].to(boxes), rois, side, 1.0, 0, aligned=True)
+    share = roi_align(masks[used, None].to(boxes), rois, side, 1.0)
     return (share[:, 0] >= 0.5).to(boxes)
 
 

@@ -7,8 +7,10 @@ import torch
 from saccade.train.models import boxes, roi_heads
 from saccade.train.models.anchor_heads import Anchors
 from saccade.train.models.resize import resize_uint8, scaled_size
+from saccade.train.models.roi_align import roi_align
 from support.images import coarse_image
 from support.parity import assert_equal, load, seeded
+from torchvision.ops import roi_align as roi_align_of_torchvision
 
 
 def tensor(values: list) -> torch.Tensor:
@@ -168,3 +170,26 @@ def test_ratio_limit():
     assert (grown[0, 2] - grown[0, 0]).item() == pytest.approx(62.5)
     assert (grown[0, 3] - grown[0, 1]).item() == pytest.approx(1 / 62.5)
     assert pytest.approx(math.log(62.5)) == boxes.MAX_LOG_RATIO
+
+
+@pytest.mark.parametrize("side", [7, 14])
+def test_regions_are_pooled_as_by_torchvision(side):
+    """Of all sizes: within the map, over its border, beyond it, empty, turned over; and the gradient of the map."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 20, 31, dtype=torch.float64)
+    extent = torch.tensor([248.0, 160.0], dtype=torch.float64)
+    middle, half = (torch.rand(80, 2).double() * 1.2 - 0.1) * extent, torch.rand(80, 2).double().square() * extent / 2
+    regions = torch.cat((middle - half, middle + half), 1)
+    regions[:5] = tensor([[10, 10, 10, 10], [0, 0, 248, 160], [5, 5, 4, 9], [-500, -500, -400, -400], [0, 0, 2, 2]])
+    rois = torch.cat((torch.randint(2, (80, 1)).double(), regions), 1)
+    mine, theirs = (x.clone().requires_grad_() for _ in range(2))
+    out = roi_align(mine, rois, side, 1 / 8)
+    expected = roi_align_of_torchvision(theirs, rois, side, 1 / 8, 0, aligned=True)
+    dout = torch.randn_like(out)
+    out.backward(dout)
+    expected.backward(dout)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(mine.grad, theirs.grad, rtol=0, atol=1e-12)
+    assert roi_align(x, rois[:0], side, 1 / 8).shape == (0, 3, side, side)
+    rois[0, 1] = torch.nan  # of a training that diverges
+    assert roi_align(x, rois, side, 1 / 8).shape == (80, 3, side, side)

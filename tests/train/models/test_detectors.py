@@ -351,12 +351,20 @@ def old_name(key: str) -> str:
     raise AssertionError(f"no old name of {key}")
 
 
+def spread_scores(model):
+    """Initialise RetinaNet's heads so that untrained scores, all but equal otherwise, are not ordered by rounding."""
+    for module in model.bbox_head.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+
+
 def test_padding_of_neighbours():
     """An image's result depends on the padding its batch gives it, unless pad_to makes that the same for all."""
     torch.manual_seed(0)
     wide, small_one = torch.rand(3, 64, 128), torch.rand(3, 64, 64)
     for pad_to in (None, (96, 160)):
         model = small("retinanet", score_thresh=0.0, detections=5, pad_to=pad_to).eval()
+        spread_scores(model)
         batch = model.batch([255 * small_one], pad_to)
         assert batch.images.shape[2:] == (pad_to or (64, 64)) and batch.padded == [(64, 64)]
         with torch.no_grad():
@@ -376,10 +384,8 @@ def test_onnx(detector, name, tmp_path):
     runtime = pytest.importorskip("onnxruntime", reason="onnxruntime, which runs the exported file, is not installed")
     torch.manual_seed(0)
     model = small(detector, name, score_thresh=0.0, detections=10).eval()
-    if detector == "retinanet":  # whose untrained scores are all but equal, so that rounding would order them
-        for module in model.bbox_head.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                torch.nn.init.kaiming_normal_(module.weight)
+    if detector == "retinanet":
+        spread_scores(model)
     options = runtime.SessionOptions()
     options.log_severity_level = 3
     session = runtime.InferenceSession(detectors.to_onnx(model, (60, 90), tmp_path / "model.onnx"), options)
