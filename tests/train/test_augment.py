@@ -93,3 +93,21 @@ def test_normalised_where_the_model_is():
 def test_damaged():
     with pytest.raises(BadImage, match=r"torn\.jpg"):
         Augment(decode, **INPUTS)(file()[:2000], lambda: "torn.jpg")
+
+
+@pytest.mark.parametrize("factor", [1, 3])
+def test_scaled_decoding(factor):
+    """The same crops; pixels differ little, and not at all where the full size is needed."""
+    large = io.BytesIO()
+    PHOTOGRAPH.resize((400 * factor, 300 * factor), Image.Resampling.BICUBIC).save(large, "JPEG", quality=92)
+    inputs = INPUTS | dict(input_size=(3, 224, 224))
+    exact, scaled = (
+        torch.stack(seeded(Augment(decode, scaled, **inputs, color_jitter=0.0), large.getvalue(), lambda: "a file"))
+        for scaled in (False, True)
+    )
+    difference = (exact.float() - scaled.float()).abs()
+    assert torch.equal(exact, scaled) if factor == 1 else 0 < difference.mean() < 2
+    assert difference.amax() <= 64 and difference.flatten(1).mean(1).amax() < 3  # of 255
+    whole, least = (np.asarray(decode(large.getvalue(), lambda: "a file", n).resize((64, 64))) for n in (None, 256))
+    assert np.abs(whole.astype(int) - least).mean() < 2
+    assert decode(large.getvalue(), lambda: "a file", 256).size == ((400, 300) if factor == 1 else (600, 450))

@@ -3,17 +3,21 @@
 These are the random resized crop and the flips. PIL's resizing takes as long as decoding the whole JPEG; torch's, in
 the memory layout of the decoder, a fifth of that. The random numbers are drawn in the same order, so the crops equal
 timm's and the pixels differ only by the rounding of the resize.
+
+Large JPEGs can be decoded at a half, a quarter or an eighth of their size, where that leaves the crop at least as large
+as the output (`scaled`): libjpeg then computes smaller inverse transforms, which average the pixels of a block.
 """
 
+import io
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from timm.data import create_transform
 from timm.data.auto_augment import posterize
 from timm.data.transforms import RandomResizedCropAndInterpolation as RandomResizedCrop
@@ -30,6 +34,10 @@ from torchvision.transforms import (
 )
 
 _MODES = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bicubic"}
+_RESAMPLING = {
+    InterpolationMode.BILINEAR: Image.Resampling.BILINEAR,
+    InterpolationMode.BICUBIC: Image.Resampling.BICUBIC,
+}
 
 
 class Augment:
@@ -37,11 +45,14 @@ class Augment:
 
     If normalisation is the last step, the output is uint8 and is normalised on the model's device, which moves a
     quarter of the bytes; if another step follows (random erasing), it is float32.
-    decode(data, name): decodes bytes that are not a plain JPEG to a PIL image, or raises.
+    decode(data, name): decodes bytes that are not a plain JPEG to a PIL image, or raises. scaled: decode large JPEGs at
+    a fraction of their size; pixels then differ from timm's by more than rounding.
     """
 
-    def __init__(self, decode: Callable[[bytes, Callable[[], str]], Image.Image], **arguments: Any):
-        self.decode = decode
+    def __init__(
+        self, decode: Callable[[bytes, Callable[[], str]], Image.Image], scaled: bool = False, **arguments: Any
+    ):
+        self.decode, self.scaled = decode, scaled
         steps = create_transform(**arguments, is_training=True).transforms
         last = next(i for i, step in enumerate(steps) if isinstance(step, Normalize))
         # The step from PIL image to tensor is between these. Steps that change nothing would still need a PIL image.
@@ -55,10 +66,14 @@ class Augment:
                     op.aug_fn = _posterize
 
     def __call__(self, data: bytes, name: Callable[[], str]) -> Tensor:
-        pixels = _jpeg(data)
+        first = self.on_tensors[0] if self.on_tensors else None
+        pixels = _scaled_crop(first, data) if self.scaled and isinstance(first, RandomResizedCrop) else None
+        steps = self.on_tensors if pixels is None else self.on_tensors[1:]
+        if pixels is None:
+            pixels = _jpeg(data)
         if pixels is None:
             pixels = _pixels(self.decode(data, name))
-        for step in self.on_tensors:
+        for step in steps:
             pixels = _resized_crop(step, pixels) if isinstance(step, RandomResizedCrop) else step(pixels)
         if self.on_pil.transforms:
             pixels = _pixels(self.on_pil(Image.fromarray(pixels.permute(1, 2, 0).numpy())))
@@ -112,11 +127,50 @@ def _pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
+def _draw_crop(step: RandomResizedCrop, image: Any) -> tuple[int, int, int, int, InterpolationMode]:
+    """Draw the top, left, height, width and interpolation of a crop, as `step` does."""
+    several = isinstance(step.interpolation, (list, tuple))
+    box = step.get_params(image, step.scale, step.ratio)
+    return *box, random.choice(step.interpolation) if several else step.interpolation
+
+
+def _scaled_crop(step: RandomResizedCrop, data: bytes) -> Tensor | None:
+    """Apply `step` to a JPEG that is decoded at a fraction of its size.
+
+    Returns None, and draws nothing, for a file that is no plain upright JPEG, and where its full size is needed.
+    """
+    if data[:2] != b"\xff\xd8":
+        return None
+    state = random.getstate()
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+            if image.format != "JPEG" or image.mode not in ("RGB", "L") or turned:
+                return None
+            top, left, height, width, mode = _draw_crop(step, image)
+            scale = scale_of((height, width), step.size)
+            before = image.size
+            if scale == 1 or image.draft(image.mode, (before[0] // scale, before[1] // scale)) is None:
+                random.setstate(state)
+                return None
+            x, y = image.width / before[0], image.height / before[1]
+            box = left * x, top * y, (left + width) * x, (top + height) * y
+            crop = image.convert("RGB").resize(step.size[::-1], _RESAMPLING[mode], box)
+            return _pixels(crop)
+    except Exception:  # damaged: the decoder of whole images says how
+        random.setstate(state)
+        return None
+
+
+def scale_of(size: Sequence[int], least: Sequence[int]) -> int:
+    """Return the largest of 8, 4, 2 and 1 by which `size` can be divided so that it is still `least` or more."""
+    return next((s for s in (8, 4, 2) if all(a >= s * b for a, b in zip(size, least))), 1)
+
+
 def _resized_crop(step: RandomResizedCrop, pixels: Tensor) -> Tensor:
     """Apply `step` to a tensor as it would be applied to a PIL image."""
-    top, left, height, width = step.get_params(pixels, step.scale, step.ratio)
-    several = isinstance(step.interpolation, (list, tuple))
-    mode = _MODES[random.choice(step.interpolation) if several else step.interpolation]
+    top, left, height, width, interpolation = _draw_crop(step, pixels)
+    mode = _MODES[interpolation]
     crop = pixels[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
     return interpolate(crop, size=step.size, mode=mode, antialias=True)[0]
 

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -24,7 +25,8 @@ class ImageFolder(Source):
     img_size: image size in pixels; None: that of the model's published weights. shares: fractions of val and test in an
     automatic split. augment: arguments of timm.data.create_transform for training (hflip, color_jitter, auto_augment,
     re_prob, …). sizes: image size in training from given epochs on, for example {0: 192, 280: 224}; None: img_size.
-    max_bad: how many unreadable images a run tolerates.
+    max_bad: how many unreadable images a run tolerates. decode: "exact", or "scaled": large JPEGs
+    are decoded at 1/2, 1/4 or 1/8 of their size where that leaves what is needed of them, in evaluation too.
     Raises UserError, naming the folder, if there is nothing to learn.
     """
 
@@ -36,8 +38,9 @@ class ImageFolder(Source):
         augment: dict | None = None,
         sizes: dict | None = None,
         max_bad: NonNegativeInt = 0,
+        decode: Literal["exact", "scaled"] = "exact",
     ):
-        super().__init__(img_size, sizes, augment, max_bad)
+        super().__init__(img_size, sizes, augment, max_bad, decode)
         if len(shares) != 2 or min(shares) < 0 or sum(shares) >= 1:
             raise UserError(
                 f"data.shares={tuple(shares)} must be two fractions, of val and test, that leave some to train on"

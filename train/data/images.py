@@ -4,6 +4,7 @@ A layout (folder, tars, shards) defines the images of a split and where their by
 """
 
 import io
+import math
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -23,7 +24,7 @@ from ..runtime import ranges
 from ..runtime.config import check
 from ..runtime.distributed import rank
 from ..runtime.errors import UserError
-from .augment import Augment
+from .augment import Augment, scale_of
 from .bad_images import BadImage
 from .files import note, note_classes
 from .mapped import Mapped
@@ -133,10 +134,15 @@ SWAPS_SIDES = (
 )
 
 
-def open_image(data: bytes, name: Callable[[], str]) -> Image.Image:
-    """Return the first frame of an image file as stored. Raises BadImage with the name if it is not an image."""
+def open_image(data: bytes, name: Callable[[], str], least: int | None = None) -> Image.Image:
+    """Return the first frame of an image file as stored. Raises BadImage with the name if it is not an image.
+
+    least: a JPEG may be decoded at 1/2, 1/4 or 1/8 of its size, with at least so many pixels at the shorter side.
+    """
     try:
         image = Image.open(io.BytesIO(data))
+        if least is not None and (scale := scale_of(image.size, (least, least))) > 1:
+            image.draft(image.mode, (image.width // scale, image.height // scale))  # of JPEGs alone
         image.load()
         return image
     except MemoryError:
@@ -197,16 +203,18 @@ def _from_16_bits(image: Image.Image) -> np.ndarray:
     return ((values * 255 + most // 2) // most).astype(np.uint8)
 
 
-def decode(data: bytes, name: Callable[[], str]) -> Image.Image:
-    """Decode a file's bytes to an upright RGB image. Raises BadImage if they are not an image."""
-    image = open_image(data, name)
+def decode(data: bytes, name: Callable[[], str], least: int | None = None) -> Image.Image:
+    """Decode a file's bytes to an upright RGB image, see open_image. Raises BadImage if they are not an image."""
+    image = open_image(data, name, least)
     turn = orientation(image)
     image = to_rgb(image, name)
     return image if turn is None else image.transpose(turn)
 
 
-def _as_tested(transform: Callable[[Image.Image], Tensor], data: bytes, name: Callable[[], str]) -> Tensor:
-    return transform(decode(data, name))
+def _as_tested(
+    transform: Callable[[Image.Image], Tensor], least: int | None, data: bytes, name: Callable[[], str]
+) -> Tensor:
+    return transform(decode(data, name, least))
 
 
 def read_bytes(path: str | Path) -> bytes:
@@ -265,7 +273,10 @@ class Source:
 
     class_names: list[str]
 
-    def __init__(self, img_size: int | None, sizes: dict | None, augment: dict | None, max_bad: int):
+    def __init__(
+        self, img_size: int | None, sizes: dict | None, augment: dict | None, max_bad: int, decode: str = "exact"
+    ):
+        self.scaled = decode == "scaled"
         self.img_size, self.sizes, self.augment, self.max_bad = img_size, sizes or {}, augment or {}, max_bad
         self.bad: dict[str, tuple[str, int]] = {}
         check("data.augment", self.augment, create_transform, without=(*_TRANSFORM, *_NO_CHOICE), ranges=ranges.AUGMENT)
@@ -301,10 +312,12 @@ class Source:
         note_classes(split, counts, self.class_names, "images", 2 * training)
         norm = dict(mean=inputs["mean"], std=inputs["std"])
         if not training:
-            return Images(files, labels, {0: partial(_as_tested, create_transform(**inputs))}, **norm)
+            least = math.ceil(max(inputs["input_size"][1:]) / inputs["crop_pct"]) if self.scaled else None
+            return Images(files, labels, {0: partial(_as_tested, create_transform(**inputs), least)}, **norm)
         by_epoch = {first: inputs | dict(input_size=(inputs["input_size"][0], n, n)) for first, n in self.sizes.items()}
         transforms = {
-            first: Augment(decode, **inputs, **self.augment) for first, inputs in (by_epoch or {0: inputs}).items()
+            first: Augment(decode, self.scaled, **inputs, **self.augment)
+            for first, inputs in (by_epoch or {0: inputs}).items()
         }
         return Images(files, labels, transforms, **norm)
 
