@@ -155,7 +155,9 @@ def fastest(run: Callable[[dict], Any], options: dict[str, Any], time: Callable 
     time: takes a function and returns the time that it takes; default: triton.testing.do_bench.
     """
     if time is None:
-        from triton.testing import do_bench as time
+        from triton.testing import do_bench
+
+        time = do_bench
     times: list[tuple[float, dict]] = []
     for change in variants(options):
         try:
@@ -225,10 +227,11 @@ def examples(
     def running(n: int) -> list[Tensor]:
         return [torch.ones(n, device=device) for _ in range(2)]
 
-    N, call = side * side, functools.partial
+    N = side * side
+    call: Callable[..., Callable[[], Any]] = functools.partial
     qkv = rand(batch, N, 3, 96)
     factors = [(rand(3, 9, 7, 7), rand(3, 9, side), rand(3, 9, side)) for _ in range(2)]
-    given = *qkv.unbind(2), rand(batch, 9, 96), *factors, 3, None, rand(96, 1, 3, 3), rand(96)
+    given: tuple[Any, ...] = *qkv.unbind(2), rand(batch, 9, 96), *factors, 3, None, rand(96, 1, 3, 3), rand(96)
     yield "agent_attention", call(agent_attention, *given)
     for stage, topk in enumerate((1, 4, 16)):
         h, C = side >> stage, 64 << stage
@@ -240,7 +243,7 @@ def examples(
     locations = torch.rand(batch, N, 8, 1, 8, 3, device=device)
     depth, weights = rand(batch, N, 1, 112).softmax(-1), rand(batch, N, 8, 1, 8)
     yield "dfa3d", call(dfa3d, rand(batch, N, 8, 32), depth, [(side, side)], locations, weights)
-    gate = rand(96, 96, 2), *(rand(96) for _ in range(4)), *running(96), *running(96), True
+    gate: tuple[Any, ...] = rand(96, 96, 2), *(rand(96) for _ in range(4)), *running(96), *running(96), True
     yield "gaussian_gate", call(gaussian_gate, rand_map(batch, 96, side, side), *gate)
     q, kv = rand_map(batch, 64, side, side), rand_map(batch, 128, side, side)
     yield "halo_attention", call(halo_attention, q, kv, rand(27, 16), rand(27, 16), 4, 8, 3)

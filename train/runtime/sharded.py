@@ -87,6 +87,7 @@ def read(
     beginnings of the names that are read. Raises Unreadable for a damaged checkpoint, in all processes.
     """
     from torch.distributed import checkpoint as dcp
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     one = alone or world_size() == 1
     problem, text = "", ""
@@ -108,6 +109,7 @@ def read(
         if not name.startswith(only):
             continue
         target = None if like is None else like(name)
+        assert isinstance(entry, TensorStorageMetadata)  # what HuggingFaceStorageReader gives for every name
         kind = entry.properties.dtype
         if isinstance(target, DTensor) and target.shape == entry.size:
             tensors[name] = torch.empty_like(target, dtype=kind)
