@@ -78,8 +78,11 @@ class Explainer:
         picture, subject = self.picture(file), self.subject(name)
         return subject, picture, record(subject, picture)
 
-    def layers(self, name: str, file: str) -> list[str]:
-        return [one.name for one in self.records(name, file)[2]]
+    def layers(self, name: str, file: str) -> tuple[list[str], str]:
+        """Return the names of all maps, and the one to begin with: the last that depends on a query, if any does."""
+        records = self.records(name, file)[2]
+        with_query = [one.name for one in records if one.has_query]
+        return [one.name for one in records], (with_query or [records[-1].name])[-1]
 
     def show(self, name: str, layer: str | None, file: str, point: tuple[float, float] | None) -> tuple[Any, str]:
         """Return the overlay of a layer, and what the model is and predicts. point: (x, y) as shares of the picture."""
@@ -124,8 +127,8 @@ def make_page(explainer: Explainer, folder: Path) -> Any:
     def refresh(file: str | None, name: str, layer: str | None, point: Any) -> tuple[Any, Any, str]:
         if file is None:
             return gr.Dropdown(choices=[], value=None), None, ""
-        layers = explainer.layers(name, file)
-        layer = layer if layer in layers else layers[-1]
+        layers, first = explainer.layers(name, file)
+        layer = layer if layer in layers else first
         return gr.Dropdown(choices=layers, value=layer), *explainer.show(name, layer, file, point)
 
     with gr.Blocks(title="saccade explain", analytics_enabled=False) as page:
@@ -142,7 +145,10 @@ def make_page(explainer: Explainer, folder: Path) -> Any:
                 with gr.Column():
                     model = gr.Dropdown(names, value=names[min(i, len(names) - 1)], label="model", elem_id=f"model{i}")
                     layer = gr.Dropdown([], label="layer", elem_id=f"layer{i}", allow_custom_value=True)
-                    overlay = gr.Image(label="map", interactive=False, elem_id=f"map{i}", format="png")
+                    overlay = gr.Image(
+                        label="map", interactive=False, elem_id=f"map{i}", format="png",
+                        buttons=["fullscreen", "download"],  # none to share it, which uploads it
+                    )  # fmt: skip
                     text = gr.Markdown(elem_id=f"text{i}")
                     sides.append((model, layer, overlay, text))
 
@@ -164,6 +170,20 @@ def make_page(explainer: Explainer, folder: Path) -> Any:
     return page
 
 
+def launch(page: Any, host: str, port: int, folder: Path) -> None:
+    """Serve a page in threads of this process. Raises UserError where the port is taken."""
+    import gradio as gr
+
+    try:
+        page.launch(
+            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
+            max_file_size=UPLOAD, allowed_paths=[str(folder)], enable_monitoring=False, ssr_mode=False,
+            theme=gr.themes.Base(font=["sans-serif"], font_mono=["monospace"]), footer_links=[],
+        )  # fmt: skip
+    except OSError as error:
+        raise UserError(f"--port {port} of {host} can't be used: give another one") from error
+
+
 def serve(
     names: Sequence[str],
     host: str = "127.0.0.1",
@@ -179,15 +199,6 @@ def serve(
     explainer.subject(names[0])  # a misspelt one is told at once
     with tempfile.TemporaryDirectory(prefix="saccade-explain-") as folder:
         page = make_page(explainer, Path(folder))
-        import gradio as gr
-
-        try:
-            page.launch(
-                server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
-                max_file_size=UPLOAD, allowed_paths=[folder], enable_monitoring=False, ssr_mode=False,
-                theme=gr.themes.Base(font=["sans-serif"], font_mono=["monospace"]), footer_links=[],
-            )  # fmt: skip
-        except OSError as error:
-            raise UserError(f"--port {port} of {host} can't be used: give another one") from error
+        launch(page, host, port, Path(folder))
         print(f"http://{host}:{port} (Ctrl-C ends it)", flush=True)
         page.block_thread()
