@@ -304,7 +304,8 @@ def test_classifier_trained_further(classifier_run):
     assert not messages
     for checkpoint in (".", "checkpoints/best.safetensors"):
         turned, same, messages = logits(DIGITS[::-1], checkpoint)
-        assert torch.equal(turned.flip(1), own) and torch.equal(same, features)
+        assert torch.equal(same, features)
+        torch.testing.assert_close(turned.flip(1), own, rtol=0, atol=2e-6)  # products may sum a row in another order
         assert "in another order: its classifier is reordered by name" in messages[0]
     new, same, messages = logits(NAMES, "model.safetensors")
     assert not torch.allclose(new, own) and torch.equal(same, features)

@@ -132,7 +132,7 @@ def test_two_phases_teach_what_they_say(command, tmp_path, records, monkeypatch)
         torch.manual_seed(0)  # the teacher's file has no mask predictors
         task.trained(task.model("sparsifiner_deit_t", **sizes))
         logits.append(task._teacher(images).detach())
-    assert torch.equal(logits[0], logits[1].flip(1))
+    torch.testing.assert_close(logits[0], logits[1].flip(1), rtol=0, atol=1e-7)  # rows may be summed in another order
 
 
 SMALL = dict(img_size=64, num_classes=10, dim=32, depth=2, heads=2, reduce_n=4, coef_topk=2)

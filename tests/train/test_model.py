@@ -108,7 +108,7 @@ def test_weights_of_a_training_checkpoint(tmp_path, kind):
         ("resnet18.a1_in2k", {}, r"resnet18.a1_in2k can't be built"),
         ("biformer_x", {}, r"unknown model biformer_x, did you mean biformer_"),
         ("local-dri:x", {}, r"model.name=local-dri:x: Unknown model source"),
-        ("local-dir:/nowhere", {}, r"local-dir:/nowhere can't be built"),
+        ("local-dir:/nowhere", {}, r"the model in /nowhere can't be read"),
         ("some/where", {}, r"has no source prefix"),
         ("test_resnet", dict(drop_rat=0.1), r"test_resnet has no argument model.drop_rat, did you mean drop_rate"),
         ("test_vit", dict(dept=2), r"test_vit has no argument model.dept, did you mean depth"),
