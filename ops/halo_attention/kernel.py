@@ -23,6 +23,7 @@ from torch import Tensor
 from .. import maps
 from ..maps import known_strides, layout
 from ..tiles import FLOOR, LOG2E, once, precision, softmax_step
+from ..tune import launch
 from .eager import Settings, empty
 
 SIZES = ["H", "W", "HQ", "WQ", "M", "N"]
@@ -361,7 +362,7 @@ def fwd(q: Tensor, kv: Tensor, rows: Tensor, columns: Tensor, settings: Settings
     strides = *q.stride(), *kv.stride(), *rows.stride()[:4], *columns.stride()[:4], *out.stride()
     grid = (B * sizes[5] * sizes[6] * options["TILES"] * heads,)
     with torch.cuda.device_of(q):
-        fwd_kernel[grid](
+        launch(fwd_kernel, grid)(
             q, kv, rows, columns, out, lse, *strides, *sizes, Q=layout(q), KV=layout(kv), OUT=layout(out), **options
         )
     return out, lse
@@ -387,12 +388,12 @@ def bwd(
     forms = dict(Q=layout(q), KV=layout(kv), DOUT=layout(dout))
     programs = q.shape[0] * sizes[5] * sizes[6] * settings.heads
     with torch.cuda.device_of(q):
-        dq_kernel[(programs * of_queries["TILES"],)](
+        launch(dq_kernel, (programs * of_queries["TILES"],))(
             q, kv, rows, columns, out, dout, lse, delta, dq, drows, dcolumns,
             *strides, *out.stride(), *dout.stride(), *dq.stride(), *sizes,
             **forms, OUT=layout(out), TO=layout(dq), **of_queries,
         )  # fmt: skip
-        dkdv_kernel[(programs * of_keys["TILES"],)](
+        launch(dkdv_kernel, (programs * of_keys["TILES"],))(
             q, kv, rows, columns, dout, lse, delta, dkv, *strides, *dout.stride(), *dkv.stride(), *sizes,
             **forms, TO=layout(dkv), **of_keys,
         )  # fmt: skip
