@@ -23,7 +23,7 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import connectivity, predict_mask, sparse_attention, sparse_mask, unpack_mask
-from ..ops.dispatch import is_saved_graph
+from ..ops.dispatch import indices_of_largest
 from ..ops.precision import full, no_autocast, no_gradients
 from .attention_maps import AttentionMap, QueryMap, describe
 from .base import Isotropic, TokenHead, checked_size, create_model, init_linear, make_cfg
@@ -240,12 +240,8 @@ class SparseAttention(nn.Module):
         if self.keep is None:
             return self.proj(out), None
         weights = (logits.detach().softmax(-1) * share.detach())[:, :, 1:].mean(1)
-        if torch.jit.is_scripting():
-            order = weights.sort(stable=True, dim=-1, descending=True)[1][:, : self.keep].sort(-1)[0]
-        elif is_saved_graph():  # ONNX has no sort, but a top-k that takes the first of equal values
-            order = weights.topk(self.keep, -1)[1].topk(self.keep, -1, largest=False)[0]
-        else:
-            order = weights.sort(stable=True, dim=-1, descending=True)[1][:, : self.keep].sort(-1)[0]
+        order = indices_of_largest(weights, self.keep)
+        order = order.gather(1, indices_of_largest(-order, self.keep))  # as they were before
         left = torch.cat((torch.zeros_like(order[:, :1]), order + 1), 1)
         return self.proj(_take(out, left)), left
 

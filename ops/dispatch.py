@@ -96,6 +96,17 @@ def is_saved_graph() -> bool:
     return torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
 
 
+def indices_of_largest(x: Tensor, count: int) -> Tensor:
+    """Return the indices of the `count` largest values of each row (..., n), largest first; of equal values, the first
+    come first. It can be scripted, traced and exported."""
+    if torch.jit.is_scripting():
+        return x.detach().sort(stable=True, dim=-1, descending=True)[1][..., :count]
+    elif is_saved_graph():  # ONNX has no stable sort, but a top-k that takes the first of equal values
+        return x.detach().topk(count, -1)[1]
+    else:
+        return x.detach().sort(stable=True, dim=-1, descending=True)[1][..., :count]
+
+
 def is_transformed() -> bool:
     """Return whether torch.func transforms (grad, vmap, jvp, functionalize) or forward-mode derivatives are active."""
     if torch.compiler.is_compiling():  # it handles transforms itself, and cannot trace the calls below

@@ -15,7 +15,7 @@ M is stored as bits: key j of a row is bit j % 32 of its word j // 32.
 import torch
 from torch import Tensor
 
-from ..dispatch import is_saved_graph
+from ..dispatch import indices_of_largest
 
 
 def connectivity(
@@ -70,13 +70,7 @@ def basis(up: Tensor, threshold: float | None) -> Tensor:  # (N, K) -> (K, N)
 
 def largest(x: Tensor, count: int) -> Tensor:
     """Return a mask of the `count` largest values of each row; of equal values, the first are chosen."""
-    if torch.jit.is_scripting():
-        order = x.detach().sort(stable=True, dim=-1, descending=True)[1][..., :count]
-    elif is_saved_graph():  # ONNX has no stable sort, but of equal values its top-k takes the first
-        order = x.detach().topk(count, -1)[1]
-    else:
-        order = x.detach().sort(stable=True, dim=-1, descending=True)[1][..., :count]
-    return torch.zeros_like(x, dtype=torch.bool).scatter(-1, order, True)
+    return torch.zeros_like(x, dtype=torch.bool).scatter(-1, indices_of_largest(x, count), True)
 
 
 def with_cls(alive: Tensor) -> Tensor:  # (B, N-1) -> (B, N)
