@@ -94,7 +94,8 @@ def test_dry_run(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ("digits/resnet18", "model.name=test_resnet", "data.img_size=16", "batch_size=64", "epochs=2")
     code, out, err = command("train", *arguments, "--dry-run")
-    assert (code, err) == (0, "")
+    assert code == 0
+    assert all("gpuGetDeviceCount" in line for line in err.splitlines())  # of PyTorch's profiler, without a driver
     assert "1,257 training and 180 val images, 10 classes" in out and "images of 16x16" in out
     assert "38 of 64 images, 19 an epoch" in out and "MiB beyond weights and optimizer" in out
     assert not list(tmp_path.iterdir())
