@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument(
         "config",
         type=Path,
-        help="a config file, which is code and is run, or the folder of an earlier run (or its config.py), which is read",
+        help="a config file, which is code and is run, or the folder (or config.py) of an earlier run, which is read",
     )
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="change the config; values are Python literals"
