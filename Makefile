@@ -11,7 +11,7 @@ PYTEST := $(PY) -m pytest
 help:
 	@echo 'make demo       train BiFormer-T on real handwritten digits, test it, draw what it attends to (runs/demo/)'
 	@echo 'make demo-detection, demo-segmentation, demo-bev'
-	@echo '                the same for digits on photographs, and for boxes around a car with six cameras (15 minutes each)'
+	@echo '                the same for digits on photographs, and for boxes around a car with six cameras (10 to 15 minutes each)'
 	@echo 'make test       what every change must pass: every operator, model family, task and command'
 	@echo 'make test-all   that, and what is exhaustive: every shape, dtype, card and registered model, long runs'
 	@echo 'make test-newest  make test with the newest releases of every package ($(VENV)-newest)'
