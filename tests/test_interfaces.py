@@ -12,6 +12,12 @@ from torch.utils.data import DataLoader, TensorDataset
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """No library asks the Hub for anything, which may take minutes without a network."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
 def library(name: str, minimum: str | None = None):
     return pytest.importorskip(name, minimum, reason=f"{name} is not installed", exc_type=ImportError)
 
@@ -31,12 +37,14 @@ def small(**kwargs) -> nn.Module:
 
 @pytest.mark.parametrize("name", ["davit_t", "halo_h0"])
 def test_torchvision_feature_extraction(name):
+    from timm.models import get_notrace_functions, get_notrace_modules
     from torchvision.models.feature_extraction import create_feature_extractor
 
+    leaves = dict(leaf_modules=list(get_notrace_modules()), autowrap_functions=list(get_notrace_functions()))
     model = build(name).eval()
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
-        found = create_feature_extractor(model, {"stages.1": "mid", "stages.3": "last"})(x)
+        found = create_feature_extractor(model, {"stages.1": "mid", "stages.3": "last"}, tracer_kwargs=leaves)(x)
         _, expected = model.forward_intermediates(x)
     maps = [one for one in expected if one.shape in (found["mid"].shape, found["last"].shape)]
     assert (

@@ -24,10 +24,11 @@ module {
   tt.func public @kernel(%x_ptr: !tt.ptr<bf16> loc("x_ptr"(#loc)), %y_ptr: !tt.ptr<f32> loc("y_ptr"(#loc)), %unused_ptr: !tt.ptr<f32> loc("unused_ptr"(#loc)), %N: i32 loc("N"(#loc)), %per: i32 loc("per"(#loc))) attributes {noinline = false} {
     %c32_i32 = arith.constant 32 : i32 loc(#loc1)
     %c0_i32 = arith.constant 0 : i32 loc(#loc1)
+    %c-256_i32 = arith.constant -256 : i32 loc(#loc1)
     %cst = arith.constant 1.5 : f32 loc(#loc1)
     %pid = tt.get_program_id x : i32 loc(#loc1)
     %0 = arith.muli %pid, %per : i32 loc(#loc1)
-    %1 = arith.addi %0, %per : i32 loc(#loc1)
+    %1 = arith.subi %0, %c-256_i32 : i32 loc(#loc1)
     %last = arith.minsi %1, %N : i32 loc(#loc1)
     %p = tt.splat %x_ptr : !tt.ptr<bf16> -> tensor<32x!tt.ptr<bf16>> loc(#loc1)
     %acc:2 = scf.for %i = %0 to %last step %c32_i32 iter_args(%q = %p, %a = %cst) -> (tensor<32x!tt.ptr<bf16>>, f32)  : i32 {
