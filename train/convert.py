@@ -218,7 +218,10 @@ def _fit(net: nn.Module, name: str, tensors: dict[str, Tensor], file: Path) -> d
     """Return weights under our names and in our dtypes, or raise UserError with the keys that do not fit."""
     own = net.state_dict()
     try:
-        state = _module(name).checkpoint_filter_fn(dict(tensors), net)
+        counts = {
+            key: value for key, value in own.items() if key.endswith("num_batches_tracked")
+        }  # old files lack them
+        state = counts | _module(name).checkpoint_filter_fn(dict(tensors), net)
         differences = compare_shapes(state, own, [k for k in own if k not in state or state[k].shape != own[k].shape])
         differences += [f"{key} is not there" for key in state if key not in own]
     except MismatchError as error:

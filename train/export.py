@@ -186,11 +186,17 @@ def _export(
     except UserError:
         raise
     except Exception as error:  # each converter and runtime has its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = _reason(error)
         fixed = "; without --dynamic-size it may be written for one size" if dynamic_size else ""
         raise UserError(
             f"{type(net).__name__} cannot be written as {to} for {size[0]}x{size[1]}: {reason}{fixed}"
         ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the line of an error that says what is wrong; OpenVINO's first lines are places in its source."""
+    lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if not line.startswith("Exception from ")), lines[0])
 
 
 def _describe(sizes: Sequence[tuple[int, ...]]) -> str:
@@ -264,7 +270,7 @@ def _export_detector(net: Detector, file: Path, to: str, size: tuple[int, ...]) 
     except UserError:
         raise
     except Exception as error:  # each converter and runtime has its own
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        reason = _reason(error)
         raise UserError(f"{type(net).__name__} cannot be written as {to} for {height}x{width}: {reason}") from error
 
 
