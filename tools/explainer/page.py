@@ -174,14 +174,20 @@ def launch(page: Any, host: str, port: int, folder: Path) -> None:
     """Serve a page in threads of this process. Raises UserError where the port is taken."""
     import gradio as gr
 
-    try:
-        page.launch(
-            server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
-            max_file_size=UPLOAD, allowed_paths=[str(folder)], enable_monitoring=False, ssr_mode=False,
-            theme=gr.themes.Base(font=["sans-serif"], font_mono=["monospace"]), footer_links=[],
-        )  # fmt: skip
-    except OSError as error:
-        raise UserError(f"--port {port} of {host} can't be used: give another one") from error
+    for attempt in range(3):
+        try:
+            page.launch(
+                server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
+                max_file_size=UPLOAD, allowed_paths=[str(folder)], enable_monitoring=False, ssr_mode=False,
+                theme=gr.themes.Base(font=["sans-serif"], font_mono=["monospace"]), footer_links=[],
+            )  # fmt: skip
+            return
+        except OSError as error:
+            raise UserError(f"--port {port} of {host} can't be used: give another one") from error
+        except ValueError:  # Gradio asks its own page within three seconds, which a busy machine may miss
+            page.close(verbose=False)
+            if attempt == 2:
+                raise
 
 
 def serve(
