@@ -68,6 +68,7 @@ from rich.console import Console
 from rich.table import Table
 from saccade.tools import runtimes
 from saccade.train.runtime import measure
+from saccade.train.runtime.errors import first_line
 from torch import nn
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -195,8 +196,7 @@ def compare_runtimes(args, console: Console) -> list[dict]:
                         steps[label, runtime] = runtimes.prepare(runtime, model, x, dtype, args.threads)
                         notes[label, runtime] = dict(warm_up_seconds=CLOCKS[args.clock]() - began)
                     except Exception as error:  # each converter has its own
-                        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-                        notes[label, runtime] = dict(note=reason)
+                        notes[label, runtime] = dict(note=first_line(error))
             times = measure.interleaved(steps, args.runs, cpu, CLOCKS[args.clock])
             for (label, runtime), facts in notes.items():
                 row = dict(model=label, runtime=runtime, dtype=dtype, batch=args.batch, size=[height, width], **facts)

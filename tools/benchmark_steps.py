@@ -3,7 +3,7 @@
     python tools/benchmark_steps.py
     python tools/benchmark_steps.py --processes 2 4 8 --step-ms 20 --steps 200
 
-Processes of this machine exchange them with gloo, as a run on CPUs does; in place of computing, a step waits --step-ms.
+Processes of this machine exchange them with gloo, as a run on CPUs does; instead of computing, a step waits --step-ms.
 "blocking" exchanges both at the end of a step, as saccade did up to 0.1; "overlapped" as it does now: requests to stop
 are answered a step later, and values are sent before the backward pass, of which two thirds of a step are left.
 Blocks of both alternate. The overhead is the median of the time that a step takes beyond a step without messages. CPU

@@ -1,12 +1,12 @@
 """Write models as files that other programs read, and read the files of others as ours."""
 
 import datetime
-import hashlib
 import json
+import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -19,13 +19,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..backbones.published import MismatchError, compare_shapes
+from .data.files import first
 from .models.build import check_name, create_features, strip_prefixes
 from .models.openmmlab import to_openmmlab
 from .models.weights import read_weights
 from .predict import predictor
 from .runtime import config
-from .runtime.checkpoint import atomic_write, write_text
-from .runtime.errors import UserError
+from .runtime.checkpoint import atomic_write, checksum, write_text
+from .runtime.errors import UserError, first_line
+from .runtime.run_folder import check_finished
 from .tasks.classify import Classify
 from .tasks.detect import Detect
 from .tasks.segment import Segment
@@ -42,8 +44,7 @@ def convert(run: Path, out: Path) -> list[Path]:
     """
     files = [out, out.with_suffix(".py")]
     _check_output(out, ".pth", files)
-    if not (run / "config.py").is_file() or not (run / "model.safetensors").is_file():
-        raise UserError(f"{run} has no config.py and model.safetensors: give the folder of a finished run")
+    check_finished(run)
     settings = config.load(run / "config.py")
     task, names = settings["task"]["type"], []
     if issubclass(task, (Detect, Segment)):
@@ -104,7 +105,7 @@ def from_published(source: Path, model: str, out: Path, **kwargs: Any) -> Conver
     cfg = net.pretrained_cfg
     provenance = dict(
         source=source.name,
-        sha256=_sha256(source),
+        sha256=checksum(source),
         size=source.stat().st_size,
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         converter=f"saccade {version('saccade')}",
@@ -159,13 +160,13 @@ def to_published(source: Path, out: Path, like: Path | None = None, model: str |
     traced = _trace(model, arguments, layout)
     if not traced or any((ids != ids.round()).any() for ids in traced.values()):
         raise UserError(f"the weights of {model} are not a reordering of the published ones, so they can't be undone")
-    flat = torch.zeros(sum(_count(shape) for shape, _ in layout.values()), dtype=torch.float64)
+    flat = torch.zeros(sum(math.prod(shape) for shape, _ in layout.values()), dtype=torch.float64)
     for key, ids in traced.items():
         taken = ids.flatten() >= 0
         flat[ids.flatten()[taken].long()] = own[key].double().flatten()[taken]
     unused, tensors, first = set(_unused(traced, layout)), {}, 0
     for key, (shape, dtype) in layout.items():
-        count = _count(shape)
+        count = math.prod(shape)
         if key not in unused:
             values = flat[first : first + count].reshape(shape)
             tensors[key] = values.to(getattr(torch, dtype.removeprefix("torch.")))
@@ -207,7 +208,7 @@ def _build(name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         return timm.create_model(name, **kwargs).eval()
     except (TypeError, ValueError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{name} can't be built with {kwargs}: {_first_line(error)}") from error
+        raise UserError(f"{name} can't be built with {kwargs}: {first_line(error)}") from error
 
 
 def _module(name: str) -> Any:
@@ -227,7 +228,7 @@ def _fit(net: nn.Module, name: str, tensors: dict[str, Tensor], file: Path) -> d
     except MismatchError as error:
         differences = error.differences
     except Exception as error:  # the mapping of a foreign file fails wherever it meets the unexpected
-        raise UserError(f"{file} does not fit {name}: {_first_line(error)}") from error
+        raise UserError(f"{file} does not fit {name}: {first_line(error)}") from error
     if differences:
         raise UserError(
             f"{file} does not fit {name}, {len(differences)} entries differ ({_listed(differences, '; ')}): give the "
@@ -248,7 +249,7 @@ def _trace(name: str, kwargs: dict[str, Any], layout: Layout) -> dict[str, Tenso
         tensor.fill_(-1)
     numbers, first = {}, 0
     for key, (shape, _) in layout.items():
-        count = _count(shape)
+        count = math.prod(shape)
         numbers[key] = torch.arange(first, first + count, dtype=torch.float64).reshape(shape)
         first += count
     try:
@@ -257,24 +258,17 @@ def _trace(name: str, kwargs: dict[str, Any], layout: Layout) -> dict[str, Tenso
         return {}
 
 
-def _count(shape: Iterable[int]) -> int:
-    count = 1
-    for side in shape:
-        count *= side
-    return count
-
-
 def _unused(traced: dict[str, Tensor], layout: Layout) -> list[str]:
     """Return the keys of a published file no element of which is in our state dict."""
-    used = torch.zeros(sum(_count(shape) for shape, _ in layout.values()), dtype=torch.bool)
+    used = torch.zeros(sum(math.prod(shape) for shape, _ in layout.values()), dtype=torch.bool)
     for ids in traced.values():
         ids = ids.flatten()
         used[ids[ids >= 0].long()] = True
     unused, first = [], 0
     for key, (shape, _) in layout.items():
-        if not used[first : first + _count(shape)].any():
+        if not used[first : first + math.prod(shape)].any():
             unused.append(key)
-        first += _count(shape)
+        first += math.prod(shape)
     return unused
 
 
@@ -289,14 +283,6 @@ def _provenance(file: Path) -> dict[str, Any]:
         return {}
 
 
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as content:
-        digest = hashlib.sha256()
-        while block := content.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _line(name: str, file: Path, kwargs: dict[str, Any]) -> str:
     """Return the Python that loads a file."""
     classes = f", num_classes={kwargs['num_classes']}" if "num_classes" in kwargs else ""
@@ -306,9 +292,4 @@ def _line(name: str, file: Path, kwargs: dict[str, Any]) -> str:
 
 
 def _listed(texts: Sequence[str], separator: str = ", ") -> str:
-    more = f" and {len(texts) - MOST_LISTED} more" if len(texts) > MOST_LISTED else ""
-    return separator.join(texts[:MOST_LISTED]) + more
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+    return first(texts, MOST_LISTED, separator)

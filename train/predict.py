@@ -25,7 +25,7 @@ from .data.video import Frame, is_video, read_frames
 from .runtime import config
 from .runtime.checkpoint import atomic_write, to_json, write_text
 from .runtime.distributed import choose_device
-from .runtime.errors import DATA, UserError
+from .runtime.errors import DATA, UserError, first_line
 from .tasks.classify import Classify
 from .tasks.task import Predictor
 
@@ -164,8 +164,9 @@ def _predict_each(model: Predictor, opened: Sequence[tuple[Path, Image.Image]]) 
     except (RuntimeError, ValueError, IndexError, ZeroDivisionError, MemoryError) as error:
         if len(opened) > 1:  # one image, or the batch as a whole, is too large
             return [result for one in opened for result in _predict_each(model, [one])]
-        (path, image), reason = opened[0], (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return [BadImage(str(path), f"of {image.width}x{image.height} pixels can't be predicted on ({reason})")]
+        path, image = opened[0]
+        reason = f"of {image.width}x{image.height} pixels can't be predicted on ({first_line(error)})"
+        return [BadImage(str(path), reason)]
 
 
 class OutputNames:
@@ -297,7 +298,7 @@ def new_images(folder: Path, interval: float, patience: float = 10.0) -> Iterato
     """Yield groups of image files below a folder: those that are there, then new and changed ones, until a signal.
 
     A file is yielded when its size and time have stayed the same for an interval and it can be opened as an image, or
-    after `patience` seconds of no change. SIGINT and SIGTERM end the generator after the group at hand.
+    after `patience` seconds of no change. SIGINT and SIGTERM end the generator after the current group.
     """
     stop = threading.Event()
     handlers = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -22,8 +22,9 @@ from safetensors import safe_open
 from .models.build import export
 from .predict import predictor
 from .runtime import config
-from .runtime.checkpoint import BEST, write_text
-from .runtime.errors import UserError, from_os
+from .runtime.checkpoint import BEST, label_names, write_text
+from .runtime.errors import UserError, first_line, from_os
+from .runtime.run_folder import check_finished
 from .tasks.classify import Classify
 from .tasks.detect import Detect
 from .tasks.segment import Segment
@@ -81,8 +82,7 @@ def publish(
         raise UserError(f"--license must be an identifier of the Hub, such as apache-2.0 or cc-by-4.0, got {license}")
     if to is not None and to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise UserError(f"--to {to} is not an empty folder: give a new one")
-    if not (run / "config.py").is_file() or not (run / "model.safetensors").is_file():
-        raise UserError(f"{run} has no config.py and model.safetensors: give the folder of a finished run")
+    check_finished(run)
     settings = config.load(run / "config.py")
     task = settings["task"]["type"]
     kind = next((kind for kind in PIPELINES if issubclass(task, kind)), None)
@@ -115,9 +115,8 @@ def _write(run: Path, folder: Path, kind: type, settings: dict[str, Any]) -> str
         for name in ("model.safetensors", "config.json"):
             (folder / name).write_bytes((run / name).read_bytes())
         return DENSE
-    content = json.loads((run / "config.json").read_text(encoding="utf-8"))
     model = timm.create_model(f"local-dir:{run}", pretrained=True)
-    export(model, folder, model.pretrained_cfg, content["label_names"])
+    export(model, folder, model.pretrained_cfg, label_names(run))
     (folder / "config.py").rename(folder / "training_config.py")  # the folder is timm's, not a run's
     return CLASSIFIER
 
@@ -164,8 +163,7 @@ def _card(run: Path, repo: str, license: str, kind: type, settings: dict[str, An
         model_name=repo.partition("/")[2],
         eval_results=results,
     )
-    content = json.loads((run / "config.json").read_text(encoding="utf-8"))
-    classes = content["label_names"]
+    classes = label_names(run)
     pretrained = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     facts = [f"- **Model:** `{name}`" + (f", {pretrained.paper_name}" if pretrained and pretrained.paper_name else "")]
     if pretrained is not None and pretrained.origin_url:
@@ -233,5 +231,4 @@ def _upload(folder: Path, repo: str, private: bool) -> str:
 
 
 def _refused(repo: str, error: Exception) -> UserError:
-    reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-    return UserError(f"{repo} can't be uploaded ({reason}): write a folder with --to, and upload it later")
+    return UserError(f"{repo} can't be uploaded ({first_line(error)}): write a folder with --to, and upload it later")

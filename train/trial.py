@@ -16,6 +16,7 @@ from .runtime import config as configs
 from .runtime.distributed import all_reduce_max, choose_device, seed_generators, world_size
 from .runtime.errors import UserError
 from .runtime.measure import peak_allocated
+from .runtime.numbers import kept_buffers
 from .runtime.precision import autocasting
 
 SHARE = 0.8  # of the free memory that a batch may fill on a CPU
@@ -45,18 +46,17 @@ def trial_step(
     batch = next(iter(batches(training, order, seed, 0, device, _Ignored())))
 
     def step() -> float:
-        mode, kept = net.training, [(buffer, buffer.clone()) for buffer in net.buffers()]
+        mode = net.training
         net.train()
         try:
-            with autocast():
-                loss, _ = task.loss(task.trained(net), batch)
-            loss.backward()
-            return loss.item()
+            with kept_buffers(net):
+                with autocast():
+                    loss, _ = task.loss(task.trained(net), batch)
+                loss.backward()
+                return loss.item()
         finally:
             net.zero_grad(set_to_none=True)
             net.train(mode)
-            for buffer, values in kept:
-                buffer.copy_(values)
 
     return step
 

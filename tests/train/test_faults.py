@@ -63,7 +63,7 @@ def test_a_killed_process_is_named(tmp_path, monkeypatch, victim):
 
 @pytest.mark.parametrize("victim", [1, exhaustive(0)])
 def test_a_stopped_process_is_named_within_the_timeout(tmp_path, monkeypatch, victim):
-    """It ends, too, once it goes on."""
+    """It ends, too, once it resumes."""
     monkeypatch.setenv("FAULT_KILL", f"{victim}:4:SIGSTOP")
     run = job(tmp_path, "timeout=3")
     end = time.monotonic() + 60

@@ -171,7 +171,7 @@ def test_the_last_good_checkpoint_stays(tmp_path, monkeypatch):
 
 @pytest.mark.exhaustive
 def test_resumes_among_skipped_steps(tmp_path, monkeypatch):
-    """The count goes on, and the end is that of a run that was not interrupted."""
+    """The count continues, and the end is that of a run that was not interrupted."""
     monkeypatch.setenv("FAULT_NAN", "-1:4:6:bn1")
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     finish(job(whole))

@@ -57,7 +57,7 @@ def test_sharded_state():
 
 
 def test_sharded_checkpoints(start, tiny, tmp_path, records):
-    """A run of two processes goes on in one, without the key too, and exports its best weights."""
+    """A run of two processes resumes in one, without the key too, and exports its best weights."""
     arguments = ["strategy=fsdp", "ema.decay=0.9", "save_every=4", "epochs=1"]
     finish(start(2, *arguments, "sharded_checkpoints=True", "--run-dir", tmp_path))
     folder = tmp_path / "checkpoints"

@@ -63,7 +63,7 @@ def explain(
     if method == "rollout":
         return _rollout(subject, records, picture, layer, query)
     try:
-        return [_of_record(subject, one, picture, head, query) for one in select(subject, records, layer)]
+        return [of_record(subject, one, picture, head, query) for one in select(subject, records, layer)]
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -125,9 +125,10 @@ def place_query(
     return one.query_at(query[1], query[0], (picture.height, picture.width))
 
 
-def _of_record(
+def of_record(
     subject: Subject, one: AttentionMap, picture: Image.Image, head: int | None, query: tuple[float, float] | None
 ) -> Explained:
+    """Return the map of one layer for a head and a query in the picture, see `explain`."""
     cell = place_query(subject, one, picture, query)
     facts = dict(kind=one.kind, grid=list(one.grid), heads=one.heads)
     if isinstance(one, SamplingMap):

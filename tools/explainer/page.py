@@ -21,18 +21,14 @@ from saccade.train.data.images import read_image, stored_size
 from saccade.train.runtime.errors import UserError
 
 from .files import draw
-from .methods import _of_record, record
+from .methods import of_record, record
 from .subject import Subject, load
 
 MODELS = ["biformer_t", "davit_t", "nat_m", "dinat_m", "agent_deit_t", "agent_swin_t", "sparsifiner_deit_t"]
 MODELS += ["patnet_t0", "ela_resnet18", "ulsam_mobilenet_v2", "halo_h0"]
 SHIPPED = ("chelsea", "astronaut", "coffee", "rocket")  # of scikit-image, in its package
-UPLOAD, PIXELS, QUEUE, KEPT = (
-    "10mb",
-    30_000_000,
-    32,
-    4,
-)  # limits: of a file, of a picture, of requests, of models in memory
+# Limits: of a file, of a picture, of requests that wait, of models in memory.
+UPLOAD, PIXELS, QUEUE, KEPT = "10mb", 30_000_000, 32, 4
 
 
 class Cache:
@@ -72,11 +68,15 @@ class Explainer:
         except (OSError, Image.DecompressionBombError, SyntaxError) as error:
             raise UserError("the file is not a picture that can be read") from error
 
-    def _records(self, name: str, file: str) -> tuple[Subject, Image.Image, list[AttentionMap]]:
+    def _records(self, name: str, file: str) -> tuple[Subject, Image.Image, list[AttentionMap], str]:
+        """Return what clicks on a picture need again: its maps, and what the model is and predicts."""
         if name not in self.names:
             raise UserError(f"{name} is not offered here")
         picture, subject = self.picture(file), self.subject(name)
-        return subject, picture, record(subject, picture)
+        text = subject.note
+        if subject.predictor is not None:
+            text = f"{subject.predictor.describe(subject.predictor.predict([picture])[0])} ({text})"
+        return subject, picture, record(subject, picture), text
 
     def layers(self, name: str, file: str) -> tuple[list[str], str]:
         """Return the names of all maps, and the one to begin with: the last that depends on a query, if any does."""
@@ -86,13 +86,10 @@ class Explainer:
 
     def show(self, name: str, layer: str | None, file: str, point: tuple[float, float] | None) -> tuple[Any, str]:
         """Return the overlay of a layer, and what the model is and predicts. point: (x, y) as shares of the picture."""
-        subject, picture, records = self.records(name, file)
+        subject, picture, records, text = self.records(name, file)
         chosen = next((one for one in records if one.name == layer), records[-1])
         query = None if point is None else (point[0] * picture.width, point[1] * picture.height)
-        text = subject.note
-        if subject.predictor is not None:
-            text = f"{subject.predictor.describe(subject.predictor.predict([picture])[0])} ({text})"
-        return draw(picture, _of_record(subject, chosen, picture, None, query)), text
+        return draw(picture, of_record(subject, chosen, picture, None, query)), text
 
 
 def shipped_pictures(folder: Path) -> list[str]:

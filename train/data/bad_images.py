@@ -5,10 +5,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-
 from ..runtime.checkpoint import write_text
-from ..runtime.distributed import rank, sync_errors, world_size
+from ..runtime.distributed import all_gather_object, rank, sync_errors
 from ..runtime.errors import DATA, UserError
 
 
@@ -54,11 +52,7 @@ class BadImages:
 
     def share(self) -> None:
         """Exchange what the processes have recorded. All must call it. Raises UserError (code 65) beyond the budget."""
-        noted = [self.new]
-        if world_size() > 1:
-            noted = [{}] * world_size()
-            dist.all_gather_object(noted, self.new)
-        for found in noted:
+        for found in all_gather_object(self.new):
             self.known |= {name: said for name, said in found.items() if name not in self.known}
         self.new = {}
         if not self.known:

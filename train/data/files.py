@@ -243,10 +243,10 @@ def look_alikes(names: Iterable[str]) -> list[list[str]]:
     return [group for group in groups.values() if len(group) > 1]
 
 
-def first(names: list[str], most: int = 5) -> str:
+def first(names: Sequence[str], most: int = 5, separator: str = ", ") -> str:
     """Return the first few names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+    return separator.join(names[:most]) + more
 
 
 def sample_names(dataset: Any, keys: Sequence[tuple[int, ...]]) -> list[str]:

@@ -16,11 +16,11 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from ..runtime.checkpoint import atomic_write, write_text
+from ..runtime.checkpoint import atomic_write, checksum, write_text
 from ..runtime.errors import DATA, UserError, from_os
 from .imagenet import INDEX, read_index
 from .images import Source, Strings, decode, note_conversions
-from .tar import IMAGE, checksum, index
+from .tar import IMAGE, index
 
 Progress = Callable[[int, int], None]
 

@@ -24,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 from filelock import FileLock
 
-from ..runtime.checkpoint import atomic_write
+from ..runtime.checkpoint import atomic_write, checksum
 from ..runtime.errors import DATA, UserError, from_os
 from .images import Strings
 
@@ -340,15 +340,6 @@ def fetch(url: str, folder: Path, size: int | None = None, sha256: str | None = 
             if sha256 and checksum(temporary) != sha256:
                 raise UserError(f"{url} gave {temporary.stat().st_size} bytes that do not match the index", DATA)
     return target
-
-
-def checksum(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    sha = hashlib.sha256()
-    with open(path, "rb") as file:
-        for piece in iter(lambda: file.read(1 << 20), b""):
-            sha.update(piece)
-    return sha.hexdigest()
 
 
 def expand(patterns: str | Sequence[str]) -> Iterator[str]:

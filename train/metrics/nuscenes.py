@@ -7,12 +7,11 @@ A box is (x, y, z of its middle, length, width, height, yaw, velocity x, y).
 from collections.abc import Sequence
 
 import numpy as np
-import torch.distributed as dist
 from numpy import ndarray
 from torch import Tensor
 
 from ..data.bev_frames import ATTRIBUTES, RANGES, attribute
-from ..runtime.distributed import world_size
+from ..runtime.distributed import all_gather_object
 
 ERRORS = dict(mATE="trans_err", mASE="scale_err", mAOE="orient_err", mAVE="vel_err", mAAE="attr_err")
 NONE = dict(
@@ -46,11 +45,7 @@ class NuScenesMetric:
 
     def gathered(self) -> list[tuple[ndarray, ...]]:
         """Return the samples of all processes, in the split's order; one that several have counts once."""
-        parts = [self.samples]
-        if world_size() > 1:
-            parts = [{}] * world_size()
-            dist.all_gather_object(parts, self.samples)
-        whole = {index: sample for part in parts for index, sample in part.items()}
+        whole = {index: sample for part in all_gather_object(self.samples) for index, sample in part.items()}
         return [whole[index] for index in sorted(whole)]
 
     def result(self) -> tuple[dict[str, float], dict]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ... import backbones  # noqa: F401  (registers ours)
 from ..runtime.checkpoint import as_os_error, atomic_write, write_text
-from ..runtime.errors import UserError, closest, from_os
+from ..runtime.errors import UserError, closest, first_line, from_os
 from .weights import Weights, read_weights
 
 
@@ -63,7 +63,7 @@ def create(
             raise _unknown_argument(name, error) from error
         if not isinstance(error, (ValueError, AssertionError, RuntimeError, OSError)):
             raise
-        raise UserError(f"{name} can't be built with {_call(img_size, kwargs)}: {_first_line(error)}") from error
+        raise UserError(f"{name} can't be built with {_call(img_size, kwargs)}: {first_line(error)}") from error
     heads = (heads,) if isinstance(heads, str) else tuple(heads)
     weights = read_weights(checkpoint)
     load = partial(_create_with, weights.file, arguments, heads if new_head else ())
@@ -88,7 +88,7 @@ def _published_weights(name: str, pretrained: bool) -> Iterator[None]:
     except (LocalEntryNotFoundError, OfflineModeIsEnabled, HfHubHTTPError, URLError, ConnectionError) as error:
         hub = timm.get_pretrained_cfg(name) if is_model(split_model_name_tag(name)[0]) else None
         source = (hub and (hub.hf_hub_id or hub.url)) or name
-        reason = "no network connection" if offline else _first_line(error)
+        reason = "no network connection" if offline else first_line(error)
         raise UserError(
             f"the published weights of {name} ({source}) can't be downloaded ({reason}): connect to the network, or "
             "download their file elsewhere and give it with checkpoint=FILE"
@@ -162,7 +162,7 @@ def create_features(
         raise _unknown_argument(name, error) from error
     except (ValueError, AssertionError, RuntimeError, OSError, IndexError) as error:
         said = _call(None, kwargs | wanted)
-        raise UserError(f"{name} can't be built for its maps with {said}: {_first_line(error)}") from error
+        raise UserError(f"{name} can't be built for its maps with {said}: {first_line(error)}") from error
     model.pretrained_cfg.pop("state_dict", None)  # it would be copied with the model
     model.arguments = dict(name=name, **kwargs, **wanted)
     matcher = getattr(whole, "group_matcher", lambda coarse: {})
@@ -200,7 +200,7 @@ def _features_with(
             if re.match(r"[a-zA-Z]+", key)[0] in kept or (strict and not text.startswith("it lacks"))
         ]
         if ours or not problems:
-            message = "; ".join(ours[:3]) or _first_line(error)
+            message = "; ".join(ours[:3]) or first_line(error)
             what = "its backbone" if strict else f"checkpoint {file}"
             raise UserError(
                 f"{what} does not fit {name} ({message}): "
@@ -258,7 +258,7 @@ def _create_with(
     except Exception as error:  # a foreign file fails wherever a model's own key mapping meets the unexpected
         problems = _disagreements(error)
         if not (problems and all(key.rpartition(".")[0] in heads for key, _ in problems)):
-            said = "; ".join(text for _, text in problems[:3]) or _first_line(error)
+            said = "; ".join(text for _, text in problems[:3]) or first_line(error)
             more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
             raise UserError(
                 f"checkpoint {file} does not fit {name} ({said}{more}): "
@@ -302,10 +302,6 @@ def _first_lines(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(lines)}".rstrip(".: ")
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-
-
 @torch.no_grad()
 def probe(model: nn.Module, input_size: tuple[int, int, int]) -> None:
     """Run the model on a black image (channels, height, width). Raises UserError with its message if it fails."""
@@ -316,7 +312,7 @@ def probe(model: nn.Module, input_size: tuple[int, int, int]) -> None:
     except (ValueError, AssertionError, RuntimeError) as error:
         channels, height, width = input_size
         raise UserError(
-            f"the model can't take images of {height}x{width} with {channels} channels: {_first_line(error)}; "
+            f"the model can't take images of {height}x{width} with {channels} channels: {first_line(error)}; "
             "change data.img_size or the model's arguments"
         ) from error
     model.train(training)

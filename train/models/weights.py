@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..runtime.checkpoint import Foreign
 from ..runtime.checkpoint import read as read_checkpoint
-from ..runtime.errors import UserError
+from ..runtime.errors import UserError, first_line
 
 # What torch's weights-only reader may build besides tensors and plain values: the arguments in timm's checkpoints, and
 # the scores in OpenMMLab's `meta`, which are NumPy scalars (module names of NumPy 1 and 2). Building them runs no code.
@@ -146,5 +146,4 @@ def why_unreadable(file: Path, error: Exception) -> str:
         )
     if "weights_only" in str(error) or "weights only" in str(error).lower():
         return "is not a file of weights, or is damaged: download or convert it again"
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
-    return f"can't be read ({first}): it is damaged or incomplete; download or convert it again"
+    return f"can't be read ({first_line(error)}): it is damaged or incomplete; download or convert it again"

@@ -151,6 +151,15 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, json.loads(metadata["saccade"])
 
 
+def checksum(path: Path) -> str:
+    """Return the SHA-256 of a file."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        for piece in iter(lambda: file.read(1 << 20), b""):
+            sha.update(piece)
+    return sha.hexdigest()
+
+
 def step(path: Path) -> int:
     """Return the step of a checkpoint file from its metadata, unverified; -1 if it is missing or can't be read."""
     try:

@@ -202,8 +202,7 @@ def check_same(facts: Mapping[str, Any]) -> None:
     """
     if world_size() == 1:
         return
-    gathered: list[Mapping[str, Any]] = [{}] * world_size()
-    dist.all_gather_object(gathered, facts)
+    gathered = all_gather_object(facts)
     for number, theirs in enumerate(gathered):
         for key in [*gathered[0], *(key for key in theirs if key not in gathered[0])]:
             ours, other = (each.get(key, "not set") for each in (gathered[0], theirs))
@@ -240,9 +239,7 @@ def sync_errors() -> Iterator[None]:
         if own:
             raise own
         return
-    errors: list[tuple[str, int] | None] = [None] * world_size()
-    dist.all_gather_object(errors, own and (str(own), own.code))
-    for number, first in enumerate(errors):
+    for number, first in enumerate(all_gather_object(own and (str(own), own.code))):
         if first:
             raise UserError(first[0], first[1], quiet=number != rank()) from own
 
@@ -340,6 +337,14 @@ class PendingSum:
             self._work.wait()
             self._work = None
         return self._tensor
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Return the processes' values, which can be pickled, in order of rank. All processes must call it."""
+    gathered = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(gathered, value)
+    return gathered
 
 
 def all_reduce_max(number: int) -> int:

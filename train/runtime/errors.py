@@ -39,6 +39,11 @@ def from_os(error: OSError, doing: str) -> UserError:
     return UserError(f"{doing} failed ({reason}): choose a folder you can write to with --run-dir")
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, without an end mark; its type where there is no message."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".:")
+
+
 def closest(name: str, names: Iterable[str]) -> str:
     """Return ', did you mean a or b?' with the names closest to `name`, else ', there is …' with all names."""
     names = sorted(set(names))

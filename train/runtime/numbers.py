@@ -14,11 +14,10 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
-from .distributed import all_reduce_sum, local_tensor, rank, world_size
+from .distributed import all_gather_object, all_reduce_sum, local_tensor, rank, world_size
 from .errors import NUMBERS, UserError
 from .state import REMEDIES, State
 
@@ -54,7 +53,7 @@ class Numbers:
 
     def begin(self) -> None:
         """Keep the buffers as they are, before a step's first forward pass."""
-        self._buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        self._buffers = copy_buffers(self.model)
 
     def accept(self, values: dict[str, Tensor], explain: Callable[[], list[Part]]) -> dict[str, Tensor] | None:
         """Return a step's values ("loss" and others, scalars), averaged over the processes; None to skip the step.
@@ -73,7 +72,7 @@ class Numbers:
             self._watch(step, loss)
             self.state.skipped_in_row = 0
             return dict(zip(values, means))
-        self._restore()
+        restore_buffers(self._buffers)
         if math.isfinite(loss) and self._lower_scale():
             return None
         self.scaler.update(self.scaler.get_scale())
@@ -88,11 +87,6 @@ class Numbers:
                 quiet=rank() > 0,
             )
         return None
-
-    def _restore(self) -> None:
-        with torch.no_grad():
-            for buffer, kept in self._buffers:
-                buffer.copy_(kept)
 
     def _lower_scale(self) -> bool:
         """Lower the scale of fp16's loss, of which gradients have overflowed; False if it is as low as it may be."""
@@ -114,11 +108,7 @@ class Numbers:
         )
 
     def _warn(self, step: int, reason: str, parts: list[Part]) -> None:
-        gathered = [parts]
-        if world_size() > 1:
-            gathered = [[]] * world_size()
-            dist.all_gather_object(gathered, parts)
-        found = [part for each in gathered for part in each]
+        found = [part for each in all_gather_object(parts) for part in each]
         named = sorted((part for part in found if part.module), key=lambda part: part.position)
         named = [part for part in named if part.position == named[0].position]  # others follow, by way of SyncBatchNorm
         where = "no output of a module was not finite in a second forward pass"
@@ -183,13 +173,23 @@ def examine(model: nn.Module, forward: Callable[[], Any], images: Sequence[str])
 @contextmanager
 def kept_buffers(model: nn.Module) -> Iterator[None]:
     """Restore a model's buffers after the block."""
-    kept = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    kept = copy_buffers(model)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in kept:
-                buffer.copy_(value)
+        restore_buffers(kept)
+
+
+def copy_buffers(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Return a model's buffers, each with a copy."""
+    return [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+
+@torch.no_grad()
+def restore_buffers(kept: list[tuple[Tensor, Tensor]]) -> None:
+    """Set the buffers of `copy_buffers` to their copies."""
+    for buffer, value in kept:
+        buffer.copy_(value)
 
 
 def _is_finite(tensor: Tensor) -> bool:

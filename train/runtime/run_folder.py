@@ -59,6 +59,12 @@ def removed_if_empty(run_dir: Path) -> Iterator[None]:
         raise
 
 
+def check_finished(run: Path) -> None:
+    """Raise UserError unless `run` is the folder of a finished run."""
+    if not (run / "config.py").is_file() or not (run / "model.safetensors").is_file():
+        raise UserError(f"{run} has no config.py and model.safetensors: give the folder of a finished run")
+
+
 def list_outputs(run_dir: Path, paths: list[Path]) -> str:
     """Return a text with the files and, if timm can build the run's model, the line of Python that loads it."""
     lines = [f"  {path}" for path in paths]

@@ -6,7 +6,6 @@ saccade.train.runtime.checkpoint and the SHA-256 of each file. It is written und
 processes are done. A run keeps `last`, the `previous` one, and the `best` (of hard links).
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -17,13 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from . import checkpoint
-from .checkpoint import Unreadable, write_text
-from .distributed import rank, sync_errors, world_size
+from .checkpoint import Unreadable, checksum, write_text
+from .distributed import all_gather_object, rank, sync_errors, world_size
 from .errors import UserError, from_os
 
 LAST, PREVIOUS, BEST, META = "last", "previous", "best", "meta.json"
@@ -61,7 +59,7 @@ def save(folder: Path, tensors: dict[str, Tensor], meta: dict[str, Any], best: b
         except (CheckpointException, OSError) as error:
             raise from_os(_as_os_error(error), f"saving {folder / LAST}") from error
     written: dict[str, str] = {}
-    for part in _gather({file.name: checksum(file) for file in temporary.glob(f"shard-{rank() + 1:05d}-*")}):
+    for part in all_gather_object({file.name: checksum(file) for file in temporary.glob(f"shard-{rank() + 1:05d}-*")}):
         written |= part
     with sync_errors():
         if rank() == 0:
@@ -100,7 +98,7 @@ def read(
                 raise ValueError(f"contents of {name} and checksum disagree")
     except (OSError, ValueError, KeyError, TypeError) as error:
         problem = f"{path} can't be read ({error})"
-    for other in [problem] if one else _gather(problem):
+    for other in [problem] if one else all_gather_object(problem):
         if other:
             raise Unreadable(other)
     reader = dcp.HuggingFaceStorageReader(str(path))
@@ -148,20 +146,6 @@ def newest_step(folder: Path, names: tuple[str, ...] = (LAST, PREVIOUS)) -> int:
         with suppress(OSError, ValueError, KeyError, TypeError):
             steps.append(int(json.loads((folder / name / META).read_text(encoding="utf-8"))["meta"]["step"]))
     return max(steps)
-
-
-def checksum(file: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with open(file, "rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
-
-
-def _gather(value: Any) -> list[Any]:
-    if world_size() == 1:
-        return [value]
-    gathered: list[Any] = [None] * world_size()
-    dist.all_gather_object(gathered, value)
-    return gathered
 
 
 def _as_os_error(error: BaseException) -> OSError:

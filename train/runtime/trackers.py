@@ -19,7 +19,7 @@ from typing import Any
 from PIL import Image
 
 from .checkpoint import write_text
-from .errors import UserError, closest
+from .errors import UserError, closest, first_line
 
 WANDB_MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
 
@@ -104,8 +104,7 @@ class Guarded:
             self._report("can't start", error)
 
     def _report(self, problem: str, error: Exception) -> None:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        self._message(f"{self._name} {problem} ({reason}): the run continues without it")
+        self._message(f"{self._name} {problem} ({first_line(error)}): the run continues without it")
         self._tracker = None
 
     def _call(self, method: str, *arguments: Any) -> None:

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch import Tensor, nn
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
@@ -25,7 +24,7 @@ from ..models.build import create_features, probe, save_whole
 from ..models.class_names import find_labels, fit_head
 from ..models.weights import read_weights
 from ..runtime.checkpoint import label_names, write_text
-from ..runtime.distributed import world_size
+from ..runtime.distributed import all_gather_object, world_size
 from ..runtime.errors import UserError
 from ..visual import boxes
 from .task import Predictor, Task, format_counts
@@ -103,8 +102,7 @@ class Detect(Task):
                 metric = self._metric(targets[0]["split"])
             metric.update([target["image_id"] for target in targets], model(images))
         if world_size() > 1:  # a process may have no batch
-            splits: list = [None] * world_size()
-            dist.all_gather_object(splits, metric and metric.split)
+            splits = all_gather_object(metric and metric.split)
             metric = metric or self._metric(next(split for split in splits if split))
         metrics, detail = metric.result()
         return metrics, detail and detail | dict(split=metric.split)
