@@ -219,8 +219,7 @@ Written by `python tools/zoo.py`; a test fails when it is stale. After `import s
     for family in dict.fromkeys(row.family for row in rows):
         own = [row for row in rows if row.family == family]
         cfg = timm.get_pretrained_cfg(own[0].name)
-        paper = re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", cfg.paper_ids or "")
-        lines += ["", f"## {title(family)}", "", f"{cfg.paper_name}, {paper}. Code: <{cfg.origin_url}>.", ""]
+        lines += ["", f"## {title(family)}", "", f"{cite(cfg)}. Code: <{cfg.origin_url}>.", ""]
         if cfg.num_classes == 0:
             lines += [
                 "A lifter takes the images of several cameras (*input* is the size of each): [bev.md](bev.md).",
@@ -233,6 +232,12 @@ Written by `python tools/zoo.py`; a test fails when it is stale. After `import s
     return "\n".join(lines) + "\n"
 
 
+def cite(cfg) -> str:
+    """Return the paper of a pretrained configuration, with a link."""
+    link = re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", cfg.paper_ids or "")
+    return f"{cfg.paper_name}, {link}"
+
+
 def title(family: str) -> str:
     return sys.modules[family].__doc__.split(":")[0].strip()
 
@@ -241,7 +246,6 @@ def family_table(own: list[Row]) -> str:
     """Return the generated part of a family's page: paper, code, licence, a table with the CPU time of each model."""
     cfg = timm.get_pretrained_cfg(own[0].name)
     times = json.loads(TIMES.read_text())["cpu_seconds"] if TIMES.exists() else {}
-    paper = re.sub(r"arXiv:(\S+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", cfg.paper_ids or "")
     licenses = ", ".join(dict.fromkeys(row.license or "none stated" for row in own))
     compared = sum(bool(row.fixtures) for row in own)
     counted = sum(row.counted and not row.fixtures for row in own)
@@ -250,7 +254,7 @@ def family_table(own: list[Row]) -> str:
     )
     checks += [f"parameter counts of {counted} others"] * (counted > 0)
     lines = [
-        f"- Paper: {cfg.paper_name}, {paper}",
+        f"- Paper: {cite(cfg)}",
         f"- Published code: <{cfg.origin_url}>",
         f"- Licence of the published weights or code: {licenses}",
         f"- Compared in the tests: {', '.join(checks) or 'see the tests of the family'}",
