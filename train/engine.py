@@ -14,10 +14,8 @@ from torch import Tensor, nn
 
 from .data.bad_images import BadImages
 from .data.files import sample_names
-from .data.loader import Batches, EvaluationOrder, TrainingOrder, batches, steps_per_epoch
+from .data.loader import Batches, EvaluationOrder, TrainingOrder, batches
 from .data.permutation import order_method
-from .models.batchnorm import check_batch_statistics
-from .models.freeze import freeze as freeze_modules
 from .runtime import ranges, sharded
 from .runtime.checkpoint import save as save_checkpoint
 from .runtime.checkpoint import write_json, write_text
@@ -26,7 +24,6 @@ from .runtime.config import (
     NonNegativeInt,
     Positive,
     Range,
-    build,
     check,
     check_finite,
     check_typed,
@@ -41,12 +38,10 @@ from .runtime.distributed import (
     all_reduce_sum,
     apply_fsdp,
     check_same,
-    choose_device,
     is_sharded,
     rank,
     seed_generators,
     set_timeout,
-    sync_batchnorm,
     sync_errors,
     world_size,
     wrap_ddp,
@@ -54,13 +49,12 @@ from .runtime.distributed import (
 from .runtime.errors import UserError, closest
 from .runtime.log import Log, environment, format_metrics, versions
 from .runtime.numbers import Numbers, Part, examine
-from .runtime.precision import autocasting
 from .runtime.profiling import Profile
 from .runtime.ranges import warmup_message
 from .runtime.run_folder import HEADER, list_outputs, prepare_folder  # noqa: F401  (part of this module's interface)
 from .runtime.state import State, best_weights
 from .runtime.trackers import check_trackers, start
-from .trial import auto_batch_size
+from .trial import set_up
 
 SCHEDULES = ["cosine", "tanh", "step", "multistep", "poly", "wsd", "rsqrt", "constant", "none"]  # timm's by step
 
@@ -147,30 +141,10 @@ def train(
 
     # Build
     with sync_errors():
-        device = choose_device(device)
-        if precision == "fp16" and device.type == "cpu":
-            raise UserError("precision=fp16 needs a GPU: use precision=bf16 on the CPU")
-        seed_generators(seed)
-        data = build(data)
-        task = build(task, data)
-        net = task.model(**model, checkpoint=checkpoint, new_head=True)
-        inputs = data.inputs(net.pretrained_cfg)
-        net = net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-        task.probe(net, inputs)
-        if sync_bn:
-            net = sync_batchnorm(net, device)
-        if grad_checkpointing:
-            net.set_grad_checkpointing(True)
-        trained = task.trained(net)
-        frozen = freeze_modules(net, freeze) if freeze is not None else []
-        training, validation = data.dataset("train", inputs, training=True), data.dataset("val", inputs)
-        autocast = autocasting(device, precision)
-        if batch_size == "auto":
-            arguments = task, net, training, seed, device, autocast, accumulate
-            batch_size = config["batch_size"] = auto_batch_size(*arguments, run_dir if resume else None)
-        per_epoch = steps_per_epoch(len(training), batch_size, accumulate)
-        images = batch_size // (accumulate * world_size())
-        check_batch_statistics(net, frozen, images, lambda net: task.probe(net, inputs))
+        device, data, task, net, trained, frozen, inputs, training, validation, autocast, batch_size, per_epoch = (
+            set_up(run_dir if resume else None, **config)
+        )
+        config["batch_size"] = batch_size
         if ema is not None:
             # Sharded parameters and full buffers can't be averaged in one call, as `foreach` would.
             ema = ModelEmaV3(net, **ema | (dict(foreach=False) if strategy == "fsdp" else {}))

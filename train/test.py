@@ -10,7 +10,7 @@ from torch import nn
 from .data.bad_images import BadImages
 from .data.loader import EvaluationOrder, batches
 from .data.test_folder import TestFolder
-from .engine import autocasting, evaluate, list_outputs
+from .engine import evaluate, list_outputs
 from .metrics.real import Accepted
 from .metrics.speed import Speed
 from .models.class_names import match_classes, read_class_names, rename_classes
@@ -21,6 +21,7 @@ from .runtime.config import build
 from .runtime.distributed import choose_device, rank, sync_errors, world_size
 from .runtime.errors import UserError
 from .runtime.log import format_metrics
+from .runtime.precision import autocasting
 from .tasks.classify import Classify
 from .tasks.task import Task
 

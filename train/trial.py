@@ -1,25 +1,97 @@
-"""Training steps that are tried before a run: the largest batch that fits into memory, and a dry run."""
+"""What a run begins with: what its config builds, the largest batch that fits into memory, and a dry run."""
 
 import os
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from .data.loader import TrainingOrder, batches, steps_per_epoch
+from .models.batchnorm import check_batch_statistics
+from .models.freeze import freeze as freeze_modules
 from .runtime import config as configs
-from .runtime.distributed import all_reduce_max, choose_device, seed_generators, world_size
+from .runtime.distributed import all_reduce_max, choose_device, seed_generators, sync_batchnorm, world_size
 from .runtime.errors import UserError
 from .runtime.measure import peak_allocated
 from .runtime.numbers import kept_buffers
 from .runtime.precision import autocasting
 
 SHARE = 0.8  # of the free memory that a batch may fill on a CPU
+
+
+class Setup(NamedTuple):
+    """What a config builds. trained: the part of `net` that is trained. frozen: modules in it that stay in eval mode.
+    inputs: the preprocessing. batch_size: a number, also for "auto". per_epoch: steps."""
+
+    device: torch.device
+    data: Any
+    task: Any
+    net: nn.Module
+    trained: nn.Module
+    frozen: list[nn.Module]
+    inputs: dict[str, Any]
+    training: Dataset
+    validation: Dataset
+    autocast: Callable[[], AbstractContextManager]
+    batch_size: int
+    per_epoch: int
+
+
+def set_up(
+    earlier: Path | None = None,
+    /,
+    *,
+    model: dict,
+    data: dict,
+    task: dict,
+    batch_size: int | Literal["auto"],
+    accumulate: int = 1,
+    checkpoint: str | None = None,
+    precision: str = "fp32",
+    freeze: Any = None,
+    sync_bn: bool = False,
+    channels_last: bool = False,
+    grad_checkpointing: bool = False,
+    seed: int = 0,
+    device: str | None = None,
+    **_: Any,
+) -> Setup:
+    """Build what a config names, before it is wrapped for several processes. Seeds the global random generators.
+
+    earlier: the folder of a run that is resumed, see auto_batch_size. The other arguments are those of
+    saccade.train.engine.train, of which the further ones are ignored. Raises UserError as training does.
+    """
+    device = choose_device(device)
+    if precision == "fp16" and device.type == "cpu":
+        raise UserError("precision=fp16 needs a GPU: use precision=bf16 on the CPU")
+    seed_generators(seed)
+    data = configs.build(data)
+    task = configs.build(task, data)
+    net = task.model(**model, checkpoint=checkpoint, new_head=True)
+    inputs = data.inputs(net.pretrained_cfg)
+    net = net.to(device, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+    task.probe(net, inputs)
+    if sync_bn:
+        net = sync_batchnorm(net, device)
+    if grad_checkpointing:
+        net.set_grad_checkpointing(True)
+    trained = task.trained(net)
+    frozen = freeze_modules(net, freeze) if freeze is not None else []
+    training, validation = data.dataset("train", inputs, training=True), data.dataset("val", inputs)
+    autocast = autocasting(device, precision)
+    if batch_size == "auto":
+        batch_size = auto_batch_size(task, net, training, seed, device, autocast, accumulate, earlier)
+    per_epoch = steps_per_epoch(len(training), batch_size, accumulate)
+    images = batch_size // (accumulate * world_size())
+    check_batch_statistics(net, frozen, images, lambda net: task.probe(net, inputs))
+    return Setup(
+        device, data, task, net, trained, frozen, inputs, training, validation, autocast, batch_size, per_epoch
+    )
 
 
 class _Ignored:
@@ -147,21 +219,8 @@ def dry_run(settings: dict[str, Any]) -> list[str]:
 
     settings: a valid config. Raises UserError as training does.
     """
-    seed = settings.get("seed", 0)
-    seed_generators(seed)
-    device = choose_device(settings.get("device"))
-    data = configs.build(settings["data"])
-    task = configs.build(settings["task"], data)
-    net = task.model(**settings["model"], checkpoint=settings.get("checkpoint"), new_head=True)
-    inputs = data.inputs(net.pretrained_cfg)
-    net = net.to(device)
-    task.probe(net, inputs)
-    training, validation = data.dataset("train", inputs, training=True), data.dataset("val", inputs)
-    accumulate, autocast = settings.get("accumulate", 1), autocasting(device, settings.get("precision", "fp32"))
-    batch_size = settings["batch_size"]
-    if batch_size == "auto":
-        batch_size = auto_batch_size(task, net, training, seed, device, autocast, accumulate, None)
-    per_epoch = steps_per_epoch(len(training), batch_size, accumulate)
+    device, data, task, net, _, _, inputs, training, validation, autocast, batch_size, per_epoch = set_up(**settings)
+    accumulate, seed = settings.get("accumulate", 1), settings.get("seed", 0)
     steps = settings["epochs"] * per_epoch if settings.get("epochs") else settings["iterations"]
     step = trial_step(task, net, training, batch_size // (accumulate * world_size()), seed, device, autocast)
     losses: list[float] = []

@@ -1,11 +1,12 @@
 """Switches of a run: early end, profile, the batch size that fits, and a dry run."""
 
+import inspect
 import json
 from itertools import count
 
 import pytest
 import torch
-from saccade.train import trial
+from saccade.train import engine, trial
 from saccade.train.runtime import config
 from saccade.train.tasks.classify import Classify
 from support.runs import records
@@ -93,13 +94,21 @@ def test_a_trial_changes_nothing(classifier_run):
 def test_dry_run(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = ("digits/resnet18", "model.name=test_resnet", "data.img_size=16", "batch_size=64", "epochs=2")
-    code, out, err = command("train", *arguments, "--dry-run")
-    assert code == 0
+    code, out, err = command("train", *arguments, "freeze=['layer1', 'layer2', 'layer3']", "--dry-run")
+    assert code == 0 and "model: test_resnet, 0.28 M parameters are trained" in out, out
     assert all("gpuGetDeviceCount" in line for line in err.splitlines())  # of PyTorch's profiler, without a driver
     assert "1,257 training and 180 val images, 10 classes" in out and "images of 16x16" in out
     assert "38 of 64 images, 19 an epoch" in out and "MiB beyond weights and optimizer" in out
     assert not list(tmp_path.iterdir())
     assert command("train", *arguments, "--dry-run", "batch_size=5000")[0] == 2
+
+
+def test_a_dry_run_has_the_defaults_of_a_run():
+    ours, theirs = (inspect.signature(function).parameters for function in (trial.set_up, engine.train))
+    named = [name for name in ours if name in theirs]
+    assert len(named) == 13 and {name: ours[name].default for name in named} == {
+        name: theirs[name].default for name in named
+    }
 
 
 def test_a_test_needs_a_number(command, classifier_run):
