@@ -1,8 +1,9 @@
-"""Mutation testing of one file by its own tests: python .ci/mutants.py train/runtime/checkpoint.py TEST …
+"""Mutation testing of files by their own tests: python .ci/mutants.py train/runtime/checkpoint.py … tests/… …
 
-mutmut changes the file in a copy of the tree (build/mutants), where it runs the tests on each mutant in a process that
+mutmut changes the files in a copy of the tree (build/mutants), where it runs the tests on each mutant in a process that
 is forked from one that has imported everything. Prints the share of mutants that a test fails on, and the others as
-diffs. Exit codes: 0 at least 85 % were found, 1 fewer, 2 bad arguments.
+diffs. SELECT, of the environment, is an expression of pytest's -k. Exit codes: 0 at least 85 % were found, 1 fewer, 2
+bad arguments.
 """
 
 import os
@@ -18,7 +19,7 @@ PACKAGES = ("backbones", "configs", "ops", "tools", "train")
 GOAL = 85.0
 
 
-def prepare(target: str, tests: list[str]) -> None:
+def prepare(targets: list[str], tests: list[str]) -> None:
     """Copy the tree so that the folders are packages of `saccade`, as installed, as mutmut names mutants by module."""
     shutil.rmtree(COPY, ignore_errors=True)
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc")
@@ -30,9 +31,9 @@ def prepare(target: str, tests: list[str]) -> None:
     mutmut = f"""
 [tool.mutmut]
 source_paths = ["saccade"]
-only_mutate = ["saccade/{target}"]
+only_mutate = {[f"saccade/{target}" for target in targets]}
 also_copy = ["configs", "tools"]
-pytest_add_cli_args = ["-m", "not exhaustive", "-p", "no:cacheprovider"]
+pytest_add_cli_args = {["-m", "not exhaustive", "-p", "no:cacheprovider", "-k", os.environ.get("SELECT", "")]}
 pytest_add_cli_args_test_selection = {tests!r}
 mutate_only_covered_lines = true
 process_isolation = "forkserver"
@@ -44,11 +45,12 @@ use_git_change_detection = false
 
 
 def main() -> int:
-    target, tests = sys.argv[1], sys.argv[2:]
-    if not tests or not all((ROOT / path).is_file() for path in (target, *tests)):
+    tests = [path for path in sys.argv[1:] if path.startswith("tests/")]
+    targets = [path for path in sys.argv[1:] if path not in tests]
+    if not tests or not targets or not all((ROOT / path).is_file() for path in sys.argv[1:]):
         print(__doc__, file=sys.stderr)
         return 2
-    prepare(target, tests)
+    prepare(targets, tests)
     command = [sys.executable, "-m", "mutmut"]
     subprocess.run([*command, "run", "--max-children", os.environ.get("CHILDREN", "1")], cwd=COPY)
     listed = subprocess.run([*command, "results", "--all", "true"], cwd=COPY, capture_output=True, text=True).stdout
@@ -58,8 +60,12 @@ def main() -> int:
         if name not in found:
             shown = subprocess.run([*command, "show", name], cwd=COPY, capture_output=True, text=True).stdout
             print(f"{state}: {shown}")
+    for target in targets:
+        module = "saccade." + target.removesuffix(".py").replace("/", ".") + "."
+        of_target = [name for name, _ in states if name.startswith(module)]
+        print(f"{target}: {sum(name in found for name in of_target)} of {len(of_target)} mutants found")
     share = 100 * len(found) / max(len(states), 1)
-    print(f"{target}: {len(found)} of {len(states)} mutants found, {share:.1f} % (goal: {GOAL:g} %)")
+    print(f"{len(found)} of {len(states)} mutants found, {share:.1f} % (goal: {GOAL:g} %)")
     return 0 if states and share >= GOAL else 1
 
 
