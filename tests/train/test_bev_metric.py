@@ -1,6 +1,7 @@
 """nuScenes' metric: cases computed by hand, and nuscenes-devkit's own evaluator on generated scenes in its layout."""
 
 import json
+import math
 
 import numpy as np
 import pytest
@@ -56,6 +57,106 @@ def test_perfect_and_nothing():
     blank.update(0, found([(box(5, 5), 0.9)]), torch.zeros(0, 9), torch.zeros(0))
     metrics, _ = blank.result()
     assert metrics.pop("images") == 1 and np.isnan(list(metrics.values())).all()
+
+
+def interpolate(x: float, xs: list[float], ys: list[float], right: float) -> float:
+    """Piecewise linear, at a jump its upper end; beyond the last, `right`; before the first, the first."""
+    if x < xs[0]:
+        return ys[0]
+    if x >= xs[-1]:
+        return ys[-1] if x == xs[-1] else right
+    i = max(i for i in range(len(xs)) if xs[i] <= x)
+    return ys[i] + (ys[i + 1] - ys[i]) * (x - xs[i]) / (xs[i + 1] - xs[i])
+
+
+def by_definition(samples: list[tuple], name: str, label: int, reach: float, distance: float) -> tuple:
+    """The average precision and the five mean errors of a class, match by match."""
+    claims, left, objects = [], [], 0
+    for i, (boxes, scores, labels, truth, true_labels, kinds) in enumerate(samples):
+        near = lambda b: math.hypot(b[0], b[1]) < reach  # noqa: E731
+        claims += [(s, i, b) for b, s, k in zip(boxes, scores, labels) if k == label and near(b)]
+        left.append([(b, kind) for b, k, kind in zip(truth, true_labels, kinds) if k == label and near(b)])
+        objects += len(left[-1])
+    claims.sort(key=lambda claim: claim[0])
+    claims.reverse()  # of equal scores, the later one first
+    hits, matches, recalls, precisions = 0, [], [], []
+    for n, (score, i, b) in enumerate(claims, 1):
+        ranked = sorted(left[i], key=lambda one: math.hypot(one[0][0] - b[0], one[0][1] - b[1]))
+        if ranked and math.hypot(ranked[0][0][0] - b[0], ranked[0][0][1] - b[1]) < distance:
+            t, kind = ranked[0]
+            left[i] = [one for one in left[i] if one[0] is not t]
+            hits += 1
+            common = math.prod(map(min, b[3:6], t[3:6]))
+            turned = abs(b[6] - t[6]) % (math.pi if name == "barrier" else 2 * math.pi)
+            turned = min(turned, (math.pi if name == "barrier" else 2 * math.pi) - turned)
+            moving = math.hypot(b[7], b[8]) > 0.2
+            guess = dict(car=("vehicle.parked", "vehicle.moving"), bus=("vehicle.stopped", "vehicle.moving"))
+            guess |= dict(pedestrian=("pedestrian.standing", "pedestrian.moving"))
+            wrong = math.nan if kind < 0 else float(guess.get(name, ("", ""))[moving] != ATTRIBUTES[int(kind)])
+            scale = 1 - common / (math.prod(b[3:6]) + math.prod(t[3:6]) - common)
+            away = math.hypot(b[0] - t[0], b[1] - t[1])
+            matches.append((score, away, scale, turned, math.hypot(b[7] - t[7], b[8] - t[8]), wrong))
+        recalls.append(hits / max(objects, 1))
+        precisions.append(hits / n)
+    if not hits:
+        return 0.0, [1.0] * 5
+    steps = [i / 100 for i in range(101)]
+    ap = sum(max(interpolate(r, recalls, precisions, 0) - 0.1, 0) for r in steps[11:]) / 90 / 0.9
+    confidence = [interpolate(r, recalls, [score for score, _, _ in claims], 0) for r in steps]
+    reached = [i for i, value in enumerate(confidence) if value > 0 and i > 10]
+    errors = []
+    for values in list(zip(*matches))[1:]:
+        means = []
+        for n in range(1, len(values) + 1):
+            known = [v for v in values[:n] if not math.isnan(v)]
+            means.append(sum(known) / len(known) if known else 0.0)
+        if all(map(math.isnan, values)):
+            means = [1.0] * len(values)
+        scores = [score for score, *_ in matches][::-1]
+        curve = [interpolate(confidence[i], scores, means[::-1], means[0]) for i in reached]
+        errors.append(sum(curve) / len(curve) if curve else 1.0)
+    return ap, errors
+
+
+REACH = dict(car=50, bus=50, pedestrian=40, barrier=30, traffic_cone=30, other=50)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_equals_the_definition(seed):
+    """Boxes in and out of reach, doubled, of other classes and with equal scores; objects without an attribute."""
+    rng, names = np.random.default_rng(seed), list(REACH)
+    metric, samples = NuScenesMetric(names), []
+    for index in range(5):
+        count = int(rng.integers(8)) + 4 * (index == 4)
+        truth = np.concatenate([rng.uniform(-40, 40, (count, 2)), rng.normal(size=(count, 1))], 1)
+        truth = np.concatenate([truth, rng.uniform(0.5, 4, (count, 3)), rng.uniform(-9, 9, (count, 3))], 1)
+        labels, kinds = rng.integers(0, 5, count), rng.integers(-1, len(ATTRIBUTES), count)
+        boxes = np.repeat(truth, 2, 0) + rng.normal(size=(2 * count, 9)) * [0.9, 0.9, 0, 0.2, 0.2, 0.2, 0.5, 0.5, 0.5]
+        boxes[:, 3:6] = boxes[:, 3:6].clip(0.1)
+        boxes[::3, 7:9] *= 0.01
+        claimed = np.where(rng.random(2 * count) < 0.8, np.repeat(labels, 2), rng.integers(0, 6, 2 * count))
+        scores = rng.integers(1, 60, 2 * count) / 64
+        samples.append((boxes, scores, claimed, truth, labels, kinds))
+        metric.update(
+            index,
+            tuple(map(torch.from_numpy, (boxes, scores, claimed))),
+            *map(torch.from_numpy, (truth, labels, kinds)),
+        )
+    metrics, detail = metric.result()
+    aps, errors = [], []
+    for label, name in enumerate(names):
+        found = [by_definition(samples, name, label, REACH[name], distance) for distance in (0.5, 1, 2, 4)]
+        aps.append([100 * ap for ap, _ in found])
+        assert list(detail[name]["ap"].values()) == pytest.approx(aps[-1])
+        undefined = dict(traffic_cone=(2, 3, 4), barrier=(3, 4)).get(name, ())
+        errors.append([math.nan if i in undefined else error for i, error in enumerate(found[2][1])])
+        assert list(detail[name]["errors"].values()) == pytest.approx(errors[-1], nan_ok=True)
+    assert sum(ap > 5 for row in aps for ap in row) > 10
+    means = [float(np.nanmean(column)) for column in zip(*errors)]
+    assert [metrics[f"mAP_{d}m"] for d in ("0.5", "1", "2", "4")] == pytest.approx(list(np.mean(aps, 0)))
+    assert [metrics[key] for key in ("mATE", "mASE", "mAOE", "mAVE", "mAAE")] == pytest.approx(means)
+    assert metrics["mAP"] == pytest.approx(np.mean(aps)) and metrics["images"] == 5
+    assert metrics["NDS"] == pytest.approx((5 * np.mean(aps) + 100 * sum(max(0, 1 - e) for e in means)) / 10)
 
 
 @pytest.fixture(scope="module")
