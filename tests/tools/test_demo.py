@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,17 +11,17 @@ import torch
 from matplotlib import pyplot as plt
 from PIL import Image
 from sklearn.datasets import load_digits
+from support.jobs import Job
 from support.levels import exhaustive
 
 ROOT = Path(__file__).parents[2]
 FILES = ["model.safetensors", "config.json", "config.py", "environment.json", "log.txt", "log.jsonl"]
 
 
-def tool(name: str, *arguments: object) -> str:
-    command = [sys.executable, str(ROOT / "tools" / name), *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+def tool(script: str, *arguments: str) -> str:
+    job = Job(ROOT / script, *[str(ROOT / word) if word.startswith("configs/") else word for word in arguments])
+    assert job.wait(800) == 0, job.text()
+    return job.text()
 
 
 @pytest.mark.timeout(900)
@@ -35,7 +33,7 @@ def test_demo(tmp_path, overrides, top1):
     assert [line[0] for line in lines] == ["tools/train.py", "tools/test.py"]
     lines[0] += overrides
     for script, *arguments in lines:
-        said = tool(script.removeprefix("tools/"), *[a.replace("runs/demo", str(run)) for a in arguments])
+        said = tool(script, *[word.replace("runs/demo", str(run)) for word in arguments])
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["top5"] >= metrics["top1"] >= top1 and metrics["images"] == 360 and metrics["seconds"] > 0
     for file in FILES:
