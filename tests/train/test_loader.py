@@ -1,6 +1,8 @@
 """Which images are seen, by whom and when, and what randomness does to them."""
 
+import os
 import random
+import signal
 from itertools import chain
 
 import numpy as np
@@ -104,6 +106,22 @@ def test_repeats(ranks, world, accumulate):
             assert flat(steps[rank][4 * epoch : 4 * epoch + 4]) == in_order[rank::world]
     if world >= 3:  # a process sees one copy of an image
         assert all(len({index for _, index, _ in step}) == len(step) for step in steps[0])
+
+
+def test_the_randomness_of_a_release_is_that_of_the_next():
+    """A run resumes with another version of saccade: orders, augmentation and replacements are these."""
+    first = [22, 28, 2, 11, 48, 25, 4, 5, 20, 36, 43, 33]
+    assert list(TrainingOrder(50, 12, 3, 0, 1)) == [[(0, i) for i in first]]
+    second = [[44, 13, 12, 24, 5, 29], [42, 34, 2, 39, 35, 11]]
+    assert list(TrainingOrder(50, 12, 3, 4, 5, 2)) == [[(1, i) for i in part] for part in second]
+    drawn = Seeded(Noise(), 7, replace=True).__getitems__([(1, 3), (1, 3, 2)])[0]
+    assert drawn[0][0].tolist() == pytest.approx([0.9801, 0.7508, 0.2049], abs=1e-4)
+    assert drawn[1][0].tolist() == pytest.approx([0.5570, 0.1103, 0.2461], abs=1e-4)
+    reason = "can't be read as an image (test)"
+    replaced = Seeded(Broken(3, 30), 5, replace=True).__getitems__([(0, 3), (2, 30), (2, 4)])
+    assert replaced == ([(0, 7), (2, 49), (2, 4)], {"3.jpg": reason, "30.jpg": reason})
+    left_out = Seeded(Broken(3, 30), 5, replace=False).__getitems__([(0, 3), (0, 4)])
+    assert left_out == ([(0, 4)], {"3.jpg": reason})
 
 
 def test_copies_differ():
@@ -247,6 +265,59 @@ def test_a_broken_image_is_one_sentence(workers):
         list(batches(Noise(), [[(0, 48), (0, 49)]], 0, workers, torch.device("cpu")))
 
 
+class Worker(Noise):
+    """Does something else than loading in its worker."""
+
+    def __init__(self, action):
+        self.action = action
+
+    def __getitem__(self, index: int):
+        return self.action()
+
+
+def test_workers_that_end():
+    """One that is killed is a UserError with advice; other errors stay as they are. Ctrl-C is the main process's."""
+    order, cpu = EvaluationOrder(50, 4), torch.device("cpu")
+    with pytest.raises(
+        UserError, match=r"a loader process was killed \(.+\), perhaps for lack of memory: continue with"
+    ):
+        next(iter(batches(Worker(lambda: os.kill(os.getpid(), signal.SIGKILL)), order, 0, 1, cpu)))
+    for workers in (0, 1):
+        with pytest.raises(RuntimeError, match="another reason"):
+            next(iter(batches(Worker(_fail), order, 0, workers, cpu)))
+    ignored = Worker(lambda: int(signal.getsignal(signal.SIGINT) is signal.SIG_IGN))
+    assert next(iter(batches(ignored, order, 0, 1, cpu))).tolist() == [1] * 4
+    assert next(iter(batches(ignored, order, 0, 0, cpu))).tolist() == [0] * 4
+
+
+def _fail() -> None:
+    raise RuntimeError("another reason")
+
+
+def test_workers_stay_for_the_next_pass():
+    """Their process is the same, and another pass begins with the first batch."""
+    loader = batches(Worker(os.getpid), EvaluationOrder(8, 4), 0, 1, torch.device("cpu"))
+    first, second = (torch.cat(list(loader)).tolist() for _ in range(2))
+    assert len(loader) == 2 and first == second and len({*first}) == 1 and first[0] != os.getpid()
+
+
+def test_sequences_stay_with_one_process(ranks):
+    """In batches of one image, in order; the second sequence is the second process's."""
+    sequences = [[4, 5, 6], [0, 1], [2, 3]]
+    for world, rank, expected in ((1, 0, [4, 5, 6, 0, 1, 2, 3]), (2, 0, [4, 5, 6, 2, 3]), (2, 1, [0, 1])):
+        ranks(world, rank)
+        order = EvaluationOrder(7, 4, sequences)
+        assert list(order) == [[(0, i)] for i in expected] and len(order) == len(expected)
+
+
+def test_a_dataset_finishes_a_batch():
+    class Finished(Noise):
+        finish = staticmethod(lambda batch: (batch[0] * 0, batch[1] + 100))
+
+    [(zeros, numbers)] = batches(Finished(), [[(0, 1), (0, 2)]], 0, 0, torch.device("cpu"))
+    assert zeros.unique().tolist() == [0] and numbers.tolist() == [101, 102]
+
+
 def test_a_dataset_says_what_a_batch_is():
     class Sizes(Noise):
         def __getitem__(self, index: int):
@@ -264,3 +335,5 @@ def test_to_device_keeps_structure():
     batch = {"images": torch.ones(2), "targets": [{"boxes": torch.zeros(1, 4)}, {"boxes": torch.zeros(0, 4), "id": 3}]}
     moved = to_device(batch, torch.device("cpu"))
     assert moved["targets"][1]["boxes"].shape == (0, 4) and moved["targets"][1]["id"] == 3
+    moved = to_device(dict(a=(torch.ones(1), [torch.ones(2)])), torch.device("meta"))
+    assert moved["a"][0].is_meta and moved["a"][1][0].is_meta and list(moved) == ["a"]

@@ -200,7 +200,8 @@ class Batches:
             except StopIteration:
                 return
             except (RuntimeError, ConnectionError, EOFError) as error:  # by when the process ended
-                if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
+                raised = str(error).startswith("Caught ")  # by the dataset, in a process that is alive
+                if raised or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
                     raise
                 raise UserError(
                     f"a loader process was killed ({error}), perhaps for lack of memory: continue with --resume, with "
