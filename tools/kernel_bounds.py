@@ -297,12 +297,14 @@ def weights(instructions: list[Instruction], cycles: list[Cycle], loops: list[Lo
     for cycle in cycles:
         if loops and cycle not in of:
             best = max(likeness(cycle, loop) for loop in loops)
+            if best == 0:  # of the compiler, such as an exact division: counted once
+                continue
             like = [i for i, loop in enumerate(loops) if likeness(cycle, loop) > 0.98 * best]
             free = [i for i in like if i not in of.values()]  # the same function, inlined again
             of[cycle] = (free or like)[0]
     known, times = True, {}
     for loop in set(of.values()):
-        same = [cycle for cycle in cycles if of[cycle] == loop]
+        same = [cycle for cycle in cycles if of.get(cycle) == loop]
         total, factors = loops[loop].iterations, {c: unrolled(instructions, c, loops[loop].step) for c in same}
         known = known and total is not None
         left = 1.0 if total is None else total

@@ -10,13 +10,14 @@ The computation on single channels and one-channel maps between them is in eager
 x's size that are allocated: the affine map, the ReLU and the pooling are recomputed from x where they are needed.
 
 In the backward pass, position q of channel c gets D(q) · v_c, where D(q) is the sum of ds over those of the nine
-windows around q whose first maximum is at q, if it is positive. This depends on 5 x 5 neighbours, most of them read
-from L1. The gradients of the parameters only need Σ D and Σ D · x of each channel, since a window's maximum is scale ·
-x + shift at its q. In training dx needs these sums first, so `dmap_kernel` runs twice, else once.
+windows around q whose first maximum is at q, if it is positive. This depends on 5 x 5 neighbours. The gradients of the
+parameters only need Σ D and Σ D · x of each channel, since a window's maximum is scale · x + shift at its q. In
+training dx needs these sums first, so `dmap_kernel` runs twice, else once.
 
-A program has BLOCK_C channels of one subspace and BLOCK_P positions at a time. There are no atomics: partial sums are
-per image and added in a fixed order. Both memory formats and views are read without copying. Offsets within an image
-are 32-bit (see `REACH`), since 64-bit offsets of 24 neighbours would fill the registers.
+A program has BLOCK_C channels of one subspace and BLOCK_P positions at a time. Where neighbours are needed, these are
+columns, and it walks down the rows: each row is loaded once, shifted by up to two columns (L1 has these), and what the
+windows need of the rows above is kept in registers. There are no atomics: partial sums are per image and added in a
+fixed order. Both memory formats and views are read without copying. Offsets within an image are 32-bit (see `REACH`).
 """
 
 import itertools
@@ -51,10 +52,11 @@ def offsets(h, w, stride_h, stride_w):
 
 
 @triton.jit
-def affine_at(x_ptr, h, w, scale, shift, ok, H, W, stride_h, stride_w):
-    """Return scale · x + shift at (h, w), -inf outside the map. x_ptr points to position 0 of channels (BLOCK_C, 1)."""
-    ok = ok & ((h >= 0) & (h < H) & (w >= 0) & (w < W))[None, :]
-    x = tl.load(x_ptr + offsets(h, w, stride_h, stride_w), ok, 0.0).to(tl.float32)
+def affine_at(x_ptr, w, on, scale, shift, W):
+    """Return scale · x + shift of columns w of a row, -inf outside the map or if the row is not `on` it. x_ptr points
+    to the columns, (BLOCK_C, BLOCK_P)."""
+    ok = on & ((w >= 0) & (w < W))[None, :]
+    x = tl.load(x_ptr, ok, 0.0).to(tl.float32)
     return tl.where(ok, x * scale + shift, float("-inf"))
 
 
@@ -90,34 +92,41 @@ def moments_kernel(
     tl.store(square_ptr + b * g * G + channel, tl.sum(square, 1), has)
 
 
-@triton.jit(do_not_specialize=[*SIZES, *STRIDES])
+@triton.jit(do_not_specialize=[*SIZES, *STRIDES, "rows"])
 def scores_kernel(
-    x_ptr, scale_ptr, shift_ptr, point_ptr, s_ptr, stride_b, stride_c, stride_h, stride_w, g, G, H, W,
+    x_ptr, scale_ptr, shift_ptr, point_ptr, s_ptr, stride_b, stride_c, stride_h, stride_w, B, g, G, H, W, rows,
     X: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
+    """s (tiles of channels, B, g, H, W): each program has a tile of channels and of columns, and some rows."""
     stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
     G, W = known_sizes(G, W, X)
-    tiles = (H * W + BLOCK_P - 1) // BLOCK_P
+    tiles = (W + BLOCK_P - 1) // BLOCK_P
     pid = tl.program_id(0)
-    p = pid % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
-    b, n = (pid // tiles // g).to(tl.int64), (pid // tiles % g).to(tl.int64)
-    h, w = p // W, p % W
-    s = tl.full((BLOCK_P,), 0, tl.float32)
-    for start in range(0, G, BLOCK_C):
-        c = start + tl.arange(0, BLOCK_C)
-        has = c < G
-        channel = n * G + c
-        scale = tl.load(scale_ptr + channel, has, 0.0)[:, None]
-        shift = tl.load(shift_ptr + channel, has, 0.0)[:, None]
-        x = x_ptr + b * stride_b + (channel * stride_c)[:, None]
-        ok = has[:, None] & (p < H * W)[None, :]
-        pool = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)  # the ReLU
-        for i in tl.static_range(-1, 2):
-            for j in tl.static_range(-1, 2):
-                pool = largest(pool, affine_at(x, h + i, w + j, scale, shift, ok, H, W, stride_h, stride_w))
-        s += tl.sum(pool * tl.load(point_ptr + channel, has, 0.0)[:, None], 0)
-    tl.store(s_ptr + (b * g + n) * H * W + p, s, p < H * W)
+    w = pid % tiles * BLOCK_P + tl.arange(0, BLOCK_P)
+    pid = pid // tiles
+    parts = (H + rows - 1) // rows
+    first = pid % parts * rows
+    pid = pid // parts
+    b, n, c, has = subspace(pid, g, G, BLOCK_C)
+    channel = n.to(tl.int64) * G + c
+    scale = tl.load(scale_ptr + channel, has, 0.0)[:, None]
+    shift = tl.load(shift_ptr + channel, has, 0.0)[:, None]
+    point = tl.load(point_ptr + channel, has, 0.0)[:, None]
+    x_ptr += b * stride_b + (channel * stride_c)[:, None] + (w * stride_w)[None, :]
+    s_ptr += ((pid % ((G + BLOCK_C - 1) // BLOCK_C) * B + b) * g + n) * H * W
+    above = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)  # of three columns, after the ReLU: one row up, and two
+    pair = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
+    for h in range(first - 1, tl.minimum(first + rows, H) + 1):
+        on = has[:, None] & ((h >= 0) & (h < H))
+        x = x_ptr + h * stride_h
+        line = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
+        for j in tl.static_range(-1, 2):
+            line = largest(line, affine_at(x + j * stride_w, w + j, on, scale, shift, W))
+        s = tl.sum(largest(pair, line) * point, 0)
+        tl.store(s_ptr + (h - 1) * W + w, s, (w < W) & (h > first))
+        pair = largest(above, line)
+        above = line
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES])
@@ -170,8 +179,34 @@ def dgate_kernel(
 
 
 @triton.jit
-def grad_at(ds_ptr, h, w, H, W):
-    return tl.load(ds_ptr + h * W + w, (h >= 0) & (h < H) & (w >= 0) & (w < W), 0.0)[None, :]
+def three(value, dtype: tl.constexpr, M: tl.constexpr, N: tl.constexpr):
+    """Return three tensors. Of two names for one, Triton 3.6 takes the second for unchanged by a loop that swaps
+    them."""
+    return tl.full((M, N), value, dtype), tl.full((M, N), value, dtype), tl.full((M, N), value, dtype)
+
+
+@triton.jit
+def greater(a, b, c, A, B, C):
+    """Return three comparisons a > A, b > B and c > C as bits 0, 1 and 2."""
+    return tl.where(a > A, 1, 0) | tl.where(b > B, 2, 0) | tl.where(c > C, 4, 0)
+
+
+@triton.jit
+def grads_at(ds_ptr, h, w, H, W):
+    """Return ds in row h, one column before w, at w and after it."""
+    on = (h >= 0) & (h < H)
+    ds_ptr += h * W + w
+    before = tl.load(ds_ptr - 1, on & (w > 0) & (w <= W), 0.0)
+    after = tl.load(ds_ptr + 1, on & (w + 1 < W), 0.0)
+    return before[None, :], tl.load(ds_ptr, on & (w < W), 0.0)[None, :], after[None, :]
+
+
+@triton.jit
+def taken(bits, before, at, after):
+    """Return the sum of the gradients whose bits are set."""
+    d = tl.where((bits & 1) != 0, before, 0.0)
+    d += tl.where((bits & 2) != 0, at, 0.0)
+    return d + tl.where((bits & 4) != 0, after, 0.0)
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES])
@@ -202,65 +237,72 @@ def dmap_kernel(
         linear = tl.load(linear_ptr + channel, has, 0.0)[:, None]
     total = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
     totalx = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
-    for start in range(0, H * W, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        ok = has[:, None] & (p < H * W)[None, :]
-        h, w = p // W, p % W
-        x = tl.load(x_ptr + offsets(h, w, stride_h, stride_w), ok, 0.0).to(tl.float32)
-        z = x * scale + shift
-        # Is z the first maximum of the window centred k columns away? In its row, values to the left must be smaller
-        # and values to the right not larger; rows above must be smaller, rows below not larger.
-        left = z > affine_at(x_ptr, h, w - 1, scale, shift, ok, H, W, stride_h, stride_w)
-        right = z >= affine_at(x_ptr, h, w + 1, scale, shift, ok, H, W, stride_h, stride_w)
-        first = left & (z > affine_at(x_ptr, h, w - 2, scale, shift, ok, H, W, stride_h, stride_w))
-        last = right & (z >= affine_at(x_ptr, h, w + 2, scale, shift, ok, H, W, stride_h, stride_w))
-        d = tl.full((BLOCK_C, BLOCK_P), 0, tl.float32)
-        for k in tl.static_range(-1, 2):
-            wins = first if k == -1 else (left & right if k == 0 else last)
-            up = wins
-            down = wins
-            middle = wins
-            for i in tl.static_range(1, 3):
-                above = float("-inf")
-                below = float("-inf")
-                for j in tl.static_range(-1, 2):
-                    column = w + k + j
-                    above = tl.maximum(
-                        above, affine_at(x_ptr, h - i, column, scale, shift, ok, H, W, stride_h, stride_w)
-                    )
-                    below = tl.maximum(
-                        below, affine_at(x_ptr, h + i, column, scale, shift, ok, H, W, stride_h, stride_w)
-                    )
-                up = up & (z > above)
-                down = down & (z >= below)
-                if i == 1:
-                    middle = up & down
-            d += tl.where(up, grad_at(ds_ptr, h - 1, w + k, H, W), 0.0)
-            d += tl.where(middle, grad_at(ds_ptr, h, w + k, H, W), 0.0)
-            d += tl.where(down, grad_at(ds_ptr, h + 1, w + k, H, W), 0.0)
-        d = tl.where(ok & (z > 0), d, 0.0)
-        if SUMS:
-            total += d
-            totalx += d * x
-        if DX:
-            dy = tl.load(dy_ptr + offsets(h, w, stride_dh, stride_dw), ok, 0.0).to(tl.float32)
-            a = tl.load(attention_ptr + p, p < H * W, 0.0)[None, :]
-            dx = dy + dy * a + gain * d + (constant + linear * x)
-            tl.store(dx_ptr + offsets(h, w, stride_xh, stride_xw), dx.to(dx_ptr.dtype.element_ty), ok)
+    for start in range(0, W, BLOCK_P):
+        w = start + tl.arange(0, BLOCK_P)
+        x_at = x_ptr + (w * stride_w)[None, :]
+        # Bits 0, 1 and 2 are of the windows centred one column before w, at w, and after it. `mine`: z is positive and
+        # the first maximum of the window's row, values to the left smaller and those to the right not larger. `over`
+        # and `over2`: the row's maximum is larger than that one row up, two rows up. A window's first maximum is at z
+        # if `mine`, rows above have smaller maxima and rows below none that is larger. What later rows need of a row:
+        # bits 0 to 2, mine and over, over2; 3 to 5, mine and over; 6 to 8, mine; 9 to 11, over.
+        a1, b1, c1 = three(float("-inf"), tl.float32, BLOCK_C, BLOCK_P)  # the maxima one row up
+        a2, b2, c2 = three(float("-inf"), tl.float32, BLOCK_C, BLOCK_P)  # two rows up
+        bits1, bits2, _ = three(0, tl.int32, BLOCK_C, BLOCK_P)
+        up_a, up_b, up_c = three(0, tl.float32, 1, BLOCK_P)
+        at_a, at_b, at_c = three(0, tl.float32, 1, BLOCK_P)
+        for t in range(H + 2):
+            on = has[:, None] & (t < H)
+            x = x_at + t * stride_h
+            z = affine_at(x, w, on, scale, shift, W)
+            l1 = affine_at(x - stride_w, w - 1, on, scale, shift, W)
+            l2 = affine_at(x - 2 * stride_w, w - 2, on, scale, shift, W)
+            r1 = affine_at(x + stride_w, w + 1, on, scale, shift, W)
+            r2 = affine_at(x + 2 * stride_w, w + 2, on, scale, shift, W)
+            left = (z > l1) & (z > 0)
+            right = (z >= r1) & (z > 0)
+            mine = tl.where(left & (z > l2), 1, 0) | tl.where(left & right, 2, 0) | tl.where(right & (z >= r2), 4, 0)
+            inner = tl.maximum(z, r1)
+            am = tl.maximum(tl.maximum(l2, l1), z)
+            bm = tl.maximum(l1, inner)
+            cm = tl.maximum(inner, r2)
+            over = greater(am, bm, cm, a1, b1, c1)
+            over2 = greater(am, bm, cm, a2, b2, c2)
+            # All is known of row h = t - 2.
+            h = t - 2
+            down_a, down_b, down_c = grads_at(ds_ptr, h + 1, w, H, W)
+            not_below = bits2 >> 3 & ~(bits1 >> 9 | bits1 >> 6 & ~7)  # bits 3 to 5: mine
+            d = taken(bits2, up_a, up_b, up_c)
+            d += taken(not_below, at_a, at_b, at_c)
+            d += taken(not_below >> 3 & ~over2, down_a, down_b, down_c)
+            ok = has[:, None] & (w < W)[None, :] & (h >= 0)
+            x = tl.load(x_at + h * stride_h, ok, 0.0).to(tl.float32)
+            if SUMS:
+                total += d
+                totalx += d * x
+            if DX:
+                dy = tl.load(dy_ptr + h * stride_dh + (w * stride_dw)[None, :], ok, 0.0).to(tl.float32)
+                a = tl.load(attention_ptr + h * W + w, (w < W) & (h >= 0), 0.0)[None, :]
+                dx = dy + dy * a + gain * d + (constant + linear * x)
+                tl.store(dx_ptr + h * stride_xh + (w * stride_xw)[None, :], dx.to(dx_ptr.dtype.element_ty), ok)
+            a2, b2, c2, a1, b1, c1 = a1, b1, c1, am, bm, cm
+            both = mine & over
+            bits2, bits1 = bits1, both & over2 | both << 3 | mine << 6 | over << 9
+            up_a, up_b, up_c, at_a, at_b, at_c = at_a, at_b, at_c, down_a, down_b, down_c
     if SUMS:
         tl.store(sum_ptr + b * g * G + channel, tl.sum(total, 1), has)
         tl.store(sumx_ptr + b * g * G + channel, tl.sum(totalx, 1), has)
 
 
 # Elements of a tile and its warps, by kernel. Chosen from the registers of ahead-of-time compilation (saccade.ops.aot);
-# not yet timed on a GPU. `dmap_kernel`, which reads 24 neighbours, spills with eight elements per thread.
+# not yet timed on a GPU.
 TILES = {
     moments_kernel: (1024, 4),
-    scores_kernel: (512, 4),
+    scores_kernel: (1024, 4),
     gate_kernel: (1024, 4),
     dgate_kernel: (1024, 4),
-    dmap_kernel: (256, 8),
+    dmap_kernel: (256, 4),
 }
+ROWS = 32  # most rows that a program of scores_kernel walks
 CHANNELS = 32  # contiguous channels per program of a channels-last map: whole sectors in half precision
 REACH = 2**31  # limit of the distance in memory between an image's first and last element
 
@@ -280,8 +322,9 @@ def tile(kernel, G: int, P: int, channels_last: bool) -> dict:
 def _launch(kernel, x: Tensor, g: int) -> tuple[tuple, dict, int, int]:
     """Return sizes, options, and the numbers of channel tiles and position tiles."""
     _, C, H, W = x.shape
-    options = tile(kernel, C // g, H * W, x.stride(1) == 1 and x.stride(3) != 1)
-    channels, positions = triton.cdiv(C // g, options["BLOCK_C"]), triton.cdiv(H * W, options["BLOCK_P"])
+    P = W if kernel in (scores_kernel, dmap_kernel) else H * W
+    options = tile(kernel, C // g, P, x.stride(1) == 1 and x.stride(3) != 1)
+    channels, positions = triton.cdiv(C // g, options["BLOCK_C"]), triton.cdiv(P, options["BLOCK_P"])
     return (g, C // g, H, W), options, channels, positions
 
 
@@ -302,12 +345,15 @@ def moments(x: Tensor, g: int) -> tuple[Tensor, Tensor]:
 
 
 def scores(x: Tensor, scale: Tensor, shift: Tensor, point_weight: Tensor, g: int) -> Tensor:
-    (B, _, H, W), (sizes, options, _, positions) = x.shape, _launch(scores_kernel, x, g)
-    s = x.new_empty(B, g, H, W, dtype=torch.float32)
+    (B, _, H, W), (sizes, options, channels, columns) = x.shape, _launch(scores_kernel, x, g)
+    rows = min(H, ROWS)
+    s = x.new_empty(channels, B, g, H, W, dtype=torch.float32)
     vectors = (v.contiguous() for v in (scale, shift, point_weight))
     with torch.cuda.device_of(x):
-        launch(scores_kernel, (B * g * positions,))(x, *vectors, s, *x.stride(), *sizes, X=_layout(x, g), **options)
-    return s
+        launch(scores_kernel, (B * g * channels * triton.cdiv(H, rows) * columns,))(
+            x, *vectors, s, *x.stride(), B, *sizes, rows, X=_layout(x, g), **options
+        )
+    return s[0] if channels == 1 else s.sum(0)
 
 
 def gate(x: Tensor, attention: Tensor) -> Tensor:
