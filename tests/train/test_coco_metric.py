@@ -248,13 +248,22 @@ def test_equals_the_definition_whatever_the_ids(first, faster):
 def test_errors():
     truth, outputs = fuzz()
     image = next(i for i, o in outputs.items() if len(o["boxes"]))
-    with pytest.raises(UserError, match=rf"boxes or scores on image {image} are not finite numbers"):
-        measured(truth, {image: outputs[image] | dict(scores=outputs[image]["scores"] * float("nan"))})
+    for name in ("boxes", "scores"):
+        with pytest.raises(UserError) as error:
+            measured(truth, {image: outputs[image] | {name: outputs[image][name] * float("nan")}})
+        assert str(error.value) == (
+            f"the model's boxes or scores on image {image} are not finite numbers: "
+            "evaluate with precision=fp32 or train it again"
+        )
     with pytest.raises(ValueError, match="classes must be the json's 4 categories, got 2"):
         CocoMetric(truth, ["a", "b"], True)
     del truth["annotations"][3]["segmentation"]
-    with pytest.raises(UserError, match="but 1 annotations have none, for example the one with id 4"):
+    with pytest.raises(UserError) as error:
         CocoMetric(truth, CLASSES, True)
+    assert str(error.value) == (
+        "masks are evaluated, but 1 annotations have none, for example the one with id 4: add their segmentation, or "
+        "train a detector of boxes"
+    )
     CocoMetric(truth, CLASSES, False)
 
 

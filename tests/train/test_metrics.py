@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from saccade.train.metrics import confusion as tables
+from saccade.train.metrics import speed
 from saccade.train.metrics.calibration import Calibration
 from saccade.train.metrics.real import Accepted, Real, read_labels
 from saccade.train.metrics.topk import TopK
@@ -36,8 +37,10 @@ def test_counts(classes):
 def test_not_finite():
     counts = TopK(3, CPU)
     counts.update(torch.full((2, 3), float("nan")), torch.zeros(2, dtype=torch.int64))
-    with pytest.raises(UserError, match="outputs are not finite"):
+    with pytest.raises(UserError) as error:
         counts.result()
+    message = "the model's outputs are not finite numbers: evaluate with precision=fp32 or train it again"
+    assert str(error.value) == message
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 5.0, 100.0])
@@ -67,6 +70,7 @@ def test_calibration_is_the_definition(scale):
     for row, (m, images, right, confidence) in zip(rows, expected_rows):
         assert (row["low"], row["high"], row["images"]) == (100 * (m - 1) / 15, 100 * m / 15, images)
         assert (row["top1"], row["confidence"]) == pytest.approx((right, confidence))
+        assert isinstance(row["images"], int)
 
 
 def test_calibration_of_certain_answers():
@@ -95,9 +99,18 @@ def test_per_class_and_confused():
     pairs = [dict(true="c", predicted="a", images=3), dict(true="a", predicted="b", images=2)]
     assert tables.confused(confusion, list("abcd"), 2) == pairs
     assert len(tables.confused(confusion, list("abcd"))) == 4
-    lines = tables.worst(rows, 1)
-    assert len(lines) == 2 and lines[1].split() == ["c", "5", "0.00", "a", "(3", "of", "5)"]
-    assert tables.worst(rows[1:2]) == []
+    header = "  worst classes  images    top1  most often taken for"
+    line = "  c                   5    0.00  a (3 of 5)"
+    assert tables.worst(rows, 1) == [header, line]
+    assert tables.worst(rows) == [header, line, "  a                  10   80.00  b (2 of 10)"]
+    long = [rows[0] | {"class": "a name of seventeen"}]
+    assert tables.worst(long)[1] == "  a name of seventeen      10   80.00  b (2 of 10)"
+    assert len(tables.worst(long * 9)) == 6 and tables.worst(rows[1:2]) == []
+    assert tables.as_csv(rows[:1]) == "class,images,right,top1,taken_for,times\na,10,8,80.0,b,2\n"
+    many = torch.arange(36).view(6, 6)  # 30 pairs
+    assert [pair["images"] for pair in tables.confused(many, list("abcdef"))] == [i for i in range(34, 0, -1) if i % 7][
+        :20
+    ]
     read = list(csv.DictReader(io.StringIO(tables.as_csv(rows))))
     assert [row["class"] for row in read] == list("abcd") and read[2]["top1"] == "0.0" and read[3]["top1"] == ""
 
@@ -153,18 +166,51 @@ def test_real_label_mistakes(tmp_path):
     file = tmp_path / "real.json"
     file.write_text("[[0], [9]]")
     named = Named(["ILSVRC2012_val_00000003.JPEG"])
-    with pytest.raises(UserError, match="has class 9, but the model is tested on 5 classes"):
-        Accepted(named, str(file), 5)
-    with pytest.raises(UserError, match=r"no labels for the image ILSVRC2012_val_00000003\.JPEG"):
-        Accepted(named, str(file), 10)[0]
-    for other in ("cat.jpg", "ILSVRC2012_val_00000000.JPEG", "ILSVRC2012_val_000000012.JPEG"):
-        with pytest.raises(UserError, match="--real has no labels for the image"):
+    with pytest.raises(UserError) as error:
+        Accepted(named, str(file), 9)
+    assert str(error.value) == (
+        f"--real {file} has class 9, but the model is tested on 9 classes: "
+        "these labels are for classifiers of ImageNet's 1000 classes"
+    )
+    for other in (
+        "ILSVRC2012_val_00000003.JPEG",
+        "cat.jpg",
+        "ILSVRC2012_val_00000000.JPEG",
+        "ILSVRC2012_val_000000012.JPEG",
+    ):
+        with pytest.raises(UserError) as error:
             Accepted(Named([other]), str(file), 10)[0]
-    with pytest.raises(UserError, match="needs the images' file names"):
+        assert str(error.value) == (
+            f"--real has no labels for the image {other}: "
+            "they are for ILSVRC2012_val_00000001 … ILSVRC2012_val_00000002"
+        )
+    with pytest.raises(UserError) as error:
         Accepted([0], str(file), 10)
+    message = "--real needs the images' file names, which this data does not have: use a folder of images"
+    assert str(error.value) == message
     for text in ("[[0", "3", "[3]", "{}"):
         file.write_text(text)
-        with pytest.raises(UserError, match=r"can't be read .*give real\.json"):
+        with pytest.raises(
+            UserError, match=r"^--real \S+ can't be read \(.+\): give real\.json, a list of .*, or timm$"
+        ):
             read_labels(str(file), 10)
     with pytest.raises(UserError, match=r"can't be read .*No such file"):
         read_labels(str(tmp_path / "none.json"), 10)
+
+
+def test_speed(monkeypatch):
+    """The first batch is not counted if there are others; time between calls is that of loading."""
+    model = torch.nn.Identity()
+    for calls, expected in (
+        ([(4, 10, 12), (4, 13, 14), (2, 20, 21)], (0.7, 3.0)),  # 6 images in 9 s, of them 2 s in the model
+        ([(4, 10, 12)], (2.0, 2.0)),
+        ([], (0.0, 0.0)),
+    ):
+        times = iter([time for _, *both in calls for time in both])
+        monkeypatch.setattr(speed.time, "perf_counter", lambda times=times: next(times))
+        measured = speed.Speed(model, CPU)
+        for images, *_ in calls:
+            model(torch.zeros(images, 3))
+        assert measured.result() == dict(zip(("images_per_s", "model_images_per_s"), expected))
+        model(torch.zeros(1))  # is no longer measured
+        monkeypatch.undo()

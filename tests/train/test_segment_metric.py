@@ -1,11 +1,13 @@
 """Mean IoU against mmsegmentation's definition, worked out per class and picture, and by hand."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from saccade.train.metrics.segmentation import Confusion, table
+from support.forked import in_processes
 
 CPU = torch.device("cpu")
 
@@ -80,3 +82,28 @@ def test_worst_pictures_first():
     wrong, half, right = [[1, 1]], [[0, 1]], [[0, 0]]
     counts = count([([[0, 0]], found) for found in (half, right, wrong, half)], 2, worst=3)
     assert counts.result()[1]["worst"] == [2, 0, 3]
+    assert count([([[255]], [[0]]), ([[0]], [[0]])], 2, worst=3).result()[1]["worst"] == [1]  # fewer than three
+    many = count([([[0] * 13], [[0] * i + [1] * (13 - i)]) for i in range(13)], 2)
+    assert many.result()[1]["worst"] == list(range(12))  # of 13 the best is left out
+
+
+def test_two_processes(tmp_path):
+    """Counts are added, and the worst images are those of both."""
+    maps = [([[0, 0]], found) for found in ([[0, 1]], [[0, 0]], [[1, 1]], [[1, 0]])]
+
+    def run(number: int) -> int:
+        torch.distributed.init_process_group("gloo")
+        counts = Confusion(2, CPU, worst=3)
+        for index in range(number, 4, 2):
+            counts.update(*map(torch.as_tensor, maps[index]), index)
+        metrics, detail = counts.result()
+        (tmp_path / f"{number}.json").write_text(json.dumps([metrics, detail["confusion"].tolist(), detail["worst"]]))
+        torch.distributed.destroy_process_group()
+        return 0
+
+    assert in_processes(2, run) == [0, 0]
+    metrics, detail = count(maps, 2, worst=3).result()
+    assert (metrics["miou"], metrics["images"], detail["worst"]) == (25.0, 4, [2, 0, 3])
+    for number in range(2):
+        found = json.loads((tmp_path / f"{number}.json").read_text())
+        assert found == [metrics, detail["confusion"].tolist(), [2, 0, 3]]
