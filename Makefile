@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 PYTEST := $(PY) -m pytest
 
 .PHONY: help demo demo-detection demo-segmentation demo-bev test test-all test-newest test-lowest test-sim gpu coverage lint docs setup
-.PHONY: audit dist mutants clean
+.PHONY: try-lowest try-newest audit dist mutants clean
 .DEFAULT_GOAL := help
 
 help:
@@ -15,7 +15,8 @@ help:
 	@echo 'make test       what every change must pass: every operator, model family, task and command'
 	@echo 'make test-all   that, and what is exhaustive: every shape, dtype, card and registered model, long runs'
 	@echo 'make test-newest  make test with the newest releases of every package ($(VENV)-newest)'
-	@echo 'make test-lowest  import, and training on digits, with the lowest versions of pyproject.toml ($(VENV)-lowest)'
+	@echo 'make test-lowest  import, and training on digits, with the lowest versions of pyproject.toml ($(VENV)-lowest);'
+	@echo '                make try-newest: with the newest'
 	@echo 'make test-sim   the operators in a simulator of Triton that finds races and accesses out of bounds ($(VENV)-sim)'
 	@echo 'make gpu        on a machine with a GPU: tests, accuracy and times of everything (PART=ops for a part)'
 	@echo 'make coverage   branch coverage of backbones/, ops/ and train/ under make test'
@@ -74,9 +75,10 @@ $(VENV)-newest/.ready: pyproject.toml
 	@touch $@
 
 # The lowest versions that pyproject.toml allows, and what these need themselves.
-test-lowest: $(VENV)-lowest/.ready
-	$(VENV)-lowest/bin/python -c 'import saccade.backbones, saccade.ops, saccade.train.engine'
-	$(VENV)-lowest/bin/python tools/train.py configs/digits/biformer_t.py epochs=2 device=cpu --run-dir $(VENV)-lowest/run --overwrite
+test-lowest: try-lowest
+try-lowest try-newest: try-%: $(VENV)-%/.ready
+	$(VENV)-$*/bin/python -c 'import saccade.backbones, saccade.ops, saccade.train.engine'
+	$(VENV)-$*/bin/python tools/train.py configs/digits/biformer_t.py epochs=2 device=cpu --run-dir $(VENV)-$*/run --overwrite
 
 $(VENV)-lowest/.ready: pyproject.toml .ci/lowest.py
 	$(PYTHON) -m venv $(VENV)-lowest
