@@ -181,6 +181,7 @@ class SamplingMap(QueryMap):
     shapes: Sequence[Size]
     points: Callable[[int, int], dict[str, Tensor]]
 
+    @torch.no_grad()
     def samples(self, query: Size, image: int = 0) -> dict[str, Tensor]:
         """Return the samples of a query, one row each: `source`, `level` and `head` (n,) int64; `x`, `y` and, with
         depth, `z`, from 0 to 1 over the map and the depth range; `weight` (n,), the attention's, before depth."""

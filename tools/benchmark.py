@@ -229,7 +229,7 @@ def report_runtimes(args, rows: list[dict], console: Console) -> None:
         table.add_row(r["model"], r["runtime"], r["dtype"], *cells)
     console.print(table)
     args.out.mkdir(parents=True, exist_ok=True)
-    found = {runtime: importlib.metadata.version(runtime) for runtime in args.runtimes if runtime in runtimes.NEEDS}
+    found = {runtime: importlib.metadata.version(runtime) for runtime in args.runtimes if runtime in runtimes.FORMATS}
     result = dict(machine=facts | found, clock=args.clock, threads=args.threads, runs=args.runs, rows=rows)
     (args.out / "benchmark.json").write_text(json.dumps(result, indent=1) + "\n")
     console.print(f"wrote {args.out / 'benchmark.json'}")

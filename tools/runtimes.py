@@ -1,7 +1,6 @@
 """Models in the runtimes that tools/benchmark.py times: PyTorch, its compiler, onnxruntime and OpenVINO."""
 
 import contextlib
-import importlib.util
 import io
 import tempfile
 import warnings
@@ -11,17 +10,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from saccade.train.export import list_missing
 from torch import Tensor, nn
 
-NEEDS = {"onnxruntime": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
-EXTRAS = {"onnxruntime": "export", "openvino": "openvino"}
+FORMATS = {"onnxruntime": "onnx", "openvino": "openvino"}  # what `saccade export` calls the files of a runtime
 TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2}  # of the largest output
 
 
 def missing(runtime: str) -> str | None:
     """Return what is missing for a runtime, and how to install it; None if nothing is."""
-    absent = [package for package in NEEDS.get(runtime, ()) if importlib.util.find_spec(package) is None]
-    return f"{', '.join(absent)} (pip install 'saccade[{EXTRAS[runtime]}]')" if absent else None
+    return list_missing(FORMATS[runtime]) if runtime in FORMATS else None
 
 
 def prepare(runtime: str, model: nn.Module, x: Tensor, dtype: str, threads: int) -> Callable[[], Any]:

@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import saccade.backbones  # noqa: F401  (registers the models)
-import timm
 import torch
 from timm.data import resolve_data_config
 from torch import Tensor, nn
 
-from .models.build import create
 from .models.detectors import Detector, of_one_image, to_onnx
 from .models.segmenter import Segmenter
-from .predict import predictor
+from .predict import load_model
 from .quantize import Accuracy, quantize
 from .runtime.checkpoint import as_os_error, write_json
 from .runtime.compilers import find_cpp_compiler
@@ -27,6 +25,7 @@ from .runtime.errors import UserError, closest, from_os
 
 SUFFIXES = {"onnx": ".onnx", "openvino": ".xml", "torch-export": ".pt2", "aoti": ".pt2", "torchscript": ".pt"}
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",)}
+EXTRAS = {"onnx": "export", "openvino": "openvino"}  # of pip install 'saccade[…]', with these packages
 QUANTIZERS = {"onnx": ("onnxruntime",), "openvino": ("nncf",)}
 DETECTORS = "onnx", "openvino", "torchscript"  # the formats of detectors, whose outputs have no fixed size
 BATCHES = 1, 2, 5  # that an exported model is compared at; it is made from the second
@@ -75,10 +74,8 @@ def export(
         raise UserError(f"the output of --to {to} must end in {SUFFIXES[to]}, got {out}")
     if int8 is not None and to not in QUANTIZERS:
         raise UserError(f"--int8 is for {' and '.join(QUANTIZERS)}, got --to {to}")
-    needed = [*NEEDS.get(to, ()), *(QUANTIZERS[to] if int8 is not None else ())]
-    missing = [package for package in needed if importlib.util.find_spec(package) is None]
-    if missing:
-        raise UserError(f"--to {to} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+    if missing := list_missing(to, int8 is not None):
+        raise UserError(f"--to {to} needs {missing}")
     if to == "aoti" and find_cpp_compiler() is None:
         raise UserError("--to aoti needs a C++ compiler, g++ or clang++ (apt install g++), or $CXX")
     sidecar = out.with_suffix(".json")
@@ -123,19 +120,20 @@ def export(
     return Exported([*written, sidecar], *found, accuracy)
 
 
+def list_missing(to: str, quantized: bool = False) -> str | None:
+    """Return the packages that a format needs and that are not installed, and how to install them; None if all are."""
+    needed = [*NEEDS.get(to, ()), *(QUANTIZERS[to] if quantized else ())]
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    what = f"'saccade[{EXTRAS[to]}]'" if to in EXTRAS else " ".join(missing)
+    return f"{', '.join(missing)} (pip install {what})" if missing else None
+
+
 def _load(model: str | Path, checkpoint: Path | None) -> tuple[nn.Module, dict[str, Any]]:
     """Return a model in evaluation mode, and the content of OUT.json: how to prepare its images."""
-    names: Sequence[str] | None = None
-    if Path(model).is_dir():
-        if checkpoint is not None:
-            raise UserError(f"--checkpoint goes with a model's name; {model} is a run, with weights of its own")
-        loaded = predictor(Path(model), "cpu")
-        net, names = loaded.model, loaded.class_names
-    else:
-        if not timm.is_model(str(model).partition(".")[0]):
-            raise UserError(f"there is no run and no model {model}{closest(str(model), timm.list_models())}")
-        classes = timm.get_pretrained_cfg(str(model)).num_classes
-        net = create(str(model), classes, checkpoint=checkpoint)
+    loaded = load_model(model, checkpoint, device="cpu")
+    net, names = loaded.model, loaded.class_names
+    if hasattr(net, "lift") or hasattr(net, "lifter"):
+        raise UserError(f"{model} is a lifter of several cameras, which is not exported")
     facts = (
         resolve_data_config(model=net)
         if not hasattr(net, "backbone")
@@ -144,11 +142,9 @@ def _load(model: str | Path, checkpoint: Path | None) -> tuple[nn.Module, dict[s
     facts = {key: list(value) if isinstance(value, tuple) else value for key, value in facts.items()}
     if isinstance(net, (Detector, Segmenter)):  # which normalise images themselves
         facts |= dict(mean=[0.0, 0.0, 0.0], std=[1.0, 1.0, 1.0])
-    elif hasattr(net, "lift"):
-        raise UserError(f"{model} is a lifter of several cameras, which is not exported")
     if names:
         facts["classes"] = list(names)
-    return net.eval(), facts
+    return net, facts
 
 
 def _export(

@@ -8,26 +8,32 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import timm
 import torch
 from PIL import Image, PngImagePlugin
 from rich.console import Console
 from rich.progress import track
 from safetensors import SafetensorError
+from torch import nn
 
 from .data.bad_images import BadImage, printable
 from .data.files import Skipped, image_files
 from .data.images import read_image
 from .data.video import Frame, is_video, read_frames
+from .models.build import create
+from .models.weights import read_weights
 from .runtime import config
-from .runtime.checkpoint import atomic_write, to_json, write_text
+from .runtime.checkpoint import atomic_write, label_names, to_json, write_text
 from .runtime.distributed import choose_device
-from .runtime.errors import DATA, UserError, first_line
+from .runtime.errors import DATA, UserError, closest, first_line
 from .tasks.classify import Classify
-from .tasks.task import Predictor
+from .tasks.task import Predictor, Task
 
 AUTHOR = "saccade predict"  # the Software entry of the PNG files written here, which may be replaced
 # What readers raise for files that are not as a run writes them.
@@ -81,16 +87,79 @@ def predictor(run_dir: Path, device: str | None = None, **options: Any) -> Predi
     options: of the task's predictor. Raises UserError for a folder without a model, and for an option that its task
     does not have.
     """
-    if not (run_dir / "model.safetensors").is_file():
-        raise UserError(f"{run_dir} has no model.safetensors: give the folder of a finished run")
-    settings = config.load(run_dir / "config.py") if (run_dir / "config.py").exists() else {}
-    task = settings["task"]["type"] if settings else Classify
+    settings, task = _read_run(run_dir)
     for name in options:
         if name not in inspect.signature(task.predictor).parameters:
             raise UserError(f"--{name} does not apply to {run_dir}, whose task is {task.__name__}")
     chosen = choose_device(device)
-    try:
+    with _own_files(run_dir):
         return task.predictor(run_dir, settings, chosen, **options)
+
+
+class Loaded(NamedTuple):
+    """A model in evaluation mode. predictor: of a run, unless it is a lifter's. class_names: where they are known.
+    inputs: how a run prepares images, as timm names it."""
+
+    model: nn.Module
+    predictor: Predictor | None = None
+    class_names: list[str] | None = None
+    inputs: dict[str, Any] | None = None
+
+
+def load_model(
+    spec: str | Path,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    device: str | None = None,
+    new_head: bool = False,
+) -> Loaded:
+    """Load the model of a finished run's folder, or one by a name that timm knows.
+
+    checkpoint: weights for a name, with as many classes as the file names; pretrained: those that timm publishes;
+    neither: untrained ones, always the same. new_head: a classifier in the file that does not fit is left out. Raises
+    UserError with near names for a misspelt model, and for files that can't be read or don't fit.
+    """
+    if Path(spec).is_dir():
+        run_dir = Path(spec)
+        if checkpoint is not None or pretrained:
+            option = "--checkpoint" if checkpoint is not None else "--pretrained"
+            raise UserError(f"{option} goes with a model's name; {spec} is a run, with weights of its own")
+        settings, task = _read_run(run_dir)
+        if not task.of_lifters:
+            loaded = predictor(run_dir, device)
+            return Loaded(loaded.model, loaded, loaded.class_names)
+        with _own_files(run_dir):
+            names = label_names(run_dir)
+            inputs = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["data_config"]
+            arguments = {key: value for key, value in settings["task"].items() if key != "type"}
+            net = task(SimpleNamespace(class_names=names), **arguments).restore(run_dir, settings["model"])
+        return Loaded(net.to(choose_device(device)).eval(), None, names, inputs)
+    spec = str(spec)
+    if not timm.is_model(spec.partition(".")[0]):
+        raise UserError(f"there is no run and no model {spec}{closest(spec, timm.list_models())}")
+    if checkpoint is not None and pretrained:
+        raise UserError("--checkpoint and --pretrained exclude each other: give one of them")
+    weights = None if checkpoint is None else read_weights(checkpoint)
+    names = weights.class_names if weights else None
+    num_classes = len(names) if names else timm.get_pretrained_cfg(spec).num_classes
+    torch.manual_seed(0)
+    net = create(spec, num_classes, checkpoint=weights, new_head=new_head, pretrained=pretrained)
+    return Loaded(net.to(choose_device(device)).eval(), None, names)
+
+
+def _read_run(run_dir: Path) -> tuple[dict[str, Any], type[Task]]:
+    """Return a run's config, {} for a classifier of timm's, and its task."""
+    if not (run_dir / "model.safetensors").is_file():
+        raise UserError(f"{run_dir} has no model.safetensors: give the folder of a finished run")
+    settings = config.load(run_dir / "config.py") if (run_dir / "config.py").exists() else {}
+    return settings, settings["task"]["type"] if settings else Classify
+
+
+@contextmanager
+def _own_files(run_dir: Path) -> Iterator[None]:
+    """Raise UserError for what goes wrong in the block because a run's files are not as a run writes them."""
+    try:
+        yield
     except UNFIT as error:
         # A run's files are data, and may be another's: whatever is wrong with them is no fault of the program.
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]

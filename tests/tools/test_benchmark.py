@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from saccade.tools import runtimes
+from saccade.train import export
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,6 +67,6 @@ def test_runtimes(tmp_path):
 
 
 def test_missing_runtime_is_one_sentence(command, monkeypatch):
-    monkeypatch.setitem(runtimes.NEEDS, "openvino", ("no_such_package",))
+    monkeypatch.setitem(export.NEEDS, "openvino", ("no_such_package",))
     code, _, err = command("benchmark", "--models", "biformer_t", "--runtimes", "eager", "openvino")
     assert code == 2 and "--runtimes openvino needs no_such_package (pip install 'saccade[openvino]')" in err

@@ -1,6 +1,8 @@
 """`saccade explain`: the maps it writes are the model's, and bad input is one sentence with nothing written."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +11,12 @@ import torch
 from PIL import Image
 from saccade.explain import explain, load
 from saccade.explain import subject as subjects
+from saccade.explain.methods import record
+from saccade.train.models.build import create
+from saccade.train.runtime import config
 from saccade.train.runtime.errors import UserError
-from support.families import build
+from safetensors.torch import save_file
+from support.families import BEV, SMALL, build
 
 SPARSE = "sparsifiner_deit_t"
 
@@ -47,11 +53,13 @@ def test_writes_what_the_model_does(command, picture, tmp_path, small):
     assert [row["name"] for row in facts["maps"]] == list(records)
     with np.load(out / "maps.npz") as arrays:
         assert int(arrays["head"]) == 0
-        for name, record in records.items():
-            cell = record.query_at(50, 70, (80, 120))
+        for name, one in records.items():
+            cell = one.query_at(50, 70, (80, 120))
             assert tuple(arrays[f"{name}/query"]) == cell
-            np.testing.assert_allclose(arrays[name], record.map(cell, 0).numpy(), rtol=1e-5, atol=1e-7)
+            np.testing.assert_allclose(arrays[name], one.map(cell, 0).numpy(), rtol=1e-5, atol=1e-7)
     assert sorted(path.name for path in out.iterdir()) == sorted(facts["files"])
+    with Image.open(out / "overview.png") as overview:
+        assert overview.width == 1560 and np.asarray(overview).std() > 20  # the picture and four maps
     with Image.open(out / "layers.gif") as gif:
         assert gif.n_frames > 1
     assert command("explain", *arguments)[0] == 0  # an earlier explanation is replaced
@@ -114,9 +122,9 @@ def test_rollout_is_the_product_of_layers(picture):
     image = Image.open(picture)
     found = explain(one, image, "blocks.2", method="rollout")
     product = torch.eye(17)
-    for record in model.attention_maps(one.prepare(image)):
-        if record.kind == "tokens":
-            product = (torch.eye(17) + record.weights(torch.arange(17))[0].mean(0)) / 2 @ product
+    for layer in model.attention_maps(one.prepare(image)):
+        if layer.kind == "tokens":
+            product = (torch.eye(17) + layer.weights(torch.arange(17))[0].mean(0)) / 2 @ product
     assert [item.name for item in found] == ["blocks.2.attn:rollout"]
     np.testing.assert_allclose(found[0].values.flatten(), product[0, 1:], rtol=1e-4, atol=1e-6)
 
@@ -155,3 +163,95 @@ def classifier_digits(tmp_path, picture):
     inputs = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0)
     export(model, folder, inputs, [str(i) for i in range(10)])
     return folder, picture
+
+
+CONFIGS = Path(__file__).parents[2] / "configs/scenes"
+BACKBONE = f"model={dict(name='biformer_t', n_win=2, topks=(1, 2, 4, -2), **SMALL['biformer_t'])}"
+RUNS = dict(
+    detector=("mask_rcnn_resnet18", [BACKBONE, "task.channels=16", "task.hidden=32", "task.test_size=(64, 64)"]),
+    segmenter=("upernet_biformer_t", [BACKBONE, "task.channels=8", "task.class_weights=None"]),
+    lifter=(
+        "bev_dfa3d",
+        [f"model={dict(name='dfa3d_bev_s', pc_range=(-12.0, -12, -3, 12, 12, 1), **BEV | dict(cams=0))}"],
+    ),
+)
+INPUTS = dict(input_size=(3, 64, 96), mean=(0.5,) * 3, std=(0.5,) * 3, scale=(64, 64))
+
+
+@pytest.fixture
+def untrained_run(tmp_path):
+    """untrained_run(kind) -> a folder as a run leaves it, of small untrained models."""
+
+    def make(kind: str) -> Path:
+        folder = tmp_path / kind
+        folder.mkdir()
+        name, overrides = RUNS[kind]
+        settings = config.load(CONFIGS / f"{name}.py", overrides)
+        names = ["a", "b", "c"]
+        data = SimpleNamespace(class_names=names, scale=(64, 64), inputs=lambda cfg: INPUTS, categories=[1, 2, 3])
+        task = settings["task"]["type"](data, **{k: v for k, v in settings["task"].items() if k != "type"})
+        torch.manual_seed(0)
+        task.export(task.model(**settings["model"]), folder, INPUTS, names)
+        (folder / "config.py").write_text(config.dump(settings))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("kind", ["detector", "segmenter"])
+def test_a_run_that_draws(command, untrained_run, picture, tmp_path, kind):
+    """The maps are those of the backbone in the run, on the picture as the model's own inference resizes it."""
+    run = untrained_run(kind)
+    code, text, err = command("explain", run, picture, "--query", "70,50", "--out", tmp_path / "out", "--json")
+    assert (code, err) == (0, "")
+    facts = json.loads(text)
+    assert facts["weights"] == f"weights of the run {run}" and facts["predicted"]
+    loaded = load(str(run))
+    assert loaded.prepare(Image.open(picture)).shape == (1, 3, 32, 64)  # 43 x 64, by 32s
+    records = record(loaded, Image.open(picture))
+    assert [row["name"] for row in facts["maps"]] == [one.name for one in records]
+    with np.load(tmp_path / "out/maps.npz") as arrays:
+        one = records[0]
+        expected = one.map(one.query_at(50, 70, (80, 120))).numpy()
+        np.testing.assert_allclose(arrays[one.name], expected, rtol=1e-5, atol=1e-7)
+    code, _, err = command("explain", run, picture, "--method", "gradcam", "--out", tmp_path / "none")
+    assert code == 2 and "needs a classifier" in err
+
+
+def test_a_lifter(command, untrained_run, picture, tmp_path):
+    run = untrained_run("lifter")
+    code, text, err = command("explain", run, picture, "--out", tmp_path / "out", "--json", "--query=1,7")
+    assert (code, err) == (0, "")
+    facts = json.loads(text)
+    names = [row["name"] for row in facts["maps"]]
+    assert {name.rpartition(":")[2] for name in names} == {"time", "cameras"} and "predicted" not in facts
+    with np.load(tmp_path / "out/maps.npz") as arrays:
+        cameras = next(name for name in names if name.endswith(":cameras"))
+        assert tuple(arrays[f"{cameras}/query"]) == (4, 2)  # of 6 x 5 cells over 24 m: rows of 4, columns of 4.8
+        assert len(arrays[f"{cameras}/points"])
+    code, _, err = command("explain", run, picture, "--out", tmp_path / "none", "--query=-3,70")
+    assert code == 2 and "outside the view, x from -12 to 12 and y from -12 to 12 metres" in err
+
+
+def test_weights_of_a_file(command, picture, tmp_path, monkeypatch):
+    """A name takes the weights of a file, with the classes that it has; --pretrained those that timm publishes."""
+    trained = timm.create_model("ela_mobilenetv2", width=0.5, num_classes=7)
+    saved = tmp_path / "weights.safetensors"
+    save_file(trained.state_dict(), saved)
+    given = {}
+
+    def small(spec, num_classes, checkpoint=None, new_head=False, pretrained=False):
+        given.update(pretrained=pretrained)
+        return create(spec, num_classes, checkpoint=checkpoint, new_head=new_head, width=0.5)
+
+    monkeypatch.setattr("saccade.train.predict.create", small)
+    code, text, err = command(
+        "explain", "ela_mobilenetv2", picture, "--checkpoint", saved, "--out", tmp_path / "out", "--json"
+    )
+    assert (code, err) == (0, "") and json.loads(text)["weights"] == f"weights of {saved}"
+    loaded = load("ela_mobilenetv2", saved)
+    expected = trained.eval().attention_maps(loaded.prepare(Image.open(picture)))[-1]
+    with np.load(tmp_path / "out/maps.npz") as arrays:
+        np.testing.assert_allclose(arrays[expected.name], expected.map().numpy(), rtol=1e-5, atol=1e-7)
+    code, text, _ = command("explain", "ela_mobilenetv2", "--list", "--pretrained")
+    assert code == 0 and given["pretrained"]

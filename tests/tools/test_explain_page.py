@@ -1,6 +1,9 @@
-"""The page of `saccade explain --serve` in a real browser: a click moves the map, and nothing leaves the machine."""
+"""The page of `saccade explain --serve` in a real browser: a click shows that point's map, and nothing leaves the
+machine."""
 
 import asyncio
+import io
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -10,6 +13,7 @@ import pytest
 from PIL import Image
 from saccade.explain import subject as subjects
 from saccade.train.runtime.errors import UserError
+from saccade.train.tasks.task import Predictor
 from support.families import build
 
 pytest.importorskip("gradio", reason="gradio is not installed: pip install 'saccade[web]'")
@@ -33,7 +37,7 @@ def address(tmp_path_factory):
         port = free.getsockname()[1]
     page_module.launch(page, "127.0.0.1", port, folder)
     served = Address(f"http://127.0.0.1:{port}")
-    served.folder = str(folder)
+    served.folder, served.explainer = str(folder), explainer
     yield served
     gr.close_all(verbose=False)
     patch.undo()
@@ -42,29 +46,62 @@ def address(tmp_path_factory):
 def _small(name, *options):
     made = subjects._of_model(name, build(name).eval(), "untrained weights")
     made.size_for = lambda height, width: (96, 96)
+    if name == "davit_t":
+        made.predictor = Striped()
     return made
 
 
+class Striped(Predictor):
+    """Predicts, and draws a red stripe, as a detector draws its boxes."""
+
+    def predict(self, images):
+        return [dict(objects=[])] * len(images)
+
+    def describe(self, record):
+        return "a stripe"
+
+    def draw(self, image, record, limit=50):
+        drawn = image.convert("RGB")
+        drawn.paste((255, 0, 0), (0, 10, drawn.width, 30))
+        return drawn
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
-def test_a_click_moves_the_map(address, tmp_path):
+def test_a_click_shows_that_points_map(address, tmp_path):
+    """Both maps become the ones that Python computes for the clicked point; a drawn prediction is shown, too."""
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    asked = []
+    asked, x, y = [], 0.83, 0.17
+    names, file = ["biformer_t", "davit_t"], f"{address.folder}/chelsea.png"
+    layers = [address.explainer.layers(name, file)[1] for name in names]
     with sync.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         tab = browser.new_page(viewport=dict(width=1400, height=900))
         tab.on("request", lambda request: asked.append(request.url))
         tab.goto(address)
+
+        def pixels(place: str) -> np.ndarray:
+            reply = tab.request.get(tab.get_attribute(f"#{place} img", "src"))
+            return np.asarray(Image.open(io.BytesIO(reply.body())).convert("RGB"))
+
         for side in (0, 1):
             tab.wait_for_selector(f"#map{side} img", timeout=60_000)
+            expected = address.explainer.show(names[side], layers[side], file, None)[0]
+            np.testing.assert_array_equal(pixels(f"map{side}"), np.asarray(expected))
         before = [tab.get_attribute(f"#map{side} img", "src") for side in (0, 1)]
         box = tab.locator("#picture img").bounding_box()
-        tab.mouse.click(box["x"] + 0.2 * box["width"], box["y"] + 0.3 * box["height"])
+        tab.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
         for side in (0, 1):
             moved = "([id, src]) => document.querySelector(id).src !== src"
             tab.wait_for_function(moved, arg=[f"#map{side} img", before[side]], timeout=60_000)
-        assert "untrained weights" in tab.inner_text("#text0")
-        screenshot = tmp_path / "page.png"
-        tab.screenshot(path=screenshot)
+            expected = address.explainer.show(names[side], layers[side], file, (x, y))[0]
+            np.testing.assert_array_equal(pixels(f"map{side}"), np.asarray(expected))
+        assert tab.inner_text("#text0") == "untrained weights"
+        assert tab.inner_text("#text1") == "a stripe (untrained weights)"
+        assert tab.locator("#prediction0 img").count() == 0
+        stripe = pixels("prediction1")[10:30]
+        assert (stripe == (255, 0, 0)).all() and stripe.shape[1] == Image.open(file).width
+        screenshot = Path(os.environ.get("SCREENSHOTS", tmp_path)) / "explain_page.png"
+        tab.screenshot(path=screenshot, full_page=True)
         browser.close()
     assert np.asarray(Image.open(screenshot)).std() > 20
     outside = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
@@ -113,6 +150,7 @@ def test_many_requests_are_answered_or_refused(address):
 
 
 class Address(str):
-    """The page's address, with the folder of its pictures."""
+    """The page's address, with the folder of its pictures and what it shows."""
 
     folder: str
+    explainer: "page_module.Explainer"

@@ -16,7 +16,9 @@ from saccade.train.data.bad_images import BadImage, printable
 from saccade.train.data.images import read_image
 from saccade.train.runtime.checkpoint import to_json
 from saccade.train.runtime.errors import UserError
-from saccade.train.visual.attention import draw_map
+from saccade.train.visual.attention import QUERY, choose_layers, draw_map
+from saccade.train.visual.captions import figure_text
+from saccade.train.visual.figure import plt
 
 from .methods import Explained, explain, record
 from .subject import Subject, load
@@ -49,6 +51,44 @@ def title(drawn: Image.Image, text: str) -> Image.Image:
     return page
 
 
+def draw_overview(
+    picture: Image.Image, explained: Sequence[Explained], heading: str, prediction: Image.Image | None = None
+) -> Image.Image:
+    """Draw the picture with the query, the prediction where there is a drawn one, and the maps of four layers.
+
+    heading: lines above them, of which each is shortened to fit.
+    """
+    picture = picture.convert("RGB")
+    chosen = choose_layers(explained)
+    panels = [("picture", picture), *([("prediction", prediction)] if prediction is not None else [])]
+    panels += [
+        (f"{one.layer.removesuffix('.attn')}\n{one.name.rpartition(':')[2]}", draw(picture, one)) for one in chosen
+    ]
+    columns = 3 if len(panels) == 6 else min(5, len(panels))
+    rows = -(-len(panels) // columns)
+    ratio = min(max(picture.height / picture.width, 0.5), 1.5)
+    size = (2.4 * columns, (2.4 * ratio + 0.4) * rows + 0.6)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (name, image) in zip(axes.flat, panels):
+        axis.imshow(image, interpolation="nearest" if image.width < 200 else "antialiased")
+        axis.set_title(name, fontsize=9)
+    frames = [one.frame for one in chosen if one.frame is not None and not one.name.endswith(":time")]
+    if frames:
+        top, left, bottom, right = min(frames, key=lambda f: (f[2] - f[0]) * (f[3] - f[1]))
+        x, y = (left + right) / 2 * picture.width - 0.5, (top + bottom) / 2 * picture.height - 0.5
+        axes[0, 0].plot(x, y, "+", color=QUERY, markersize=12, markeredgewidth=2)
+    figure.suptitle("\n".join(figure_text(line) for line in heading.splitlines()), fontsize=10)
+    figure.supxlabel(
+        "cross and frames: the query; bright: what it attends to" if frames else "bright: large", fontsize=9
+    )
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=130)
+    plt.close(figure)
+    return Image.open(buffer).convert("RGB")
+
+
 def check_out(out: Path) -> None:
     """Raise UserError where --out would replace something else than an earlier explanation."""
     if out.exists() and not out.is_dir():
@@ -64,11 +104,19 @@ def check_out(out: Path) -> None:
 
 
 def write(
-    out: Path, picture: Image.Image, explained: Sequence[Explained], facts: dict[str, Any], gif: bool
+    out: Path,
+    picture: Image.Image,
+    explained: Sequence[Explained],
+    facts: dict[str, Any],
+    gif: bool,
+    prediction: Image.Image | None = None,
 ) -> list[str]:
-    """Write OUT/NAME.png for each map, OUT/maps.npz, OUT/explained.json and, with gif, OUT/layers.gif."""
+    """Write OUT/overview.png, OUT/NAME.png for each map, OUT/maps.npz, OUT/explained.json and, with gif,
+    OUT/layers.gif. prediction: drawn on the picture, for the overview."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    heading = facts["model"] + (f"\n{facts['predicted']}" if "predicted" in facts else "")
     files: dict[str, bytes] = {}
+    files["overview.png"] = _encoded(draw_overview(picture, explained, heading, prediction), format="PNG")
     frames = []
     for one, entry in zip(explained, facts["maps"]):
         drawn = draw(picture, one)
@@ -156,9 +204,10 @@ def run(
     explained = explain(subject, picture, layer, head, query, method, target)
     facts = dict(model=spec, weights=subject.note, picture=str(file), method=method, query=query, head=head)
     facts["maps"] = [dict(name=one.name, **one.facts, cell=one.query, sum=float(one.values.sum())) for one in explained]
-    if subject.predictor is not None:
-        facts["predicted"] = subject.predictor.describe(subject.predictor.predict([picture])[0])
-    files = write(out, picture, explained, facts, gif)
+    text, prediction = subject.predict(picture)
+    if text:
+        facts["predicted"] = text
+    files = write(out, picture, explained, facts, gif, prediction)
     if as_json:
         print(to_json(facts))
         return
@@ -167,4 +216,4 @@ def run(
         print("the picture is taken for that of one camera that looks ahead, with a field of view of 70 degrees")
     if "predicted" in facts:
         print(f"predicted: {facts['predicted']}")
-    print(f"{len(explained)} maps in {out}: {', '.join(files[:2])}, …, maps.npz" + (", layers.gif" if gif else ""))
+    print(f"{len(explained)} maps in {out}: {', '.join(files[:3])}, …, maps.npz" + (", layers.gif" if gif else ""))

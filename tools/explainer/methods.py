@@ -34,6 +34,19 @@ class Explained:
     facts: dict[str, Any] = field(default_factory=dict)
     points: np.ndarray | None = None  # (n, 3) of x and y, as shares of the picture, and weight
 
+    # As of AttentionMap, for saccade.train.visual.attention.choose_layers.
+    @property
+    def layer(self) -> str:
+        return self.name.rpartition(":")[0]
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.values.shape
+
+    @property
+    def has_query(self) -> bool:
+        return self.frame is not None or self.points is not None
+
 
 def explain(
     subject: Subject,
@@ -110,8 +123,8 @@ def place_query(
     if not one.has_query:
         return None
     if subject.is_lifter:
-        x, y = query or (0.0, 15.0)
         low, high = subject.body.pc_range[:2], subject.body.pc_range[3:5]
+        x, y = query or (0.0, min(15.0, 0.5 * high[1]))
         if not (low[0] <= x < high[0] and low[1] <= y < high[1]):
             raise UserError(
                 f"--query {x:g},{y:g} is outside the view, x from {low[0]:g} to {high[0]:g} and y from {low[1]:g} to "

@@ -68,15 +68,18 @@ class Explainer:
         except (OSError, Image.DecompressionBombError, SyntaxError) as error:
             raise UserError("the file is not a picture that can be read") from error
 
-    def _records(self, name: str, file: str) -> tuple[Subject, Image.Image, list[AttentionMap], str]:
-        """Return what clicks on a picture need again: its maps, and what the model is and predicts."""
+    def _records(self, name: str, file: str) -> tuple[Subject, Image.Image, list[AttentionMap], str, Any]:
+        """Return what clicks on a picture need again: its maps, what the model is and predicts, in words and drawn."""
         if name not in self.names:
             raise UserError(f"{name} is not offered here")
         picture, subject = self.picture(file), self.subject(name)
-        text = subject.note
-        if subject.predictor is not None:
-            text = f"{subject.predictor.describe(subject.predictor.predict([picture])[0])} ({text})"
-        return subject, picture, record(subject, picture), text
+        text, drawn = subject.predict(picture)
+        text = f"{text} ({subject.note})" if text else subject.note
+        return subject, picture, record(subject, picture), text, drawn
+
+    def prediction(self, name: str, file: str) -> Image.Image | None:
+        """Return the picture with what a detector or segmenter predicts drawn on it; None for other models."""
+        return self.records(name, file)[4]
 
     def layers(self, name: str, file: str) -> tuple[list[str], str]:
         """Return the names of all maps, and the one to begin with: the last that depends on a query, if any does."""
@@ -86,7 +89,7 @@ class Explainer:
 
     def show(self, name: str, layer: str | None, file: str, point: tuple[float, float] | None) -> tuple[Any, str]:
         """Return the overlay of a layer, and what the model is and predicts. point: (x, y) as shares of the picture."""
-        subject, picture, records, text = self.records(name, file)
+        subject, picture, records, text, _ = self.records(name, file)
         chosen = next((one for one in records if one.name == layer), records[-1])
         query = None if point is None else (point[0] * picture.width, point[1] * picture.height)
         return draw(picture, of_record(subject, chosen, picture, None, query)), text
@@ -121,12 +124,14 @@ def make_page(explainer: Explainer, folder: Path) -> Any:
 
         return call
 
-    def refresh(file: str | None, name: str, layer: str | None, point: Any) -> tuple[Any, Any, str]:
+    def refresh(file: str | None, name: str, layer: str | None, point: Any) -> tuple[Any, Any, str, Any]:
         if file is None:
-            return gr.Dropdown(choices=[], value=None), None, ""
+            return gr.Dropdown(choices=[], value=None), None, "", gr.Image(None, visible=False)
         layers, first = explainer.layers(name, file)
         layer = layer if layer in layers else first
-        return gr.Dropdown(choices=layers, value=layer), *explainer.show(name, layer, file, point)
+        drawn = explainer.prediction(name, file)
+        overlay, text = explainer.show(name, layer, file, point)
+        return gr.Dropdown(choices=layers, value=layer), overlay, text, gr.Image(drawn, visible=drawn is not None)
 
     with gr.Blocks(title="saccade explain", analytics_enabled=False) as page:
         point = gr.State(None)
@@ -147,7 +152,11 @@ def make_page(explainer: Explainer, folder: Path) -> Any:
                         buttons=["fullscreen", "download"],  # none to share it, which uploads it
                     )  # fmt: skip
                     text = gr.Markdown(elem_id=f"text{i}")
-                    sides.append((model, layer, overlay, text))
+                    drawn = gr.Image(
+                        label="prediction", interactive=False, elem_id=f"prediction{i}", format="png", visible=False,
+                        buttons=["fullscreen", "download"],
+                    )  # fmt: skip
+                    sides.append((model, layer, overlay, text, drawn))
 
         def clicked(file: str | None, event: gr.SelectData) -> tuple[float, float] | None:
             if file is None:
@@ -157,8 +166,8 @@ def make_page(explainer: Explainer, folder: Path) -> Any:
 
         shipped.change(lambda file: (file, None), shipped, [picture, point], api_visibility="private")
         click = picture.select(clicked, picture, point, api_visibility="private")
-        for i, (model, layer, overlay, text) in enumerate(sides):
-            inputs, outputs = [picture, model, layer, point], [layer, overlay, text]
+        for i, (model, layer, overlay, text, drawn) in enumerate(sides):
+            inputs, outputs = [picture, model, layer, point], [layer, overlay, text, drawn]
             click.then(guarded(refresh), inputs, outputs, api_visibility="private")
             for event in (page.load, picture.change, model.change):
                 event(guarded(refresh), inputs, outputs, api_visibility="private")

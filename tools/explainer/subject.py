@@ -3,18 +3,16 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import saccade.backbones  # noqa: F401  (registers the models)
-import timm
 import torch
 from PIL import Image
-from saccade.train.models.build import create
+from saccade.train.models.bev import BevDetector
 from saccade.train.models.detectors import Detector
 from saccade.train.models.segmenter import Segmenter
-from saccade.train.models.weights import read_weights
-from saccade.train.predict import predictor
-from saccade.train.runtime.distributed import choose_device
-from saccade.train.runtime.errors import UserError, closest
+from saccade.train.predict import load_model
+from saccade.train.runtime.errors import UserError
 from saccade.train.tasks.task import Predictor
 from timm.data import resolve_data_config
 from torch import Tensor, nn
@@ -52,45 +50,42 @@ class Subject:
         mean, std = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (self.mean, self.std))
         return ((x - mean) / std)[None]
 
+    def predict(self, picture: Image.Image) -> tuple[str, Image.Image | None]:
+        """Return what a run predicts, in one line, and the picture with it drawn where the task draws; "" and None of
+        a model by name, whose classes are not known."""
+        if self.predictor is None:
+            return "", None
+        with torch.inference_mode():
+            (prediction,) = self.predictor.predict([picture])
+        draws = type(self.predictor).draw is not Predictor.draw
+        return self.predictor.describe(prediction), self.predictor.draw(picture, prediction) if draws else None
+
 
 def load(spec: str, checkpoint: Path | None = None, pretrained: bool = False, device: str | None = None) -> Subject:
-    """Load the folder of a finished run, or a model by its name.
-
-    checkpoint: weights for a name; pretrained: those that timm publishes; neither: untrained ones, always the same.
-    Raises UserError with near names for a misspelt model, and for files that can't be read or don't fit.
-    """
-    chosen = choose_device(device)
-    if Path(spec).is_dir():
-        if checkpoint is not None or pretrained:
-            raise UserError(f"--checkpoint and --pretrained go with a model's name; {spec} is a run, with its weights")
-        loaded = predictor(Path(spec), device)
-        return _of_model(spec, loaded.model, f"weights of the run {spec}", loaded)
-    if not timm.is_model(spec.partition(".")[0]):
-        raise UserError(f"there is no run and no model {spec}{closest(spec, timm.list_models())}")
-    if checkpoint is not None and pretrained:
-        raise UserError("--checkpoint and --pretrained exclude each other: give one of them")
-    cfg = timm.get_pretrained_cfg(spec)
-    if cfg is not None and cfg.num_classes == 0:  # a lifter
-        if checkpoint is None:
-            torch.manual_seed(0)
-            net = timm.create_model(spec)
-        else:
-            read_weights(checkpoint)  # says what is wrong with the file
-            net = timm.create_model(spec, pretrained=True, pretrained_cfg_overlay=dict(file=str(checkpoint)))
-    else:
-        weights = None if checkpoint is None else read_weights(checkpoint)
-        classes = len(weights.class_names) if weights and weights.class_names else (cfg.num_classes if cfg else 1000)
-        torch.manual_seed(0)
-        net = create(spec, classes, checkpoint=weights, new_head=weights is not None, pretrained=pretrained)
+    """Load the folder of a finished run, or a model by its name: see saccade.train.predict.load_model."""
+    loaded = load_model(spec, checkpoint, pretrained, device, new_head=checkpoint is not None)
     note = "untrained weights: maps show the architecture, not what a trained model looks at"
-    if checkpoint is not None:
+    if Path(spec).is_dir():
+        note = f"weights of the run {spec}"
+    elif checkpoint is not None:
         note = f"weights of {checkpoint}"
     elif pretrained:
         note = "weights that timm publishes"
-    return _of_model(spec, net.to(chosen).eval(), note)
+    return _of_model(spec, loaded.model, note, loaded.predictor, loaded.inputs)
 
 
-def _of_model(name: str, net: nn.Module, note: str, loaded: Predictor | None = None) -> Subject:
+def _of_model(
+    name: str,
+    net: nn.Module,
+    note: str,
+    loaded: Predictor | None = None,
+    prepared: dict[str, Any] | None = None,
+) -> Subject:
+    """prepared: how a run prepares images, where its model does not say it."""
+    if isinstance(net, BevDetector):
+        if net.known_depth:
+            raise UserError(f"{name} is a lifter that is given depth, which a picture does not have")
+        net = net.lifter
     if isinstance(net, Detector | Segmenter):
         inputs = resolve_data_config(pretrained_cfg=net.pretrained_cfg)
 
@@ -103,8 +98,8 @@ def _of_model(name: str, net: nn.Module, note: str, loaded: Predictor | None = N
             return tuple(max(32, round(side / 32) * 32) for side in size)  # type: ignore[return-value]
 
         return Subject(name, net.backbone, size_for, inputs["mean"], inputs["std"], note, loaded, False)
-    inputs = resolve_data_config(model=net)
-    size = inputs["input_size"][1:]
+    inputs = prepared or resolve_data_config(model=net)
+    size = inputs["input_size"][-2:]
     lifter = hasattr(net, "lift")
     return Subject(
         name, net, lambda height, width: size, inputs["mean"], inputs["std"], note, loaded, not lifter, lifter
