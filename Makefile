@@ -122,7 +122,7 @@ else
 	$(PY) -m pip_audit --strict --no-deps --disable-pip -r constraints.txt
 endif
 
-# Each mutant's tests run in a process of its own; CHILDREN of them at a time.
+# Each mutant's tests run in a process of its own; SAMPLE=100 draws as many mutants.
 TARGET ?= train/runtime/checkpoint.py
 TESTS ?= tests/train/test_checkpoint.py
 mutants: setup
