@@ -148,7 +148,18 @@ def main() -> int:
     sys.path.insert(0, str(COPY))
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     run = Mutants(drawn)
-    options = ["-q", "-s", "-m", "not exhaustive", "-k", os.environ.get("SELECT", ""), "-p", "no:cacheprovider"]
+    options = [
+        "-q",
+        "-s",
+        "--assert=plain",
+        "--tb=native",
+        "-m",
+        "not exhaustive",
+        "-k",
+        os.environ.get("SELECT", ""),
+        "-p",
+        "no:cacheprovider",
+    ]
     pytest.main([*options, *tests], plugins=[run])
     for name, state in run.states.items():
         if state != "killed":
