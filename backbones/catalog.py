@@ -33,8 +33,8 @@ def module_of(name: str) -> ModuleType:
 
 def published(name: str) -> Published | None:
     """Return the published accuracy of a model, from its family's PUBLISHED; None where none is."""
-    found = getattr(module_of(name), "PUBLISHED", {}).get(name)
-    return None if found is None else Published(*found)
+    entry = getattr(module_of(name), "PUBLISHED", {}).get(name)
+    return None if entry is None else Published(*entry)
 
 
 def weights(name: str) -> str | None:

@@ -73,10 +73,10 @@ def _matching(model: nn.Module, where: str | re.Pattern | Iterable[str]) -> dict
     names: list[str] = []
     for pattern in [where] if isinstance(where, str | re.Pattern) else where:
         regex = re.compile(fnmatch.translate(pattern)) if isinstance(pattern, str) else pattern
-        found = [name for name in modules if regex.fullmatch(name)]
-        if not found:
+        matches = [name for name in modules if regex.fullmatch(name)]
+        if not matches:
             raise ValueError(f"no module of {type(model).__name__} has a name that matches {pattern!r}")
-        names += found
+        names += matches
     return {name: modules[name] for name in dict.fromkeys(names)}
 
 

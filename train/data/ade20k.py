@@ -265,12 +265,12 @@ def _object_names(file: Path) -> list[str]:
     """Return the names in objectInfo150.txt: the first name in the last column, in the order of the first column."""
     rows = [line.split("\t") for line in read_text(file).splitlines() if line.strip()]
     try:
-        found = {int(row[0]): row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()}
+        names = {int(row[0]): row[-1].split(",")[0].strip() for row in rows if row[0].strip().isdigit()}
     except (ValueError, IndexError):
-        found = {}
-    if not found or sorted(found) != list(range(1, len(found) + 1)) or len(found) >= IGNORED:
+        names = {}
+    if not names or sorted(names) != list(range(1, len(names) + 1)) or len(names) >= IGNORED:
         raise UserError(f"{file} does not list classes 1, 2, … in tab-separated columns: download it again")
-    return [found[number] for number in sorted(found)]
+    return [names[number] for number in sorted(names)]
 
 
 def _table(labels: dict[int, int]) -> np.ndarray:
@@ -457,29 +457,29 @@ class Maps(Dataset):
         own = orientation(stored)
         if own is None and stored.size == size != upright:
             own = turn
-        found = np.array(stored if own is None else stored.transpose(own))
-        if found.ndim == 3:
-            colours = found[..., : found.shape[2] - (stored.mode in ("LA", "PA", "RGBA"))]
+        values = np.array(stored if own is None else stored.transpose(own))
+        if values.ndim == 3:
+            colours = values[..., : values.shape[2] - (stored.mode in ("LA", "PA", "RGBA"))]
             if (colours != colours[..., :1]).any():
                 raise UserError(
                     f"label map {name} must have one number per pixel, got colours ({stored.mode}): "
                     "save the class numbers as a greyscale or palette image",
                     DATA,
                 )
-            found = colours[..., 0]
-        if found.dtype.kind not in "uib":
+            values = colours[..., 0]
+        if values.dtype.kind not in "uib":
             raise UserError(f"label map {name} has float values: save it as a greyscale image of integers", DATA)
-        if found.shape != upright[::-1]:
-            here, there = (f"{height}x{width}" for height, width in (found.shape, upright[::-1]))
+        if values.shape != upright[::-1]:
+            here, there = (f"{height}x{width}" for height, width in (values.shape, upright[::-1]))
             turned = "" if turn is None else " (by its EXIF orientation)"
             raise UserError(
                 f"label map {name} is {here} pixels, its image {self.images[index]} is {there}{turned}", DATA
             )
-        found = found.astype(np.int64)
-        labels = self.table[found.clip(0, 255)]
-        wrong = (labels == INVALID) | (found > 255) | (found < 0)
+        values = values.astype(np.int64)
+        labels = self.table[values.clip(0, 255)]
+        wrong = (labels == INVALID) | (values > 255) | (values < 0)
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
-            value = int(found[row, column])
+            value = int(values[row, column])
             raise UserError(f"{name} has label {value} in row {row}, column {column}, but of {self.meaning}", DATA)
         return labels.astype(np.uint8)

@@ -24,7 +24,7 @@ class BadImage(UserError):
 
 def printable(name: str) -> str:
     """Escape the control characters and undecodable bytes in a file's name, for terminals and text files."""
-    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: repr(found[0])[1:-1], name)
+    return re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", lambda match: repr(match[0])[1:-1], name)
 
 
 class BadImages:
@@ -45,15 +45,15 @@ class BadImages:
                 self.new[name] = reason, int(count)  # other machines may not have the file
         self.note(getattr(source, "bad", {}))
 
-    def note(self, found: dict[str, tuple[str, int]]) -> None:
-        """Record what this process has found, name -> (reason, samples). Known names are ignored."""
-        said = {printable(name): (printable(reason), samples) for name, (reason, samples) in found.items()}
-        self.new |= {name: what for name, what in said.items() if name not in self.known}
+    def note(self, bad: dict[str, tuple[str, int]]) -> None:
+        """Record what this process could not read, name -> (reason, samples). Known names are ignored."""
+        entries = {printable(name): (printable(reason), samples) for name, (reason, samples) in bad.items()}
+        self.new |= {name: entry for name, entry in entries.items() if name not in self.known}
 
     def share(self) -> None:
         """Exchange what the processes have recorded. All must call it. Raises UserError (code 65) beyond the budget."""
-        for found in all_gather_object(self.new):
-            self.known |= {name: said for name, said in found.items() if name not in self.known}
+        for entries in all_gather_object(self.new):
+            self.known |= {name: entry for name, entry in entries.items() if name not in self.known}
         self.new = {}
         if not self.known:
             return

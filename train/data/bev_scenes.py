@@ -563,15 +563,15 @@ def quaternion(matrix: ndarray) -> list[float]:
 def sweep(frame: Frame) -> ndarray:
     """Return the points visible to the cameras in the format of a LiDAR file, (n, 5) float32: x, y, z, intensity,
     ring."""
-    found = []
+    clouds = []
     for depth, matrix in zip(frame.depth, frame.lidar2img):
         v, u = np.nonzero(depth)
         kept = (u % 2 == 0) & (v % 2 == 0)
         u, v = u[kept], v[kept]
         d = depth[v, u]
         points = np.stack([(u + 0.5) * d, (v + 0.5) * d, d, np.ones_like(d)], 1) @ np.linalg.inv(matrix).T
-        found.append(points[:, :3])
-    points = np.concatenate(found)
+        clouds.append(points[:, :3])
+    points = np.concatenate(clouds)
     return np.pad(points, [(0, 0), (0, 2)]).astype(np.float32)
 
 

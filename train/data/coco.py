@@ -159,8 +159,8 @@ class Coco:
             budget = f" (data.max_bad={self.max_bad})" if self.max_bad else ""
             files = {fold(name): name for name in there}
             name = missing[0]
-            found = files.get(fold(name.replace("\\", "/").rpartition("/")[2]))
-            hint = f'; {found} is there: correct "file_name", or data.root and the folder of the split' if found else ""
+            twin = files.get(fold(name.replace("\\", "/").rpartition("/")[2]))
+            hint = f'; {twin} is there: correct "file_name", or data.root and the folder of the split' if twin else ""
             raise UserError(f"{folder} lacks {first(missing, 3)} of the {len(names)} images in {file}{budget}{hint}")
 
 

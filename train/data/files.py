@@ -154,20 +154,20 @@ def split_folders(folder: Path, accept: Iterable[str] | None = None) -> dict[str
     accept: names of folders to consider; None: all. Raises UserError if two folders mean the same split, or val or test
     is a link to train.
     """
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for path in sorted(folder.iterdir() if folder.is_dir() else ()):
         split = split_of(path.name)
         if split is None or not path.is_dir() or (accept is not None and path.name not in accept):
             continue
-        if split in found:
-            raise UserError(f"{found[split]} and {path} are both {split} splits: leave one of them in {folder}", DATA)
-        found[split] = path
-    for split, path in found.items():
-        if split != "train" and "train" in found and path.samefile(found["train"]):
+        if split in folders:
+            raise UserError(f"{folders[split]} and {path} are both {split} splits: leave one of them in {folder}", DATA)
+        folders[split] = path
+    for split, path in folders.items():
+        if split != "train" and "train" in folders and path.samefile(folders["train"]):
             raise UserError(
-                f"{path} and {found['train']} are the same folder, by a link: give {split} its own images", DATA
+                f"{path} and {folders['train']} are the same folder, by a link: give {split} its own images", DATA
             )
-    return found
+    return folders
 
 
 def refuse_data_folder(run_dir: Path, data: Mapping[str, Any]) -> None:

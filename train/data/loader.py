@@ -181,12 +181,12 @@ class Batches:
         for loaded in self._loaded():
             if isinstance(loaded, UserError):
                 raise loaded
-            batch, found = loaded
-            if found and self.bad is None:
-                raise BadImage(*next(iter(found.items())))
-            if found:
-                self.bad.note({name: (reason, 1) for name, reason in found.items()})
-                self.skipped += len(found)
+            batch, errors = loaded
+            if errors and self.bad is None:
+                raise BadImage(*next(iter(errors.items())))
+            if errors:
+                self.bad.note({name: (reason, 1) for name, reason in errors.items()})
+                self.skipped += len(errors)
             if batch is not None:
                 batch = to_device(batch, self.device)
                 yield batch if self.finish is None else self.finish(batch)
@@ -240,8 +240,8 @@ def _ignore_interrupts(worker: int) -> None:
 def _collate(collate: Callable[[list], Any], loaded: Any) -> Any:
     if isinstance(loaded, UserError):
         return loaded
-    samples, found = loaded
-    return collate(samples) if samples else None, found
+    samples, errors = loaded
+    return collate(samples) if samples else None, errors
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -281,20 +281,20 @@ class Samples(Dataset):
                 depths.append(torch.zeros(H, W))
                 continue
             row = tables.get("sample_data", sample["data"][camera])
-            picture = torch.from_numpy(np.array(read_image(Path(source.root, row["filename"])))).permute(2, 0, 1)
-            picture = picture.float() / 255
+            image = torch.from_numpy(np.array(read_image(Path(source.root, row["filename"])))).permute(2, 0, 1)
+            image = image.float() / 255
             if self.distort:
-                picture = distort_colors(picture, hue=0.05, clip=False, swap=True)
+                image = distort_colors(image, hue=0.05, clip=False, swap=True)
             known = tables.get("calibrated_sensor", row["calibrated_sensor_token"])["camera_intrinsic"]
             matrix = np.eye(4)
             matrix[:3, :3] = known
             matrix = matrix @ np.linalg.inv(source.pose(sample["data"][camera])) @ pose
-            depth = sparse_depth(points, matrix, tuple(picture.shape[1:]))
-            tall, wide = (int(source.scale * side) for side in picture.shape[1:])
+            depth = sparse_depth(points, matrix, tuple(image.shape[1:]))
+            tall, wide = (int(source.scale * side) for side in image.shape[1:])
             # As OpenCV resizes: bilinear without antialiasing, and depth by the nearest pixel.
-            picture = interpolate(picture[None], (tall, wide), mode="bilinear")[0]
+            image = interpolate(image[None], (tall, wide), mode="bilinear")[0]
             depths.append(pad(interpolate(depth[None, None], (tall, wide))[0, 0], (0, W - wide, 0, H - tall)))
-            images.append(pad((picture - self.mean) / self.std, (0, W - wide, 0, H - tall)))
+            images.append(pad((image - self.mean) / self.std, (0, W - wide, 0, H - tall)))
             matrices.append(np.diag([source.scale, source.scale, 1, 1]) @ matrix)
         matrices = torch.from_numpy(np.stack(matrices)).float()
         frame = dict(images=torch.stack(images), lidar2img=matrices, depth=torch.stack(depths))

@@ -125,12 +125,12 @@ def _indexed(tar: Path, kind: Kind) -> Samples:
                 return kept
             if stat.st_size > 20 << 30:  # takes minutes for ImageNet
                 print(f"indexing {tar} (once)", file=sys.stderr, flush=True)
-            found = _scan(tar, kind)
+            samples = _scan(tar, kind)
             for place in places:
                 with suppress(UserError), atomic_write(place) as temporary:  # the first may be in a read-only folder
-                    _store(temporary, found, stamp)
+                    _store(temporary, samples, stamp)
                     break
-            return found
+            return samples
     except OSError as error:
         raise from_os(error, f"reading {tar}") from error
 
@@ -167,11 +167,11 @@ def _load(places: Sequence[Path], stamp: str, length: int) -> Samples | None:
             if stamped == stamp:
                 names = Strings(())
                 names.text, names.ends = kept["text"], kept["ends"]
-                found = Samples(names, kept["offsets"], kept["sizes"], kept["labels"], *rest)
-                lengths = {len(found.offsets), len(found.sizes), len(found.labels), len(names)}
-                low = min(found.offsets.min(initial=0), found.sizes.min(initial=0))
-                if len(lengths) == 1 and low >= 0 and (found.offsets + found.sizes).max(initial=0) <= length:
-                    return found
+                samples = Samples(names, kept["offsets"], kept["sizes"], kept["labels"], *rest)
+                lengths = {len(samples.offsets), len(samples.sizes), len(samples.labels), len(names)}
+                low = min(samples.offsets.min(initial=0), samples.sizes.min(initial=0))
+                if len(lengths) == 1 and low >= 0 and (samples.offsets + samples.sizes).max(initial=0) <= length:
+                    return samples
     return None
 
 

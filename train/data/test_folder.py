@@ -39,11 +39,11 @@ class TestFolder(Source):
                     f"{Path(root, name)} is not a class of the model, which has {len(class_names)}"
                     f"{closest(name, class_names)}"
                 )
-        found = sorted(files, key=number.__getitem__)  # as numbers: "10" comes after "9"
+        names = sorted(files, key=number.__getitem__)  # as numbers: "10" comes after "9"
         self.root, self.model_classes = root, list(class_names)
-        self.classes = [number[name] for name in found]
+        self.classes = [number[name] for name in names]
         self.class_names = [class_names[i] for i in self.classes]
-        self._samples = [(path, label) for label, name in enumerate(found) for path in files[name]]
+        self._samples = [(path, label) for label, name in enumerate(names) for path in files[name]]
 
     def inputs(self, pretrained_cfg: dict[str, Any]) -> dict[str, Any]:
         """Return the model's own preprocessing for tests at `img_size`, with timm's keys."""

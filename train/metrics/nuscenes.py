@@ -32,14 +32,14 @@ class NuScenesMetric:
     def update(
         self,
         index: int,
-        found: tuple[Tensor, Tensor, Tensor],
+        predicted: tuple[Tensor, Tensor, Tensor],
         boxes: Tensor,
         labels: Tensor,
         attributes: Tensor | None = None,
     ) -> None:
-        """Add sample `index` of the split: found (boxes (n, 9), scores (n,), labels (n,)), and what there is: boxes
-        (m, 9), labels (m,), attributes (m,), numbers in ATTRIBUTES, -1: none."""
-        arrays = [t.detach().cpu().numpy().astype(np.float64) for t in (*found, boxes, labels)]
+        """Add sample `index` of the split: predicted (boxes (n, 9), scores (n,), labels (n,)), and the ground truth:
+        boxes (m, 9), labels (m,), attributes (m,), numbers in ATTRIBUTES, -1: none."""
+        arrays = [t.detach().cpu().numpy().astype(np.float64) for t in (*predicted, boxes, labels)]
         kinds = np.full(len(boxes), -1.0) if attributes is None else attributes.cpu().numpy().astype(np.float64)
         self.samples[int(index)] = (*arrays, kinds)
 
@@ -85,9 +85,9 @@ def accumulate(samples: Sequence[tuple[ndarray, ...]], label: int, name: str, di
     """
     far = RANGES.get(name, max(RANGES.values()))
     kept, there, kinds = [], [], []
-    for i, (found, scores, labels, boxes, truth, attributes) in enumerate(samples):
-        mine = (labels == label) & (np.hypot(*found[:, :2].T) < far)
-        kept += [(score, i, box) for score, box in zip(scores[mine], found[mine])]
+    for i, (predicted, scores, labels, boxes, truth, attributes) in enumerate(samples):
+        mine = (labels == label) & (np.hypot(*predicted[:, :2].T) < far)
+        kept += [(score, i, box) for score, box in zip(scores[mine], predicted[mine])]
         own = (truth == label) & (np.hypot(*boxes[:, :2].T) < far)
         there.append(boxes[own])
         kinds.append(attributes[own])

@@ -47,17 +47,17 @@ class Confusion:
         if self._rows:
             rows[: len(self._rows)] = torch.tensor(self._rows, dtype=torch.float64)
         gathered = gather(rows.to(self.counts.device))
-        found = sorted((value, int(index)) for value, index in gathered.tolist() if value != float("inf"))
-        return found[: self.worst]
+        worst = sorted((value, int(index)) for value, index in gathered.tolist() if value != float("inf"))
+        return worst[: self.worst]
 
 
 def gather(rows: Tensor) -> Tensor:
     """Return the rows of all processes, concatenated."""
     if world_size() == 1:
         return rows
-    found = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(found, rows)
-    return torch.cat(found)
+    parts = [torch.empty_like(rows) for _ in range(world_size())]
+    dist.all_gather(parts, rows)
+    return torch.cat(parts)
 
 
 def confusion(labels: Tensor, predicted: Tensor, classes: int, ignored: int = 255) -> Tensor:
@@ -77,15 +77,15 @@ def per_class(counts: Tensor) -> dict[str, Tensor]:
 
 def table(counts: Tensor, names: Sequence[str]) -> list[dict]:
     """Return a row for each class: class, iou and acc (percent; None where undefined), pixels, taken_for most often."""
-    found = per_class(counts)
+    scores = per_class(counts)
     rows = []
     for i, name in enumerate(names):
-        iou, acc = (None if found[key][i].isnan() else 100 * float(found[key][i]) for key in ("iou", "acc"))
+        iou, acc = (None if scores[key][i].isnan() else 100 * float(scores[key][i]) for key in ("iou", "acc"))
         wrong = counts[i].clone()
         wrong[i] = 0
         times, other = wrong.max(0)
         taken = names[int(other)] if times else None
-        rows.append({"class": name, "iou": iou, "acc": acc, "pixels": int(found["pixels"][i]), "taken_for": taken})
+        rows.append({"class": name, "iou": iou, "acc": acc, "pixels": int(scores["pixels"][i]), "taken_for": taken})
     return rows
 
 

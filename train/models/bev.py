@@ -159,14 +159,14 @@ class CentreHead(nn.Module):
     ) -> dict[str, Tensor]:
         logits, codes = outputs
         _, H, W = logits.shape[1:]
-        heat, wanted, found, count = [], [], [], 0
+        heat, wanted, predicted, count = [], [], [], 0
         for code, own, kinds in zip(codes, boxes, labels):
             at = self.place(own)
             inside = ((at >= 0) & (at < at.new_tensor([W, H]))).all(1)
             own, kinds, at = own[inside], kinds[inside], at[inside]
             heat.append(self.heat(own, kinds, logits.shape[1:]))
             x, y = at.floor().long().unbind(1)
-            found.append(code[:, y, x].T)
+            predicted.append(code[:, y, x].T)
             yaw = own[:, 6:7] - self.ray(at.floor())
             wanted.append(
                 torch.cat([at - at.floor(), own[:, 2:3], own[:, 3:6].log(), yaw.sin(), yaw.cos(), own[:, 7:]], 1)
@@ -176,7 +176,7 @@ class CentreHead(nn.Module):
         # Penalty-reduced focal loss (CornerNet, arXiv 1808.01244).
         p, log, rest = logits.sigmoid(), F.logsigmoid(logits), F.logsigmoid(-logits)
         peaks = -torch.where(heat == 1, (1 - p).square() * log, (1 - heat) ** 4 * p.square() * rest).sum()
-        off = (torch.cat(found) - torch.cat(wanted)).abs() * logits.new_tensor(self.code_weights)
+        off = (torch.cat(predicted) - torch.cat(wanted)).abs() * logits.new_tensor(self.code_weights)
         return dict(peaks=peaks / max(1, count), boxes=self.box_weight * off.sum() / max(1, count))
 
     def boxes(self, outputs: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -184,7 +184,7 @@ class CentreHead(nn.Module):
         W = logits.shape[3]
         p = logits.sigmoid()
         p = torch.where(F.max_pool2d(p, 3, 1, 1) == p, p, 0.0)  # keep local maxima
-        found = []
+        detections = []
         for scores, code in zip(p, codes):
             score, index = scores.flatten().topk(min(self.most, scores.numel()))
             label, cell = index // scores[0].numel(), index % scores[0].numel()
@@ -195,8 +195,8 @@ class CentreHead(nn.Module):
             yaw = torch.atan2(c[:, 6:7], c[:, 7:8]) + self.ray(cells)
             yaw = torch.remainder(yaw + math.pi, 2 * math.pi) - math.pi
             box = torch.cat([at, c[:, 2:3], c[:, 3:6].clamp(-5, 5).exp(), yaw, c[:, 8:]], 1)
-            found.append((box, score, label))
-        return found
+            detections.append((box, score, label))
+        return detections
 
 
 def inverse_sigmoid(p: Tensor) -> Tensor:
@@ -339,7 +339,7 @@ class DecoderHead(nn.Module):
         return losses
 
     def boxes(self, outputs: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        found = []
+        detections = []
         for logits, codes in zip(*outputs[-1]):
             score, index = logits.sigmoid().flatten().topk(min(self.most, logits.numel()))
             c = codes[index // self.classes]
@@ -348,8 +348,8 @@ class DecoderHead(nn.Module):
             box = torch.stack([x, y, z, *size, torch.atan2(sin, cos), vx, vy], -1)
             low, high = c.new_tensor(self.low[:2]) - self.margin, c.new_tensor(self.high[:2]) + self.margin
             kept = ((box[:, :2] >= low) & (box[:, :2] <= high)).all(1)
-            found.append((box[kept], score[kept], index[kept] % self.classes))
-        return found
+            detections.append((box[kept], score[kept], index[kept] % self.classes))
+        return detections
 
 
 HEAD_KEYS: Rules = [  # published name of an entry of the head -> DecoderHead's, applied in order

@@ -86,11 +86,11 @@ class Detector(OnBody):
         sizes = [scaled_size(*size, self.test_size) for size in original]
         batch = self.batch([resize_uint8(255 * image, size) for image, size in zip(images, sizes)], self.pad_to)
         results = []
-        for (found, masks), (height, width), size in zip(
+        for (detections, masks), (height, width), size in zip(
             self.detect(self.maps(batch.images), batch), original, batch.sizes, strict=True
         ):
-            factors = found.boxes.new_tensor([size[1] / width, size[0] / height] * 2)
-            result = dict(boxes=found.boxes / factors, scores=found.scores, labels=found.labels + 1)
+            factors = detections.boxes.new_tensor([size[1] / width, size[0] / height] * 2)
+            result = dict(boxes=detections.boxes / factors, scores=detections.scores, labels=detections.labels + 1)
             if masks is not None:
                 result["masks"] = paste_masks(masks, result["boxes"], (height, width))[:, None]
             results.append(result)
@@ -130,7 +130,7 @@ class RetinaNet(Detector):
         return self.bbox_head.loss(*self.bbox_head(maps), targets, batch.padded)
 
     def detect(self, maps: list[Tensor], batch: Batch) -> list[tuple]:
-        return [(found, None) for found in self.bbox_head.detect(*self.bbox_head(maps), batch.sizes)]
+        return [(detections, None) for detections in self.bbox_head.detect(*self.bbox_head(maps), batch.sizes)]
 
 
 class RCNN(Detector):

@@ -28,7 +28,7 @@ def freeze(model: nn.Module, what: int | str | Sequence[str]) -> list[nn.Module]
         own = set(module.parameters())
         if own and own <= parameters:
             return [module]
-        return [found for child in module.children() for found in frozen_modules(child)]
+        return [frozen for child in module.children() for frozen in frozen_modules(child)]
 
     return frozen_modules(model)
 

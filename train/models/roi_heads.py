@@ -247,8 +247,8 @@ class RoIHead(nn.Module):
     ) -> list[tuple[Detections, Tensor | None]]:
         """Return each image's detections, in the pixels of the network's input, with mask probabilities (n, 28, 28)."""
         logits, deltas = self._score(self.bbox_head, maps, proposals)
-        found = self._select(logits, decode_by_class(torch.cat(list(proposals)), deltas, STDS), proposals, sizes)
-        return self._with_masks(maps, found, [self.mask_head] if self.has_masks else [])
+        results = self._select(logits, decode_by_class(torch.cat(list(proposals)), deltas, STDS), proposals, sizes)
+        return self._with_masks(maps, results, [self.mask_head] if self.has_masks else [])
 
     def _select(
         self, logits: Tensor, boxes: Tensor, proposals: Sequence[Tensor], sizes: Sequence[Sequence[int]]
@@ -261,15 +261,15 @@ class RoIHead(nn.Module):
         return results
 
     def _with_masks(
-        self, maps: Sequence[Tensor], found: list[Detections], heads: Sequence[nn.Module]
+        self, maps: Sequence[Tensor], results: list[Detections], heads: Sequence[nn.Module]
     ) -> list[tuple[Detections, Tensor | None]]:
         """Pair each image's detections with the mean over `heads` of their class's mask probabilities."""
         if not heads:
-            return [(detections, None) for detections in found]
-        pooled, rows = self._pooled(maps, [detections.boxes for detections in found], 14)
-        labels = torch.cat([detections.labels for detections in found])
+            return [(detections, None) for detections in results]
+        pooled, rows = self._pooled(maps, [detections.boxes for detections in results], 14)
+        labels = torch.cat([detections.labels for detections in results])
         masks = torch.stack([head(pooled[rows], labels).sigmoid() for head in heads]).mean(0)
-        return list(zip(found, masks.split([detections.boxes.shape[0] for detections in found])))
+        return list(zip(results, masks.split([detections.boxes.shape[0] for detections in results])))
 
 
 class CascadeRoIHead(RoIHead):
@@ -348,8 +348,8 @@ class CascadeRoIHead(RoIHead):
             if stage < len(STAGES) - 1:
                 counts = [p.shape[0] for p in proposals]
                 proposals = self._refine(boxes, deltas, logits[:, :-1].argmax(1), stds, counts, sizes)
-        found = self._select(total / len(STAGES), decode_by_class(boxes, deltas, stds), proposals, sizes)
-        return self._with_masks(maps, found, list(self.mask_head) if self.has_masks else [])
+        results = self._select(total / len(STAGES), decode_by_class(boxes, deltas, stds), proposals, sizes)
+        return self._with_masks(maps, results, list(self.mask_head) if self.has_masks else [])
 
 
 def class_deltas(deltas: Tensor, classes: Tensor) -> Tensor:

@@ -190,10 +190,10 @@ def label_map(views: Sequence[View], size: Sequence[int]) -> Tensor:
     for start in range(0, size[0], step):
         stop = min(start + step, size[0])
         if len(views) == 1:
-            found = views[0].rows_at(size, start, stop)
+            scores = views[0].rows_at(size, start, stop)
         else:
-            found = sum(view.rows_at(size, start, stop).softmax(0) for view in views)
-        labels.append(found.argmax(0))
+            scores = sum(view.rows_at(size, start, stop).softmax(0) for view in views)
+        labels.append(scores.argmax(0))
     return torch.cat(labels)
 
 

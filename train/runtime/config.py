@@ -138,12 +138,12 @@ def _class(module: str, name: str) -> type:
     if not any(module == one or module.startswith(f"{one}.") for one in trusted):
         raise ValueError(f"it imports {module}, which may run code; {MODULES}={module} allows it")
     try:
-        found = getattr(importlib.import_module(module), name, None)
+        cls = getattr(importlib.import_module(module), name, None)
     except ImportError as error:
         raise ValueError(f"there is no module {module}") from error
-    if not isinstance(found, type) or found.__module__ != module:
+    if not isinstance(cls, type) or cls.__module__ != module:
         raise ValueError(f"{module}.{name} is not a class of that module")
-    return found
+    return cls
 
 
 def _literal(node: ast.expr, classes: Mapping[str, type]) -> Any:

@@ -41,8 +41,8 @@ def read_run(folder: Path) -> dict[str, Any]:
     score = next((name for name in SCORES if val and name in val[-1]), None)
 
     def value(line: dict) -> float:
-        found = [line[key] for key in (score, f"ema_{score}") if line.get(key) is not None]
-        return max(found, default=float("-inf"))
+        scores = [line[key] for key in (score, f"ema_{score}") if line.get(key) is not None]
+        return max(scores, default=float("-inf"))
 
     best = max(val, key=value) if score else None
     train = [line for line in lines if line["kind"] == "train"]
@@ -64,7 +64,7 @@ def differences(runs: Sequence[dict]) -> dict[str, list[Any]]:
     """Return the config's keys that are not the same in all runs, each with its value in every run (None: not set)."""
     keys = list(dict.fromkeys(key for run in runs for key in run["settings"]))
     values = {key: [run["settings"].get(key) for run in runs] for key in keys}
-    return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+    return {key: per_run for key, per_run in values.items() if any(value != per_run[0] for value in per_run)}
 
 
 def plot_runs(runs: Sequence[dict], file: Path) -> Path:
