@@ -25,6 +25,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..tiles import FLOOR, LOG2E, precision, softmax_step
 from ..tune import launch
@@ -35,19 +36,34 @@ SIZES = ["B", "heads", "N", "a", "h", "w", "S", "share", "images", "splits", "to
 
 
 @triton.jit
-def bias(rows_ptr, columns_ptr, token_ptr, head, n, m, ok, a, h, w, S, T: tl.constexpr):
-    """Return the bias of tokens n and agents m, times log2(e). One of them is a column of the tile, the other a row."""
-    i = tl.maximum(n - T, 0)
-    y, x = i // w, i % w
+def along(x, TOKENS_FIRST: tl.constexpr):
+    """Return values of the tokens as a column or a row of the tile. They are computed once, not by each thread."""
+    return tl.sum(x[:, None], 1)[:, None] if TOKENS_FIRST else tl.sum(x[:, None], 1)[None, :]
+
+
+@triton.jit
+def bias(rows_ptr, columns_ptr, token_ptr, head, n, m, N, h, w, S, T: tl.constexpr, AP: tl.constexpr,
+         TOKENS_FIRST: tl.constexpr):  # fmt: skip
+    """Return the bias of tokens n by agents m, or of agents by tokens unless TOKENS_FIRST, times log2(e). The tables
+    have AP agents, a multiple of 16 and of the tile, so that nothing is masked: tokens from N on have any bias."""
+    i = tl.maximum(tl.minimum(n, N - 1) - T, 0)
+    y = i // w
+    x = i - y * w
     s = tl.minimum(tl.maximum(((2 * x + 1) * S - w).to(tl.float32) / (2 * w), 0.0), (S - 1).to(tl.float32))
     j = s.to(tl.int32)
-    f = s - j
-    rows_ptr += (head * h + y) * S * a
-    left = tl.load(rows_ptr + j * a + m, ok, 0.0)
-    right = tl.load(rows_ptr + tl.minimum(j + 1, S - 1) * a + m, ok, 0.0)
-    b = left + f * (right - left) + tl.load(columns_ptr + (head * w + x) * a + m, ok, 0.0)
+    f = along(s - j, TOKENS_FIRST)
+    row = along(((y * S + j) * AP) | (j + 1 < S).to(tl.int32), TOKENS_FIRST)  # AP is even: one bit is free
+    step = tl.where(row & 1 != 0, AP, 0)
+    m = m[None, :] if TOKENS_FIRST else m[:, None]
+    rows_ptr += head * h * S * AP
+    left_ptr = rows_ptr + tl.multiple_of(row & -2, (16, 16)) + m
+    left = tl.load(left_ptr)
+    right = tl.load(left_ptr + tl.multiple_of(step, (16, 16)))
+    columns_ptr += head * w * AP
+    b = left + f * (right - left) + tl.load(columns_ptr + tl.multiple_of(along(x * AP, TOKENS_FIRST), (16, 16)) + m)
     if T:
-        b = tl.where(n == 0, tl.load(token_ptr + head * a + m, m < a, 0.0), b)
+        n = n[:, None] if TOKENS_FIRST else n[None, :]
+        b = tl.where(n == 0, tl.load(token_ptr + head * AP + m), b)
     return b * LOG2E
 
 
@@ -66,11 +82,18 @@ def store(x_ptr, n, stride_n, ok, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def neighbours(x_ptr, n, stride_n, dy, dx, h, w, T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Load the tokens dy rows and dx columns from tokens n; zero outside the map."""
-    y, x = (n - T) // w + dy, (n - T) % w + dx
-    ok = (n >= T) & (y >= 0) & (y < h) & (x >= 0) & (x < w)
+def neighbours(x_ptr, y, x, stride_n, dy, dx, h, w, T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Load the tokens dy rows and dx columns from those at (y, x); zero outside the map."""
+    y, x = y + dy, x + dx
+    ok = (y >= 0) & (y < h) & (x >= 0) & (x < w)
     return load(x_ptr, T + y * w + x, stride_n, ok, D, BLOCK_D).to(tl.float32)
+
+
+@triton.jit
+def place(n, N, w, T: tl.constexpr):
+    """Return row and column of tokens n; for those that are not on the map, a row far from it."""
+    y = (n - T) // w
+    return tl.where((n >= T) & (n < N), y, -4), n - T - y * w
 
 
 @triton.jit
@@ -85,7 +108,8 @@ def gather_kernel(
     k_ptr, v_ptr, agents_ptr, rows_ptr, columns_ptr, token_ptr, part_ptr, lse_ptr,
     stride_kb, stride_kn, stride_vb, stride_vn,
     B, heads, N, a, h, w, S, share, scale,
-    T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
+    T: tl.constexpr, AP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
     PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     pid = tl.program_id(0)
@@ -106,9 +130,8 @@ def gather_kernel(
         ok = n < N
         k = load(k_ptr, n, stride_kn, ok, D, BLOCK_D)
         v = load(v_ptr, n, stride_vn, ok, D, BLOCK_D)
-        both = mine[:, None] & ok[None, :]
         s = tl.dot(agents, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
-        s += bias(rows_ptr, columns_ptr, token_ptr, head, n[None, :], m[:, None], both, a, h, w, S, T)
+        s += bias(rows_ptr, columns_ptr, token_ptr, head, n, m, N, h, w, S, T, AP, False)
         top, l, acc = softmax_step(tl.where(ok[None, :], s, float("-inf")), v, top, l, acc, PRECISION)
     first = ((split * B + b) * heads + head) * a
     store(part_ptr + first * D, m, D, mine, acc / l[:, None], D, BLOCK_D)
@@ -142,7 +165,8 @@ def read_kernel(
     q_ptr, v_ptr, agents_ptr, va_ptr, rows_ptr, columns_ptr, token_ptr, weight_ptr, out_ptr, lse_ptr,
     stride_qb, stride_qn, stride_vb, stride_vn,
     heads, N, a, h, w, S, scale,
-    T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
+    T: tl.constexpr, AP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
     CONV: tl.constexpr,
     PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
@@ -163,9 +187,8 @@ def read_kernel(
         ok = m < a
         agents = load(agents_ptr, m, heads * D, ok, D, BLOCK_D)
         va = load(va_ptr, m, D, ok, D, BLOCK_D)
-        both = mine[:, None] & ok[None, :]
         s = tl.dot(q, tl.trans(agents), input_precision=PRECISION) * (scale * LOG2E)
-        s += bias(rows_ptr, columns_ptr, token_ptr, head, n[:, None], m[None, :], both, a, h, w, S, T)
+        s += bias(rows_ptr, columns_ptr, token_ptr, head, n, m, N, h, w, S, T, AP, True)
         top, l, acc = softmax_step(tl.where(ok[None, :], s, float("-inf")), va, top, l, acc, PRECISION)
     tl.store(lse_ptr + (b * heads + head) * N + n, top + tl.log2(l), mine)
     out = acc / l[:, None]
@@ -173,10 +196,13 @@ def read_kernel(
         c = head * D + tl.arange(0, BLOCK_D)
         has = tl.arange(0, BLOCK_D) < D
         v_ptr += b * stride_vb + head * D
+        y, x = place(n, N, w, T)
+        # A sum of its own: in the layout of the products' results, pixels would be loaded in pairs of channels.
+        conv = tl.where((n >= T)[:, None], tl.load(weight_ptr + 9 * heads * D + c, has, 0.0)[None, :], 0.0)
         for tap in tl.range(9, num_stages=1):
-            x = neighbours(v_ptr, n, stride_vn, tap // 3 - 1, tap % 3 - 1, h, w, T, D, BLOCK_D)
-            out += x * tl.load(weight_ptr + tap * heads * D + c, has, 0.0)[None, :]
-        out += tl.where((n >= T)[:, None], tl.load(weight_ptr + 9 * heads * D + c, has, 0.0)[None, :], 0.0)
+            value = neighbours(v_ptr, y, x, stride_vn, tap // 3 - 1, tap % 3 - 1, h, w, T, D, BLOCK_D)
+            conv += value * tl.load(weight_ptr + tap * heads * D + c, has, 0.0)[None, :]
+        out += conv
     store(out_ptr + b * N * heads * D + head * D, n, heads * D, mine, out, D, BLOCK_D)
 
 
@@ -193,7 +219,8 @@ def tokens_kernel(
     dx_ptr, dy_ptr, dbias_ptr, dweight_ptr,
     stride_xb, stride_xn, stride_yb, stride_yn, stride_db, stride_dn,
     B, heads, N, a, h, w, S, images, scale,
-    T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
+    T: tl.constexpr, AP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
     KEYS: tl.constexpr, CONV: tl.constexpr, SINGLE: tl.constexpr,
     PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
@@ -208,7 +235,7 @@ def tokens_kernel(
     m = tl.arange(0, BLOCK_A)
     if SINGLE:
         ok = mine[:, None] & (m < a)[None, :]
-        bias_one = bias(rows_ptr, columns_ptr, token_ptr, head, n[:, None], m[None, :], ok, a, h, w, S, T)
+        bias_one = bias(rows_ptr, columns_ptr, token_ptr, head, n, m, N, h, w, S, T, AP, True)
         dbias = tl.full((BLOCK_N, BLOCK_A), 0, tl.float32)
     if CONV:
         tap_of = tl.arange(0, 16)[:, None]
@@ -229,7 +256,7 @@ def tokens_kernel(
                     ok = mine[:, None] & (m < a)[None, :]
                     agents = load(agents_ptr + b * a * C + c, m, C, m < a, D, BLOCK_D)
                     z = load(z_ptr + first * D, m, D, m < a, D, BLOCK_D)
-                    one = bias(rows_ptr, columns_ptr, token_ptr, head, n[:, None], m[None, :], ok, a, h, w, S, T)
+                    one = bias(rows_ptr, columns_ptr, token_ptr, head, n, m, N, h, w, S, T, AP, True)
                     p, dp = pairs(x, y, agents, z, one, lse, ok, scale, PRECISION)
                     total += tl.sum(p * dp, 1)
                 tl.store(delta_ptr + token, total, mine)
@@ -244,10 +271,7 @@ def tokens_kernel(
             if KEYS:
                 lse = tl.load(lse_ptr + first + m, m < a, 0.0)[None, :]
                 delta = tl.load(delta_ptr + first + m, m < a, 0.0)[None, :]
-            if SINGLE:
-                one = bias_one
-            else:
-                one = bias(rows_ptr, columns_ptr, token_ptr, head, n[:, None], m[None, :], ok, a, h, w, S, T)
+            one = bias_one if SINGLE else bias(rows_ptr, columns_ptr, token_ptr, head, n, m, N, h, w, S, T, AP, True)
             p, dp = pairs(x, y, agents, z, one, lse, ok, scale, PRECISION)
             if SINGLE and not KEYS:
                 total = tl.sum(p * dp, 1)
@@ -262,14 +286,17 @@ def tokens_kernel(
         store(dx_ptr + b * N * C + c, n, C, mine, dx * scale, D, BLOCK_D)
         if CONV:
             value = y.to(tl.float32)
+            row, column = place(n, N, w, T)
+            conv = tl.full((BLOCK_N, BLOCK_D), 0, tl.float32)
             for tap in tl.range(9, num_stages=1):
                 g = neighbours(
-                    dout_ptr + b * stride_db + c, n, stride_dn, 1 - tap // 3, 1 - tap % 3, h, w, T, D, BLOCK_D
+                    dout_ptr + b * stride_db + c, row, column, stride_dn, 1 - tap // 3, 1 - tap % 3, h, w, T, D, BLOCK_D
                 )
-                dy += g * tl.load(weight_ptr + tap * C + c + d, d < D, 0.0)[None, :]
+                conv += g * tl.load(weight_ptr + tap * C + c + d, d < D, 0.0)[None, :]
                 dweight += tl.where(tap_of == tap, tl.sum(g * value, 0)[None, :], 0.0)
-            g = neighbours(dout_ptr + b * stride_db + c, n, stride_dn, 0, 0, h, w, T, D, BLOCK_D)
+            g = neighbours(dout_ptr + b * stride_db + c, row, column, stride_dn, 0, 0, h, w, T, D, BLOCK_D)
             dweight += tl.where(tap_of == 9, tl.sum(g, 0)[None, :], 0.0)
+            dy += conv
         if KEYS:
             store(dy_ptr + b * N * C + c, n, C, mine, dy, D, BLOCK_D)
     if SINGLE:
@@ -285,7 +312,8 @@ def agents_kernel(
     x_ptr, y_ptr, agents_ptr, z_ptr, rows_ptr, columns_ptr, token_ptr, lse_ptr, delta_ptr, dagents_ptr, dz_ptr,
     stride_xb, stride_xn, stride_yb, stride_yn,
     B, heads, N, a, h, w, S, share, scale,
-    T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
+    T: tl.constexpr, AP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
@@ -315,7 +343,7 @@ def agents_kernel(
             token = (b * heads + head) * N + n
             lse = tl.load(lse_ptr + token, n < N, 0.0)[None, :]
             delta = tl.load(delta_ptr + token, n < N, 0.0)[None, :]
-        one = bias(rows_ptr, columns_ptr, token_ptr, head, n[None, :], m[:, None], ok, a, h, w, S, T)
+        one = bias(rows_ptr, columns_ptr, token_ptr, head, n, m, N, h, w, S, T, AP, False)
         p, dp = pairs(agents, z, x, y, one, lse, ok, scale, PRECISION)
         dagents = tl.dot((p * (dp - delta)).to(x.dtype), x, dagents, input_precision=PRECISION)
         if not KEYS:
@@ -331,7 +359,8 @@ def bias_kernel(
     x_ptr, y_ptr, agents_ptr, z_ptr, rows_ptr, columns_ptr, token_ptr, lse_ptr, delta_ptr, dbias_ptr,
     stride_xb, stride_xn, stride_yb, stride_yn,
     B, heads, N, a, h, w, S, images, scale,
-    T: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
+    T: tl.constexpr, AP: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_A: tl.constexpr,
     KEYS: tl.constexpr,
     PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
@@ -340,7 +369,7 @@ def bias_kernel(
     m, pid = take_tile(pid // heads, a, BLOCK_A)
     n, chunk = take_tile(pid, N, BLOCK_N)
     ok = (n < N)[:, None] & (m < a)[None, :]
-    one = bias(rows_ptr, columns_ptr, token_ptr, head, n[:, None], m[None, :], ok, a, h, w, S, T)
+    one = bias(rows_ptr, columns_ptr, token_ptr, head, n, m, N, h, w, S, T, AP, True)
     dbias = tl.full((BLOCK_N, BLOCK_A), 0, tl.float32)
     for i in range(chunk * images, tl.minimum(B, (chunk + 1) * images)):
         b = tl.full((), i, tl.int64)
@@ -365,11 +394,12 @@ def bias_kernel(
 # By element size in bytes and head dim: most tokens and agents per tile, warps, stages. Chosen for no spills on sm_90,
 # from the registers and shared memory of ahead-of-time compilation (saccade.ops.aot); not yet timed on a GPU.
 TILES = {
-    (2, 32): (32, 32, 8, 2),
-    (2, 64): (32, 64, 8, 2),
-    (4, 32): (16, 32, 8, 2),
-    (4, 64): (32, 32, 8, 2),
+    (2, 32): (64, 64, 4, 2),
+    (2, 64): (32, 64, 4, 2),
+    (4, 32): (32, 16, 4, 1),
+    (4, 64): (16, 32, 4, 2),
 }
+OF_TOKENS = dict(num_stages=1)  # what tokens_kernel changes of these: it spills with two
 # Enough to fill the largest GPU several times: with fewer tiles, the tokens or images are split among programs.
 PROGRAMS = 512
 
@@ -377,6 +407,8 @@ PROGRAMS = 512
 def tile(itemsize: int, D: int, a: int, hip: bool) -> dict:
     BLOCK_D = max(16, triton.next_power_of_2(D))
     tokens, agents, warps, stages = TILES[itemsize, max(32, BLOCK_D)]
+    if a > agents == tokens:  # two softmaxes' logits at once: tokens_kernel spills
+        tokens //= 2
     agents = max(16, min(agents, triton.next_power_of_2(a)))
     warps = warps // 2 if hip else warps  # as many threads: AMD's have 64 lanes
     stages = 1 if hip else stages  # with two, Triton 3.6 fails to compile tokens_kernel for gfx942
@@ -398,10 +430,14 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _tables(rows: Tensor, columns: Tensor, token: Tensor | None) -> tuple[tuple, tuple, int]:
-    """Return pointers, the sizes a, h, w, S, and whether there is a class token."""
-    _, h, S, a = rows.shape
-    return (rows, columns, rows if token is None else token), (a, h, columns.shape[1], S), int(token is not None)
+def _tables(rows: Tensor, columns: Tensor, token: Tensor | None, options: dict) -> tuple[tuple, tuple, dict]:
+    """Return pointers to the tables, padded to whole tiles of agents; the sizes a, h, w, S; and constexprs."""
+    (_, h, S, a), block = rows.shape, options["BLOCK_A"]
+    more = -a % block
+    padded = [x if x is None or not more else pad(x, (0, more)) for x in (rows, columns, token)]
+    token = padded[0] if token is None else padded[2]
+    sizes = a, h, columns.shape[1], S
+    return (*padded[:2], token), sizes, dict(T=int(padded[2] is not None), AP=a + more)
 
 
 def _taps(weight: Tensor | None, bias: Tensor | None, C: int) -> Tensor | None:
@@ -440,10 +476,10 @@ def fwd(
     if splits > 1:
         part, parts = (x.new_empty(splits, *x.shape, dtype=torch.float32) for x in (va, lse1))
     with torch.cuda.device_of(q):
-        pointers, sizes, T = _tables(*key_tables)
+        pointers, sizes, given = _tables(*key_tables, options)
         launch(gather_kernel, (programs * splits,))(
             k, v, agents, *pointers, part, parts, *k.stride()[:2], *v.stride()[:2],
-            B, heads, M, *sizes, share, scale, T=T, **options,
+            B, heads, M, *sizes, share, scale, **given, **options,
         )  # fmt: skip
         if splits > 1:
             total = B * heads * a
@@ -451,11 +487,11 @@ def fwd(
             launch(merge_kernel, (triton.cdiv(total, blocks["BLOCK_A"]),))(
                 part, parts, va, lse1, total, splits, **blocks
             )
-        pointers, sizes, T = _tables(*query_tables)
+        pointers, sizes, given = _tables(*query_tables, options)
         weight = _taps(dwc_weight, dwc_bias, C)
         launch(read_kernel, (B * heads * triton.cdiv(N, options["BLOCK_N"]),))(
             q, v, agents, va, *pointers, lse2 if weight is None else weight, out, lse2,
-            *q.stride()[:2], *v.stride()[:2], heads, N, *sizes, scale, T=T, CONV=weight is not None, **options,
+            *q.stride()[:2], *v.stride()[:2], heads, N, *sizes, scale, **given, CONV=weight is not None, **options,
         )  # fmt: skip
     return out, va, lse1, lse2
 
@@ -502,7 +538,7 @@ def _tokens(x, y, agents, z, tables, lse, delta, dout, weight, heads, scale, dx,
     (B, N, C), a = x.shape, agents.shape[1]
     options = tile(x.element_size(), C // heads, a, torch.version.hip is not None)
     options |= dict(PRECISION=precision(agents))
-    pointers, sizes, T = _tables(*tables)
+    pointers, sizes, given = _tables(*tables, options)
     tiles, agent_tiles = triton.cdiv(N, options["BLOCK_N"]), triton.cdiv(a, options["BLOCK_A"])
     single, conv = agent_tiles == 1, keys and weight is not None
     images = _chunk(B, heads * tiles)
@@ -510,17 +546,18 @@ def _tokens(x, y, agents, z, tables, lse, delta, dout, weight, heads, scale, dx,
     dbias = lse.new_empty(triton.cdiv(B, images), heads, N, a) if single else lse
     dweight = lse.new_empty(programs, 10, C) if conv else lse.new_empty(1, 0)
     strides = *x.stride()[:2], *y.stride()[:2]
+    options |= OF_TOKENS
     launch(tokens_kernel, (programs * heads,))(
         x, y, agents, z, *pointers, lse, delta, dout, weight if conv else lse, dx, dy, dbias, dweight,
         *strides, *dout.stride()[:2], B, heads, N, *sizes, images, scale,
-        T=T, KEYS=keys, CONV=conv, SINGLE=single, **options,
+        **given, KEYS=keys, CONV=conv, SINGLE=single, **options,
     )  # fmt: skip
     if not single:
         images = _chunk(B, heads * tiles * agent_tiles)
         dbias = lse.new_empty(triton.cdiv(B, images), heads, N, a)
         launch(bias_kernel, (len(dbias) * tiles * agent_tiles * heads,))(
             x, y, agents, z, *pointers, lse, delta, dbias, *strides, B, heads, N, *sizes, images, scale,
-            T=T, KEYS=keys, **options,
+            **given, KEYS=keys, **options,
         )  # fmt: skip
     return (part[0] if len(part) == 1 else part.sum(0) for part in (dbias, dweight))
 
@@ -530,14 +567,14 @@ def _agents(x, y, agents, z, tables, lse, delta, heads, scale, keys):
     (B, N, C), a = x.shape, agents.shape[1]
     options = tile(x.element_size(), C // heads, a, torch.version.hip is not None)
     options |= dict(PRECISION=precision(agents))
-    pointers, sizes, T = _tables(*tables)
+    pointers, sizes, given = _tables(*tables, options)
     programs = B * heads * triton.cdiv(a, options["BLOCK_A"])
     share = _share(N, programs, options["BLOCK_N"])
     dagents = lse.new_empty(triton.cdiv(N, share), B, heads, a, C // heads)
     dz = dagents if keys else torch.empty_like(dagents)
     launch(agents_kernel, (programs * len(dagents),))(
         x, y, agents, z, *pointers, lse, delta, dagents, dz, *x.stride()[:2], *y.stride()[:2],
-        B, heads, N, *sizes, share, scale, T=T, KEYS=keys, **options,
+        B, heads, N, *sizes, share, scale, **given, KEYS=keys, **options,
     )  # fmt: skip
     return tuple(part[0] if len(part) == 1 else part.sum(0) for part in (dagents, dz))
 
@@ -561,13 +598,15 @@ def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]
         most = TILES[itemsize, D][1]
         for a in (9, most, most + 1):
             options = tile(itemsize, D, a, hip)
-            conv = dict(T=1, CONV=True)
+            given = dict(T=1, AP=triton.cdiv(a, options["BLOCK_A"]) * options["BLOCK_A"])
+            conv = dict(given, CONV=True)
             single = options["BLOCK_A"] >= a
-            yield gather_kernel, floats | dict(part_ptr="*fp32"), dict(T=1) | options
+            yield gather_kernel, floats | dict(part_ptr="*fp32"), given | options
             yield merge_kernel, floats | dict(part_ptr="*fp32"), {k: options[k] for k in ("D", "BLOCK_D", "BLOCK_A")}
             yield read_kernel, floats, conv | options
             for keys in (False, True):
-                yield tokens_kernel, floats, dict(T=1, CONV=keys, KEYS=keys, SINGLE=single) | options
-                yield agents_kernel, floats, dict(T=1, KEYS=keys) | options
+                flags = dict(CONV=keys, KEYS=keys, SINGLE=single)
+                yield tokens_kernel, floats, given | flags | options | OF_TOKENS
+                yield agents_kernel, floats, dict(given, KEYS=keys) | options
                 if not single:
-                    yield bias_kernel, floats, dict(T=1, KEYS=keys) | options
+                    yield bias_kernel, floats, dict(given, KEYS=keys) | options

@@ -545,7 +545,7 @@ def test_eager_holds_little(monkeypatch):
 
 def test_kernels_hold_little():
     """Beyond output and gradients, numbers for each agent and query, and a bias' gradient, a few images at a time."""
-    shape = (4, (4, 4), (4, 4), 1, 16, 4, 3, False, False)  # the logits of either softmax are a quarter of a map
+    shape = (4, (8, 8), (8, 8), 1, 64, 16, 3, False, False)  # the logits of either softmax are a quarter of a map
     args = [t.requires_grad_() for t in inputs(shape)]
     size = args[0].nbytes
 
