@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.register_assert_rewrite("support")  # its assertions say what they compared, as those of tests do
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

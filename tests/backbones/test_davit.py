@@ -27,7 +27,7 @@ def small(**kwargs):
 
 
 class TestDaViT(Pyramid):
-    FAMILY, FIXTURES, NAME, SMALL, small = "DaViT", "davit", "davit_t", SMALL, staticmethod(small)
+    FIXTURES, NAME, SMALL, small = "davit", "davit_t", SMALL, staticmethod(small)
     rename = staticmethod(rename)
     WHOLE = (exhaustive("davit_tiny", "davit_t", {}), ("davit_tiny_150x198", "davit_t", {}))
     DENSE = (("davit_tiny_dense_192x256", "davit_t", dict(out_norms=True)),)

@@ -4,13 +4,10 @@ import pytest
 import saccade.backbones  # noqa: F401  (registers the models)
 import timm
 import torch
-import torch.nn.functional as F
 import torchvision
 from saccade.backbones.ela import ELA, VERSIONS, checkpoint_filter_fn
-from saccade.train.runtime import measure
 from support import parity
-from support.gradients import assert_gradients
-from support.graphs import compiles_and_exports
+from support.backbones import InNetworksOfOthers
 from support.levels import exhaustive
 from support.parity import load_file
 from timm.layers import create_attn
@@ -65,26 +62,79 @@ def test_residual_adds_its_input():
     torch.testing.assert_close(residual(x), x + gate(x))
 
 
-@pytest.mark.parametrize(
-    ("fixture", "name"), [("mobilenetv2_ela_l", "ela_mobilenetv2"), ("resnet50_ela_s", "ela_resnet50")]
+SMALL = dict(
+    ela_resnet18=dict(layers=(1, 1, 1, 1), channels=(32, 32, 64, 64), num_classes=7),
+    ela_resnet50=dict(layers=(1, 2, 1, 1), channels=(32, 32, 32, 64), num_classes=7),
+    ela_mobilenetv2=dict(width=0.25, num_classes=7),
 )
-def test_equals_published_model(tmp_path, fixture, name):
-    want = parity.load("ela", fixture)
-    outputs, x = want["outputs"], parity.image(want)
-    model = load_file(tmp_path, {"state_dict": {f"module.{k}": v for k, v in parity.weights(want).items()}}, name)
-    last, maps = model.forward_intermediates(x)
-    logits = model.forward_head(last)
-    parity.assert_equal("logits", logits, outputs["logits"])
-    if "stem" in outputs:  # after the pool
-        parity.assert_equal("stem", model.maxpool(maps[0]), outputs["stem"])
-    for i, stage in enumerate(maps):
-        if f"stage{i}" in outputs:
-            parity.assert_equal(f"stage{i}", stage, outputs[f"stage{i}"])
-    if "features" in outputs:
-        parity.assert_equal("features", last, outputs["features"])
-    assert sum(p.numel() for p in model.parameters()) == want["params"]
-    (logits * parity.seeded(1, logits.shape)).sum().backward()
-    assert_gradients(model, want, lambda state: checkpoint_filter_fn(state, model))
+every_kind = pytest.mark.parametrize("name", SMALL)
+
+
+def small(name: str, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **(SMALL[name] | kwargs))
+
+
+class TestELA(InNetworksOfOthers):
+    FIXTURES, small, checkpoint_filter_fn = "ela", staticmethod(small), staticmethod(checkpoint_filter_fn)
+    FORMS = {name: dict(name=name) for name in SMALL}
+    WHOLE = (("mobilenetv2_ela_l", "ela_mobilenetv2", {}), ("resnet50_ela_s", "ela_resnet50", {}))
+    COUNTS = dict(  # MobileNetV2 and ResNet-50 are counted on the published networks, the others follow
+        ela_resnet18=11_770_152,
+        ela_resnet34=21_956_264,
+        ela_resnet50=25_715_624,
+        ela_resnet101=44_890_536,
+        ela_mobilenetv2=3_916_904,
+    )
+    # The plain network's, and the convolutions of 2 · (H + W) positions a layer.
+    MACS, MACS_RTOL = dict(ela_resnet50=4.09, ela_mobilenetv2=0.3112), 0.01
+    ALIENS = {
+        "another version": (
+            dict(name="ela_resnet18", version="l"),
+            r"1 of .* layer1 .* is \(32, 8, 7\) there and \(32, 8, 5\)",
+            dict(name="ela_resnet18"),
+        ),
+        "another block": (
+            dict(name="ela_resnet50"),
+            "entries of its layer1 do not fit",
+            dict(name="ela_resnet18"),
+        ),
+        "another width": (
+            dict(name="ela_mobilenetv2", width=0.5),
+            "entries of its blocks do not",
+            dict(name="ela_mobilenetv2"),
+        ),
+        "another family": (
+            dict(name="ela_resnet18"),
+            "blocks.0.0.conv_dw.weight is missing there",
+            dict(name="ela_mobilenetv2"),
+        ),
+    }
+    IMPOSSIBLE = (
+        (dict(name="ela_mobilenetv2", version="t", width=1.0), "ELA 't' takes a multiple of 32 channels, got 144"),
+        (dict(name="ela_resnet18", channels=(24, 32, 64, 64)), "ELA 's' takes a multiple of 16 channels, got 24"),
+        (dict(name="ela_resnet50", version="x"), "version must be one of 't', 'b', 's', 'l', got 'x'"),
+    )
+    HEAD_BIAS = 0.5
+    LEARNING = dict(drop_path_rate=0.1, drop_rate=0.1)
+    COMPILED = {name: form if name == "ela_resnet18" else exhaustive(form) for name, form in FORMS.items()}
+    COMPILED_SIZE = (32, 48)
+
+    def options(self, name, **kwargs):
+        return dict(name=name) | SMALL[name] | kwargs
+
+    def file(self, weights):
+        return {"state_dict": {f"module.{key}": value for key, value in weights.items()}}
+
+    def outputs(self, model, x):
+        outputs = super().outputs(model, x)
+        return {"stem": getattr(model, "maxpool", nn.Identity())(outputs["stage0"])} | outputs  # after the pool
+
+    def train(self, model):
+        losses = super().train(model)
+        parts = [p for name, p in model.named_parameters() if "se." in name or "aa." in name]
+        assert parts and all(p.grad is not None and p.grad.any() for p in parts)
+        return [losses[0], min(losses[-5:])]  # dropout makes single steps noisy
 
 
 BASE = dict(ela_resnet18=11_689_512, ela_resnet34=21_797_672, ela_resnet50=25_557_032, ela_resnet101=44_549_160)
@@ -103,28 +153,6 @@ def test_parameters_of_each_version(name, version):
     assert count == (BASE | dict(ela_mobilenetv2=3_504_872))[name] + ADDED[name][version]
 
 
-COUNTS = dict(
-    ela_resnet18=11_770_152,
-    ela_resnet34=21_956_264,
-    ela_resnet50=25_715_624,
-    ela_resnet101=44_890_536,
-    ela_mobilenetv2=3_916_904,
-)
-
-
-@pytest.mark.parametrize(("name", "count"), COUNTS.items())
-def test_parameter_counts(name, count):
-    """MobileNetV2 and ResNet-50 are counted on the published networks, the others follow from their places."""
-    assert sum(p.numel() for p in timm.create_model(name, device="meta").parameters()) == count
-
-
-@pytest.mark.parametrize(("name", "giga"), [("ela_resnet50", 4.09), ("ela_mobilenetv2", 0.3112)])
-def test_macs(name, giga):
-    """The plain network's, and the convolutions of 2 · (H + W) positions a layer."""
-    model = timm.create_model(name, device="meta")
-    assert measure.macs(model, torch.empty(1, 3, 224, 224, device="meta")) / 1e9 == pytest.approx(giga, rel=0.01)
-
-
 @pytest.mark.parametrize("version", VERSIONS)
 def test_every_version_fits_resnets(version):
     model = timm.create_model("ela_resnet34", version=version, device="meta")
@@ -133,19 +161,6 @@ def test_every_version_fits_resnets(version):
     assert len(layers) == 16 and all(m.residual for m in layers)
     assert {m.conv.weight.shape[1:] for m in layers} == {(per_group, kernel)}
     assert {m.gn.num_groups for m in layers} == {groups}
-
-
-SMALL = dict(
-    ela_resnet18=dict(layers=(1, 1, 1, 1), channels=(32, 32, 64, 64), num_classes=7),
-    ela_resnet50=dict(layers=(1, 2, 1, 1), channels=(32, 32, 32, 64), num_classes=7),
-    ela_mobilenetv2=dict(width=0.25, num_classes=7),
-)
-every_kind = pytest.mark.parametrize("name", SMALL)
-
-
-def small(name: str, **kwargs):
-    torch.manual_seed(0)
-    return timm.create_model(name, **(SMALL[name] | kwargs))
 
 
 @pytest.mark.parametrize("residual", [False, True])
@@ -167,82 +182,10 @@ def test_basic_blocks(tmp_path, residual):
     torch.testing.assert_close(model(x), want, rtol=1e-10, atol=1e-12)
 
 
-@every_kind
-def test_own_weights_load(tmp_path, name):
-    """Also a file's that has no classifier, which stays what it was."""
-    state = {key: value + 1 if value.is_floating_point() else value for key, value in small(name).state_dict().items()}
-    model = load_file(tmp_path, {"model": state}, name, **SMALL[name])
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    head = model.pretrained_cfg["classifier"]
-    body = {f"backbone.{key}": value for key, value in state.items() if not key.startswith(head)}
-    model = load_file(tmp_path, body, name, **SMALL[name])
-    assert torch.equal(model.bn1.weight, state["bn1.weight"]) and (model.get_classifier().bias.abs() < 0.5).all()
-
-
-@pytest.mark.parametrize(
-    ("name", "source", "sentence"),
-    [
-        (
-            "ela_resnet18",
-            dict(name="ela_resnet18", version="l"),
-            r"1 of .* layer1 .* is \(32, 8, 7\) there and \(32, 8, 5\)",
-        ),
-        ("ela_resnet18", dict(name="ela_resnet50"), "ELAResNet: .* entries of its layer1 do not fit"),
-        ("ela_mobilenetv2", dict(name="ela_mobilenetv2", width=0.5), "ELAMobileNetV2: .* entries of its blocks do not"),
-        ("ela_mobilenetv2", dict(name="ela_resnet18"), "blocks.0.0.conv_dw.weight is missing there"),
-    ],
-    ids=["another version", "another block", "another width", "another family"],
-)
-def test_other_weights_are_refused_in_one_sentence(tmp_path, name, source, sentence):
-    with pytest.raises(ValueError, match="not the weights of this .*" + sentence):
-        load_file(tmp_path, small(**source).state_dict(), name, **SMALL[name])
-
-
-@pytest.mark.parametrize(
-    ("name", "kwargs", "sentence"),
-    [
-        ("ela_mobilenetv2", dict(version="t", width=1.0), "ELA 't' takes a multiple of 32 channels, got 144"),
-        ("ela_resnet18", dict(channels=(24, 32, 64, 64)), "ELA 's' takes a multiple of 16 channels, got 24"),
-        ("ela_resnet50", dict(version="x"), "version must be one of 't', 'b', 's', 'l', got 'x'"),
-    ],
-)
-def test_impossible_models_are_refused_in_one_sentence(name, kwargs, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        small(name, **kwargs)
-
-
-@every_kind
-def test_unknown_arguments_are_refused(name):
-    with pytest.raises(TypeError, match="reduction"):
-        small(name, reduction=4)
-
-
-@every_kind
-@pytest.mark.parametrize("size", [(32, 32), (33, 70), (97, 45)], ids=str)
-def test_any_size(name, size):
-    maps = small(name, features_only=True).eval()(torch.randn(2, 3, *size))
-    for level, m in enumerate(maps, 1):
-        assert m.shape[2:] == tuple(-(-n // 2**level) for n in size)
-        assert m.isfinite().all()
-
-
 def test_images_do_not_see_each_other():
     """In training neither: a GroupNorm has no statistics of a batch."""
     layer, x = ELA(32, "l"), torch.randn(3, 32, 9, 5)
     torch.testing.assert_close(layer(x)[1:2], layer(x[1:2]), rtol=1e-12, atol=1e-12)
-
-
-@every_kind
-def test_gradient_checkpointing_changes_nothing(name):
-    x, results = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
-        model = small(name).eval()
-        model.set_grad_checkpointing(enable)
-        y = model(x)
-        y.square().sum().backward()
-        results.append([y, *(p.grad for p in model.parameters())])
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @every_kind
@@ -257,45 +200,6 @@ def test_every_memory_format(name, memory_format):
         results.append([out, *(p.grad for p in model.parameters())])
     for a, b in zip(*results):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
-
-
-@every_kind
-def test_bfloat16_autocast_is_close(name):
-    torch.set_default_dtype(torch.float32)
-    model, x = small(name).eval(), torch.randn(2, 3, 64, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = model(x)
-    exact = model.double()(x.double())
-    assert low.dtype == torch.bfloat16
-    assert (low.double() - exact).norm() / exact.norm() < 0.05
-
-
-@every_kind
-def test_loss_falls(name):
-    torch.set_default_dtype(torch.float32)
-    model = small(name, drop_path_rate=0.1, drop_rate=0.1)
-    x, target = torch.randn(16, 3, 32, 32), torch.arange(16) % 7
-    optimizer, losses = torch.optim.AdamW(model.parameters(), 2e-3), []
-    for _ in range(15):
-        loss = F.cross_entropy(model(x), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert min(losses[-5:]) < 0.6 * losses[0]  # dropout makes single steps noisy
-    assert all(p.grad is not None and p.grad.any() for n, p in model.named_parameters() if "se." in n or "aa." in n)
-
-
-@every_kind
-def test_on_the_meta_device(name):
-    model = small(name, device="meta", dtype=torch.bfloat16)
-    assert model(torch.empty(2, 3, 64, 64, device="meta", dtype=torch.bfloat16)).shape == (2, 7)
-
-
-@pytest.mark.parametrize("name", [name if name == "ela_resnet18" else exhaustive(name) for name in SMALL])
-def test_compiles_and_exports(name):
-    torch.set_default_dtype(torch.float32)
-    compiles_and_exports(small(name), (32, 48))
 
 
 def test_trains_compiled():

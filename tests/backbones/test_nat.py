@@ -9,7 +9,7 @@ import torch
 from saccade.backbones.nat import Block, ConvDownsample, ConvStem, PatchMerging, filling, rename, resize_table
 from saccade.train.runtime import measure
 from support import parity
-from support.graphs import BACKENDS, compiles_and_exports
+from support.backbones import Pyramid
 from support.levels import exhaustive
 from support.parity import load_file
 from torch import nn
@@ -20,45 +20,78 @@ pytestmark = pytest.mark.usefixtures("double")  # as default type
 NeighborhoodAttention = saccade.backbones.NeighborhoodAttention
 
 
-@pytest.mark.parametrize(
-    ("fixture", "name"),
-    [
-        exhaustive("nat_mini_224", "nat_m"),
-        exhaustive("dinat_s_tiny_130x189", "dinats_t"),
-        ("dinat_mini_157x206", "dinat_m"),
-        exhaustive("dinat_isotropic_small_224", "dinat_iso_s"),
-    ],
-)
-def test_equals_published_model(tmp_path, fixture, name):
-    want = parity.load("nat", fixture)
-    model = load_file(tmp_path, {"state_dict": parity.weights(want)}, name)
-    last, stages = model.forward_intermediates(parity.image(want))
-    logits = model.forward_head(last)
-    parity.assert_equal("logits", logits, want["outputs"]["logits"])
-    for i, stage in enumerate(stages):
-        if f"stage{i + 1}" in want["outputs"]:
-            parity.assert_equal(f"stage{i + 1}", stage, want["outputs"][f"stage{i + 1}"])
-    assert sum(p.numel() for p in model.parameters()) == want["params"]
-    (logits * parity.seeded(1, logits.shape)).sum().backward()
-    parity.assert_gradients(model, want["grads"], rename)
-
-
+SMALL = dict(depths=(1, 2, 2, 1), dims=(32, 32, 64, 64), kernel_size=3, num_classes=7)
 ADE20K = ((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2))
 
 
-@pytest.mark.parametrize(("fixture", "name"), [exhaustive("dinat_mini_seg_160x192", "dinat_m")])
-def test_equals_published_dense_backbone(tmp_path, fixture, name):
-    """With other dilations, on maps smaller than the windows: each is padded."""
-    want = parity.load("nat", fixture)
-    weights = {"model": parity.weights(want)}
-    model = load_file(tmp_path, weights, name, features_only=True, out_norms=True, dilations=ADE20K)
-    maps = model(parity.image(want))
-    for i, m in enumerate(maps):
-        parity.assert_equal(f"feat{i + 1}", m, want["outputs"][f"feat{i + 1}"])
-    every = torch.cat([m.flatten(1) for m in maps], 1)
-    parity.assert_equal("all", every, want["outputs"]["all"])
-    (every * parity.seeded(1, every.shape)).sum().backward()
-    parity.assert_gradients(model.model, want["grads"], rename)
+def small(name="dinat_b", **kwargs):
+    """A model with every kind of layer, small enough to run anywhere."""
+    torch.manual_seed(0)
+    return timm.create_model(name, **(SMALL | dict(dilations=(2, (1, 3), (1, 2), 1)) | kwargs))
+
+
+class TestNAT(Pyramid):
+    FIXTURES, NAME, SMALL, small = "nat", "dinat_b", SMALL, staticmethod(small)
+    rename = staticmethod(rename)
+    WHOLE = (
+        exhaustive("nat_mini_224", "nat_m", {}),
+        exhaustive("dinat_s_tiny_130x189", "dinats_t", {}),
+        ("dinat_mini_157x206", "dinat_m", {}),
+        exhaustive("dinat_isotropic_small_224", "dinat_iso_s", {}),
+    )
+    # With other dilations, on maps smaller than the windows: each is padded.
+    DENSE = (exhaustive("dinat_mini_seg_160x192", "dinat_m", dict(out_norms=True, dilations=ADE20K)),)
+    MAPS = ("feat1", "feat2", "feat3", "feat4", "all")
+    COUNTS = dict(
+        nat_m=19_984_174,
+        nat_t=27_901_582,
+        nat_s=50_743_297,
+        nat_b=89_769_652,
+        dinat_m=19_984_174,
+        dinat_t=27_901_582,
+        dinat_s=50_719_681,
+        dinat_b=89_769_652,
+        dinat_l=200_943_514,
+        dinat_l_384=200_943_514,
+        dinats_t=28_288_354,
+        dinats_s=49_606_258,
+        dinats_b=87_768_224,
+        dinats_l=196_532_476,
+        dinats_l_384=196_532_476,
+        nat_iso_s=21_999_736,
+        nat_iso_b=86_465_800,
+        dinat_iso_s=21_999_736,
+        dinat_iso_b=86_465_800,
+    )
+    MACS = dict(nat_m=2.695, dinat_t=4.295, dinat_b=13.677, dinat_l_384=89.505, dinats_s=8.741, nat_iso_s=4.308)
+    MACS_RTOL = 1e-3
+    SIZES = (*Pyramid.SIZES, (1, 5))
+    SIZED = dict(nat_s=dict(name="nat_s"), dinats_t=dict(name="dinats_t"))
+    ALIENS = {"another depth": (dict(depths=(1, 1, 1, 1)), "do not fit")}
+    IMPOSSIBLE = (
+        (dict(depths=(1, 1, 1)), r"depths must have an entry for each of the 4 dims, got \(1, 1, 1\)"),
+        (dict(dilations=(1, 1)), r"dilations must have an entry for each of the 4 dims, got \(1, 1\)"),
+        (dict(strides=(1,)), r"strides must have an entry for each of the 4 dims, got \(1,\)"),
+        (dict(dims=(32, 48, 64, 64)), "dims must be multiples of head_dim=32, got"),
+        (dict(kernel_size=4), "kernel_size must be odd, got 4"),
+        (dict(strides=(4, 1, 1, 1)), "stride must be at most kernel_size = 3, got 4"),
+        (dict(dilations=(0, 1, 1, 1)), "dilation must be an integer of at least 1 or two of them, got 0"),
+    )
+    BLOCKS = 6
+    COMPILED = {"two stages": dict(dims=(32, 64), depths=(1, 1))}
+    COMPILED_SIZE = (20, 24)
+
+    def macs(self, model):
+        import saccade.ops.neighborhood_attention.op  # noqa: F401  (a counter knows only formulas registered before it)
+
+        with FakeTensorMode(allow_non_fake_inputs=True):  # on a GPU, whose kernels' formulas count
+            x = torch.empty(1, *model.default_cfg["input_size"], device="cuda", dtype=torch.float32)
+            return measure.macs(model.to_empty(device="cuda"), x)
+
+    def published(self, key: str) -> str:
+        key = re.sub(r"^stages\.(\d)\.downsample", lambda m: f"levels.{int(m[1]) - 1}.downsample", key)
+        key = re.sub(r"^stages\.(\d)", r"levels.\1", key).replace("stem.", "patch_embed.")
+        return key.replace("out_norms.", "norm").replace("head.fc", "head")
 
 
 LAYERS = dict(
@@ -95,79 +128,12 @@ def test_table_of_another_kernel():
     parity.assert_equal("y", resize_table(parity.image(want), (21, 21)), want["outputs"]["y"], 1e-6)
 
 
-COUNTS = dict(
-    nat_m=19_984_174,
-    nat_t=27_901_582,
-    nat_s=50_743_297,
-    nat_b=89_769_652,
-    dinat_m=19_984_174,
-    dinat_t=27_901_582,
-    dinat_s=50_719_681,
-    dinat_b=89_769_652,
-    dinat_l=200_943_514,
-    dinat_l_384=200_943_514,
-    dinats_t=28_288_354,
-    dinats_s=49_606_258,
-    dinats_b=87_768_224,
-    dinats_l=196_532_476,
-    dinats_l_384=196_532_476,
-    nat_iso_s=21_999_736,
-    nat_iso_b=86_465_800,
-    dinat_iso_s=21_999_736,
-    dinat_iso_b=86_465_800,
-)
-
-
-@pytest.mark.parametrize(("name", "count"), COUNTS.items())
-def test_parameter_counts(name, count):
-    """Those counted on the published models."""
-    model = timm.create_model(name, device="meta")
-    assert sum(p.numel() for p in model.parameters()) == count
-
-
-MACS = dict(nat_m=2.695, dinat_t=4.295, dinat_b=13.677, dinat_l_384=89.505, dinats_s=8.741, nat_iso_s=4.308)
-
-
-@pytest.mark.parametrize(("name", "giga"), MACS.items())
-def test_macs(name, giga):
-    """Those counted on the published models, at the default size."""
-    model = timm.create_model(name, device="meta", dtype=torch.float32)
-    with FakeTensorMode(allow_non_fake_inputs=True):  # on a GPU, whose kernels' formulas count
-        x = torch.empty(1, *model.default_cfg["input_size"], device="cuda", dtype=torch.float32)
-        assert measure.macs(model.to_empty(device="cuda"), x) / 1e9 == pytest.approx(giga, rel=1e-3)
-
-
 def test_kernel_of_11():
     """dinat_large_384_11x11: 201,144,250 parameters, and the dilations of the models for 224 pixels."""
     model = timm.create_model("dinat_l_384", kernel_size=11, device="meta")
     assert sum(p.numel() for p in model.parameters()) == 201_144_250
     assert filling(384, 11) == filling(224, 7) == ((1, 8), (1, 4), (1, 2), (1, 1))
     assert filling(384, 7) == ((1, 13), (1, 6), (1, 3), (1, 1))
-
-
-SMALL = dict(depths=(1, 2, 2, 1), dims=(32, 32, 64, 64), kernel_size=3, num_classes=7)
-
-
-def small(name="dinat_b", **kwargs):
-    """A model with every kind of layer, small enough to run anywhere."""
-    torch.manual_seed(0)
-    return timm.create_model(name, **(SMALL | dict(dilations=(2, (1, 3), (1, 2), 1)) | kwargs))
-
-
-def to_published(key: str) -> str:
-    key = re.sub(r"^stages\.(\d)\.downsample", lambda m: f"levels.{int(m[1]) - 1}.downsample", key)
-    key = re.sub(r"^stages\.(\d)", r"levels.\1", key).replace("stem.", "patch_embed.")
-    return key.replace("out_norms.", "norm").replace("head.fc", "head")
-
-
-@pytest.mark.parametrize("container", ["model", "state_dict", None])
-@pytest.mark.parametrize("prefix", ["", "module.", "backbone."])
-def test_published_containers(tmp_path, container, prefix):
-    weights = {prefix + to_published(k): torch.rand_like(v) for k, v in small(out_norms=True).state_dict().items()}
-    file = {container: weights, "epoch": 3} if container else weights
-    model = load_file(tmp_path, file, "dinat_b", **SMALL, out_norms=True)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, weights[prefix + to_published(key)]), key
 
 
 def test_weights_of_transformers(tmp_path):
@@ -210,40 +176,6 @@ def test_tables_of_another_kernel_are_resized(tmp_path):
     assert torch.equal(table, resize_table(weights["stages.1.blocks.1.attn.rpb"], (9, 9)))
 
 
-def test_files_of_one_task_load_into_models_of_the_other(tmp_path):
-    dense = {to_published(k): v for k, v in small(out_norms=True).state_dict().items()}
-    dense = {k: v for k, v in dense.items() if not k.startswith(("head.", "norm."))}
-    classifier = load_file(tmp_path, {"model": dense}, "dinat_b", **SMALL)
-    assert torch.equal(classifier.stem.norm.weight, dense["patch_embed.norm.weight"])
-    assert classifier.head.fc.weight.std() > 0.01
-    plain = {to_published(k): v + 1 for k, v in small().state_dict().items()}
-    features = load_file(tmp_path, plain, "dinat_b", **SMALL, out_norms=True, features_only=True).model
-    assert torch.equal(features.stem.norm.weight, plain["patch_embed.norm.weight"])
-    assert torch.equal(features.out_norms[2].weight, torch.ones(64))
-
-
-def test_other_weights_are_refused_in_one_sentence(tmp_path):
-    with pytest.raises(ValueError, match=r"not the weights of this NAT: .* do not fit"):
-        load_file(tmp_path, small(depths=(1, 1, 1, 1)).state_dict(), "dinat_b", **SMALL)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "sentence"),
-    [
-        (dict(depths=(1, 1, 1)), r"depths must have an entry for each of the 4 dims, got \(1, 1, 1\)"),
-        (dict(dilations=(1, 1)), r"dilations must have an entry for each of the 4 dims, got \(1, 1\)"),
-        (dict(strides=(1,)), r"strides must have an entry for each of the 4 dims, got \(1,\)"),
-        (dict(dims=(32, 48, 64, 64)), "dims must be multiples of head_dim=32, got"),
-        (dict(kernel_size=4), "kernel_size must be odd, got 4"),
-        (dict(strides=(4, 1, 1, 1)), "stride must be at most kernel_size = 3, got 4"),
-        (dict(dilations=(0, 1, 1, 1)), "dilation must be an integer of at least 1 or two of them, got 0"),
-    ],
-)
-def test_impossible_models_are_refused_in_one_sentence(kwargs, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        small(**kwargs)
-
-
 @pytest.mark.parametrize(
     ("kwargs", "sentence"),
     [
@@ -266,31 +198,11 @@ def test_layer_with_other_kernels_along_rows_and_columns():
     assert NeighborhoodAttention(16, 2, 3, rel_pos_bias=False).rpb is None
 
 
-@pytest.mark.parametrize("name", ["nat_s", "dinats_t"])
-@pytest.mark.parametrize("size", [(32, 32), (33, 70), (97, 45), (1, 5)], ids=str)
-def test_any_size(size, name):
-    model = small(name, features_only=True).eval()
-    for level, m in enumerate(model(torch.randn(2, 3, *size))):
-        assert m.shape[2:] == tuple(-(-n // (4 * 2**level)) for n in size)
-        assert m.isfinite().all()
-
-
 def test_dilations_of_a_stage_are_repeated_to_its_depth():
     model = small(depths=(3, 2, 4, 1), dilations=(5, (1, 3), (1, 2, 4), (6, 7)))
     each = [[block.attn.dilation[0] for block in stage.blocks] for stage in model.stages]
     assert each == [[5, 5, 5], [1, 3], [1, 2, 4, 1], [6]]
     assert small(strides=(1, 2, 3, 1)).stages[2].blocks[0].attn.stride == (3, 3)
-
-
-def test_images_do_not_see_each_other():
-    model, x = small().eval(), torch.randn(3, 3, 75, 90)
-    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-12, atol=1e-12)
-
-
-def test_drop_path_grows_from_block_to_block():
-    blocks = [m for m in small(drop_path_rate=0.5).modules() if isinstance(m, Block)]
-    rates = [getattr(b.drop_path, "drop_prob", 0.0) for b in blocks]
-    torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.5, 6), rtol=0, atol=1e-7)
 
 
 def test_head_normalizes_before_it_pools():
@@ -302,27 +214,6 @@ def test_head_normalizes_before_it_pools():
     torch.testing.assert_close(model.forward_head(model.norm(last), pre_logits=True), normed.mean((1, 2)))
 
 
-def test_gradient_checkpointing_changes_nothing():
-    x, results = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
-        model = small()
-        model.set_grad_checkpointing(enable)
-        y = model(x)
-        y.square().sum().backward()
-        results.append([y, *(p.grad for p in model.parameters())])
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def test_pruned_model_keeps_the_norms_of_its_maps():
-    x, model = torch.randn(1, 3, 64, 64), small(out_norms=True).eval()
-    want = model.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
-    assert model.prune_intermediate_layers([0, 2]) == [0, 2]
-    got = model.forward_intermediates(x, indices=[0, 2], intermediates_only=True)
-    assert all(torch.equal(a, b) for a, b in zip(want, got))
-    assert len(model.stages) == 3 and len(list(model.out_norms.parameters())) == 4
-
-
 def test_initialization_and_weight_decay():
     """The bias tables are decayed by timm's optimizers, as in the published training on ImageNet."""
     model = timm.create_model("nat_s", depths=(1, 1, 1, 1))
@@ -330,9 +221,3 @@ def test_initialization_and_weight_decay():
     assert 0.019 < block.attn.qkv.weight.std() < 0.021 and 0.015 < block.attn.rpb.std() < 0.025
     assert not block.mlp.fc1.bias.any() and torch.equal(block.gamma2, torch.full((384,), 1e-5))
     assert model.no_weight_decay() == set()
-
-
-@BACKENDS
-def test_compiles_and_exports(backend):
-    torch.set_default_dtype(torch.float32)
-    compiles_and_exports(small(dims=(32, 64), depths=(1, 1)), (20, 24), backend)

@@ -9,8 +9,8 @@ import torch
 from saccade.backbones.ulsam import PARTS, ULSAM, checkpoint_filter_fn, merge_subspaces
 from saccade.train.runtime import measure
 from support import parity
+from support.backbones import InNetworksOfOthers
 from support.gradients import assert_gradients
-from support.graphs import compiles_and_exports
 from support.parity import load_file
 from timm.utils.model import freeze_batch_norm_2d
 from torch import nn
@@ -60,44 +60,57 @@ def test_equals_published_layer(name, subspaces, definition):
         assert layer.norm.num_batches_tracked == layer.point_norm.num_batches_tracked == 1
 
 
-@pytest.mark.parametrize(
-    ("fixture", "name"),
-    [
-        ("mobilenetv1_ulsam_replace_layer12_g4", "ulsam_mobilenet_v1"),
-        ("mobilenetv2_ulsam_14_17_g4", "ulsam_mobilenet_v2"),
-    ],
-)
-def test_equals_published_layers_in_mobilenet(tmp_path, fixture, name):
-    want = parity.load("ulsam", fixture)
-    model = load_file(tmp_path, {"state_dict": parity.weights(want)}, name)
-    last, stages = model.forward_intermediates(parity.image(want))
-    logits = model.forward_head(last)
-    parity.assert_equal("logits", logits, want["outputs"]["logits"])
-    for i, stage in enumerate(stages):
-        parity.assert_equal(f"stage{i}", stage, want["outputs"][f"stage{i}"])
-    assert sum(p.numel() for p in model.parameters()) == want["params"]
-    (logits * parity.seeded(1, logits.shape)).sum().backward()
-    assert_gradients(model, want, lambda state: checkpoint_filter_fn(state, model))
+SMALL = dict(width=0.25, num_classes=7)
 
 
-COUNTS = dict(
-    ulsam_mobilenet_v1=3_965_748,
-    ulsam_mobilenet_v1_075=2_435_044,
-    ulsam_mobilenet_v1_050=1_264_020,
-    ulsam_mobilenet_v2=3_067_904,
-    ulsam_mobilenet_v2_a=3_387_092,
-    ulsam_mobilenet_v2_b=3_185_684,
-    ulsam_mobilenet_v2_c=3_333_152,
-    ulsam_mobilenet_v2_d=2_866_496,
-    ulsam_mobilenet_v2_f=2_630_936,
-)
+def small(**kwargs):
+    """A narrow MobileNetV2 whose ULSAMs have 24 and 40 channels."""
+    torch.manual_seed(0)
+    return timm.create_model("ulsam_mobilenet_v2", **(SMALL | kwargs))
 
 
-@pytest.mark.parametrize(("name", "count"), COUNTS.items())
-def test_parameter_counts(name, count):
-    """V1, V2 and V2's f are counted on networks with the published layer, the others follow."""
-    model = timm.create_model(name, device="meta")
-    assert sum(p.numel() for p in model.parameters()) == count
+class TestULSAM(InNetworksOfOthers):
+    FIXTURES, NAME, SMALL = "ulsam", "ulsam_mobilenet_v2", SMALL
+    small, checkpoint_filter_fn = staticmethod(small), staticmethod(checkpoint_filter_fn)
+    WHOLE = (
+        ("mobilenetv1_ulsam_replace_layer12_g4", "ulsam_mobilenet_v1", {}),
+        ("mobilenetv2_ulsam_14_17_g4", "ulsam_mobilenet_v2", {}),
+    )
+    COUNTS = dict(  # V1, V2 and V2's f are counted on networks with the published layer, the others follow
+        ulsam_mobilenet_v1=3_965_748,
+        ulsam_mobilenet_v1_075=2_435_044,
+        ulsam_mobilenet_v1_050=1_264_020,
+        ulsam_mobilenet_v2=3_067_904,
+        ulsam_mobilenet_v2_a=3_387_092,
+        ulsam_mobilenet_v2_b=3_185_684,
+        ulsam_mobilenet_v2_c=3_333_152,
+        ulsam_mobilenet_v2_d=2_866_496,
+        ulsam_mobilenet_v2_f=2_630_936,
+    )
+    test_macs = None  # the paper's: test_costs_are_the_papers
+    CHANNELS_LAST = True
+    ALIENS = {
+        "other places": (dict(replaced=(17,)), "blocks.4.2.conv.weight is missing there and .* here"),
+        "other subspaces": (
+            dict(subspaces=8),
+            r"12 of .* blocks.4.2.point.weight is \(8, 3, 1, 1\) there and \(4, 6, 1, 1\) here",
+        ),
+        "another family": ("test_resnet", "entries of its blocks do not fit"),
+    }
+    IMPOSSIBLE = (
+        (dict(replaced=(15,)), r"replaced may have the layers 4, 6, 7, 9, .*, 17, got \(15,\)"),
+        (dict(inserted=(1, 4)), r"inserted may have the layers from 2 to 18, got \(1, 4\)"),
+        (dict(subspaces=5), "subspaces must divide the 24 channels, got 5"),
+        (dict(subspaces=0), "subspaces must divide the 24 channels, got 0"),
+    )
+    LEARNING = dict(replaced=(14,), inserted=(11,), drop_path_rate=0.1, drop_rate=0.1)
+    IMAGES = (16, 3, 64, 64)
+    COMPILED_SIZE = (32, 48)
+
+    def train(self, model):
+        losses = super().train(model)
+        assert all(p.grad is not None for p in model.parameters())
+        return losses
 
 
 PAPER = dict(  # parameters and multiply-accumulates in millions
@@ -125,15 +138,6 @@ def test_costs_are_the_papers(name, params, macs):
         assert count == pytest.approx(params, abs=0.06)
     x = torch.empty(1, 3, 224, 224, device="meta")
     assert measure.macs(model, x) / 1e6 == pytest.approx(macs, rel=0.005)
-
-
-SMALL = dict(width=0.25, num_classes=7)
-
-
-def small(**kwargs):
-    """A narrow MobileNetV2 whose ULSAMs have 24 and 40 channels."""
-    torch.manual_seed(0)
-    return timm.create_model("ulsam_mobilenet_v2", **(SMALL | kwargs))
 
 
 def test_places():
@@ -170,59 +174,6 @@ def test_torchvisions_mobilenet_with_a_layer_inserted(tmp_path, prefix):
     torch.testing.assert_close(model(x), tv(x), rtol=1e-10, atol=1e-12)
 
 
-def test_own_weights_load(tmp_path):
-    """Also a file's that has no classifier, which stays what it was."""
-    source = small()
-    state = {key: value + 1 if value.is_floating_point() else value for key, value in source.state_dict().items()}
-    model = load_file(tmp_path, state, "ulsam_mobilenet_v2", **SMALL)
-    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
-    body = {key: value for key, value in state.items() if not key.startswith("classifier.")}
-    model = load_file(tmp_path, body, "ulsam_mobilenet_v2", **SMALL)
-    assert torch.equal(model.conv_stem.weight, state["conv_stem.weight"]) and (model.classifier.bias == 0).all()
-
-
-@pytest.mark.parametrize(
-    ("weights", "sentence"),
-    [
-        (dict(replaced=(17,)), "blocks.4.2.conv.weight is missing there and .* here"),
-        (dict(subspaces=8), r"12 of .* blocks.4.2.point.weight is \(8, 3, 1, 1\) there and \(4, 6, 1, 1\) here"),
-        (None, "entries of its blocks do not fit"),
-    ],
-    ids=["other places", "other subspaces", "another family"],
-)
-def test_other_weights_are_refused_in_one_sentence(tmp_path, weights, sentence):
-    source = timm.create_model("resnet18") if weights is None else small(**weights)
-    with pytest.raises(ValueError, match="not the weights of this ULSAMMobileNet: .*" + sentence):
-        load_file(tmp_path, source.state_dict(), "ulsam_mobilenet_v2", **SMALL)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "sentence"),
-    [
-        (dict(replaced=(15,)), r"replaced may have the layers 4, 6, 7, 9, .*, 17, got \(15,\)"),
-        (dict(inserted=(1, 4)), r"inserted may have the layers from 2 to 18, got \(1, 4\)"),
-        (dict(subspaces=5), "subspaces must divide the 24 channels, got 5"),
-        (dict(subspaces=0), "subspaces must divide the 24 channels, got 0"),
-    ],
-)
-def test_impossible_models_are_refused_in_one_sentence(kwargs, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        small(**kwargs)
-
-
-def test_unknown_arguments_are_refused():
-    with pytest.raises(TypeError, match="splits"):
-        small(splits=4)
-
-
-@pytest.mark.parametrize("size", [(32, 32), (33, 70), (97, 45)], ids=str)
-def test_any_size(size):
-    model = small(features_only=True).eval()
-    for level, m in enumerate(model(torch.randn(2, 3, *size)), 1):
-        assert m.shape[2:] == tuple(-(-n // 2**level) for n in size)
-        assert m.is_contiguous(memory_format=torch.channels_last) and m.isfinite().all()
-
-
 def test_other_norms_do_as_the_operator():
     """Of processes that share statistics, and frozen ones; and a norm alone set to evaluate."""
     layer, x = ULSAM(16), torch.randn(3, 16, 6, 5)
@@ -251,58 +202,11 @@ def test_momentum():
     assert {m.norm.momentum for m in model.modules() if isinstance(m, ULSAM)} == {0.3}
 
 
-def test_gradient_checkpointing_changes_nothing():
-    x, results = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
-        model = small().eval()  # in training a norm would count the batch twice, as everywhere
-        model.set_grad_checkpointing(enable)
-        y = model(x)
-        y.square().sum().backward()
-        results.append([y, *(p.grad for p in model.parameters())])
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
 def test_pruning_counts_ulsam_as_a_block():
     model = small()
     assert model.prune_intermediate_layers(6, extra_blocks=True)[-1] == 7
     model.prune_intermediate_layers([5], extra_blocks=True)  # ends in a replaced layer
     assert model.num_features == 24 and model(torch.randn(1, 3, 64, 64)).shape == (1, 24, 4, 4)
-
-
-def test_bfloat16_autocast_is_close():
-    torch.set_default_dtype(torch.float32)
-    model, x = small().eval(), torch.randn(2, 3, 64, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = model(x)
-    exact = model.double()(x.double())
-    assert low.dtype == torch.bfloat16
-    assert (low.double() - exact).norm() / exact.norm() < 0.05
-
-
-def test_loss_falls():
-    torch.set_default_dtype(torch.float32)
-    model = small(replaced=(14,), inserted=(11,), drop_path_rate=0.1, drop_rate=0.1)
-    x, target = torch.randn(16, 3, 64, 64), torch.arange(16) % 7
-    optimizer, losses = torch.optim.AdamW(model.parameters(), 2e-3), []
-    for _ in range(15):
-        loss = nn.functional.cross_entropy(model(x), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0]
-    assert all(p.grad is not None for p in model.parameters())
-
-
-def test_on_the_meta_device():
-    model = small(device="meta", dtype=torch.bfloat16)
-    assert model(torch.empty(2, 3, 64, 64, device="meta", dtype=torch.bfloat16)).shape == (2, 7)
-
-
-def test_compiles_and_exports():
-    torch.set_default_dtype(torch.float32)
-    compiles_and_exports(small(), (32, 48))
 
 
 def test_trains_compiled():

@@ -12,10 +12,9 @@ from saccade.train.runtime import measure
 from torch import Tensor, nn
 
 from . import parity
+from .gradients import assert_gradients
 from .graphs import compiles_and_exports
 from .levels import exhaustive
-
-BATCHNORM = "in training, a BatchNorm counts the batch a second time when its block is run again"
 
 
 def named(name: str, case):
@@ -30,7 +29,6 @@ class Backbone:
     A case may be a pytest.param with a mark, as `exhaustive` returns it.
     """
 
-    FAMILY = ""  # its name in messages
     FIXTURES = ""  # the folder of its golden fixtures
     NAME = ""  # the model that the small ones are made of
     SMALL = {}  # their arguments: every kind of layer, small enough to run anywhere
@@ -47,6 +45,7 @@ class Backbone:
     PREFIXES = ("", "module.", "backbone.")
     ALIENS = {}  # name: (arguments of a small model, or another model's name, and the sentence)
     IMPOSSIBLE = ()  # (arguments, sentence)
+    BLOCKS = 0  # of the small model, if it is one
     CHECKPOINT_MODE = True  # training
     CHECKPOINT_RTOL = 0.0
     ROUNDING = 0.05  # of a model in bfloat16, relative
@@ -98,6 +97,10 @@ class Backbone:
         """Return the published name of a small model's parameter."""
         return key
 
+    def file(self, weights: dict) -> dict:
+        """Return what the file of a published classifier holds."""
+        return {"state_dict": weights}
+
     def outputs(self, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         """Return what fixtures record of a classifier, the logits last."""
         last, stages = model.forward_intermediates(x)
@@ -138,7 +141,7 @@ class Backbone:
 
     def test_equals_published_model(self, tmp_path, fixture, name, arguments):
         want = parity.load(self.FIXTURES, fixture)
-        model = parity.load_file(tmp_path, {"model": parity.weights(want)}, name, **arguments)
+        model = parity.load_file(tmp_path, self.file(parity.weights(want)), name, **arguments)
         self.check_published(model, want, self.outputs)
 
     def test_parameter_counts(self, name, count):
@@ -177,7 +180,8 @@ class Backbone:
         """A case may end with arguments of the model that refuses."""
         source, sentence, *form = alien
         other = timm.create_model(source, device="cpu") if isinstance(source, str) else self.small(**source)
-        with pytest.raises(ValueError, match=f"not the weights of this {self.FAMILY}: .*{sentence}") as caught:
+        ours = type(self.small(**dict(*form))).__name__
+        with pytest.raises(ValueError, match=f"not the weights of this {ours}: .*{sentence}") as caught:
             self.load(tmp_path, other.state_dict(), **dict(*form))
         assert "\n" not in str(caught.value)
 
@@ -214,6 +218,15 @@ class Backbone:
         y = model(x)
         for features in (model.forward_features(x), model.forward_intermediates(x)[0]):
             assert torch.equal(model.forward_head(features), y)
+
+    def test_drop_path_grows_from_block_to_block(self, form):
+        """One rate for each block, as published."""
+        rates = []
+        for m in self.small(**form, drop_path_rate=0.9).modules():
+            drop = getattr(m, "drop_path", getattr(m, "drop_path1", None))
+            rates += [getattr(drop, "drop_prob", 0.0)] * (drop is not None)
+        assert len(rates) == (self.BLOCKS or len(rates)) > 2
+        torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.9, len(rates)), rtol=0, atol=1e-7)
 
     def test_gradient_checkpointing_changes_nothing(self, form):
         x, results = torch.randn(2, 3, 64, 64), []
@@ -269,7 +282,6 @@ class Pyramid(Backbone):
 
     MAPS = ()  # the fixtures' names of the maps, then of all of them in one, if recorded
     NORMED = {}  # arguments of the small model with norms
-    BLOCKS = 0  # of the small model
     EPS = 1e-5  # of those norms; None: they are BatchNorms
 
     def dense_options(self) -> dict:
@@ -322,9 +334,33 @@ class Pyramid(Backbone):
         assert len(got) == 2 and all(torch.equal(a, b) for a, b in zip(want, got))
         assert len(model.stages) == 3 and len(list(model.out_norms.parameters())) == 4
 
-    def test_drop_path_grows_from_block_to_block(self, form):
-        """One rate for each block, as published."""
-        blocks = [m for m in self.small(**form, drop_path_rate=0.9).modules() if hasattr(m, "drop_path")]
-        rates = [getattr(b.drop_path, "drop_prob", 0.0) for b in blocks]
-        assert len(rates) == self.BLOCKS
-        torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.9, self.BLOCKS), rtol=0, atol=1e-7)
+
+class InNetworksOfOthers(Backbone):
+    """A layer in networks of timm's: their keys, maps and classifiers, and BatchNorms."""
+
+    STRIDES = (2, 4, 8, 16, 32)
+    CHECKPOINT_MODE, CHECKPOINT_RTOL = False, 1e-12  # in training a BatchNorm would count a batch twice
+    BACKENDS = ("aot_eager",)
+    HEAD_BIAS = 0.0  # the largest initial one of a classifier
+    test_published_containers = None  # the published code has the layer alone
+    test_drop_path_grows_from_block_to_block = None  # it is timm's
+
+    def outputs(self, model, x):
+        last, maps = model.forward_intermediates(x)
+        stages = {f"stage{i}": stage for i, stage in enumerate(maps)}
+        return stages | {"features": last, "logits": model.forward_head(last)}
+
+    def check_gradients(self, model, want):
+        assert_gradients(model, want, lambda state: self.checkpoint_filter_fn(state, model))
+
+    def test_own_weights_load(self, tmp_path, form):
+        """Also a file's that has no classifier, which stays what it was."""
+        state = self.small(**form).state_dict()
+        state = {key: value + 1 if value.is_floating_point() else value for key, value in state.items()}
+        model = self.load(tmp_path, {"model": state}, **form)
+        assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+        head, first = model.pretrained_cfg["classifier"], next(iter(state))
+        body = {f"backbone.{key}": value for key, value in state.items() if not key.startswith(head)}
+        model = self.load(tmp_path, body, **form)
+        assert torch.equal(model.state_dict()[first], state[first])
+        assert (model.get_classifier().bias.abs() <= self.HEAD_BIAS).all()
