@@ -207,6 +207,7 @@ def test_every_operator_is_here():
     assert CASES.keys() | OTHERS == set(ops.__all__) and not CASES.keys() & OTHERS
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("backend, examples", LEVELS)
 def test_operators(name, backend, examples):
@@ -227,6 +228,7 @@ def test_operators(name, backend, examples):
 ILLEGAL = ["rank", "dtype", "size"]
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("examples", [FEW, exhaustive(MANY)])
 def test_illegal_arguments_are_named(name, examples):

@@ -99,7 +99,7 @@ def test_torchrun_restarts_and_leaves_no_orphan(start, tmp_path, wait_for, child
     """torchrun ends all processes of an attempt, the stopped one too, and those of the next resume."""
     arguments = [*SGD, "save_every=1", "epochs=2", "timeout=5", "--run-dir", tmp_path]
     run = start(2, *arguments, torchrun=("--max-restarts=1",))
-    wait_for(lambda: (tmp_path / "log.jsonl").exists() and len(records(tmp_path, "train")) > 3, run, 120)
+    wait_for(lambda: (tmp_path / "log.jsonl").exists() and len(records(tmp_path, "train")) > 3, run, 300)
     first = children(run)
     os.kill(first[1], number)
     out = run.communicate(timeout=300)[0]

@@ -285,6 +285,8 @@ def test_workers_that_end():
     for workers in (0, 1):
         with pytest.raises(RuntimeError, match="another reason"):
             next(iter(batches(Worker(_fail), order, 0, workers, cpu)))
+    with pytest.raises(ConnectionError):  # in this process, where there is no worker
+        next(iter(batches(Worker(_disconnect), order, 0, 0, cpu)))
     ignored = Worker(lambda: int(signal.getsignal(signal.SIGINT) is signal.SIG_IGN))
     assert next(iter(batches(ignored, order, 0, 1, cpu))).tolist() == [1] * 4
     assert next(iter(batches(ignored, order, 0, 0, cpu))).tolist() == [0] * 4
@@ -292,6 +294,30 @@ def test_workers_that_end():
 
 def _fail() -> None:
     raise RuntimeError("another reason")
+
+
+def _disconnect() -> None:
+    raise ConnectionError
+
+
+def test_workers_are_ended_whatever_the_system_reports():
+    """PyTorch's handler of SIGCHLD, which raises an error, is not called meanwhile, and there again afterwards."""
+    ended = []
+
+    class Iterator:
+        def _shutdown_workers(self) -> None:
+            os.kill(os.getpid(), signal.SIGCHLD)
+            ended.append(True)
+
+    def handler(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    earlier = signal.signal(signal.SIGCHLD, handler)
+    try:
+        loader._end_workers(Iterator())
+        assert ended and signal.getsignal(signal.SIGCHLD) is handler
+    finally:
+        signal.signal(signal.SIGCHLD, earlier)
 
 
 def test_workers_stay_for_the_next_pass():

@@ -41,6 +41,7 @@ def report(name: str, seen: list[tuple[int, int]], steps: float) -> None:
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
 def test_training(tmp_path):
     """2,000 steps with everything on: averaging, mixup, clipping, accumulation, trackers, evaluations each 50 steps."""
     arguments = ["model.name=test_resnet", "data.img_size=16", "iterations=2000", "eval_every=50", "save_every=50"]
@@ -61,6 +62,7 @@ def test_training(tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
 def test_predictions(classifier_run, tmp_path):
     """10,000 predictions of one process."""
     paths = []
@@ -76,6 +78,7 @@ def test_predictions(classifier_run, tmp_path):
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
 def test_loader(tmp_path):
     """A loader with four workers, one of which is killed: 20 times, made anew each time."""
     for i in range(64):

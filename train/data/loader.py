@@ -11,6 +11,7 @@ A sample's key is (epoch, index), or (epoch, index, copy) if an epoch has an ima
 
 import random
 import signal
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -200,14 +201,30 @@ class Batches:
             except StopIteration:
                 return
             except (RuntimeError, ConnectionError, EOFError) as error:  # by when the process ended
-                raised = str(error).startswith("Caught ")  # by the dataset, in a process that is alive
-                if raised or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
+                by_dataset = not self.loader.num_workers or str(error).startswith("Caught ")
+                if by_dataset or (isinstance(error, RuntimeError) and "DataLoader worker" not in str(error)):
                     raise
+                _end_workers(loaded)
+                self.loader._iterator = None  # another pass starts processes of its own
                 raise UserError(
                     f"a loader process was killed ({error}), perhaps for lack of memory: continue with --resume, with "
                     "fewer workers, or with a smaller batch_size"
                 ) from error
             yield batch
+
+
+def _end_workers(loaded: Any) -> None:
+    """End the processes of a loader's iterator, of which one was killed.
+
+    PyTorch's handler of SIGCHLD raises an error for it, also while the others are ended: their pipes would stay open.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGCHLD, lambda *_: None) if main else None
+    try:
+        loaded._shutdown_workers()
+    finally:
+        if main:
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
 
 
 def batches(
