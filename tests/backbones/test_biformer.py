@@ -1,73 +1,93 @@
 """BiFormer equals the published models, and does what a timm backbone should."""
 
+import functools
+
 import pytest
 import saccade.backbones  # noqa: F401  (registers the models)
 import timm
 import torch
 from saccade.backbones.biformer import Block, FullAttention, RoutedAttention, rename
 from support import parity
-from support.graphs import BACKENDS, compiles_and_exports
+from support.backbones import Pyramid
 from support.levels import exhaustive
+from support.parity import load_file
 from torch import Tensor
 
 pytestmark = pytest.mark.usefixtures("double")  # as default type
 
 
-def published(tmp_path, fixture: dict, name: str, container: str | None = "model", **kwargs):
-    """Our model with the fixture's weights, loaded as a user loads a published file."""
-    file = tmp_path / "published.pth"
-    weights = parity.weights(fixture)
-    torch.save({container: weights} if container else weights, file)
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=dict(file=str(file)), **kwargs).eval()
+SMALL = dict(depths=(1, 1, 2, 1), dims=(32, 64, 64, 64), topks=(1, 2, 4, -2), n_win=4, num_classes=7)
 
 
-@pytest.mark.parametrize(
-    ("fixture", "name"),
-    [
-        exhaustive("biformer_tiny", "biformer_t"),
-        ("biformer_tiny_pad_192x160", "biformer_t"),
-        exhaustive("biformer_stl", "biformer_stl"),
-    ],
-)
-def test_equals_published_model(tmp_path, fixture, name):
-    want = parity.load("biformer", fixture)
-    model = published(tmp_path, want, name)
-    x = parity.image(want)
-    logits = model(x)
-    parity.assert_equal("logits", logits, want["outputs"]["logits"])
-    for i, stage in enumerate(model.forward_intermediates(x, intermediates_only=True)):
-        parity.assert_equal(f"stage{i + 1}", stage, want["outputs"][f"stage{i + 1}"])
-    assert sum(p.numel() for p in model.parameters()) == want["params"]
-    (logits * parity.seeded(1, logits.shape)).sum().backward()
-    parity.assert_gradients(model, want["grads"], rename)
+def small(name="biformer_t", **kwargs):
+    """BiFormer with every kind of layer, small enough to run anywhere."""
+    torch.manual_seed(0)
+    return timm.create_model(name, **(SMALL | kwargs))
 
 
-def test_equals_published_dense_backbone(tmp_path):
-    want = parity.load("biformer", "biformer_tiny_dense_n8_160x200")
-    model = published(tmp_path, want, "biformer_t", "state_dict", features_only=True, n_win=8, out_norms=True)
-    maps = model(parity.image(want))
-    for i, m in enumerate(maps):
-        parity.assert_equal(f"feat{i + 1}", m, want["outputs"][f"feat{i + 1}"])
-    every = torch.cat([m.flatten(1) for m in maps], 1)
-    parity.assert_equal("all", every, want["outputs"]["all"])
-    (every * parity.seeded(1, every.shape)).sum().backward()
-    parity.assert_gradients(model.model, want["grads"], rename)
+@functools.cache
+def published_keys() -> dict[str, str]:
+    """Return our names of a tiny model's parameters, with the norms of a dense one, and the published ones."""
+    fixtures = (parity.load("biformer", name) for name in ("biformer_tiny", "biformer_tiny_dense_n8_160x200"))
+    return {rename(key): key for fixture in fixtures for key, _, _ in fixture["state"]}
+
+
+class TestBiFormer(Pyramid):
+    FIXTURES, NAME, SMALL, small, rename = "biformer", "biformer_t", SMALL, staticmethod(small), staticmethod(rename)
+    WHOLE = (
+        exhaustive("biformer_tiny", "biformer_t", {}),
+        ("biformer_tiny_pad_192x160", "biformer_t", {}),
+        exhaustive("biformer_stl", "biformer_stl", {}),
+    )
+    DENSE = (("biformer_tiny_dense_n8_160x200", "biformer_t", dict(n_win=8, out_norms=True)),)
+    MAPS = ("feat1", "feat2", "feat3", "feat4", "all")
+    COUNTS = dict(
+        biformer_t=13_142_760,
+        biformer_s=25_536_232,
+        biformer_b=56_804_968,
+        biformer_stl=28_372_552,
+        biformer_stl_nchw=28_372_552,
+    )
+    test_macs = None  # nobody published a count of the code
+    SIZES = (*Pyramid.SIZES, (224, 112))
+    SIZED = {name: dict(name=name) for name in ("biformer_t", "biformer_stl", "biformer_stl_nchw")}
+    PREFIXES = ("", "backbone.")
+    ALIENS = {
+        "another depth": (dict(depths=(1, 1, 1, 1)), "stages.2.blocks.1.* is missing there"),
+        "another family": ("test_resnet", "entries of its stages do not fit"),
+    }
+    IMPOSSIBLE = (
+        (dict(topks=(1, 17, 4, -2)), "topks must be -1, -2 or between 1 and the n_win\\*\\*2 = 16 regions, got 17"),
+        (dict(topks=(1, 4, -2)), "depths, dims and topks must be equally long"),
+        (dict(dims=(32, 48, 64, 64)), "dims of routed stages must be multiples of head_dim=32"),
+    )
+    BLOCKS = 5
+    CHECKPOINT_RTOL = 1e-12
+    EPS = 1e-6
+    COMPILED = {"two stages": dict(depths=(1, 1), dims=(32, 64), topks=(2, -2)), "small": exhaustive({})}
+    COMPILED_SIZE = (72, 64)
+
+    def file(self, weights):
+        return {"model": weights}
+
+    def published(self, key):
+        return published_keys()[key]
+
+    def side(self, n, stride, name):
+        return n // stride if "stl" in name else -(-n // stride)
 
 
 def test_nchw_model_equals_stl(tmp_path):
     """Where n_win divides the map, both published operators compute the same (LePE of the last stage apart)."""
     want = parity.load("biformer", "biformer_stl")
-    legacy = published(tmp_path, want, "biformer_stl")
+    legacy = load_file(tmp_path, {"model": parity.weights(want)}, "biformer_stl")
     nchw_keys = {}
     for key, value in parity.weights(want).items():
         key = key.replace("qkv.qkv.", "qkv_linear.").replace("attn.wo.", "attn.output_linear.")
         linear = any(part in key for part in ("qkv", "proj", "output_linear", "mlp")) and value.ndim == 2
         nchw_keys[key] = value[..., None, None] if linear else value
-    file = tmp_path / "nchw.pth"
-    torch.save({"model": nchw_keys}, file)
-    overlay = dict(file=str(file))
-    nchw = timm.create_model("biformer_stl_nchw", pretrained=True, pretrained_cfg_overlay=overlay).eval()
-    x = parity.seeded(3, (1, 3, 224, 224))
+    nchw = load_file(tmp_path, {"model": nchw_keys}, "biformer_stl_nchw")
+    x = parity.seeded(3, (1, 3, 112, 112))
     for a, b in zip(*(m.forward_intermediates(x, indices=[0, 1, 2], intermediates_only=True) for m in (legacy, nchw))):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9 * b.std().item())
 
@@ -129,117 +149,9 @@ def region_means(qkv: Tensor, rows: int, cols: int) -> Tensor:
     return qkv.unflatten(2, (cols, -1)).unflatten(1, (rows, -1)).mean((2, 4)).flatten(1, 2)
 
 
-def small(**kwargs):
-    """BiFormer with every kind of layer, small enough to run anywhere."""
-    kwargs = dict(depths=(1, 1, 2, 1), dims=(32, 64, 64, 64), topks=(1, 2, 4, -2), n_win=4, num_classes=7) | kwargs
-    torch.manual_seed(0)
-    return timm.create_model(kwargs.pop("name", "biformer_t"), **kwargs)
-
-
-COUNTS = dict(biformer_t=13_142_760, biformer_s=25_536_232, biformer_b=56_804_968, biformer_stl=28_372_552)
-
-
-@pytest.mark.parametrize(("name", "count"), [*COUNTS.items(), ("biformer_stl_nchw", 28_372_552)])
-def test_parameter_counts(name, count):
-    """Those counted on the published models."""
-    with torch.device("meta"):
-        assert sum(p.numel() for p in timm.create_model(name).parameters()) == count
-
-
-@pytest.mark.parametrize("container", ["model", "state_dict", None])
-@pytest.mark.parametrize("prefix", ["", "backbone."])
-def test_published_containers(tmp_path, container, prefix):
-    """Files hold the weights under 'model' or 'state_dict'; a detector's file holds ours behind 'backbone.'."""
-    want = parity.load("biformer", "biformer_tiny")
-    weights = {prefix + k: v for k, v in parity.weights(want).items()}
-    if prefix:
-        weights["decode_head.conv_seg.weight"] = torch.zeros(3)
-    file = tmp_path / "published.pth"
-    torch.save({container: weights, "epoch": 3} if container else weights, file)
-    model = timm.create_model("biformer_t", pretrained=True, pretrained_cfg_overlay=dict(file=str(file)))
-    expected = parity.weights(want)["stages.2.7.attn.qkv.qkv.weight"]
-    assert torch.equal(model.stages[2].blocks[7].attn.qkv.weight, expected)
-    assert torch.equal(model.head.fc.bias, parity.weights(want)["head.bias"])
-
-
-def test_dense_weights_load_into_a_classifier(tmp_path):
-    """What a dense file lacks, the head, keeps its initial values; what it has beyond, the norms, is dropped."""
-    want = parity.load("biformer", "biformer_tiny_dense_n8_160x200")
-    model = published(tmp_path, want, "biformer_t", "state_dict", num_classes=5)
-    assert model.head.fc.weight.shape == (5, 512) and model.head.fc.weight.std() > 0.01
-    expected = parity.weights(want)["stages.0.0.norm1.weight"]
-    assert torch.equal(model.stages[0].blocks[0].norm1.weight, expected)
-
-
-@pytest.mark.parametrize("name", ["biformer_t", "biformer_stl", "biformer_stl_nchw"])
-@pytest.mark.parametrize("size", [(32, 32), (33, 70), (97, 45), (224, 112)], ids=str)
-def test_any_size(name, size):
-    model = small(name=name, features_only=True).eval()
-    floor = "stl" in name
-    for level, m in enumerate(model(torch.randn(2, 3, *size))):
-        stride = 4 * 2**level
-        assert m.shape[2:] == tuple(n // stride if floor else -(-n // stride) for n in size)
-        assert m.isfinite().all()
-
-
 def test_auto_pad_changes_nothing_where_the_map_divides():
     x = torch.randn(2, 3, 128, 128)
     assert torch.equal(small().eval()(x), small(auto_pad=False).eval()(x))
-
-
-def test_images_do_not_see_each_other():
-    model, x = small().eval(), torch.randn(3, 3, 75, 90)
-    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-12, atol=1e-12)
-
-
-def test_gradient_checkpointing_changes_nothing():
-    x, grads = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
-        model = small()
-        model.set_grad_checkpointing(enable)
-        model(x).square().sum().backward()
-        grads.append([p.grad for p in model.parameters()])
-    for a, b in zip(*grads):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
-def test_out_norms_do_not_reach_the_next_stage():
-    x = torch.randn(1, 3, 64, 64)
-    plain, normed = small().eval(), small(out_norms=True).eval()
-    normed.load_state_dict(plain.state_dict(), strict=False)
-    assert torch.equal(plain(x), normed(x))
-    for raw, out in zip(*(m.forward_intermediates(x, intermediates_only=True) for m in (plain, normed))):
-        centred = raw - raw.mean(1, keepdim=True)
-        torch.testing.assert_close(out, centred / (centred.square().mean(1, keepdim=True) + 1e-6).sqrt())
-
-
-def test_bfloat16_autocast_is_close():
-    torch.set_default_dtype(torch.float32)
-    model, x = small().eval(), torch.randn(2, 3, 64, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = model(x)
-    exact = model.double()(x.double())
-    assert low.dtype == torch.bfloat16
-    assert (low.double() - exact).norm() / exact.norm() < 0.05
-
-
-@BACKENDS
-def test_compiles_and_exports(backend):
-    torch.set_default_dtype(torch.float32)
-    compiles_and_exports(small(), (72, 64), backend)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "sentence"),
-    [
-        (dict(topks=(1, 17, 4, -2)), "topks must be -1, -2 or between 1 and the n_win\\*\\*2 = 16 regions, got 17"),
-        (dict(topks=(1, 4, -2)), "depths, dims and topks must be equally long"),
-        (dict(dims=(32, 48, 64, 64)), "dims of routed stages must be multiples of head_dim=32"),
-    ],
-)
-def test_impossible_models_are_refused_in_one_sentence(kwargs, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        small(**kwargs)
 
 
 def test_sizes_that_do_not_divide_are_refused_without_auto_pad():

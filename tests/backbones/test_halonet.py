@@ -7,47 +7,12 @@ import torch
 import torch.nn.functional as F
 from saccade.backbones import halonet
 from saccade.backbones.halonet import HaloAttention, checkpoint_filter_fn, rename
-from support import parity
-from support.graphs import BACKENDS, compiles_and_exports
+from support.backbones import Backbone
 from support.levels import exhaustive
+from support.parity import load_file
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("double")  # as default type
-
-
-def load_file(tmp_path, weights: dict, name: str, container: str | None = None, **kwargs):
-    """Our model with the weights of a file, as a user loads one."""
-    file = tmp_path / "published.pth"
-    torch.save({container: weights, "epoch": 3} if container else weights, file)
-    overlay = dict(file=str(file), num_classes=kwargs.get("num_classes", 1000))
-    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
-
-
-@pytest.mark.parametrize(
-    ("fixture", "name", "kwargs"),
-    [
-        ("halonet_h0_paper", "halo_h0", {}),
-        exhaustive("halonet_h1", "halo_h1", dict(heads=(8, 8, 8, 8))),
-        exhaustive("halonet_h3_paper", "halo_h3", {}),
-        exhaustive("halonet_h5_paper", "halo_h5", {}),
-        ("halonet26t", "halo_26t", {}),
-        ("eca_halonext26ts", "halo_eca26ts", {}),
-    ],
-)
-def test_equals_published_model(tmp_path, fixture, name, kwargs):
-    want = parity.load("halonet", fixture)
-    model = load_file(tmp_path, parity.weights(want), name, **kwargs)
-    x = parity.image(want)
-    features, maps = model.forward_intermediates(x)
-    logits = model.forward_head(features)
-    parity.assert_equal("stem", model.stem(x), want["outputs"]["stem"])
-    for i, m in enumerate(maps[1:]):
-        parity.assert_equal(f"stage{i + 1}", m, want["outputs"][f"stage{i + 1}"])
-    parity.assert_equal("features", features, want["outputs"]["features"])
-    parity.assert_equal("logits", logits, want["outputs"]["logits"])
-    assert sum(p.numel() for p in model.parameters()) == want["params"]
-    (logits * parity.seeded(1, logits.shape)).sum().backward()
-    parity.assert_gradients(model, want["grads"], rename)
 
 
 # Our name, and the least size that timm takes at output stride 8.
@@ -100,74 +65,6 @@ def test_timms_model_is_the_same_function(tmp_path, theirs, output_stride):
             torch.testing.assert_close(grads[1][key], grad, rtol=1e-7, atol=1e-9 * (1 + grad.norm().item()))
 
 
-COUNTS = dict(
-    halo_h0=5_502_248,
-    halo_h1=8_101_352,
-    halo_h2=9_405_608,
-    halo_h3=11_842_792,
-    halo_h4=19_103_464,
-    halo_h5=30_718_952,
-    halo_h6=43_458_280,
-    halo_h7=67_434_728,
-    halo_26t=12_480_288,
-    halo_50ts=22_733_280,
-    halo_se33ts=13_691_712,
-    halo_eca26ts=10_756_885,
-    halo_regnetz_b=11_680_072,
-)
-
-
-@pytest.mark.parametrize(("name", "count"), COUNTS.items())
-def test_parameter_counts(name, count):
-    model = timm.create_model(name, device="meta")
-    assert sum(p.numel() for p in model.parameters()) == count
-
-
-# Of convolutions and of attention, at the published size, in 10**9.
-MACS = dict(
-    halo_h0=(1.58, 0.68),
-    halo_h1=(2.13, 0.76),
-    halo_h2=(2.42, 0.78),
-    halo_h3=(4.33, 1.65),
-    halo_h4=(9.33, 2.38),
-    halo_h5=(21.98, 9.67),
-    halo_h6=(40.4, 11.7),
-    halo_h7=(96.5, 23.9),  # at 640: nobody says how blocks of 10 are to cut the maps of 600
-)
-
-
-@pytest.mark.parametrize(("name", "giga"), MACS.items())
-def test_macs(name, giga):
-    model = timm.create_model(name, device="meta", dtype=torch.float32).eval()
-    counted = [0, 0]
-
-    def conv(module, args, out):
-        counted[0] += out.numel() * module.weight[0].numel()
-
-    def attention(module, args, out):
-        window = (module.block + 2 * module.halo) ** 2
-        keys = module.q.out_channels * out.shape[2] * out.shape[3]
-        counted[1] += (keys + out.numel()) * window
-
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.register_forward_hook(conv)
-        elif isinstance(module, HaloAttention):
-            module.register_forward_hook(attention)
-    size = 640 if name == "halo_h7" else model.default_cfg["input_size"][1]
-    model.forward_features(torch.empty(1, 3, size, size, device="meta", dtype=torch.float32))
-    assert [n / 1e9 for n in counted] == pytest.approx(giga, rel=0.01)
-
-
-def test_trained_weights_are_timms():
-    assert set(timm.list_models(module="halonet")) == set(halonet.VARIANTS)
-    assert "halo_26t.a1h_in1k" in timm.list_pretrained("halo_*")
-    for name, (theirs, tag, _) in halonet.TRAINED.items():
-        ours, timms = (timm.get_pretrained_cfg(n) for n in (f"{name}.{tag}", f"{theirs}.{tag}"))
-        for field in ("url", "hf_hub_id", "input_size", "pool_size", "crop_pct", "interpolation", "mean", "std"):
-            assert getattr(ours, field) == getattr(timms, field), (name, field)
-
-
 SMALL = dict(
     stem="tiered",
     blocks=("CA", "A", "C", "AA"),
@@ -181,6 +78,7 @@ SMALL = dict(
     num_features=40,
     num_classes=7,
 )
+INVERTED = dict(stem="3x3", expansion=3, dims=(16, 32, 32, 48), block=3, value_ratio=1.0, act_layer="silu", gate="eca")
 
 
 def small(**kwargs):
@@ -191,24 +89,102 @@ def small(**kwargs):
     return model
 
 
-INVERTED = dict(stem="3x3", expansion=3, dims=(16, 32, 32, 48), block=3, value_ratio=1.0, act_layer="silu", gate="eca")
+class TestHaloNet(Backbone):
+    FIXTURES, NAME, SMALL, small, rename = "halonet", "halo_h0", SMALL, staticmethod(small), staticmethod(rename)
+    WHOLE = (
+        ("halonet_h0_paper", "halo_h0", {}),
+        exhaustive("halonet_h1", "halo_h1", dict(heads=(8, 8, 8, 8))),
+        exhaustive("halonet_h3_paper", "halo_h3", {}),
+        exhaustive("halonet_h5_paper", "halo_h5", {}),
+        ("halonet26t", "halo_26t", {}),
+        ("eca_halonext26ts", "halo_eca26ts", {}),
+    )
+    COUNTS = dict(
+        halo_h0=5_502_248,
+        halo_h1=8_101_352,
+        halo_h2=9_405_608,
+        halo_h3=11_842_792,
+        halo_h4=19_103_464,
+        halo_h5=30_718_952,
+        halo_h6=43_458_280,
+        halo_h7=67_434_728,
+        halo_26t=12_480_288,
+        halo_50ts=22_733_280,
+        halo_se33ts=13_691_712,
+        halo_eca26ts=10_756_885,
+        halo_regnetz_b=11_680_072,
+    )
+    MACS = dict(  # of convolutions and of attention
+        halo_h0=(1.58, 0.68),
+        halo_h1=(2.13, 0.76),
+        halo_h2=(2.42, 0.78),
+        halo_h3=(4.33, 1.65),
+        halo_h4=(9.33, 2.38),
+        halo_h5=(21.98, 9.67),
+        halo_h6=(40.4, 11.7),
+        halo_h7=(96.5, 23.9),  # at 640: nobody says how blocks of 10 are to cut the maps of 600
+    )
+    MACS_RTOL = 0.01
+    STRIDES = (2, 4, 8, 16, 32)
+    SIZED = dict(resnet={}, inverted=INVERTED)
+    CHANNELS_LAST = True
+    PREFIXES = ("",)
+    test_other_weights_are_refused_in_one_sentence = None  # test_weights_of_other_models_are_refused_in_one_sentence
+    IMPOSSIBLE = (
+        (dict(dims=(32, 64)), "blocks, dims, widths and heads must be equally long"),
+        (dict(blocks=("CA", "X", "C", "A")), "blocks must hold one or more of the letters A and C for each stage"),
+        (dict(heads=(2, 5, 4, 4)), "heads must divide the 24 channels of the values, got 5"),
+        (dict(stem="deep"), "stem must be one of 7x7, tiered, tiered_nopool, 3x3, got 'deep'"),
+        (dict(output_stride=4), "output_stride must be 8, 16 or 32, got 4"),
+        (dict(gate="cbam"), "gate must be 'se', 'eca' or None, got 'cbam'"),
+        (dict(group_width=5), "group_width must divide the 16 channels of a block, got 5"),
+    )
+    BLOCKS = 6
+    CHECKPOINT_MODE, CHECKPOINT_RTOL = False, 1e-12  # in training, norms would update their statistics twice
+    LEARNING, STEPS, RATE, FALL = {}, 12, 1e-2, 0.5
+    COMPILED = {
+        "two stages": dict(blocks=("CA", "A"), dims=(16, 24), widths=(16, 16), heads=(2, 2)),
+        "small": exhaustive({}),
+    }
+    COMPILED_SIZE = (72, 64)
+
+    def file(self, weights):
+        return weights
+
+    def outputs(self, model, x):
+        features, maps = model.forward_intermediates(x)
+        stages = {f"stage{i}": m for i, m in enumerate(maps) if i}
+        return {"stem": model.stem(x)} | stages | {"features": features, "logits": model.forward_head(features)}
+
+    def test_macs(self, name, giga):
+        model = timm.create_model(name, device="meta", dtype=torch.float32).eval()
+        counted = [0, 0]
+
+        def conv(module, args, out):
+            counted[0] += out.numel() * module.weight[0].numel()
+
+        def attention(module, args, out):
+            window = (module.block + 2 * module.halo) ** 2
+            keys = module.q.out_channels * out.shape[2] * out.shape[3]
+            counted[1] += (keys + out.numel()) * window
+
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                module.register_forward_hook(conv)
+            elif isinstance(module, HaloAttention):
+                module.register_forward_hook(attention)
+        size = 640 if name == "halo_h7" else model.default_cfg["input_size"][1]
+        model.forward_features(torch.empty(1, 3, size, size, device="meta", dtype=torch.float32))
+        assert [n / 1e9 for n in counted] == pytest.approx(giga, rel=self.MACS_RTOL)
 
 
-@pytest.mark.parametrize("container", ["state_dict", "model", None])
-def test_containers(tmp_path, container):
-    weights = small().state_dict()
-    model = load_file(tmp_path, weights, "halo_h0", container, **SMALL)
-    for key, value in model.state_dict().items():
-        assert torch.equal(value, weights[key]), key
-
-
-@pytest.mark.parametrize("kwargs", [{}, INVERTED], ids=["resnet", "inverted"])
-@pytest.mark.parametrize("size", [(32, 32), (33, 70), (97, 45)], ids=str)
-def test_any_size(size, kwargs):
-    model = small(features_only=True, **kwargs).eval()
-    for level, m in enumerate(model(torch.randn(2, 3, *size))):
-        assert m.shape[2:] == tuple(-(-n // 2 ** (level + 1)) for n in size)
-        assert m.isfinite().all() and m.is_contiguous(memory_format=torch.channels_last)
+def test_trained_weights_are_timms():
+    assert set(timm.list_models(module="halonet")) == set(halonet.VARIANTS)
+    assert "halo_26t.a1h_in1k" in timm.list_pretrained("halo_*")
+    for name, (theirs, tag, _) in halonet.TRAINED.items():
+        ours, timms = (timm.get_pretrained_cfg(n) for n in (f"{name}.{tag}", f"{theirs}.{tag}"))
+        for field in ("url", "hf_hub_id", "input_size", "pool_size", "crop_pct", "interpolation", "mean", "std"):
+            assert getattr(ours, field) == getattr(timms, field), (name, field)
 
 
 @pytest.mark.parametrize("stride", [1, 2])
@@ -258,23 +234,6 @@ def test_final_convolution_counts_as_the_norm():
     assert getter.feature_info.channels() == [64, 16, 24, 32, 40]
 
 
-def test_images_do_not_see_each_other():
-    model, x = small().eval(), torch.randn(3, 3, 75, 90)
-    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-12, atol=1e-12)
-
-
-def test_gradient_checkpointing_changes_nothing():
-    x, runs = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
-        model = small().eval()  # in training, norms would update their statistics twice
-        model.set_grad_checkpointing(enable)
-        out = model(x)
-        out.square().sum().backward()
-        runs.append([out, *(p.grad for p in model.parameters())])
-    for a, b in zip(*runs):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-
-
 def test_arguments():
     x = torch.randn(2, 3, 64, 64)
     assert small(num_classes=0)(x).shape == (2, 40)
@@ -304,54 +263,6 @@ def test_initial_values():
     assert attn.kv.weight.std().item() == pytest.approx(256**-0.5, rel=0.05)
     assert attn.height_rel.std().item() == pytest.approx(32**-0.5, rel=0.1)
     assert model.stem.conv1.conv.weight.std().item() == pytest.approx((2 / (64 * 49)) ** 0.5, rel=0.05)
-
-
-def test_loss_falls():
-    torch.set_default_dtype(torch.float32)
-    model = small().train()
-    x, y = torch.randn(16, 3, 32, 32), torch.arange(16) % 7
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    losses = []
-    for _ in range(12):
-        loss = F.cross_entropy(model(x), y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.5 * losses[0], losses
-
-
-def test_bfloat16_autocast_is_close():
-    torch.set_default_dtype(torch.float32)
-    model, x = small().eval(), torch.randn(2, 3, 64, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = model(x)
-    exact = model.double()(x.double())
-    assert low.dtype == torch.bfloat16
-    assert (low.double() - exact).norm() / exact.norm() < 0.05
-
-
-@BACKENDS
-def test_compiles_and_exports(backend):
-    torch.set_default_dtype(torch.float32)
-    compiles_and_exports(small(), (72, 64), backend)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "sentence"),
-    [
-        (dict(dims=(32, 64)), "blocks, dims, widths and heads must be equally long"),
-        (dict(blocks=("CA", "X", "C", "A")), "blocks must hold one or more of the letters A and C for each stage"),
-        (dict(heads=(2, 5, 4, 4)), "heads must divide the 24 channels of the values, got 5"),
-        (dict(stem="deep"), "stem must be one of 7x7, tiered, tiered_nopool, 3x3, got 'deep'"),
-        (dict(output_stride=4), "output_stride must be 8, 16 or 32, got 4"),
-        (dict(gate="cbam"), "gate must be 'se', 'eca' or None, got 'cbam'"),
-        (dict(group_width=5), "group_width must divide the 16 channels of a block, got 5"),
-    ],
-)
-def test_impossible_models_are_refused_in_one_sentence(kwargs, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        small(**kwargs)
 
 
 def test_weights_of_other_models_are_refused_in_one_sentence():

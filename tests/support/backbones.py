@@ -41,6 +41,7 @@ class Backbone:
     SIZES = ((32, 32), (33, 70), (97, 45))
     SIZED = {}  # forms for those sizes, where they are not FORMS
     CHANNELS_LAST = False  # whether maps have that memory format
+    FILES = {"small": {}}  # forms of files: with every parameter that one can have
     CONTAINERS = ("model", "state_dict", None)
     PREFIXES = ("", "module.", "backbone.")
     ALIENS = {}  # name: (arguments of a small model, or another model's name, and the sentence)
@@ -49,6 +50,7 @@ class Backbone:
     CHECKPOINT_MODE = True  # training
     CHECKPOINT_RTOL = 0.0
     ROUNDING = 0.05  # of a model in bfloat16, relative
+    ROUNDED_SIZE = (64, 64)
     LEARNING = dict(drop_path_rate=0.1)
     IMAGES, STEPS, RATE, FALL = (16, 3, 32, 32), 15, 2e-3, 0.6  # the loss falls to this part of the first
     BACKENDS = ("aot_eager", exhaustive("inductor"))
@@ -68,7 +70,7 @@ class Backbone:
                 ("name", "giga"): [exhaustive(*case) if i else case for i, case in enumerate(self.MACS.items())]
             },
             test_any_size={"form": self.SIZED or self.FORMS, "size": {str(size): size for size in self.SIZES}},
-            test_published_containers={("container", "prefix"): files},
+            test_published_containers={"form": self.FILES, ("container", "prefix"): files},
             test_other_weights_are_refused_in_one_sentence={"alien": self.ALIENS},
             test_impossible_models_are_refused_in_one_sentence={("arguments", "sentence"): self.IMPOSSIBLE},
             test_compiles_and_exports={"form": self.COMPILED, "backend": self.BACKENDS},
@@ -84,6 +86,10 @@ class Backbone:
     def small(self, **kwargs) -> nn.Module:
         """Return a small model with the same values each time."""
         raise NotImplementedError
+
+    def initial(self, **kwargs) -> nn.Module:
+        """Return a small model as it begins its training."""
+        return self.small(**kwargs)
 
     def options(self, **kwargs) -> dict:
         """Return the name and the arguments of a small model."""
@@ -160,21 +166,17 @@ class Backbone:
 
     # Files.
 
-    def test_published_containers(self, tmp_path, container, prefix):
+    def test_published_containers(self, tmp_path, form, container, prefix):
         """Weights lie under 'model' or 'state_dict', or bare; parallel runs prefix 'module.', detectors 'backbone.'."""
-        state = self.small(**self.dense_options()).state_dict()
+        state = self.small(**form).state_dict()
+        assert {self.rename(self.published(key)) for key in state} == set(state)
         weights = {prefix + self.published(k): torch.rand(v.shape).to(v.dtype) for k, v in state.items()}
         file = dict(weights)
         if prefix == "backbone.":
             file["decode_head.conv_seg.weight"] = torch.zeros(3)
-        file = {container: file, "epoch": 3} if container else file
-        model = self.load(tmp_path, file, **self.dense_options())
+        model = self.load(tmp_path, {container: file, "epoch": 3} if container else file, **form)
         for key, value in model.state_dict().items():
             assert torch.equal(value, weights[prefix + self.published(key)]), key
-
-    def dense_options(self) -> dict:
-        """Return the arguments of a small model with every parameter that a file can have."""
-        return {}
 
     def test_other_weights_are_refused_in_one_sentence(self, tmp_path, alien):
         """A case may end with arguments of the model that refuses."""
@@ -243,7 +245,7 @@ class Backbone:
 
     def test_bfloat16_autocast_is_close(self, form):
         torch.set_default_dtype(torch.float32)
-        model, x = self.small(**form).eval(), torch.randn(2, 3, 64, 64)
+        model, x = self.small(**form).eval(), torch.randn(2, 3, *self.ROUNDED_SIZE)
         exact = copy.deepcopy(model).double()(x.double())
         for each in self.same(model):
             with torch.autocast("cpu", torch.bfloat16):
@@ -269,7 +271,7 @@ class Backbone:
 
     def test_loss_falls(self, form):
         torch.set_default_dtype(torch.float32)
-        losses = self.train(self.small(**form, **self.LEARNING))
+        losses = self.train(self.initial(**form, **self.LEARNING))
         assert losses[-1] < self.FALL * losses[0]
 
     def test_compiles_and_exports(self, form, backend):
@@ -280,12 +282,10 @@ class Backbone:
 class Pyramid(Backbone):
     """A family whose backbones for dense tasks are published, too, with norms behind the stages."""
 
+    FILES = {"dense": dict(out_norms=True)}
     MAPS = ()  # the fixtures' names of the maps, then of all of them in one, if recorded
     NORMED = {}  # arguments of the small model with norms
     EPS = 1e-5  # of those norms; None: they are BatchNorms
-
-    def dense_options(self) -> dict:
-        return dict(out_norms=True)
 
     def dense_outputs(self, model: nn.Module, x: Tensor) -> dict[str, Tensor]:
         maps = model(x)
@@ -299,16 +299,17 @@ class Pyramid(Backbone):
 
     def test_files_of_one_task_load_into_models_of_the_other(self, tmp_path):
         """What a file lacks, head or norms, keeps its initial values; what it has beyond is dropped."""
-        first = next(iter(self.small().state_dict()))
-        dense = self.small(out_norms=True)
-        final = {id(p) for name in ("head", "norm") for p in getattr(dense, name, nn.Identity()).parameters()}
-        names = {name for name, p in dense.named_parameters() if id(p) in final}
-        state = {self.published(k): v + 1 for k, v in dense.state_dict().items() if k not in names}
-        classifier = self.load(tmp_path, {"model": state})
+        first = next(iter(self.small(**self.NORMED).state_dict()))
+        dense = self.small(**self.NORMED, out_norms=True)
+        state = {
+            self.published(k): v + 1 for k, v in dense.state_dict().items() if not k.startswith(("head.", "norm."))
+        }
+        classifier = self.load(tmp_path, {"model": state}, **self.NORMED)
         assert torch.equal(classifier.state_dict()[first], state[self.published(first)])
-        assert classifier.head.fc.weight.std() > 0.01
-        plain = {self.published(k): v + 1 for k, v in self.small().state_dict().items()}
-        features = self.load(tmp_path, {"state_dict": plain}, out_norms=True, features_only=True).model
+        weights = [p for p in classifier.head.parameters() if p.ndim > 1]
+        assert weights and all(p.std() > 0.01 for p in weights)
+        plain = {self.published(k): v + 1 for k, v in self.small(**self.NORMED).state_dict().items()}
+        features = self.load(tmp_path, {"state_dict": plain}, **self.NORMED, out_norms=True, features_only=True).model
         assert torch.equal(features.state_dict()[first], plain[self.published(first)])
         norms = [p for key, p in features.out_norms.named_parameters() if key.endswith("weight")]
         assert len(norms) == 4 and all(torch.equal(p, torch.ones_like(p)) for p in norms)
