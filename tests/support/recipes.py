@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from saccade.train import engine
+from saccade.train.data.images import Source
 from saccade.train.runtime import config
 from timm.data import create_transform, resolve_data_config
 from timm.models import get_pretrained_cfg
@@ -268,6 +269,9 @@ def compare_rates(name: str, schedule: Schedule) -> None:
 def compare(name: str, table: Table) -> None:
     """Check a config against its rows: each key set has a row, and each value is equal or marked as `Differs`."""
     engine.validate(load(name))
+    data = load(name)["data"]
+    if issubclass(data["type"], Source):  # checks the augmentation as a run does; the images are not here
+        Source(None, data.get("sizes"), data.get("augment"), 0)
     rows, ours, text = expected(name, table), resolve(name), header(name)
     missing = given(name) - rows.keys()
     assert not missing, f"{name} sets {sorted(missing)}, on which the table of published recipes has no row"

@@ -7,6 +7,7 @@ from PIL import Image
 from saccade.train.data.digits import Digits
 from saccade.train.data.folder import ImageFolder
 from saccade.train.runtime.errors import UserError
+from torchvision.transforms import InterpolationMode
 
 INPUTS = dict(input_size=(3, 16, 16), interpolation="bicubic", mean=(0.5,) * 3, std=(0.5,) * 3, crop_pct=1.0)
 
@@ -105,6 +106,18 @@ def test_training_augments_and_evaluation_does_not(pets):
     moving, still = data.dataset("train", INPUTS, training=True), data.dataset("train", INPUTS)
     assert not torch.equal(moving[0][0], moving[0][0])
     assert torch.equal(still[0][0], still[0][0])
+
+
+def test_interpolation_of_training(pets):
+    """data.augment's is for training crops alone; evaluation keeps the model's."""
+    inputs = INPUTS | dict(interpolation="bicubic")
+    data = ImageFolder(str(pets), augment=dict(interpolation="random"))
+    crop = data.dataset("train", inputs, training=True).transform.on_tensors[0]
+    assert crop.interpolation == (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
+    resize = data.dataset("val", inputs).transform.args[0].transforms[0]
+    assert resize.interpolation == InterpolationMode.BICUBIC
+    with pytest.raises(UserError, match=r"interpolation='cubic' must be one of random, nearest, bilinear"):
+        ImageFolder(str(pets), augment=dict(interpolation="cubic"))
 
 
 @pytest.mark.parametrize("policy", ["rand-m10-inc1", "augmix-m10", "original"])

@@ -29,7 +29,8 @@ from .bad_images import BadImage
 from .files import note, note_classes
 from .mapped import Mapped
 
-_TRANSFORM = ("input_size", "is_training", "interpolation", "mean", "std", "crop_pct", "crop_mode")  # set by `inputs`
+_TRANSFORM = ("input_size", "is_training", "mean", "std", "crop_pct", "crop_mode")  # set by `inputs`
+_INTERPOLATIONS = ("random", "nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 _NO_CHOICE = ("use_prefetcher", "normalize", "separate", "naflex")  # they change the format of a sample
 
 
@@ -280,6 +281,10 @@ class Source:
         self.img_size, self.sizes, self.augment, self.max_bad = img_size, sizes or {}, augment or {}, max_bad
         self.bad: dict[str, tuple[str, int]] = {}
         check("data.augment", self.augment, create_transform, without=(*_TRANSFORM, *_NO_CHOICE), ranges=ranges.AUGMENT)
+        interpolation = self.augment.get("interpolation", "random")
+        if interpolation not in _INTERPOLATIONS:
+            known = ", ".join(_INTERPOLATIONS)
+            raise UserError(f"data.augment.interpolation={interpolation!r} must be one of {known}")
         whole = all(isinstance(n, int) for pair in self.sizes.items() for n in pair)
         if self.sizes and not (whole and min(self.sizes) == 0 and min(self.sizes.values()) > 0):
             raise UserError(
@@ -316,7 +321,7 @@ class Source:
             return Images(files, labels, {0: partial(_as_tested, create_transform(**inputs), least)}, **norm)
         by_epoch = {first: inputs | dict(input_size=(inputs["input_size"][0], n, n)) for first, n in self.sizes.items()}
         transforms = {
-            first: Augment(decode, self.scaled, **inputs, **self.augment)
+            first: Augment(decode, self.scaled, **(inputs | self.augment))
             for first, inputs in (by_epoch or {0: inputs}).items()
         }
         return Images(files, labels, transforms, **norm)
