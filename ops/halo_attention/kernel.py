@@ -8,7 +8,8 @@ written once, by one program, and is deterministic.
 Position logits are passed as 2a numbers per query: <q, R_h[…]> for each row of the window and <q, R_w[…]> for each
 column (op.py). Cell (i, j) needs the sum of two of them. Gathering them would take one uncoalesced load per logit.
 Instead they are multiplied by a one-hot matrix of the cells' rows and columns, made in registers, which is exact and
-adds 2a channels to the D of the product. Their gradients are dS times the same matrix.
+adds 2a channels to the D of the product. Their gradients are dS times the same matrix. The tables may have more than a
+numbers per query, of which the last are multiplied by zeros: a multiple of 8 is read as vectors.
 
 All maps are read without copying, by four strides. Offsets are 64-bit.
 """
@@ -69,23 +70,39 @@ def cells(n, top, left, H, W, A: tl.constexpr):
 
 
 @triton.jit
-def one_hot(i, j, A: tl.constexpr, POSITIONS: tl.constexpr):
-    """Return the matrix of cells (i, j) by the 2a position logits of a query: 1 at i and at a + j."""
+def one_hot(i, j, AP: tl.constexpr, POSITIONS: tl.constexpr):
+    """Return the matrix of cells (i, j) by the position logits of a query: 1 at i and at AP + j."""
     c = tl.arange(0, POSITIONS)[None, :]
-    return (c == i[:, None]) | (c == j[:, None] + A)
+    return (c == i[:, None]) | (c == j[:, None] + AP)
+
+
+@triton.jit
+def known_table(stride_b, stride_h, stride_y, stride_x, TABLE: tl.constexpr):
+    """Return a table's strides as the compiler can use them: multiples of TABLE."""
+    return (
+        stride_b // TABLE * TABLE, stride_h // TABLE * TABLE, stride_y // TABLE * TABLE, stride_x // TABLE * TABLE
+    )  # fmt: skip
+
+
+@triton.jit
+def places(y, x, stride_ry, stride_rx, stride_cy, stride_cx, AP: tl.constexpr, POSITIONS: tl.constexpr):
+    """Return the offsets of the position logits of the queries at (y, x) in both tables, AP numbers each, and masks of
+    them."""
+    c = tl.arange(0, POSITIONS)
+    rows = offsets(c, y, x, 1, stride_ry, stride_rx)
+    columns = offsets(c - AP, y, x, 1, stride_cy, stride_cx)
+    return rows, columns, (c < AP)[None, :], ((c >= AP) & (c < 2 * AP))[None, :]
 
 
 @triton.jit
 def positions(
     rows_ptr, columns_ptr, y, x, ok,
-    stride_ry, stride_rx, stride_cy, stride_cx, A: tl.constexpr, POSITIONS: tl.constexpr,
+    stride_ry, stride_rx, stride_cy, stride_cx, AP: tl.constexpr, POSITIONS: tl.constexpr,
 ):  # fmt: skip
-    """Load the 2a position logits of the queries at (y, x)."""
-    c = tl.arange(0, POSITIONS)
-    rows = offsets(c, y, x, 1, stride_ry, stride_rx)
-    columns = offsets(c - A, y, x, 1, stride_cy, stride_cx)
-    of_rows = tl.load(rows_ptr + rows, ok[:, None] & (c < A)[None, :], 0.0)
-    return of_rows + tl.load(columns_ptr + columns, ok[:, None] & ((c >= A) & (c < 2 * A))[None, :], 0.0)
+    """Load the position logits of the queries at (y, x)."""
+    rows, columns, first, second = places(y, x, stride_ry, stride_rx, stride_cy, stride_cx, AP, POSITIONS)
+    of_rows = tl.load(rows_ptr + rows, ok[:, None] & first, 0.0)
+    return of_rows + tl.load(columns_ptr + columns, ok[:, None] & second, 0.0)
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES])
@@ -97,13 +114,15 @@ def fwd_kernel(
     heads, H, W, HQ, WQ, M, N, scale,
     Q: tl.constexpr, KV: tl.constexpr, OUT: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, POSITIONS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, AP: tl.constexpr, POSITIONS: tl.constexpr, TABLE: tl.constexpr,
     OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     stride_qb, stride_qc, stride_qy, stride_qx = known_strides(stride_qb, stride_qc, stride_qy, stride_qx, Q)
     stride_kb, stride_kc, stride_ky, stride_kx = known_strides(stride_kb, stride_kc, stride_ky, stride_kx, KV)
     stride_ob, stride_oc, stride_oy, stride_ox = known_strides(stride_ob, stride_oc, stride_oy, stride_ox, OUT)
+    stride_rb, stride_rh, stride_ry, stride_rx = known_table(stride_rb, stride_rh, stride_ry, stride_rx, TABLE)
+    stride_cb, stride_ch, stride_cy, stride_cx = known_table(stride_cb, stride_ch, stride_cy, stride_cx, TABLE)
     A: tl.constexpr = BLOCK + 2 * HALO
     b, head, I, J, tile = program(heads, M, N, TILES)
     y, x, ok = queries(tile * OWN + tl.arange(0, OWN), I, J, HQ, WQ, SIDE)
@@ -113,7 +132,7 @@ def fwd_kernel(
     q = tl.load(q_ptr + offsets(d, y, x, stride_qc, stride_qy, stride_qx), ok[:, None] & (d < D)[None, :], 0.0)
     rows_ptr += b * stride_rb + head * stride_rh
     columns_ptr += b * stride_cb + head * stride_ch
-    pos = positions(rows_ptr, columns_ptr, y, x, ok, stride_ry, stride_rx, stride_cy, stride_cx, A, POSITIONS)
+    pos = positions(rows_ptr, columns_ptr, y, x, ok, stride_ry, stride_rx, stride_cy, stride_cx, AP, POSITIONS)
     k_ptr = kv_ptr + b * stride_kb + head * (D + DV) * stride_kc
     v_ptr = k_ptr + tl.full((), D, tl.int64) * stride_kc
 
@@ -126,7 +145,7 @@ def fwd_kernel(
         of_keys, of_values = inside[:, None] & (d < D)[None, :], inside[:, None] & (e < DV)[None, :]
         k = tl.load(k_ptr + offsets(d, ky, kx, stride_kc, stride_ky, stride_kx), of_keys, 0.0)
         v = tl.load(v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), of_values, 0.0)
-        hot = one_hot(i, j, A, POSITIONS).to(q.dtype)
+        hot = one_hot(i, j, AP, POSITIONS).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         s = tl.dot(pos, tl.trans(hot), s, input_precision=PRECISION) * LOG2E
         s = tl.where((n < A * A)[None, :], s, float("-inf"))
@@ -148,7 +167,7 @@ def dq_kernel(
     heads, H, W, HQ, WQ, M, N, scale,
     Q: tl.constexpr, KV: tl.constexpr, OUT: tl.constexpr, DOUT: tl.constexpr, TO: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, POSITIONS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, AP: tl.constexpr, POSITIONS: tl.constexpr, TABLE: tl.constexpr,
     OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
@@ -157,12 +176,13 @@ def dq_kernel(
     stride_ob, stride_oc, stride_oy, stride_ox = known_strides(stride_ob, stride_oc, stride_oy, stride_ox, OUT)
     stride_gb, stride_gc, stride_gy, stride_gx = known_strides(stride_gb, stride_gc, stride_gy, stride_gx, DOUT)
     stride_db, stride_dc, stride_dy, stride_dx = known_strides(stride_db, stride_dc, stride_dy, stride_dx, TO)
+    stride_rb, stride_rh, stride_ry, stride_rx = known_table(stride_rb, stride_rh, stride_ry, stride_rx, TABLE)
+    stride_cb, stride_ch, stride_cy, stride_cx = known_table(stride_cb, stride_ch, stride_cy, stride_cx, TABLE)
     A: tl.constexpr = BLOCK + 2 * HALO
     b, head, I, J, tile = program(heads, M, N, TILES)
     y, x, ok = queries(tile * OWN + tl.arange(0, OWN), I, J, HQ, WQ, SIDE)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_V)
-    c = tl.arange(0, POSITIONS)
     of_q = ok[:, None] & (d < D)[None, :]
     of_v = ok[:, None] & (e < DV)[None, :]
     q_ptr += b * stride_qb + head * D * stride_qc
@@ -178,8 +198,9 @@ def dq_kernel(
     of_rows = b * stride_rb + head * stride_rh
     of_columns = b * stride_cb + head * stride_ch
     pos = positions(
-        rows_ptr + of_rows, columns_ptr + of_columns, y, x, ok, stride_ry, stride_rx, stride_cy, stride_cx, A, POSITIONS
-    )
+        rows_ptr + of_rows, columns_ptr + of_columns, y, x, ok,
+        stride_ry, stride_rx, stride_cy, stride_cx, AP, POSITIONS,
+    )  # fmt: skip
     k_ptr = kv_ptr + b * stride_kb + head * (D + DV) * stride_kc
     v_ptr = k_ptr + tl.full((), D, tl.int64) * stride_kc
 
@@ -191,7 +212,7 @@ def dq_kernel(
         of_keys, of_values = inside[:, None] & (d < D)[None, :], inside[:, None] & (e < DV)[None, :]
         k = tl.load(k_ptr + offsets(d, ky, kx, stride_kc, stride_ky, stride_kx), of_keys, 0.0)
         v = tl.load(v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), of_values, 0.0)
-        hot = one_hot(i, j, A, POSITIONS).to(q.dtype)
+        hot = one_hot(i, j, AP, POSITIONS).to(q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
         s = tl.dot(pos, tl.trans(hot), s, input_precision=PRECISION) * LOG2E
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
@@ -202,10 +223,9 @@ def dq_kernel(
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + offsets(d, y, x, stride_dc, stride_dy, stride_dx), dq, of_q)
     dpos = dpos.to(dq.dtype)
-    drows_ptr += of_rows + offsets(c, y, x, 1, stride_ry, stride_rx)
-    tl.store(drows_ptr, dpos, ok[:, None] & (c < A)[None, :])
-    dcolumns_ptr += of_columns + offsets(c - A, y, x, 1, stride_cy, stride_cx)
-    tl.store(dcolumns_ptr, dpos, ok[:, None] & ((c >= A) & (c < 2 * A))[None, :])
+    rows, columns, first, second = places(y, x, stride_ry, stride_rx, stride_cy, stride_cx, AP, POSITIONS)
+    tl.store(drows_ptr + of_rows + rows, dpos, ok[:, None] & first)
+    tl.store(dcolumns_ptr + of_columns + columns, dpos, ok[:, None] & second)
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES])
@@ -217,7 +237,7 @@ def dkdv_kernel(
     heads, H, W, HQ, WQ, M, N, scale,
     Q: tl.constexpr, KV: tl.constexpr, DOUT: tl.constexpr, TO: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, POSITIONS: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, AP: tl.constexpr, POSITIONS: tl.constexpr, TABLE: tl.constexpr,
     OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
@@ -225,6 +245,8 @@ def dkdv_kernel(
     stride_kb, stride_kc, stride_ky, stride_kx = known_strides(stride_kb, stride_kc, stride_ky, stride_kx, KV)
     stride_gb, stride_gc, stride_gy, stride_gx = known_strides(stride_gb, stride_gc, stride_gy, stride_gx, DOUT)
     stride_db, stride_dc, stride_dy, stride_dx = known_strides(stride_db, stride_dc, stride_dy, stride_dx, TO)
+    stride_rb, stride_rh, stride_ry, stride_rx = known_table(stride_rb, stride_rh, stride_ry, stride_rx, TABLE)
+    stride_cb, stride_ch, stride_cy, stride_cx = known_table(stride_cb, stride_ch, stride_cy, stride_cx, TABLE)
     A: tl.constexpr = BLOCK + 2 * HALO
     STEPS: tl.constexpr = (SIDE * SIDE + WALKED - 1) // WALKED  # to loop over one block's queries
     b, head, I, J, tile = program(heads, M, N, TILES)
@@ -271,11 +293,11 @@ def dkdv_kernel(
         dout = tl.load(
             dout_ptr + offsets(e, y, x, stride_gc, stride_gy, stride_gx), ok[:, None] & (e < DV)[None, :], 0.0
         )
-        pos = positions(rows_ptr, columns_ptr, y, x, ok, stride_ry, stride_rx, stride_cy, stride_cx, A, POSITIONS)
+        pos = positions(rows_ptr, columns_ptr, y, x, ok, stride_ry, stride_rx, stride_cy, stride_cx, AP, POSITIONS)
         i = ky - block_y * BLOCK + HALO
         j = kx - block_x * BLOCK + HALO
         sees = (mine & (i >= 0) & (i < A) & (j >= 0) & (j < A))[:, None]
-        hot = one_hot(i, j, A, POSITIONS).to(k.dtype)
+        hot = one_hot(i, j, AP, POSITIONS).to(k.dtype)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
         s = tl.dot(hot, tl.trans(pos), s, input_precision=PRECISION) * LOG2E
         p = tl.where(sees, tl.exp2(s - lse[None, :]), 0.0)
@@ -292,32 +314,40 @@ def dkdv_kernel(
 
 
 # By element size in bytes and the wider of the padded head dims: most rows of the program's tile, rows per step, warps,
-# stages. Chosen from ahead-of-time compilation (saccade.ops.aot), not yet timed on a GPU: the tallest tiles, up to a
-# block of 8 x 8, that do not spill on sm_90.
+# stages. Chosen from ahead-of-time compilation (saccade.ops.aot, tools/kernel_bounds.py), not yet timed on a GPU: the
+# tiles with the fewest instructions that do not spill on sm_90, of those that do not read a window more than twice.
 TILES = {
-    (2, 32): (64, 32, 4, 3),
-    (2, 64): (64, 32, 8, 2),
+    (2, 16): (64, 32, 2, 1),
+    (2, 32): (64, 32, 4, 1),
+    (2, 64): (64, 32, 4, 1),
     (2, 128): (64, 32, 8, 2),
     (2, 256): (16, 16, 8, 1),
+    (4, 16): (32, 32, 8, 1),
     (4, 32): (32, 32, 8, 1),
-    (4, 64): (32, 32, 8, 2),
+    (4, 64): (16, 32, 4, 2),
     (4, 128): (16, 16, 8, 2),
-    (4, 256): (16, 16, 8, 1),
+    (4, 256): (16, 16, 4, 1),
 }
-# What dkdv_kernel changes of these: else it spills on sm_80.
-OF_KEYS = {(2, 32): dict(num_stages=1), (2, 64): dict(WALKED=16)}
+OF_KEYS = {(2, 16): (64, 64, 4, 1), (2, 32): (64, 64, 4, 1), (2, 128): (64, 16, 8, 1)}  # what differs for dkdv_kernel
 MAX_HEAD_DIM, MAX_WINDOW = 256, 32  # that the kernels support
 
 
-def launch_options(itemsize: int, D: int, Dv: int, block: int, halo: int, side: int, tokens: int, hip: bool) -> dict:
-    """Return constexprs and launch options for a tile in a block of `tokens` tokens."""
+def launch_options(
+    itemsize: int, D: int, Dv: int, block: int, halo: int, side: int, tokens: int, table: int, hip: bool, tiles=TILES
+) -> dict:
+    """Return constexprs and launch options for a tile in a block of `tokens` tokens. table: position logits per query
+    in each table, a or more."""
     BLOCK_D, BLOCK_V = (max(16, triton.next_power_of_2(n)) for n in (D, Dv))
-    most, walked, warps, stages = TILES[itemsize, max(32, BLOCK_D, BLOCK_V)]
-    positions = max(32, triton.next_power_of_2(2 * (block + 2 * halo)))
+    most, walked, warps, stages = tiles[itemsize, max(BLOCK_D, BLOCK_V)]
+    if tiles is not TILES:  # of one block's queries at a time
+        walked = min(walked, max(16, triton.next_power_of_2(side**2)))
+    positions = max(32, triton.next_power_of_2(2 * table))
     if positions > 32:  # position logits take twice the registers
         most, warps = most if warps < 8 else max(16, most // 2), 8
         walked = min(walked, 64 // itemsize)
     own = max(16, min(most, triton.next_power_of_2(tokens)))
+    if itemsize == 2 and positions == 32 and max(BLOCK_D, BLOCK_V) <= 64:
+        warps = min(warps, own // 16)  # tensor cores take 16 rows a warp: more would repeat each other's work
     return dict(
         D=D,
         DV=Dv,
@@ -326,6 +356,7 @@ def launch_options(itemsize: int, D: int, Dv: int, block: int, halo: int, side: 
         SIDE=side,
         BLOCK_D=BLOCK_D,
         BLOCK_V=BLOCK_V,
+        AP=table,
         POSITIONS=positions,
         OWN=own,
         WALKED=walked,
@@ -335,30 +366,34 @@ def launch_options(itemsize: int, D: int, Dv: int, block: int, halo: int, side: 
     )
 
 
-def key_options(itemsize: int, D: int, Dv: int, block: int, *rest) -> dict:
+def key_options(*sizes) -> dict:
     """Return those of dkdv_kernel, whose tiles are of a block's keys."""
-    options = launch_options(itemsize, D, Dv, block, *rest)
-    return options | OF_KEYS.get((itemsize, max(32, options["BLOCK_D"], options["BLOCK_V"])), {})
+    return launch_options(*sizes, tiles=TILES | OF_KEYS)
 
 
-def _launch(q: Tensor, kv: Tensor, settings: Settings):
+def _launch(q: Tensor, kv: Tensor, tables: tuple[Tensor, Tensor], settings: Settings):
     """Return sizes, and the options for tiles of queries and of keys."""
     heads, block, halo, stride, scale, _ = settings
     (_, C, HQ, WQ), (_, CK, H, W) = q.shape, kv.shape
     side, hip = block // stride, torch.version.hip is not None
     fixed = q.element_size(), C // heads, (CK - C) // heads, block, halo, side
-    options = launch_options(*fixed, side**2, hip), key_options(*fixed, block**2, hip)
-    options = (one | dict(PRECISION=precision(q)) for one in options)
+    options = (
+        launch_options(*fixed, side**2, tables[0].shape[4], hip),
+        key_options(*fixed, block**2, tables[0].shape[4], hip),
+    )
+    aligned = all(n % 8 == 0 for x in tables for n in x.stride()[:4])
+    options = (one | dict(TABLE=8 if aligned else 1, PRECISION=precision(q)) for one in options)
     return (heads, H, W, HQ, WQ, triton.cdiv(H, block), triton.cdiv(W, block), scale), *options
 
 
 def fwd(q: Tensor, kv: Tensor, rows: Tensor, columns: Tensor, settings: Settings) -> tuple[Tensor, Tensor]:
     """Return the output (B, heads · Dv, H', W') and, for the backward pass, the base-2 log-sum-exp of the logits
-    (B, heads, H', W'). rows and columns (B, heads, H', W', a) are the position logits, with a contiguous last axis."""
+    (B, heads, H', W'). rows and columns (B, heads, H', W', a or more) are the position logits, with a contiguous last
+    axis."""
     (B, C, HQ, WQ), heads = q.shape, settings.heads
     out = empty(q, kv.shape[1] - C)
     lse = q.new_empty(B, heads, HQ, WQ, dtype=torch.float32)
-    sizes, options, _ = _launch(q, kv, settings)
+    sizes, options, _ = _launch(q, kv, (rows, columns), settings)
     strides = *q.stride(), *kv.stride(), *rows.stride()[:4], *columns.stride()[:4], *out.stride()
     grid = (B * sizes[5] * sizes[6] * options["TILES"] * heads,)
     with torch.cuda.device_of(q):
@@ -383,7 +418,7 @@ def bwd(
     drows, dcolumns, delta = (
         torch.empty_strided(z.shape, z.stride(), dtype=z.dtype, device=z.device) for z in (rows, columns, lse)
     )
-    sizes, of_queries, of_keys = _launch(q, kv, settings)
+    sizes, of_queries, of_keys = _launch(q, kv, (rows, columns), settings)
     strides = *q.stride(), *kv.stride(), *rows.stride()[:4], *columns.stride()[:4]
     forms = dict(Q=layout(q), KV=layout(kv), DOUT=layout(dout))
     programs = q.shape[0] * sizes[5] * sizes[6] * settings.heads
@@ -408,6 +443,8 @@ def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]
         for block, halo, form in ((8, 3, maps.CHANNELS + maps.ALIGNED), (8, 3, maps.COLUMNS), (14, 2, maps.COLUMNS)):
             for kernel in (fwd_kernel, dq_kernel, dkdv_kernel):
                 make = key_options if kernel is dkdv_kernel else launch_options
-                options = make(itemsize, min(D, 64), D, block, halo, block, block**2, hip)
+                options = make(
+                    itemsize, min(D, 64), D, block, halo, block, block**2, -(-(block + 2 * halo) // 8) * 8, hip
+                )
                 names = [name for name in ("Q", "KV", "OUT", "DOUT", "TO") if name in kernel.arg_names]
-                yield kernel, floats, dict.fromkeys(names, form) | options
+                yield kernel, floats, dict.fromkeys(names, form) | dict(TABLE=8) | options

@@ -68,12 +68,12 @@ no_second_derivative("halo_attention", bwd)
 # Counted as PyTorch counts its own attention: two matrix products forward, five backward, over all cells of the
 # windows.
 @register_flop_formula(torch.ops.saccade.halo_attention_fwd)
-def fwd_flop(q_shape, kv_shape, rows_shape, *args, **kwargs) -> int:
+def fwd_flop(q_shape, kv_shape, rows_shape, columns_shape, heads, block, halo, *args, **kwargs) -> int:
     B, _, H, W = q_shape
-    return 2 * B * H * W * rows_shape[4] ** 2 * kv_shape[1]
+    return 2 * B * H * W * (block + 2 * halo) ** 2 * kv_shape[1]
 
 
 @register_flop_formula(torch.ops.saccade.halo_attention_bwd)
-def bwd_flop(dout_shape, q_shape, kv_shape, rows_shape, *args, **kwargs) -> int:
+def bwd_flop(dout_shape, q_shape, kv_shape, rows, columns, out, lse, heads, block, halo, *args, **kwargs) -> int:
     B, C, H, W = q_shape
-    return 2 * B * H * W * rows_shape[4] ** 2 * (2 * kv_shape[1] + C)
+    return 2 * B * H * W * (block + 2 * halo) ** 2 * (2 * kv_shape[1] + C)

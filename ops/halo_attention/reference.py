@@ -50,14 +50,18 @@ def halo_attention(
 
 
 def position_logits(
-    q: Tensor, height_rel: Tensor, width_rel: Tensor, heads: int, block: int, halo: int, stride: int
+    q: Tensor, height_rel: Tensor, width_rel: Tensor, heads: int, block: int, halo: int, stride: int, multiple: int = 1
 ) -> tuple[Tensor, Tensor]:
-    """Return <q, R_h> for the rows of each query's window and <q, R_w> for its columns, (B, heads, H', W', a) each."""
+    """Return <q, R_h> for the rows of each query's window and <q, R_w> for its columns, (B, heads, H', W', a) each,
+    with zeros up to a `multiple`."""
     a, t = block + 2 * halo, block // stride
     x = q.unflatten(1, (heads, -1))
-    rows = torch.einsum("bhdyx,ydi->bhyxi", x, _of_lines(height_rel.to(q.dtype), q.shape[2], a, t))
-    columns = torch.einsum("bhdyx,xdj->bhyxj", x, _of_lines(width_rel.to(q.dtype), q.shape[3], a, t))
-    return rows, columns
+    of_rows, of_columns = (
+        F.pad(_of_lines(table.to(q.dtype), lines, a, t), (0, -a % multiple))
+        for table, lines in ((height_rel, q.shape[2]), (width_rel, q.shape[3]))
+    )
+    rows = torch.einsum("bhdyx,ydi->bhyxi", x, of_rows)
+    return rows, torch.einsum("bhdyx,xdj->bhyxj", x, of_columns)
 
 
 def _of_lines(table: Tensor, lines: int, a: int, t: int) -> Tensor:
