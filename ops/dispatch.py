@@ -93,7 +93,12 @@ def use_triton(*tensors: Tensor, cannot: Sequence[str] = ()) -> bool:
 def is_saved_graph() -> bool:
     """Return whether a graph is being recorded that may run without saccade: by torch.export or torch.jit.trace, or by
     anything that calls them (both ONNX exporters, TensorBoard, fvcore, OpenVINO)."""
-    return torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
+    return is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
+
+
+def is_exporting() -> bool:
+    """Return whether torch.export is recording. torch.compile takes torch.compiler.is_exporting() for True (2.11)."""
+    return getattr(torch.compiler, "_is_exporting_flag", False)
 
 
 def indices_of_largest(x: Tensor, count: int) -> Tensor:

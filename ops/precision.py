@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .dispatch import is_exporting
+
 
 def full(x: Tensor) -> torch.dtype:
     """Return float32, or the dtype of x if that is wider: for statistics, logits, sums and other small tensors."""
@@ -22,7 +24,7 @@ def no_autocast(x: Tensor) -> contextlib.AbstractContextManager:
 def no_gradients() -> contextlib.AbstractContextManager:
     """Return torch.no_grad(). It does nothing while a model is exported, for results without gradients anyway: a region
     without them becomes a subgraph of the program, which torch 2.11 loads only where the code that made it is."""
-    return contextlib.nullcontext() if torch.compiler.is_exporting() else torch.no_grad()
+    return contextlib.nullcontext() if is_exporting() else torch.no_grad()
 
 
 @torch.no_grad()

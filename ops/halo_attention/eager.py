@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from ..dispatch import definition_gradients, use_definition, wants_definition_gradients
+from ..dispatch import definition_gradients, is_exporting, is_saved_graph, use_definition, wants_definition_gradients
 from ..precision import no_autocast
 from . import reference
 
@@ -38,11 +38,50 @@ class Settings(NamedTuple):
 def halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, settings: Settings) -> Tensor:
     """See saccade.ops.halo_attention, which checks the arguments."""
     tensors = q, kv, height_rel, width_rel
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+    if torch.compiler.is_compiling() and not is_exporting():
         return plain(*tensors, *settings)
+    if is_saved_graph():
+        return gathered(*tensors, *settings)
     if use_definition(q):
         return reference.halo_attention(*tensors, *settings)
     return HaloAttention.apply(*tensors, settings)
+
+
+def gathered(
+    q: Tensor,
+    kv: Tensor,
+    height_rel: Tensor,
+    width_rel: Tensor,
+    heads: int,
+    block: int,
+    halo: int,
+    stride: int,
+    scale: float,
+    scale_pos: bool,
+) -> Tensor:
+    """Compute what the reference does, for runtimes that read saved graphs: one gather of whole pixels makes all
+    windows, and batched products of four axes follow. OpenVINO takes half the time that it takes for the reference."""
+    B, _, H, W = kv.shape
+    D, a, t = height_rel.shape[1], block + 2 * halo, block // stride
+    M, N = (H + block - 1) // block, (W + block - 1) // block  # blocks
+    rows, columns = M * block + 2 * halo, N * block + 2 * halo  # of the padded map
+    pixels = F.pad(kv, (halo, columns - halo - W, halo, rows - halo - H))
+    pixels = pixels.reshape(B, kv.shape[1], rows * columns).transpose(1, 2)
+    cells = torch.arange(a, device=q.device)
+    y, x = (torch.arange(n, device=q.device).unsqueeze(1) * block + cells for n in (M, N))  # (M, a), (N, a)
+    index = (y[:, None, :, None] * columns + x[None, :, None]).reshape(-1)
+    windows = pixels.index_select(1, index).reshape(B * M * N, a * a, heads, kv.shape[1] // heads).transpose(1, 2)
+    k, v = windows[..., :D], windows[..., D:]  # (n, heads, a · a, ·) each
+
+    q4 = F.pad(q, (0, N * t - q.shape[3], 0, M * t - q.shape[2])).reshape(B, heads, D, M, t, N, t)
+    q4 = q4.permute(0, 3, 5, 1, 4, 6, 2).reshape(B * M * N, heads, t * t, D)
+    by_place = q4.reshape(B * M * N * heads, t, t, D)
+    of_rows, of_columns = (z.to(q.dtype).unfold(0, a, 1)[a - t :].flip(0) for z in (height_rel, width_rel))  # (t, D, a)
+    position = (by_place @ of_rows).unsqueeze(4) + (by_place.transpose(1, 2) @ of_columns).transpose(1, 2).unsqueeze(3)
+    position = position.reshape(B * M * N, heads, t * t, a * a) * (scale if scale_pos else 1.0)
+    out = ((q4 * scale) @ k.transpose(2, 3) + position).softmax(-1) @ v  # (n, heads, t · t, Dv)
+    out = out.reshape(B, M, N, heads, t, t, v.shape[3]).permute(0, 3, 6, 1, 4, 2, 5)
+    return out.reshape(B, heads * v.shape[3], M * t, N * t)[:, :, : q.shape[2], : q.shape[3]]
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

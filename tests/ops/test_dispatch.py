@@ -178,3 +178,18 @@ def test_both_forms_under_compile():
 
     assert torch.equal(torch.compile(g, fullgraph=True, backend="eager")(x), x - 1)
     assert dispatch._backend == "auto"
+
+
+class Saved(torch.nn.Module):
+    def forward(self, x):
+        return x + (2 if dispatch.is_saved_graph() else 1)
+
+
+def test_compiled_code_is_no_saved_graph():
+    """torch.compile takes torch.compiler.is_exporting() for True, which would keep compiled models from the kernels."""
+    x = torch.zeros(2)
+    for module in (Saved(), torch.compile(Saved(), fullgraph=True, backend="eager")):
+        assert module(x).tolist() == [1, 1]
+    for strict in (False, True):
+        assert torch.export.export(Saved(), (x,), strict=strict).module()(x).tolist() == [2, 2]
+    assert torch.jit.trace(Saved(), x, check_trace=False)(x).tolist() == [2, 2]

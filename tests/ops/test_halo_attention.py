@@ -409,3 +409,10 @@ def test_kernels_hold_position_logits_by_row_and_column_alone():
     args = [z.requires_grad_() for z in (q, kv, *rest[:2])]
     size = q.numel() * q.element_size()
     assert peak_bytes(lambda: torch.autograd.grad(triton(*args, *rest[2:]).sum(), args)) < 12 * size
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, LARGE], ids=str)
+@pytest.mark.parametrize("scale_pos", [False, True])
+def test_form_of_saved_graphs(shape, scale_pos):
+    tensors = [*inputs(shape, torch.float64), 0.3, scale_pos]
+    torch.testing.assert_close(eager.gathered(*tensors), reference.halo_attention(*tensors), rtol=1e-11, atol=1e-11)
