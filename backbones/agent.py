@@ -34,11 +34,15 @@ from .base import Isotropic, Pyramid, TokenHead, checked_size, create_model, ini
 from .layers import (
     CachedMlp,
     DepthwiseConv,
+    MapNorm,
+    as_nchw,
+    as_nhwc,
     can_fuse,
     channels_last,
     is_traced,
     must_pad,
     position_table,
+    project,
     resize_positions,
 )
 from .published import Rules, complete, rename_key, unwrap
@@ -100,7 +104,8 @@ class AgentAttention(nn.Module):
         return f"heads={self.heads}, size={self.size}, grid={self.grid}"
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        q, k, v = self.qkv(x).chunk(3, -1)
+        qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
+        q, k, v = qkv.chunk(3, -1)
         agents = pool_agents(q[:, self.tokens :].unflatten(1, size), self.grid)
         key_bias = (self.key_block, self.key_rows, self.key_columns)
         query_bias = (self.query_block, self.query_rows, self.query_columns)
@@ -113,7 +118,8 @@ class AgentAttention(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if can_fuse(self.dwc):
                 dwc = self.dwc.weight, self.dwc.bias
-                return self.proj(agent_attention(q, k, v, agents, key_bias, query_bias, self.heads, token_bias, *dwc))
+                out = agent_attention(q, k, v, agents, key_bias, query_bias, self.heads, token_bias, *dwc)
+                return project(self.proj, out)
         out = agent_attention(q, k, v, agents, key_bias, query_bias, self.heads, token_bias)
         conv = self.dwc(v[:, self.tokens :].transpose(1, 2).unflatten(2, size)).flatten(2).transpose(1, 2)
         return self.proj(out + F.pad(conv, (0, 0, self.tokens, 0)))
@@ -211,10 +217,10 @@ class WindowAttention(nn.Module):
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if can_fuse(self.qkv) and self.qkv.bias is not None:
                 split = (3, x.shape[3])
-                qkv = self.qkv(x).view(x.shape[0], size[0], size[1], *split)
+                qkv = project(self.qkv, x).view(x.shape[0], size[0], size[1], *split)
                 pad = self.qkv.bias.view(split)
                 out = window_attention(qkv, self.heads, self.window, (s_h, s_w), self.relative_bias, pad)
-                return self.proj(out.flatten(1, 2))
+                return project(self.proj, out.flatten(1, 2))
         x = F.pad(x, (0, 0, 0, -size[1] % self.window[1], 0, -size[0] % self.window[0]))
         qkv = self.qkv(x).unflatten(3, (3, -1))
         out = window_attention(qkv, self.heads, self.window, (s_h, s_w), self.relative_bias)
@@ -262,7 +268,7 @@ class StripeAttention(nn.Module):
         if must_pad(down, right):
             x = F.pad(x, (0, 0, 0, right, 0, down))
         H, W = h + down, w + right
-        qkv = self.qkv(x).view(B, H, W, 3, C)
+        qkv = (self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)).view(B, H, W, 3, C)
         half = C // 2
         vertical = window_attention(qkv[..., :half], self.heads // 2, (H, columns))
         horizontal = window_attention(qkv[..., half:], self.heads // 2, (rows, W))
@@ -273,7 +279,8 @@ class StripeAttention(nn.Module):
         out = torch.cat((vertical + lepe, horizontal + lepe_rows), 3)
         if must_pad(down, right):
             out = out[:, :h, :w]
-        return self.proj(out.reshape(B, N, C))
+        out = out.reshape(B, N, C)
+        return self.proj(out) if torch.jit.is_scripting() else project(self.proj, out)
 
 
 @describe.register(StripeAttention)
@@ -306,13 +313,13 @@ class FullAttention(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         B, N, C = x.shape
-        qkv = self.qkv(x)
+        qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
         q, k, v = qkv.view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C)
         if self.dwc is not None:
             v = qkv[..., 2 * C :].view(B, size[0], size[1], C).permute(0, 3, 1, 2)
             out = out + self.dwc(v).flatten(2).transpose(1, 2)
-        return self.proj(out)
+        return self.proj(out) if torch.jit.is_scripting() else project(self.proj, out)
 
 
 @describe.register(FullAttention)
@@ -356,7 +363,7 @@ class Patches(nn.Module):
         margin = (kernel - stride + 1) // 2
         self.stride, self.pad, self.least = stride, pad, kernel - 2 * margin
         self.proj = nn.Conv2d(in_chans, dim, kernel, stride, margin, **dd)
-        self.norm = LayerNorm2d(dim, eps=1e-5, **dd) if norm else nn.Identity()
+        self.norm = MapNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pad:
@@ -379,13 +386,13 @@ class Merging(nn.Module):
         self.reduction = nn.Linear(4 * dim, out_dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x.permute(0, 2, 3, 1)
+        x = as_nhwc(x)
         down, right = x.shape[1] % 2, x.shape[2] % 2
         if must_pad(down, right):
             x = F.pad(x, (0, 0, 0, right, 0, down))
         B, h, w, C = x.shape
         x = x.reshape(B, h // 2, 2, w // 2, 2, C).permute(0, 1, 3, 4, 2, 5)  # of four, the row changes first
-        return self.reduction(self.norm(x.reshape(B, h // 2, w // 2, 4 * C))).permute(0, 3, 1, 2)
+        return as_nchw(self.reduction(self.norm(x.reshape(B, h // 2, w // 2, 4 * C))))
 
 
 class TokenStage(nn.Module):
@@ -406,7 +413,7 @@ class TokenStage(nn.Module):
             x = x + resize_positions(self.pos_embed, self.size, size, "bilinear")
         for block in self.blocks:
             x = block(x, size)
-        return x.reshape(x.shape[0], size[0], size[1], x.shape[2]).permute(0, 3, 1, 2)
+        return as_nchw(x.reshape(x.shape[0], size[0], size[1], x.shape[2]))
 
 
 class AgentPyramid(Pyramid):

@@ -15,6 +15,7 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .attention_maps import HasAttentionMaps
+from .layers import as_nchw, as_nhwc
 
 
 class Backbone(HasAttentionMaps, nn.Module):
@@ -69,12 +70,12 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1).contiguous()
+        x = as_nhwc(self.downsample(x)).contiguous()
         if self.grad_checkpointing and not torch.jit.is_scripting():
             x = checkpoint_seq(self.blocks, x)
         else:
             x = self.blocks(x)
-        return x.permute(0, 3, 1, 2)
+        return as_nchw(x)
 
 
 def map_norms(dims: tuple[int, ...], eps: float, **dd) -> nn.ModuleList:

@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from ..ops import bilevel_routing_attention, region_routing
 from .attention_maps import AttentionMap, QueryMap, describe, hidden_unless, softmax_map, split_heads
 from .base import Pyramid, Stage, create_model, make_cfg, map_norms
-from .layers import CachedMlp, DepthwiseConv, at_least_one, at_most, channels_last, must_pad
+from .layers import (
+    CachedMlp,
+    DepthwiseConv,
+    as_nchw,
+    as_nhwc,
+    at_least_one,
+    at_most,
+    channels_last,
+    must_pad,
+    project,
+)
 from .published import Rules, complete, rename_key, unwrap
 
 FULL, FULL_LEPE = -1, -2  # the published codes in `topks` for attention over the whole map, without and with LePE
@@ -90,7 +100,7 @@ class RoutedAttention(nn.Module):
             )
         if must_pad(down, right) and not self.pad_projected:
             x = F.pad(x, (0, 0, 0, right, 0, down))
-        qkv = self.qkv(x)
+        qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
         v = qkv[..., 2 * C :]
         idx = region_routing(qkv, (h, w), at_most(rows * cols, self.topk))
         if must_pad(down, right) and self.pad_projected:
@@ -100,9 +110,10 @@ class RoutedAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         H, W = x.shape[1], x.shape[2]
         qkv, v, idx, regions, _ = self._project(x)
-        lepe = self.lepe(v.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        lepe = as_nhwc(self.lepe(as_nchw(v)))
         out = bilevel_routing_attention(qkv, idx, self.heads, regions, self.scale)
-        return self.proj(out[:, :H, :W] + lepe[:, :H, :W])
+        out = out[:, :H, :W] + lepe[:, :H, :W]
+        return self.proj(out) if torch.jit.is_scripting() else project(self.proj, out)
 
 
 class FullAttention(nn.Module):
@@ -132,13 +143,13 @@ class FullAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
-        qkv = self.qkv(x)
+        qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
         q, k, v = qkv.reshape(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
         if self.lepe is not None:
             source = qkv[..., 2 * C :] if self.lepe_on_v else x
-            out = out + self.lepe(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj(out)
+            out = out + as_nhwc(self.lepe(as_nchw(source)))
+        return self.proj(out) if torch.jit.is_scripting() else project(self.proj, out)
 
 
 @describe.register(RoutedAttention)
@@ -198,7 +209,7 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.pos_embed is not None:
-            x = x + self.pos_embed(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            x = x + as_nhwc(self.pos_embed(as_nchw(x)))
         x = x + self.drop_path1(self.attn(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 

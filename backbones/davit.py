@@ -23,7 +23,7 @@ from ..ops import channel_attention, window_attention
 from ..ops.precision import full
 from .attention_maps import AttentionMap, ChannelMap, describe, split_heads, window_map
 from .base import Pyramid, Stage, create_model, init_linear, make_cfg, map_norms
-from .layers import CachedMlp, DepthwiseConv, can_fuse, channels_last, must_pad
+from .layers import CachedMlp, DepthwiseConv, as_nchw, as_nhwc, can_fuse, channels_last, must_pad, project
 from .published import Rules, complete, rename_key, unwrap
 
 EPS = 1e-5  # of every LayerNorm
@@ -52,8 +52,8 @@ class WindowAttention(nn.Module):
         H, W, split, window = x.shape[1], x.shape[2], [3, x.shape[3]], (self.window, self.window)
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if can_fuse(self.qkv) and self.qkv.bias is not None:
-                qkv, pad = self.qkv(x).view(x.shape[0], H, W, *split), self.qkv.bias.view(split)
-                return self.proj(window_attention(qkv, self.heads, window, pad=pad))
+                qkv, pad = project(self.qkv, x).view(x.shape[0], H, W, *split), self.qkv.bias.view(split)
+                return project(self.proj, window_attention(qkv, self.heads, window, pad=pad))
         x = F.pad(x, (0, 0, 0, -W % self.window, 0, -H % self.window))
         out = window_attention(self.qkv(x).unflatten(3, split), self.heads, window)
         return self.proj(out[:, :H, :W])
@@ -74,6 +74,8 @@ class ChannelAttention(nn.Module):
         return f"heads={self.heads}"
 
     def forward(self, x: Tensor) -> Tensor:
+        if not torch.jit.is_scripting():
+            return project(self.proj, channel_attention(project(self.qkv, x), self.heads))
         return self.proj(channel_attention(self.qkv(x), self.heads))
 
 
@@ -101,7 +103,7 @@ class ConvPosEnc(nn.Module):
         self.proj = DepthwiseConv(dim, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.proj(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return x + as_nhwc(self.proj(as_nchw(x)))
 
 
 class Block(nn.Module):
@@ -141,7 +143,7 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(channels_last(x))
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return as_nchw(self.norm(as_nhwc(x)))
 
 
 @register_notrace_module
@@ -162,11 +164,11 @@ class Downsample(nn.Module):
             self.conv = nn.Conv2d(dim, out_dim, 2, stride=2, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm(x.permute(0, 2, 3, 1))
+        x = self.norm(as_nhwc(x))
         down, right = x.shape[1] % 2, x.shape[2] % 2
         if not self.overlapped and must_pad(down, right):
             x = F.pad(x, (0, 0, 0, right, 0, down))
-        return self.conv(x.permute(0, 3, 1, 2))
+        return self.conv(as_nchw(x))
 
 
 class DaViT(Pyramid):

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from ..ops import halo_attention
 from .attention_maps import AttentionMap, describe, hidden_unless, softmax_map
 from .base import Backbone, create_model, make_cfg
-from .layers import channels_last
+from .layers import channels_last, project
 from .published import Rules, rename_key, unwrap
 
 
@@ -101,8 +101,8 @@ class HaloAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = halo_attention(
-            self.q(x),
-            self.kv(x),
+            self.q(x) if torch.jit.is_scripting() else project(self.q, x),
+            self.kv(x) if torch.jit.is_scripting() else project(self.kv, x),
             self.height_rel,
             self.width_rel,
             self.heads,
@@ -144,6 +144,13 @@ def _(mixer: HaloAttention, x: Tensor) -> Iterator[AttentionMap]:
     yield softmax_map("halo", q, k, v, (H, W), scale, bias, query_grid=(h, w), frame=frame)
 
 
+class PointwiseNormAct(ConvNormAct):
+    """A 1x1 convolution, norm and activation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x) if torch.jit.is_scripting() else project(self.conv, x))
+
+
 class Bottleneck(nn.Module):
     """1x1 convolution, spatial mixing, 1x1 convolution, and a shortcut: (B, dim, H, W) -> (B, dim_out, H', W').
 
@@ -173,14 +180,14 @@ class Bottleneck(nn.Module):
         **dd,
     ):
         super().__init__()
-        self.conv1 = ConvNormAct(dim, width, 1, act_layer=act, **dd)
+        self.conv1 = PointwiseNormAct(dim, width, 1, act_layer=act, **dd)
         self.mix = mix
-        self.conv3 = ConvNormAct(mixed, dim_out, 1, apply_act=False, **dd)
+        self.conv3 = PointwiseNormAct(mixed, dim_out, 1, apply_act=False, **dd)
         self.drop_path = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         if dim == dim_out and stride == 1:
             self.shortcut = nn.Identity()
         else:
-            self.shortcut = None if inverted else ConvNormAct(dim, dim_out, 1, stride, apply_act=False, **dd)  # type: ignore[assignment]
+            self.shortcut = None if inverted else PointwiseNormAct(dim, dim_out, 1, stride, apply_act=False, **dd)  # type: ignore[assignment]
         self.act = nn.Identity() if inverted else create_act_layer(act, inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,16 +4,18 @@ from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
-from timm.layers import GELU, trunc_normal_
+from timm.layers import GELU, LayerNorm2d, trunc_normal_
 from timm.models._features_fx import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.fx import Proxy
 from torch.nn.modules import module as global_hooks
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.module_tracker import ModuleTracker
 
-from ..ops.dispatch import is_transformed, use_definition
+from ..ops.dispatch import is_exporting, is_transformed, use_definition
+from ..ops.linear import linear, uses_onednn
 
 
 def _tokens_at_once(x: Tensor, hidden: int) -> int:
@@ -39,12 +41,25 @@ class CachedMlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():
-            at_once = _tokens_at_once(x, self.hidden) if can_fuse(self.fc1, self.act, self.fc2) else 0
-            if at_once:
-                pieces = x.flatten(0, -2).split(at_once)
-                return torch.cat([self.fc2(self.act(self.fc1(piece))) for piece in pieces]).view(x.shape)
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
+            if can_fuse(self.fc1, self.act, self.fc2) and self.act.approximate == "none":
+                at_once = _tokens_at_once(x, self.hidden)
+                if at_once:
+                    return torch.cat([self._fused(piece) for piece in x.flatten(0, -2).split(at_once)]).view(x.shape)
+                return self._fused(x)
         return self.fc2(self.act(self.fc1(x)))
+
+    @torch.jit.unused
+    def _fused(self, x: Tensor) -> Tensor:
+        hidden = linear(x, self.fc1.weight, self.fc1.bias, gelu=True)
+        return linear(hidden, self.fc2.weight, self.fc2.bias)
+
+
+class MapNorm(LayerNorm2d):
+    """LayerNorm over the channels of maps (B, C, H, W), channels-last in memory."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return as_nchw(F.layer_norm(as_nhwc(x), self.normalized_shape, self.weight, self.bias, self.eps))
 
 
 class _Depthwise(torch.autograd.Function):
@@ -90,6 +105,28 @@ class DepthwiseConv(nn.Conv2d):
             if tap_by_tap:
                 return _Depthwise.apply(x, self.weight, self.bias)
         return self._conv_forward(x, self.weight, self.bias)
+
+
+# Exported programs transpose tokens (B, H·W, C) instead of permuting the axes of (B, H, W, C). Beside permuted axes
+# OpenVINO runs sums and norms in a layout that it then has to reorder: a fifth of the time of DaViT's first stage.
+
+
+def as_nchw(x: Tensor) -> Tensor:
+    """Return a map (B, H, W, C) as (B, C, H, W), in channels-last memory format."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
+        if is_exporting():
+            B, H, W, C = x.shape
+            return x.reshape(B, H * W, C).transpose(1, 2).reshape(B, C, H, W)
+    return x.permute(0, 3, 1, 2)
+
+
+def as_nhwc(x: Tensor) -> Tensor:
+    """Return a map (B, C, H, W) as (B, H, W, C)."""
+    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
+        if is_exporting():
+            B, C, H, W = x.shape
+            return x.reshape(B, C, H * W).transpose(1, 2).reshape(B, H, W, C)
+    return x.permute(0, 2, 3, 1)
 
 
 def _few_cells(x: Tensor) -> bool:
@@ -202,6 +239,27 @@ def _has_global_hooks() -> bool:
             if not isinstance(getattr(hook, "__self__", None), ModuleTracker):
                 return True
     return False
+
+
+@torch.jit.unused
+def project(layer: nn.Module, x: Tensor) -> Tensor:
+    """Return layer(x) of a linear layer (..., C), or a convolution of 1x1 (B, C, H, W), by ops.linear where that is
+    faster and the same as calling it."""
+    if isinstance(x, Proxy) or not can_fuse(layer):
+        return layer(x)
+    if type(layer) is nn.Linear:
+        return linear(x, layer.weight, layer.bias)
+    weight, (down, right) = layer.weight, layer.stride
+    pointwise = weight.shape[2:] == (1, 1) and layer.padding == (0, 0) and layer.groups == 1
+    if (
+        not pointwise
+        or not uses_onednn(x, weight, layer.bias)
+        or not x.is_contiguous(memory_format=torch.channels_last)
+    ):
+        return layer(x)
+    if (down, right) != (1, 1):
+        x = x[:, :, ::down, ::right]
+    return linear(x.permute(0, 2, 3, 1), weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
 
 
 class _Unused(torch.autograd.Function):
