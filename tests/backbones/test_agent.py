@@ -14,9 +14,8 @@ from saccade.backbones.agent import (
     WindowAttention,
     rename,
 )
-from saccade.train.runtime import measure
 from support import parity
-from support.graphs import compiles_and_exports
+from support.backbones import Pyramid
 from support.levels import exhaustive
 from support.parity import load_file
 from torch import nn
@@ -33,32 +32,6 @@ def gradients(fixture: dict) -> dict[str, float]:
     return norms
 
 
-WHOLE = [
-    ("agent_deit_tiny_224", "agent_deit_t"),
-    exhaustive("agent_deit_tiny_320", "agent_deit_t"),
-    exhaustive("agent_pvt_tiny_224", "agent_pvt_t"),
-    ("agent_pvt_tiny_256", "agent_pvt_t"),
-    ("agent_swin_tiny_224", "agent_swin_t"),
-    exhaustive("agent_swin_tiny_288", "agent_swin_t"),
-    ("agent_cswin_tiny_224", "agent_cswin_t"),
-]
-
-
-@pytest.mark.parametrize(("fixture", "name"), WHOLE)
-def test_equals_published_model(tmp_path, fixture, name):
-    want = parity.load("agent", fixture)
-    x = parity.image(want)
-    model = load_file(tmp_path, {"model": parity.weights(want)}, name, img_size=x.shape[-1])
-    logits, outputs = forward_all(model, x)
-    parity.assert_equal("logits", logits, want["outputs"]["logits"])
-    for key, out in outputs.items():
-        parity.assert_equal(key, out, want["outputs"][key])
-    assert {"logits", *outputs} == set(want["outputs"])
-    assert sum(p.numel() for p in model.parameters()) == want["params"]
-    (logits * parity.seeded(1, logits.shape)).sum().backward()
-    parity.assert_gradients(model, gradients(want), rename)
-
-
 def forward_all(model, x):
     """Logits, and what lies between under the fixtures' names."""
     if "DeiT" in type(model).__name__:
@@ -69,25 +42,143 @@ def forward_all(model, x):
     return model.forward_head(last), {f"stage{i + 1}": stage for i, stage in enumerate(stages)}
 
 
-@pytest.mark.parametrize(
-    ("fixture", "name"),
-    [
-        ("downstream_pvt_tiny_256x320", "agent_pvt_t"),
-        exhaustive("downstream_swin_tiny_256x320", "agent_swin_t"),
-    ],
+PYRAMID = dict(dims=(16, 32, 32, 64), heads=(1, 2, 2, 4), depths=(1, 2, 3, 2), agents=(1, 4, 9, 4))
+SMALL = dict(  # every kind of layer of each family, small enough to run anywhere
+    agent_deit_t=dict(dim=32, depth=3, heads=2, agents=9, agent_blocks=2),
+    agent_pvt_t=PYRAMID,
+    agent_swin_t=PYRAMID | dict(agent_blocks=(1, 2, 1, 0)),
+    agent_cswin_t=PYRAMID | dict(heads=(2, 2, 2, 4), agent_blocks=(1, 1, 1, 0)),
 )
-def test_equals_published_dense_backbone(tmp_path, fixture, name):
-    """`features_only` is the form of the published detection backbones; Swin's has norms behind its stages."""
-    want = parity.load("agent", fixture)
-    weights = {"state_dict": parity.weights(want)}
-    model = load_file(tmp_path, weights, name, features_only=True, out_norms="swin" in name)
-    maps = model(parity.image(want))
-    for i, m in enumerate(maps):
-        parity.assert_equal(f"stage{i + 1}", m, want["outputs"][f"stage{i + 1}"])
-    every = torch.cat([m.flatten(1) for m in maps], 1)
-    parity.assert_equal("features", every, want["outputs"]["features"])
-    (every * parity.seeded(1, every.shape)).sum().backward()
-    parity.assert_gradients(model.model, gradients(want), rename)
+FAMILIES = pytest.mark.parametrize("name", SMALL)
+
+
+def options(name: str, **kwargs) -> dict:
+    return dict(img_size=64, num_classes=7) | SMALL[name] | kwargs
+
+
+def small(name: str, **kwargs) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, **options(name, **kwargs))
+
+
+def agent(name: str, **kwargs) -> dict:
+    return dict(name=f"agent_{name}_t", **kwargs)
+
+
+class TestAgent(Pyramid):
+    FIXTURES, small, rename = "agent", staticmethod(small), staticmethod(rename)
+    FORMS = {name: dict(name=name) for name in SMALL}
+    WHOLE = (
+        ("agent_deit_tiny_224", "agent_deit_t", dict(img_size=224)),
+        exhaustive("agent_deit_tiny_320", "agent_deit_t", dict(img_size=320)),
+        exhaustive("agent_pvt_tiny_224", "agent_pvt_t", dict(img_size=224)),
+        exhaustive("agent_pvt_tiny_256", "agent_pvt_t", dict(img_size=256)),  # make test has its dense form
+        ("agent_swin_tiny_224", "agent_swin_t", dict(img_size=224)),
+        exhaustive("agent_swin_tiny_288", "agent_swin_t", dict(img_size=288)),
+        ("agent_cswin_tiny_224", "agent_cswin_t", dict(img_size=224)),
+    )
+    DENSE = (  # `features_only` is their form; Swin's has norms behind its stages
+        ("downstream_pvt_tiny_256x320", "agent_pvt_t", {}),
+        exhaustive("downstream_swin_tiny_256x320", "agent_swin_t", dict(out_norms=True)),
+    )
+    MAPS = ("stage1", "stage2", "stage3", "stage4", "features")
+    COUNTS = {  # a tag's resolution is that of its tables
+        "agent_deit_t": 6_015_640,
+        "agent_deit_s": 22_647_112,
+        "agent_deit_s.untrained_448": 23_070_472,
+        "agent_deit_b": 87_204_904,
+        "agent_pvt_t": 11_570_352,
+        "agent_pvt_s": 20_635_066,
+        "agent_pvt_m": 35_921_746,
+        "agent_pvt_m.untrained_256": 36_083_682,
+        "agent_pvt_l": 48_738_180,
+        "agent_swin_t": 28_902_964,
+        "agent_swin_s": 49_666_684,
+        "agent_swin_s.untrained_288": 49_707_964,
+        "agent_swin_b": 88_095_096,
+        "agent_swin_b.untrained_384": 88_305_016,
+        "agent_cswin_t": 20_458_672,
+        "agent_cswin_s": 32_814_100,
+        "agent_cswin_b": 73_249_696,
+        "agent_cswin_b.untrained_384": 73_328_416,
+    }
+    MACS = dict(
+        agent_deit_t=1.176,
+        agent_deit_s=4.443,
+        agent_deit_b=17.552,
+        agent_pvt_t=2.000,
+        agent_pvt_s=3.978,
+        agent_swin_t=4.528,
+        agent_swin_b=15.444,
+        agent_cswin_t=4.315,
+    )
+    MACS_RTOL = 0.01
+    SIZES = ((64, 64), (33, 70), (97, 45), (160, 96), (3, 20))
+    test_published_containers = None  # each host has its own: test_containers
+    ALIENS = {
+        f"{ours}, {case}": (source, r"\d+ of \d+ entries of its \w+ do not fit", agent(ours))
+        for ours, case, source in (
+            ("deit", "other agents", agent("deit", agents=16)),  # whose tables cannot be resized in a file
+            ("deit", "more blocks of agents", agent("deit", agent_blocks=3)),
+            ("deit", "another family", "deit_tiny_patch16_224"),
+            ("swin", "another host", agent("cswin")),
+            ("swin", "another depth", agent("swin", depths=(1, 2, 4, 2))),
+            ("pvt", "another host", agent("deit")),
+        )
+    }
+    IMPOSSIBLE = (
+        (agent("deit", img_size=100), "img_size must be a multiple of 16, got 100"),
+        (agent("swin", img_size=(224, 200)), r"img_size must be a multiple of 32, got \(224, 200\)"),
+        (agent("pvt", agents=(9, 16, 48, 49)), "agents must be square numbers, as they form a grid, got 48"),
+        (agent("swin", dense_agents=(9, 16, 50, 49)), "agents must be square numbers, as they form a grid, got 50"),
+        (agent("deit", agents=10), "agents must be square numbers, as they form a grid, got 10"),
+        (agent("deit", heads=5), "heads must divide dim, got 5 heads for 32 channels"),
+        (agent("deit", global_pool="max"), "global_pool must be 'token', 'avg' or '', got 'max'"),
+        (agent("cswin", heads=(2, 2, 5, 4)), "heads must divide dims, got 5 heads for 32 channels"),
+        (agent("cswin", heads=(2, 1, 2, 4)), "heads of striped blocks must be even, half for each direction, got 1"),
+        (agent("swin", depths=(1, 1)), "depths must have one entry for each of the four stages"),
+        (agent("pvt", agent_blocks=(1, 1, 1, 1)), "agent_blocks must be None for 'pvt'"),
+        (agent("pvt", host="vit"), "host must be 'pvt', 'swin' or 'cswin', got 'vit'"),
+    )
+    ROUNDED_SIZE = (80, 64)
+    LEARNING = dict(drop_path_rate=0.1, drop_rate=0.1)
+    IMAGES, STEPS, FALL = (7, 3, 64, 64), 12, 0.7
+    NORMED = agent("swin")
+    BACKENDS = ("aot_eager",)
+    COMPILED = {
+        "swin": agent("swin", depths=(1, 1, 1, 1)),
+        "deit": exhaustive(agent("deit", depth=2, agent_blocks=1)),
+        "pvt": exhaustive(agent("pvt", depths=(1, 1, 1, 1))),
+        "cswin": exhaustive(agent("cswin", depths=(1, 1, 1, 1))),
+    }
+
+    def options(self, name, **kwargs):
+        return dict(name=name) | options(name, **kwargs)
+
+    def file(self, weights):
+        return {"model": weights}
+
+    def outputs(self, model, x):
+        logits, outputs = forward_all(model, x)
+        return outputs | {"logits": logits}
+
+    def check_gradients(self, model, want):
+        parity.assert_gradients(model, gradients(want), rename)
+
+    def macs(self, model):
+        macs = super().macs(model)
+        for layer in model.modules():
+            if isinstance(layer, AgentAttention):  # pools by a matrix product, which the published count does not
+                macs -= layer.grid[0] * layer.grid[1] * layer.size[0] * layer.size[1] * layer.dwc.in_channels
+        return macs
+
+    def test_any_size(self, form, size):
+        """Hosts round up or down."""
+        model = small(**form, features_only=True).eval()
+        for info, m in zip(model.feature_info.get_dicts(), model(torch.randn(2, 3, *size)), strict=True):
+            most = [-(-n // info["reduction"]) for n in size]
+            assert all(max(1, n - 1) <= side <= n for side, n in zip(m.shape[2:], most))
+            assert m.isfinite().all() and m.shape[:2] == (2, info["num_chs"])
 
 
 @pytest.mark.parametrize(
@@ -163,103 +254,6 @@ def test_equals_published_layer(name):
     parity.assert_gradients(module, gradients(dict(grads=norms)), lambda key: rename(key)[1:])
 
 
-COUNTS = {
-    "agent_deit_t": 6_015_640,
-    "agent_deit_s": 22_647_112,
-    "agent_deit_s.untrained_448": 23_070_472,
-    "agent_deit_b": 87_204_904,
-    "agent_pvt_t": 11_570_352,
-    "agent_pvt_s": 20_635_066,
-    "agent_pvt_m": 35_921_746,
-    "agent_pvt_m.untrained_256": 36_083_682,
-    "agent_pvt_l": 48_738_180,
-    "agent_swin_t": 28_902_964,
-    "agent_swin_s": 49_666_684,
-    "agent_swin_s.untrained_288": 49_707_964,
-    "agent_swin_b": 88_095_096,
-    "agent_swin_b.untrained_384": 88_305_016,
-    "agent_cswin_t": 20_458_672,
-    "agent_cswin_s": 32_814_100,
-    "agent_cswin_b": 73_249_696,
-    "agent_cswin_b.untrained_384": 73_328_416,
-}
-MACS = dict(  # of the published models, counted
-    agent_deit_t=1.176,
-    agent_deit_s=4.443,
-    agent_deit_b=17.552,
-    agent_pvt_t=2.000,
-    agent_pvt_s=3.978,
-    agent_swin_t=4.528,
-    agent_swin_b=15.444,
-    agent_cswin_t=4.315,
-)
-
-
-@pytest.mark.parametrize(("name", "count"), COUNTS.items())
-def test_parameter_counts(name, count):
-    """Those counted on the published models; a tag's resolution is that of its tables."""
-    model = timm.create_model(name, device="meta")
-    assert sum(p.numel() for p in model.parameters()) == count
-
-
-@pytest.mark.parametrize(("name", "giga"), MACS.items())
-def test_macs(name, giga):
-    model = timm.create_model(name, device="meta")
-    macs = measure.macs(model, torch.empty(1, *model.default_cfg["input_size"], device="meta"))
-    for layer in model.modules():
-        if isinstance(layer, AgentAttention):  # pools by a matrix product, which the published count does not
-            macs -= layer.grid[0] * layer.grid[1] * layer.size[0] * layer.size[1] * layer.dwc.in_channels
-    assert macs / 1e9 == pytest.approx(giga, rel=0.01)
-
-
-PYRAMID = dict(dims=(16, 32, 32, 64), heads=(1, 2, 2, 4), depths=(1, 2, 3, 2), agents=(1, 4, 9, 4))
-SMALL = dict(  # every kind of layer of each family, small enough to run anywhere
-    agent_deit_t=dict(dim=32, depth=3, heads=2, agents=9, agent_blocks=2),
-    agent_pvt_t=PYRAMID,
-    agent_swin_t=PYRAMID | dict(agent_blocks=(1, 2, 1, 0)),
-    agent_cswin_t=PYRAMID | dict(heads=(2, 2, 2, 4), agent_blocks=(1, 1, 1, 0)),
-)
-FAMILIES = pytest.mark.parametrize("name", SMALL)
-
-
-def options(name: str, **kwargs) -> dict:
-    return dict(img_size=64, num_classes=7) | SMALL[name] | kwargs
-
-
-def small(name: str, **kwargs) -> nn.Module:
-    torch.manual_seed(0)
-    return timm.create_model(name, **options(name, **kwargs))
-
-
-@FAMILIES
-@pytest.mark.parametrize("size", [(64, 64), (33, 70), (97, 45), (160, 96), (3, 20)], ids=str)
-def test_any_size(name, size):
-    model = small(name, features_only=True).eval()
-    for info, m in zip(model.feature_info.get_dicts(), model(torch.randn(2, 3, *size))):
-        most = [-(-n // info["reduction"]) for n in size]
-        assert all(max(1, n - 1) <= side <= n for side, n in zip(m.shape[2:], most))
-        assert m.isfinite().all() and m.shape[:2] == (2, info["num_chs"])
-
-
-@FAMILIES
-def test_images_do_not_see_each_other(name):
-    model, x = small(name).eval(), torch.randn(3, 3, 75, 90)
-    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-12, atol=1e-12)
-
-
-@FAMILIES
-def test_gradient_checkpointing_changes_nothing(name):
-    x, runs = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
-        model = small(name)
-        model.set_grad_checkpointing(enable)
-        out = model(x)
-        out.square().sum().backward()
-        runs.append([out, *(p.grad for p in model.parameters())])
-    for a, b in zip(*runs):
-        assert torch.equal(a, b)
-
-
 @FAMILIES
 def test_features_equal_the_classifiers(name):
     """At the size of the tables: unless in the published dense form, which `dense_agents` asks for."""
@@ -326,46 +320,6 @@ def test_containers(tmp_path):
     assert torch.equal(model.stem.proj.weight, average["stem.proj.weight"])
 
 
-@FAMILIES
-def test_bfloat16_autocast_is_close(name):
-    torch.set_default_dtype(torch.float32)
-    model, x = small(name).eval(), torch.randn(2, 3, 80, 64)
-    with torch.autocast("cpu", torch.bfloat16):
-        low = model(x)
-    exact = model.double()(x.double())
-    assert low.dtype == torch.bfloat16
-    assert (low.double() - exact).norm() / exact.norm() < 0.05
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "agent_deit_t",
-        "agent_swin_t",
-        exhaustive("agent_pvt_t"),
-        exhaustive("agent_cswin_t"),
-    ],
-)
-def test_compiles_and_exports(name):
-    torch.set_default_dtype(torch.float32)
-    depths = dict(depth=2, agent_blocks=1) if name == "agent_deit_t" else dict(depths=(1, 1, 1, 1))
-    compiles_and_exports(small(name, **depths), (64, 64))
-
-
-@FAMILIES
-def test_learns(name):
-    torch.set_default_dtype(torch.float32)
-    model, x, y = small(name, drop_path_rate=0.1, drop_rate=0.1), torch.randn(7, 3, 64, 64), torch.arange(7)
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    losses = []
-    for _ in range(12):
-        losses.append(F.cross_entropy(model(x), y))
-        optimizer.zero_grad()
-        losses[-1].backward()
-        optimizer.step()
-    assert losses[-1] < 0.7 * losses[0]
-
-
 def test_stripes_end_where_the_map_does():
     """A map that stripes do not divide equals one that was padded with zeros by hand; LePE does not cross stripes."""
     attn, x = StripeAttention(16, 4, (4, 3)), torch.randn(2, 7, 10, 16)
@@ -389,16 +343,6 @@ def test_windows_that_cover_the_map_shift_only_in_dense_form(always, shift):
     assert torch.equal(a[:, 8], b[:, 8]) == bool(shift)
 
 
-def test_out_norms_do_not_reach_the_next_stage():
-    x = torch.randn(1, 3, 64, 64)
-    plain, normed = small("agent_swin_t").eval(), small("agent_swin_t", out_norms=True).eval()
-    normed.load_state_dict(plain.state_dict(), strict=False)
-    assert torch.equal(plain(x), normed(x))
-    for raw, out in zip(*(m.forward_intermediates(x, intermediates_only=True) for m in (plain, normed))):
-        centred = raw - raw.mean(1, keepdim=True)
-        torch.testing.assert_close(out, centred / (centred.square().mean(1, keepdim=True) + 1e-5).sqrt())
-
-
 def test_heads_of_deit():
     x = torch.randn(2, 3, 64, 64)
     model = small("agent_deit_t").eval()
@@ -409,50 +353,3 @@ def test_heads_of_deit():
     assert torch.equal(model.forward_head(tokens, pre_logits=True), tokens[:, 1:].mean(1)) and model(x).shape == (2, 3)
     model.reset_classifier(0, "")
     assert torch.equal(model(x), tokens)
-
-
-@pytest.mark.parametrize(
-    ("name", "kwargs", "sentence"),
-    [
-        ("agent_deit_t", dict(img_size=100), "img_size must be a multiple of 16, got 100"),
-        ("agent_swin_t", dict(img_size=(224, 200)), r"img_size must be a multiple of 32, got \(224, 200\)"),
-        ("agent_pvt_t", dict(agents=(9, 16, 48, 49)), "agents must be square numbers, as they form a grid, got 48"),
-        (
-            "agent_swin_t",
-            dict(dense_agents=(9, 16, 50, 49)),
-            "agents must be square numbers, as they form a grid, got 50",
-        ),
-        ("agent_deit_t", dict(agents=10), "agents must be square numbers, as they form a grid, got 10"),
-        ("agent_deit_t", dict(heads=5), "heads must divide dim, got 5 heads for 32 channels"),
-        ("agent_deit_t", dict(global_pool="max"), "global_pool must be 'token', 'avg' or '', got 'max'"),
-        ("agent_cswin_t", dict(heads=(2, 2, 5, 4)), "heads must divide dims, got 5 heads for 32 channels"),
-        (
-            "agent_cswin_t",
-            dict(heads=(2, 1, 2, 4)),
-            "heads of striped blocks must be even, half for each direction, got 1",
-        ),
-        ("agent_swin_t", dict(depths=(1, 1)), "depths must have one entry for each of the four stages"),
-        ("agent_pvt_t", dict(agent_blocks=(1, 1, 1, 1)), "agent_blocks must be None for 'pvt'"),
-        ("agent_pvt_t", dict(host="vit"), "host must be 'pvt', 'swin' or 'cswin', got 'vit'"),
-    ],
-)
-def test_impossible_models_are_refused_in_one_sentence(name, kwargs, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        small(name, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("name", "other", "kwargs"),
-    [
-        ("agent_deit_t", "agent_deit_t", dict(agents=16)),  # tables of other agents cannot be resized in a file
-        ("agent_deit_t", "agent_deit_t", dict(agent_blocks=3)),
-        ("agent_deit_t", "deit_tiny_patch16_224", None),
-        ("agent_swin_t", "agent_cswin_t", {}),
-        ("agent_swin_t", "agent_swin_t", dict(depths=(1, 2, 4, 2))),
-        ("agent_pvt_t", "agent_deit_t", {}),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused_in_one_sentence(tmp_path, name, other, kwargs):
-    source = timm.create_model(other) if kwargs is None else small(other, **kwargs)
-    with pytest.raises(ValueError, match=r"not the weights of this Agent\w+: \d+ of \d+ entries of its \w+ do not fit"):
-        load_file(tmp_path, source.state_dict(), name, **options(name))

@@ -1,6 +1,7 @@
 """PATNet equals the published models, is the same when fused, and does what a timm backbone should."""
 
 import copy
+import functools
 
 import pytest
 import saccade.backbones  # noqa: F401  (registers the models)
@@ -18,58 +19,15 @@ from saccade.backbones.patnet import (
     rename,
 )
 from saccade.ops import relative_bias_attention
-from saccade.train.runtime import measure
 from saccade.train.runtime.distributed import SyncBatchNorm
 from support import parity
-from support.graphs import BACKENDS, compiles_and_exports
+from support.backbones import Pyramid
 from support.levels import exhaustive
 from support.parity import load_file
 from timm.models import reparameterize_model, save_for_hf
 from torch import nn
 
 pytestmark = pytest.mark.usefixtures("double")  # as default type
-
-
-FIXTURES = [("patnet_t0_256x192", "patnet_t0"), ("patnet_t0_sp_6heads", "patnet_t0")]
-FIXTURES += [exhaustive("patnet_t0", "patnet_t0"), exhaustive("patnet_t0_sp", "patnet_t0")]
-FIXTURES += [exhaustive("patnet_t1", "patnet_t1"), exhaustive("patnet_t1_6heads", "patnet_t1")]
-
-
-@pytest.mark.parametrize(("fixture", "name"), FIXTURES)
-def test_equals_published_model(tmp_path, fixture, name):
-    """And so it does fused."""
-    want = parity.load("patnet", fixture)
-    kwargs = dict(spatial_attn=True) if "_sp" in fixture else {}
-    kwargs |= dict(attn_heads=6) if "6heads" in fixture else {}
-    model = load_file(tmp_path, {"state_dict": parity.weights(want)}, name, **kwargs)
-    assert sum(p.numel() for p in model.parameters()) == want["params"]
-    x = parity.image(want)
-    last, stages = model.forward_intermediates(x)
-    logits = model.forward_head(last)
-    (logits * parity.seeded(1, logits.shape)).sum().backward()
-    parity.assert_gradients(model, want["grads"], rename)
-    with torch.no_grad():
-        last, fused_stages = model.fuse().forward_intermediates(x)
-        fused_logits = model.forward_head(last)
-    for y, maps in ((logits, stages), (fused_logits, fused_stages)):
-        parity.assert_equal("logits", y, want["outputs"]["logits"])
-        for i, m in enumerate(maps):
-            parity.assert_equal(f"stage{i + 1}", m, want["outputs"][f"stage{i + 1}"])
-
-
-@pytest.mark.parametrize(("fixture", "name"), [("patnet_t1_det", "patnet_t1")])
-def test_equals_published_dense_backbone(tmp_path, fixture, name):
-    want = parity.load("patnet", fixture)
-    model = load_file(tmp_path, parity.weights(want), name, features_only=True, out_norms=True)
-    assert sum(p.numel() for p in model.parameters()) == want["params"]
-    x = parity.image(want)
-    maps = model(x)
-    (maps[3] * parity.seeded(1, maps[3].shape)).sum().backward()
-    parity.assert_gradients(model.model, want["grads"], rename)
-    model.model.fuse()
-    for form in (maps, model(x)):
-        for i, m in enumerate(form):
-            parity.assert_equal(f"stage{i + 1}", m, want["outputs"][f"stage{i + 1}"])
 
 
 def block(dim: int, sf: bool = False, spatial: bool = False, act: str = "gelu") -> Block:
@@ -107,50 +65,6 @@ def test_equals_published_layer(name):
     parity.assert_gradients(module, want["grads"], ours)
 
 
-COUNTS = dict(  # without PAT_sp, and with
-    patnet_t0=(3_486_160, 3_558_240),
-    patnet_t1=(5_985_552, 6_144_552),
-    patnet_t2=(12_269_816, 12_650_424),
-    patnet_s=(28_013_304, 28_975_704),
-    patnet_m=(59_179_000, 61_366_776),
-    patnet_l=(100_641_336, 104_465_336),
-)
-
-
-@pytest.mark.parametrize(("name", "counts"), COUNTS.items())
-def test_parameter_counts(name, counts):
-    for spatial, count in zip((False, True), counts):
-        model = timm.create_model(name, spatial_attn=spatial, device="meta")
-        assert sum(p.numel() for p in model.parameters()) == count
-    six = timm.create_model(name, attn_heads=6, device="meta")  # and PAT_sp as published
-    more = 162 * len(six.stages[3].blocks)
-    assert sum(p.numel() for p in six.parameters()) == counts[name == "patnet_t1"] + more
-
-
-MACS = dict(  # without PAT_sp, and with
-    patnet_t0=(0.235, 0.247),
-    patnet_t1=(0.521, 0.546),
-    patnet_t2=(1.039, 1.087),
-    patnet_s=(2.716, 2.843),
-    patnet_m=(6.693, 7.022),
-    patnet_l=(11.909, 12.502),
-)
-
-
-@pytest.mark.parametrize(("name", "giga"), MACS.items())
-def test_macs(name, giga):
-    """Those counted on the published code, where a BatchNorm has two for each element."""
-    x = torch.empty(1, 3, 224, 224, device="meta", dtype=torch.float32)
-    for spatial, expected in zip((False, True), giga):
-        model = timm.create_model(name, spatial_attn=spatial, device="meta", dtype=torch.float32)
-        norms = 0
-        for stage, info in zip(model.stages, model.feature_info):
-            dim, gated = info["num_chs"], isinstance(stage.blocks[0].mixer, GatedMixer)
-            each = 2 * dim + gated * (dim - dim // 4) + spatial * dim
-            norms += (224 // info["reduction"]) ** 2 * (dim + len(stage.blocks) * each)
-        assert (measure.macs(model, x) + 2 * norms) / 1e9 == pytest.approx(expected, rel=0.005)
-
-
 SMALL = dict(depths=(1, 1, 2, 2), dims=(8, 18, 16, 32), head_hidden_size=24, num_classes=7, attn_heads=2)
 
 
@@ -170,6 +84,128 @@ def small(name: str = "patnet_t0", **kwargs):
             if isinstance(m, RelativeAttention):
                 m.table.normal_()
     return model
+
+
+class TestPATNet(Pyramid):
+    FIXTURES, NAME, SMALL, small, rename = "patnet", "patnet_t0", SMALL, staticmethod(small), staticmethod(rename)
+    FORMS = {"plain": {}, "PAT_sp": dict(spatial_attn=True)}
+    WHOLE = (
+        ("patnet_t0_256x192", "patnet_t0", {}),
+        ("patnet_t0_sp_6heads", "patnet_t0", dict(spatial_attn=True, attn_heads=6)),
+        exhaustive("patnet_t0", "patnet_t0", {}),
+        exhaustive("patnet_t0_sp", "patnet_t0", dict(spatial_attn=True)),
+        exhaustive("patnet_t1", "patnet_t1", {}),
+        exhaustive("patnet_t1_6heads", "patnet_t1", dict(attn_heads=6)),
+    )
+    DENSE = (("patnet_t1_det", "patnet_t1", dict(out_norms=True)),)
+    MAPS = ("stage1", "stage2", "stage3", "stage4")
+    COUNTS = dict(  # without PAT_sp, and with
+        patnet_t0=(3_486_160, 3_558_240),
+        patnet_t1=(5_985_552, 6_144_552),
+        patnet_t2=(12_269_816, 12_650_424),
+        patnet_s=(28_013_304, 28_975_704),
+        patnet_m=(59_179_000, 61_366_776),
+        patnet_l=(100_641_336, 104_465_336),
+    )
+    MACS = dict(  # without PAT_sp, and with
+        patnet_t0=(0.235, 0.247),
+        patnet_t1=(0.521, 0.546),
+        patnet_t2=(1.039, 1.087),
+        patnet_s=(2.716, 2.843),
+        patnet_m=(6.693, 7.022),
+        patnet_l=(11.909, 12.502),
+    )
+    SIZES = ((33, 70), (31, 17), (16, 16), (1, 5))
+    SIZED = {"plain": {}}
+    FILES = {"PAT_sp": dict(spatial_attn=True)}
+    PREFIXES = ("", "model.", "module.", "backbone.")  # 'model.' is a trainer's
+    ALIENS = {
+        "another depth": (dict(depths=(1, 1, 1, 2)), "do not fit, stages.2.blocks.1.mixer.gate is missing there"),
+        "with PAT_sp": (
+            dict(spatial_attn=True),
+            r"do not fit, stages.0.blocks.0.spatial.gate.weight is \(1, 4\) there and missing here",
+        ),
+        "other heads": (
+            dict(attn_heads=3),
+            r"2 of \d+ .* stages.3.blocks.0.mixer.attn.table is \(3, 81\) there and \(2, 81\) here",
+        ),
+        "another family": ("test_resnet", "105 of 122 entries of its stages do not fit"),
+    }
+    IMPOSSIBLE = (
+        (dict(depths=(1, 1, 1)), r"depths and dims must be equally long, got \(1, 1, 1\) and \(8, 18, 16, 32\)"),
+        (dict(dims=(2, 4, 8, 32)), r"dims must be at least 4, got \(2, 4, 8, 32\)"),
+        (dict(attn_heads=7), "attn_heads must divide the 24 channels that attend, got 7"),
+        (dict(attn_heads=0), "attn_heads must divide the 24 channels that attend, got 0"),
+        (dict(global_pool="catavgmax"), "global_pool must leave the width as it is, got 'catavgmax'"),
+    )
+    BLOCKS = 6
+    CHECKPOINT_RTOL = 1e-10
+    EPS = None  # BatchNorms
+    STEPS, RATE = 20, 4e-3
+    COMPILED = {
+        "plain": dict(dims=(8, 16), depths=(1, 1), spatial_attn=True),
+        "fused": dict(dims=(8, 16), depths=(1, 1), spatial_attn=True, fused=True),
+    }
+    COMPILED_SIZE = (16, 24)
+
+    def initial(self, **kwargs):
+        torch.manual_seed(0)
+        return timm.create_model("patnet_t0", **SMALL, **kwargs)
+
+    def same(self, model):
+        fused = copy.deepcopy(model)
+        getattr(fused, "model", fused).fuse()
+        return [model, fused]
+
+    def test_parameter_counts(self, name, count):
+        for spatial, expected in zip((False, True), count):
+            model = timm.create_model(name, spatial_attn=spatial, device="meta")
+            assert sum(p.numel() for p in model.parameters()) == expected
+        six = timm.create_model(name, attn_heads=6, device="meta")  # and PAT_sp as published
+        more = 162 * len(six.stages[3].blocks)
+        assert sum(p.numel() for p in six.parameters()) == count[name == "patnet_t1"] + more
+
+    def test_macs(self, name, giga):
+        """Those counted on the published code, where a BatchNorm has two for each element."""
+        for spatial, expected in zip((False, True), giga):
+            model = timm.create_model(name, spatial_attn=spatial, device="meta", dtype=torch.float32)
+            norms = 0
+            for stage, info in zip(model.stages, model.feature_info):
+                dim, gated = info["num_chs"], isinstance(stage.blocks[0].mixer, GatedMixer)
+                each = 2 * dim + gated * (dim - dim // 4) + spatial * dim
+                norms += (224 // info["reduction"]) ** 2 * (dim + len(stage.blocks) * each)
+            assert (self.macs(model) + 2 * norms) / 1e9 == pytest.approx(expected, rel=self.MACS_RTOL)
+
+    def side(self, n, stride):
+        """Down to one position in the third stage, where PAT_ch stands; below 32 pixels zeros make up a patch."""
+        return max(1, n // stride)
+
+    def test_published_containers(self, form, container, prefix):
+        file, model = file_and_model(**form)
+        weights = {prefix + k: v for k, v in file.items()}
+        content = {container: weights, "epoch": 3} if container else weights
+        state = checkpoint_filter_fn(content, model)
+        own = model.state_dict()
+        assert state.keys() == own.keys()
+        for key, value in weights.items():
+            key = rename(key.removeprefix(prefix))
+            assert torch.equal(state[key].flatten(), value.flatten()), key
+            assert state[key].shape == own[key].shape, key
+
+
+@functools.cache
+def file_and_model(**kwargs):
+    model = timm.create_model("patnet_t0", device="meta", **kwargs)
+    return parity.weights(parity.load("patnet", "patnet_t0_sp")), model
+
+
+def test_drop_path_spares_attention():
+    last = small(drop_path_rate=0.9).stages[3].blocks[-1].eval()
+    x = torch.randn(2, 4, 4, 32)
+    attended = x + last.mixer(x)
+    last.drop_path.drop_prob = 1.0
+    last.drop_path.train()
+    torch.testing.assert_close(last(x), attended)
 
 
 @pytest.mark.parametrize("spatial", [False, True])
@@ -246,15 +282,6 @@ def test_one_position_has_no_deviation(training):
     torch.testing.assert_close(equal[:, 1, 2, 4:], y[:, 0, 0, 4:])
 
 
-def test_small_images():
-    """Down to one position in the third stage, where PAT_ch stands; below 32 pixels zeros make up a patch."""
-    model = small(features_only=True).eval()
-    for size in ((33, 70), (31, 17), (16, 16), (1, 5)):
-        for level, m in enumerate(model(torch.randn(2, 3, *size))):
-            assert m.shape[2:] == tuple(max(1, n // (4 * 2**level)) for n in size)
-            assert m.isfinite().all()
-
-
 @pytest.mark.parametrize("spatial", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
 def test_maps_are_channels_last(spatial, fused):
@@ -263,12 +290,6 @@ def test_maps_are_channels_last(spatial, fused):
         model.model.fuse()
     for m in model(torch.randn(2, 3, 70, 97)):
         assert m.is_contiguous(memory_format=torch.channels_last)
-
-
-@pytest.mark.parametrize("spatial", [False, True])
-def test_images_do_not_see_each_other(spatial):
-    model, x = small(spatial_attn=spatial).eval(), torch.randn(3, 3, 75, 90)
-    torch.testing.assert_close(model(x)[1:2], model(x[1:2]), rtol=1e-12, atol=1e-12)
 
 
 def test_converted_norms_run_by_themselves():
@@ -336,98 +357,6 @@ def test_frozen_norms_stay():
     torch.testing.assert_close(model(x), want, rtol=1e-12, atol=1e-12)
 
 
-@pytest.fixture(scope="module")
-def file_and_model():
-    model = timm.create_model("patnet_t0", spatial_attn=True, device="meta")
-    return parity.weights(parity.load("patnet", "patnet_t0_sp")), model
-
-
-@pytest.mark.parametrize("container", ["state_dict", "model", None])
-@pytest.mark.parametrize("prefix", ["", "model.", "module.", "backbone."])
-def test_published_containers(file_and_model, container, prefix):
-    """Weights lie under 'state_dict' or 'model', or bare; a trainer prefixes 'model.', a detector 'backbone.'."""
-    file, model = file_and_model
-    weights = {prefix + k: v for k, v in file.items()}
-    content = {container: weights, "epoch": 3} if container else weights
-    state = checkpoint_filter_fn(content, model)
-    assert state.keys() == model.state_dict().keys()
-    for key, value in weights.items():
-        key = rename(key.removeprefix(prefix))
-        assert torch.equal(state[key].flatten(), value.flatten()), key
-        assert state[key].shape == model.state_dict()[key].shape, key
-
-
-def test_files_of_one_task_load_into_models_of_the_other(tmp_path):
-    """What a file lacks, head or norms, keeps its initial values; what it has beyond is dropped. Ours load too."""
-    dense = {k: v for k, v in small(out_norms=True).state_dict().items() if not k.startswith("head.")}
-    classifier = load_file(tmp_path, {"model": dense}, "patnet_t0", **SMALL)
-    assert torch.equal(classifier.stem.conv.weight, dense["stem.conv.weight"])
-    assert classifier.head.hidden.weight.std() > 0.01 and classifier.head.fc.weight.std() > 0.01
-    plain = small().state_dict()
-    features = load_file(tmp_path, plain, "patnet_t0", **SMALL, out_norms=True, features_only=True).model
-    assert torch.equal(features.stem.conv.weight, plain["stem.conv.weight"])
-    assert torch.equal(features.out_norms[2].weight, torch.ones(16))
-
-
-@pytest.mark.parametrize(
-    ("weights", "sentence"),
-    [
-        (dict(depths=(1, 1, 1, 2)), "do not fit, stages.2.blocks.1.mixer.gate is missing there"),
-        (
-            dict(spatial_attn=True),
-            r"do not fit, stages.0.blocks.0.spatial.gate.weight is \(1, 4\) there and missing here",
-        ),
-        (dict(attn_heads=3), r"2 of \d+ .* stages.3.blocks.0.mixer.attn.table is \(3, 81\) there and \(2, 81\) here"),
-        (None, "105 of 122 entries of its stages do not fit"),
-    ],
-    ids=["another depth", "with PAT_sp", "other heads", "another family"],
-)
-def test_other_weights_are_refused_in_one_sentence(tmp_path, weights, sentence):
-    source = timm.create_model("resnet18") if weights is None else small(**weights)
-    with pytest.raises(ValueError, match="not the weights of this PATNet: .*" + sentence):
-        load_file(tmp_path, source.state_dict(), "patnet_t0", **SMALL)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "sentence"),
-    [
-        (dict(depths=(1, 1, 1)), r"depths and dims must be equally long, got \(1, 1, 1\) and \(8, 18, 16, 32\)"),
-        (dict(dims=(2, 4, 8, 32)), r"dims must be at least 4, got \(2, 4, 8, 32\)"),
-        (dict(attn_heads=7), "attn_heads must divide the 24 channels that attend, got 7"),
-        (dict(attn_heads=0), "attn_heads must divide the 24 channels that attend, got 0"),
-        (dict(global_pool="catavgmax"), "global_pool must leave the width as it is, got 'catavgmax'"),
-    ],
-)
-def test_impossible_models_are_refused_in_one_sentence(kwargs, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        small(**kwargs)
-
-
-def test_drop_path_grows_from_block_to_block_and_spares_attention():
-    blocks = [m for m in small(drop_path_rate=0.9).modules() if isinstance(m, Block)]
-    rates = [getattr(b.drop_path, "drop_prob", 0.0) for b in blocks]
-    torch.testing.assert_close(torch.tensor(rates), torch.linspace(0, 0.9, 6), rtol=0, atol=1e-7)
-    last = blocks[-1].eval()
-    x = torch.randn(2, 4, 4, 32)
-    attended = x + last.mixer(x)
-    last.drop_path.drop_prob = 1.0
-    last.drop_path.train()
-    torch.testing.assert_close(last(x), attended)
-
-
-def test_gradient_checkpointing_changes_nothing():
-    x, results = torch.randn(2, 3, 64, 64), []
-    for enable in (False, True):
-        model = small(spatial_attn=True)
-        model.set_grad_checkpointing(enable)
-        torch.manual_seed(1)  # dropout draws the same again
-        y = model(x)
-        y.square().sum().backward()
-        results.append([y, *(p.grad for p in model.parameters())])
-    for a, b in zip(*results):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
-
-
 def test_head():
     model = small().eval()
     last = model.forward_features(torch.randn(2, 3, 64, 64))
@@ -436,16 +365,6 @@ def test_head():
     torch.testing.assert_close(model.forward_head(last), model.head.fc(features))
     model.reset_classifier(0, "")
     assert model(torch.randn(2, 3, 64, 96)).shape == (2, 24, 2, 3)
-
-
-def test_out_norms_do_not_reach_the_next_stage():
-    x = torch.randn(1, 3, 64, 64)
-    plain, normed = small().eval(), small(out_norms=True).eval()
-    normed.load_state_dict(plain.state_dict(), strict=False)
-    assert torch.equal(plain(x), normed(x))
-    raw, out = (m.forward_intermediates(x, intermediates_only=True) for m in (plain, normed))
-    for norm, a, b in zip(normed.out_norms, raw, out):
-        torch.testing.assert_close(norm(a), b)
 
 
 def test_arguments_reach_the_layers():
@@ -458,41 +377,3 @@ def test_arguments_reach_the_layers():
     torch.testing.assert_close(model.forward_head(last, pre_logits=True), pooled)
     with pytest.raises(TypeError, match="attention_heads"):
         small(attention_heads=2)
-
-
-def test_bfloat16_autocast_is_close():
-    torch.set_default_dtype(torch.float32)
-    model, x = small(spatial_attn=True).eval(), torch.randn(2, 3, 64, 64)
-    fused = copy.deepcopy(model).fuse()
-    exact = copy.deepcopy(model).double()(x.double())
-    for m in (model, fused):
-        with torch.autocast("cpu", torch.bfloat16):
-            low = m(x)
-        assert low.dtype == torch.bfloat16
-        assert (low.double() - exact).norm() / exact.norm() < 0.05
-
-
-@pytest.mark.parametrize("spatial", [False, True])
-def test_loss_falls(spatial):
-    torch.set_default_dtype(torch.float32)
-    torch.manual_seed(0)
-    model = timm.create_model("patnet_t0", **SMALL, spatial_attn=spatial, drop_path_rate=0.1)
-    x, target = torch.randn(16, 3, 32, 32), torch.arange(16) % 7
-    optimizer, losses = torch.optim.AdamW(model.parameters(), 4e-3), []
-    for _ in range(20):
-        loss = nn.functional.cross_entropy(model(x), target)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.6 * losses[0]
-
-
-@BACKENDS
-@pytest.mark.parametrize("fused", [False, True])
-def test_compiles_and_exports(fused, backend):
-    torch.set_default_dtype(torch.float32)
-    model = small(dims=(8, 16), depths=(1, 1), spatial_attn=True).eval()
-    if fused:
-        model.fuse()
-    compiles_and_exports(model, (16, 24), backend)
