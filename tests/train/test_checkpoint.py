@@ -1,6 +1,7 @@
 """Checkpoints survive what happens to files."""
 
 import errno
+import hashlib
 import json
 import os
 import random
@@ -76,7 +77,7 @@ def test_falls_back_to_the_previous(tmp_path):
     assert len(said) == 1 and "last.safetensors" in said[0]
     (tmp_path / checkpoint.PREVIOUS).write_bytes(b"")
     with pytest.raises(
-        UserError, match=r"damaged \(\S+last\.\S+ .*; \S+previous\.\S+ .*\): start again with --overwrite"
+        UserError, match=r"damaged \(\S+last\.\S+ [^;]*\); /\S+previous\.\S+ .*\): start again with --overwrite"
     ):
         checkpoint.load(tmp_path)
 
@@ -196,6 +197,52 @@ def test_forms_of_files(tmp_path):
         safe_open(tmp_path / "b" / checkpoint.LAST, "pt") as b,
     ):
         assert one.metadata() == b.metadata()
+
+
+def test_the_step_and_the_checksum_of_a_file(tmp_path):
+    checkpoint.save(tmp_path, dict(a=torch.zeros(1)), dict(step=17), best=False)
+    assert checkpoint.step(tmp_path / checkpoint.LAST) == 17
+    for name, content in (("none", None), ("empty", b""), ("other", b"x" * 99)):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        assert checkpoint.step(tmp_path / name) == -1
+    for number, meta in enumerate((None, dict(saccade="{"), dict(saccade="{}"), dict(saccade='{"step": []}'))):
+        save_file(dict(a=torch.zeros(1)), tmp_path / f"{number}", meta)
+        assert checkpoint.step(tmp_path / f"{number}") == -1
+    for content in (b"", b"abc", bytes(range(256)) * 8193):  # more than two pieces
+        (tmp_path / "file").write_bytes(content)
+        assert checkpoint.checksum(tmp_path / "file") == hashlib.sha256(content).hexdigest()
+
+
+def test_label_names(tmp_path):
+    """Of a finished run's config.json, or one sentence."""
+    file = tmp_path / "config.json"
+    file.write_bytes('{"label_names": ["Käfer", "b"]}'.encode())
+    assert checkpoint.label_names(tmp_path) == ["Käfer", "b"]
+    wrong = r"\(label_names must be a list of names\)"
+    for text, reason in (
+        ("{}", r"\('label_names'\)"), ("[]", r"\(list indices .*\)"), ("{", r"\(Expecting .*\)"),
+        ('{"label_names": []}', wrong), ('{"label_names": "ab"}', wrong), ('{"label_names": ["a", 1]}', wrong),
+        ('{"label_names": {"a": "b"}}', wrong), ("[" * 99_999, r"\(maximum recursion .*\)"),
+    ):  # fmt: skip
+        file.write_text(text)
+        with pytest.raises(
+            UserError, match=rf"^\S+/config\.json does not name the model's classes {reason}: train the run again$"
+        ):
+            checkpoint.label_names(tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match="No such file"):
+        checkpoint.label_names(tmp_path)
+
+
+def test_without_hard_links(tmp_path, monkeypatch):
+    """`previous` and `best` are copies there, byte by byte."""
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(OSError(errno.EPERM, "no links")))
+    for step in range(2):
+        checkpoint.save(tmp_path, tensors(step), dict(step=step), best=True)
+    for name, step in ((checkpoint.PREVIOUS, 0), (checkpoint.BEST, 1)):
+        assert checkpoint.read(tmp_path / name)[1] == dict(step=step)
+    assert len({(tmp_path / name).stat().st_ino for name in os.listdir(tmp_path)}) == 3
 
 
 def test_files_that_are_refused_are_named(tmp_path):
