@@ -7,9 +7,9 @@
   saccade explain davit_t --list
   saccade explain runs/demo biformer_t --serve
 
-A model by its name has untrained weights, unless --checkpoint or --pretrained gives it others. Each map is an overlay
-OUT/LAYER_KIND.png and an array of OUT/maps.npz; OUT/explained.json describes them. Exit codes: 0 done, 2 an error to
-fix; then nothing is written.
+A model by its name has untrained weights, unless --checkpoint or --pretrained gives it others. OUT/overview.png shows
+four layers. Each map is an overlay OUT/LAYER_KIND.png and an array of OUT/maps.npz; OUT/explained.json describes them.
+Exit codes: 0 done, 2 an error to fix; then nothing is written.
 """
 
 import argparse
