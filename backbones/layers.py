@@ -1,6 +1,7 @@
 """Layers and helpers shared by several families."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.module_tracker import ModuleTracker
 
 from ..ops.dispatch import is_exporting, is_transformed, use_definition
-from ..ops.linear import linear, uses_onednn
+from ..ops.linear import linear, mlp, uses_onednn
 
 
 def _tokens_at_once(x: Tensor, hidden: int) -> int:
@@ -51,6 +52,12 @@ class CachedMlp(nn.Module):
 
     @torch.jit.unused
     def _fused(self, x: Tensor) -> Tensor:
+        if (
+            torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and uses_onednn(x, self.fc1.weight, self.fc1.bias)
+        ):
+            return mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
         hidden = linear(x, self.fc1.weight, self.fc1.bias, gelu=True)
         return linear(hidden, self.fc2.weight, self.fc2.bias)
 
@@ -242,7 +249,7 @@ def _has_global_hooks() -> bool:
 
 
 @torch.jit.unused
-def project(layer: nn.Module, x: Tensor) -> Tensor:
+def project(layer: Any, x: Tensor) -> Tensor:
     """Return layer(x) of a linear layer (..., C), or a convolution of 1x1 (B, C, H, W), by ops.linear where that is
     faster and the same as calling it."""
     if isinstance(x, Proxy) or not can_fuse(layer):

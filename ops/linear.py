@@ -142,3 +142,20 @@ def _backward(ctx, dy):
 
 
 plain.register_autograd(_backward, setup_context=_save)
+
+
+@custom_op("saccade::mlp", mutates_args=())
+def mlp(x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None) -> Tensor:
+    """Two linear layers with GELU between them, for compiled inference: (..., C) -> (..., N). It takes the tokens of
+    4 MB of hidden layer at a time, which stay in the cache, and its memory is not fresh pages each time."""
+    tokens = x.flatten(0, -2)
+    out = x.new_empty(len(tokens), len(weight2))
+    at_once = max(1, 2**20 // len(weight1))
+    for piece, to in zip(tokens.split(at_once), out.split(at_once)):
+        to.copy_(_product(_product(piece, weight1, bias1, gelu=True), weight2, bias2))
+    return out.view(*x.shape[:-1], len(weight2))
+
+
+@mlp.register_fake
+def _(x, weight1, bias1, weight2, bias2):
+    return x.new_empty(*x.shape[:-1], len(weight2))

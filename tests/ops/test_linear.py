@@ -102,3 +102,13 @@ def test_compiles():
     with torch.no_grad():
         y = torch.compile(lambda x: linear(x, *tensors[1:], gelu=True), fullgraph=True, backend="eager")(tensors[0])
         torch.testing.assert_close(y, F.gelu(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_mlp_of_compiled_inference():
+    x, weight1, bias1 = (t.detach() for t in arguments(3, 700, 8, out=2048))  # two pieces of 512 tokens and a rest
+    weight2, bias2 = torch.randn(8, 2048), torch.randn(8)
+    given = x, weight1, bias1, weight2, bias2
+    expected = F.linear(F.gelu(F.linear(x, weight1, bias1)), weight2, bias2)
+    torch.testing.assert_close(module.mlp(*given), expected, rtol=1e-4, atol=1e-3)
+    torch.library.opcheck(module.mlp, given)
+    assert module.mlp(x[:, :0], *given[1:]).shape == (3, 0, 8)
