@@ -88,8 +88,9 @@ class Mutants:
 
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
         reached = forked(lambda: self.reach(session), 3600)
-        if not reached or any(failed for _, failed, _ in reached.values()):
-            raise pytest.UsageError("the tests do not pass without a mutant")
+        failing = [test for test, (_, failed, _) in (reached or {}).items() if failed]
+        if not reached or failing:
+            raise pytest.UsageError(f"the tests do not pass without a mutant: {failing}")
         for number, name in enumerate(self.names, 1):
             function = name.rpartition("__mutmut_")[0]
             tests = [item for item in session.items if function in reached[item.nodeid][0]]

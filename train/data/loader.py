@@ -21,7 +21,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..runtime.distributed import derive_seed, rank, world_size
-from ..runtime.errors import DATA, UserError
+from ..runtime.errors import DATA, UserError, first_line
 from .bad_images import BadImage, BadImages
 from .permutation import permutation
 
@@ -207,8 +207,8 @@ class Batches:
                 _end_workers(loaded)
                 self.loader._iterator = None  # another pass starts processes of its own
                 raise UserError(
-                    f"a loader process was killed ({error}), perhaps for lack of memory: continue with --resume, with "
-                    "fewer workers, or with a smaller batch_size"
+                    f"a loader process was killed ({first_line(error)}), perhaps for lack of memory: continue with "
+                    "--resume, with fewer workers, or with a smaller batch_size"
                 ) from error
             yield batch
 
