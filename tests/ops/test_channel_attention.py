@@ -10,30 +10,8 @@ from saccade.ops import channel_attention
 from saccade.ops.channel_attention import kernel, op, reference
 from support import parity
 from support.budget import assert_close
-from support.ops import (
-    COMPILED,
-    DTYPES,
-    FULL,
-    accepts_empty,
-    agree,
-    autocast_changes_nothing,
-    check,
-    compiles,
-    exports,
-    far_apart,
-    flops,
-    forced,
-    gradients_are_right,
-    grid,
-    peak_bytes,
-    rand,
-    reads_any_gradient,
-    refuses,
-    refuses_second_derivative,
-    registers,
-    repeats,
-    scripts,
-)
+from support.operators import Operator
+from support.ops import DTYPES, FULL, agree, check, far_apart, forced, grid, peak_bytes, rand, refuses, registers
 
 torch.set_num_threads(1)
 
@@ -144,9 +122,33 @@ def test_reads_views_where_they_lie(f):
         )
 
 
-@FORMS
-def test_gradient_of_another_memory_format(f):
-    reads_any_gradient(lambda x: f(x, 2), lambda x: reference.channel_attention(x, 2), rand((2, 3, 4, 24)))
+class TestChannelAttention(Operator):
+    operator, reference = staticmethod(channel_attention), staticmethod(reference.channel_attention)
+    EXPORTED = "channel_attention"
+    SCRIPTED = {"map": (rand((2, 3, 4, 24)), 2), "tokens": (rand((2, 9, 24)), 2)}
+    EMPTY = {str(s): ((*s[:-1], 4), rand(s), 2) for s in [(0, 5, 12), (2, 0, 12), (2, 0, 3, 12), (2, 3, 0, 12)]}
+    REPEATED = {"two stretches": (rand((1, 600, 48)), 1)}
+    SMOOTH = {
+        "two heads": (rand((2, 3, 12), torch.float64), 2),
+        "a map": (rand((1, 3, 3, 18), torch.float64), 3),
+    }
+    BAD = {
+        "rank": (
+            dict(qkv=rand((5, 12)), heads=1),
+            r"qkv must be .*\(B, N, 3C\) or \(B, H, W, 3C\), got torch.float32 of shape \(5, 12\)",
+        ),
+        "thirds": (dict(qkv=rand((2, 5, 13)), heads=1), r"qkv must be .*got torch.float32 of shape \(2, 5, 13\)"),
+        "integers": (
+            dict(qkv=torch.ones(2, 5, 12, dtype=torch.int64), heads=1),
+            "qkv must be floating point .* got torch.int64",
+        ),
+        "heads": (dict(qkv=rand((2, 5, 12)), heads=3), "heads must divide the C = 4 channels of qkv, got 3"),
+        "no heads": (dict(qkv=rand((2, 5, 12)), heads=0), "heads must divide .* got 0"),
+    }
+    COUNTED = ((rand((2, 3, 4, 48)), 2), 2 * 2 * 2 * 12 * 16 * 8)  # of the products
+
+    def inputs(self, batch=2, dtype=torch.float32):
+        return rand((batch, 3, 4, 24), dtype), 2
 
 
 def test_offsets_beyond_31_bits(tmp_path):
@@ -204,38 +206,9 @@ def test_nan_in_a_key_stays_in_its_image_and_head(f):
     assert torch.equal(out[1, :, 8:], clean[1, :, 8:])
 
 
-BAD = {
-    "rank": (
-        (rand((5, 12)), 1),
-        r"qkv must be .*\(B, N, 3C\) or \(B, H, W, 3C\), got torch.float32 of shape \(5, 12\)",
-    ),
-    "thirds": ((rand((2, 5, 13)), 1), r"qkv must be .*got torch.float32 of shape \(2, 5, 13\)"),
-    "integers": ((torch.ones(2, 5, 12, dtype=torch.int64), 1), "qkv must be floating point .* got torch.int64"),
-    "heads": ((rand((2, 5, 12)), 3), "heads must divide the C = 4 channels of qkv, got 3"),
-    "no heads": ((rand((2, 5, 12)), 0), "heads must divide .* got 0"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named_in_one_sentence(case):
-    args, message = BAD[case]
-    refuses(channel_attention, message, *args)
-
-
 def test_kernels_refuse_what_they_cannot_take():
     refuses(triton, "a head dimension of 129, over 128", rand((1, 2, 387)), 1, error=RuntimeError)
     refuses(triton, "float64", rand((1, 2, 12), torch.float64), 1, error=RuntimeError)
-
-
-@FORMS
-@pytest.mark.parametrize("shape", [(0, 5, 12), (2, 0, 12), (2, 0, 3, 12), (2, 3, 0, 12)], ids=str)
-def test_nothing_in_nothing_out(shape, f):
-    accepts_empty(lambda qkv: f(qkv, 2), (*shape[:-1], 4), rand(shape))
-
-
-@FORMS
-def test_runs_are_equal_to_the_bit(f):
-    repeats(f, rand((1, 600, 48)), 1)
 
 
 @FULL
@@ -245,55 +218,6 @@ def test_registration(full):
         registers(op.fwd, (qkv, 2, 0.25), full)
     out, a = op.fwd(qkv, 2, 0.25)
     registers(op.bwd, (rand(out.shape).transpose(1, 2).contiguous().transpose(1, 2), qkv, a, 2, 0.25), full)
-
-
-@pytest.mark.parametrize("f", [plain, reference.channel_attention], ids=["eager", "reference"])
-@pytest.mark.parametrize("shape, heads", [((2, 3, 12), 2), ((1, 3, 3, 18), 3)], ids=str)
-def test_gradcheck(f, shape, heads):
-    gradients_are_right(lambda qkv: f(qkv, heads), rand(shape, torch.float64))
-
-
-def test_second_derivative_is_refused():
-    refuses_second_derivative(lambda qkv: triton(qkv, 2), rand((1, 5, 24)))
-
-
-@COMPILED
-def test_compiles_in_one_graph(name, dynamic):
-    shape = (2, 9, 24) if dynamic else (2, 3, 4, 24)
-    others = ((rand((3, *shape[1:])),),) if dynamic else ()
-    compiles(lambda qkv: channel_attention(qkv, 2), rand(shape), name=name, dynamic=dynamic, others=others)
-
-
-@pytest.mark.parametrize("name", ["torch", "triton"])
-def test_exports(name):
-    exports(
-        lambda qkv: channel_attention(qkv, 2), (rand((2, 3, 4, 24)),), (rand((3, 3, 4, 24)),), name, "channel_attention"
-    )
-
-
-@pytest.mark.parametrize("shape", [(2, 3, 4, 24), (2, 9, 24)], ids=str)
-def test_scripts(shape):
-    scripts(channel_attention, plain, rand(shape), 2)
-
-
-def test_meta_tensors_have_shapes():
-    qkv = torch.empty(2, 3, 4, 24, device="meta", requires_grad=True)
-    out = channel_attention(qkv, 2)
-    assert out.shape == (2, 3, 4, 8)
-    out.sum().backward()
-    assert qkv.grad.shape == qkv.shape
-
-
-@FORMS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_autocast_changes_nothing(dtype, f):
-    autocast_changes_nothing(lambda qkv: f(qkv, 2), rand((2, 9, 24), dtype))
-
-
-def test_flops_are_those_of_the_products():
-    forward, backward = flops(lambda qkv: triton(qkv, 2), rand((2, 3, 4, 48)))
-    assert forward == 2 * 2 * 2 * 12 * 16 * 8
-    assert backward == 2 * forward
 
 
 def _memory(f, shape, heads) -> tuple[float, float]:

@@ -8,32 +8,21 @@ from saccade.ops import strip_gate
 from saccade.ops.strip_gate import eager, kernel, op, reference
 from support import parity
 from support.budget import assert_close
+from support.operators import Operator
 from support.ops import (
-    COMPILED,
     DEVICE,
     DTYPES,
     FULL,
-    accepts_empty,
     agree,
-    autocast_changes_nothing,
     check,
-    compiles,
     evaluate,
-    exports,
     far_apart,
-    flops,
     forced,
-    gradients_are_right,
     grid,
     keeps_memory_format,
     peak_bytes,
     rand,
-    reads_any_gradient,
-    refuses,
-    refuses_second_derivative,
     registers,
-    repeats,
-    scripts,
 )
 
 torch.set_num_threads(1)
@@ -166,13 +155,43 @@ def test_reads_a_view_of_a_bigger_map(f):
     check(of_view(f), of_view(reference.strip_gate), rand((2, 12, 8, 13)).contiguous(memory_format=torch.channels_last))
 
 
-def test_gradient_of_another_memory_format():
-    x, *rest = inputs(SHAPES[0])
+class TestStripGate(Operator):
+    operator, reference = staticmethod(strip_gate), staticmethod(reference.strip_gate)
+    EXPORTED = "strip_gate_fwd"
+    SCRIPTED = {"map": inputs(SHAPES[0])}
+    EMPTY = {
+        str((B, H, W)): ((B, 8, H, W), *inputs((B, 8, H, W, 1, 5, 4))) for B, H, W in [(0, 6, 5), (2, 0, 5), (2, 6, 0)]
+    }
+    REPEATED = {str(layout): inputs(SHAPES[0], layout=layout) for layout in LAYOUTS}
+    SMOOTH = {
+        "gate": (*inputs((1, 4, 2, 3, 2, 3, 2), torch.float64), 1e-5, False),
+        "residual": (*inputs((1, 4, 2, 3, 2, 3, 2), torch.float64), 1e-5, True),
+    }
+    BAD = {
+        "rank": (dict(x=rand((8, 5, 7))), r"x must be .*\(B, C, H, W\), got torch.float32 of shape \(8, 5, 7\)"),
+        "integers": (dict(x=torch.ones(2, 8, 5, 7, dtype=torch.int64)), "x must be floating point .* got torch.int64"),
+        "channels": (
+            dict(weight=rand((6, 1, 5))),
+            r"weight must be \(8, M, K\) with M dividing C = 8, got \(6, 1, 5\)",
+        ),
+        "divides": (dict(weight=rand((8, 3, 5))), r"weight must be .* got \(8, 3, 5\)"),
+        "no group": (dict(weight=rand((8, 0, 5))), r"weight must be .* got \(8, 0, 5\)"),
+        "weight rank": (dict(weight=rand((8, 1))), r"weight must be .* got \(8, 1\)"),
+        "even": (dict(weight=rand((8, 1, 4))), "weight must have an odd kernel size, got 4"),
+        "norm_weight": (dict(norm_weight=rand((4,))), r"norm_weight must be \(8,\), got \(4,\)"),
+        "norm_bias": (dict(norm_bias=rand((8, 1))), r"norm_bias must be \(8,\), got \(8, 1\)"),
+        "groups": (dict(norm_groups=3), "norm_groups must divide the C = 8 channels of x, got 3"),
+        "no groups": (dict(norm_groups=0), "norm_groups must divide .* got 0"),
+        "device": (dict(weight=torch.ones(8, 1, 5, device="meta")), "weight must be on .* as x is, got meta"),
+        "dtype": (
+            dict(norm_bias=torch.ones(8, dtype=torch.int32)),
+            "norm_bias must be floating point, got torch.int32",
+        ),
+    }
+    COUNTED = (inputs(SHAPES[1]), 2 * 1 * 24 * 8 * 7 * (3 + 3))  # of the convolutions, 2 B C M K (H + W)
 
-    def of_x(f):
-        return lambda x: f(x, *(t.to(x.dtype) if torch.is_tensor(t) else t for t in rest))
-
-    reads_any_gradient(of_x(triton), of_x(reference.strip_gate), x)
+    def inputs(self, batch=2, dtype=torch.float32):
+        return inputs((batch, *SHAPES[0][1:]), dtype)
 
 
 def test_offsets_beyond_31_bits(tmp_path):
@@ -208,41 +227,6 @@ def test_a_group_of_one_value_is_its_bias(B, f):
     assert_close(out, x * rest[2].sigmoid().square()[:, None, None])
 
 
-BAD = {
-    "rank": (dict(x=rand((8, 5, 7))), r"x must be .*\(B, C, H, W\), got torch.float32 of shape \(8, 5, 7\)"),
-    "integers": (dict(x=torch.ones(2, 8, 5, 7, dtype=torch.int64)), "x must be floating point .* got torch.int64"),
-    "channels": (dict(weight=rand((6, 1, 5))), r"weight must be \(8, M, K\) with M dividing C = 8, got \(6, 1, 5\)"),
-    "divides": (dict(weight=rand((8, 3, 5))), r"weight must be .* got \(8, 3, 5\)"),
-    "no group": (dict(weight=rand((8, 0, 5))), r"weight must be .* got \(8, 0, 5\)"),
-    "weight rank": (dict(weight=rand((8, 1))), r"weight must be .* got \(8, 1\)"),
-    "even": (dict(weight=rand((8, 1, 4))), "weight must have an odd kernel size, got 4"),
-    "norm_weight": (dict(norm_weight=rand((4,))), r"norm_weight must be \(8,\), got \(4,\)"),
-    "norm_bias": (dict(norm_bias=rand((8, 1))), r"norm_bias must be \(8,\), got \(8, 1\)"),
-    "groups": (dict(norm_groups=3), "norm_groups must divide the C = 8 channels of x, got 3"),
-    "no groups": (dict(norm_groups=0), "norm_groups must divide .* got 0"),
-    "device": (dict(weight=torch.ones(8, 1, 5, device="meta")), "weight must be on .* as x is, got meta"),
-    "dtype": (dict(norm_bias=torch.ones(8, dtype=torch.int32)), "norm_bias must be floating point, got torch.int32"),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input_is_named_in_one_sentence(case):
-    names = ("x", "weight", "norm_weight", "norm_bias", "norm_groups")
-    change, message = BAD[case]
-    refuses(strip_gate, message, **dict(zip(names, inputs(SHAPES[0]))) | change)
-
-
-@pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
-@pytest.mark.parametrize("B, H, W", [(0, 6, 5), (2, 0, 5), (2, 6, 0)])
-def test_nothing_in_nothing_out(B, H, W, f):
-    accepts_empty(f, (B, 8, H, W), *inputs((B, 8, H, W, 1, 5, 4)))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_runs_are_equal_to_the_bit(layout):
-    repeats(triton, *inputs(SHAPES[0], layout=layout))
-
-
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_tiles_cover_little_else(channels_last):
     for C, H, W in [(64, 7, 7), (144, 56, 56), (960, 7, 7), (16, 112, 112), (1, 1, 1), (3, 800, 1333)]:
@@ -266,16 +250,6 @@ def test_registration(full):
             registers(op.bwd, (g, t, *rest[:3], *z, *rest[3:]), full)
 
 
-@pytest.mark.parametrize("f", [plain, reference.strip_gate], ids=["eager", "reference"])
-@pytest.mark.parametrize("residual", [False, True])
-def test_gradcheck(f, residual):
-    gradients_are_right(f, *inputs((1, 4, 2, 3, 2, 3, 2), torch.float64), 1e-5, residual)
-
-
-def test_second_derivative():
-    refuses_second_derivative(triton, *inputs(SHAPES[0]))
-
-
 def test_frozen_parameters_and_frozen_map():
     x, weight, *rest = inputs(SHAPES[0], torch.float64)
     whole = evaluate(plain, (x, weight, *rest))
@@ -284,35 +258,6 @@ def test_frozen_parameters_and_frozen_map():
     (dweight,) = torch.autograd.grad(plain(x.detach(), weight.requires_grad_(), *rest), weight, dy)
     assert_close(dx, whole[1])
     assert_close(dweight, whole[2])
-
-
-@COMPILED
-def test_compiles_in_one_graph(name, dynamic):
-    others = (inputs((3, *SHAPES[0][1:])),) if dynamic else ()
-    compiles(strip_gate, *inputs(SHAPES[0]), name=name, dynamic=dynamic, others=others)
-
-
-@pytest.mark.parametrize("name", ["torch", "triton"])
-def test_exports(name):
-    *args, groups = inputs(SHAPES[0])
-    *others, _ = inputs((3, *SHAPES[0][1:]))
-    exports(lambda *args: strip_gate(*args, groups), args, others, name, "strip_gate_fwd")
-
-
-def test_scripts():
-    scripts(strip_gate, plain, *inputs(SHAPES[0]))
-
-
-def test_meta_tensors_have_shapes():
-    args = [t.to("meta") if torch.is_tensor(t) else t for t in inputs(SHAPES[0])]
-    assert strip_gate(*args).shape == args[0].shape
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("f", [plain, triton], ids=["eager", "triton"])
-def test_autocast_changes_nothing(f, dtype):
-    x, *rest = inputs(SHAPES[0])
-    autocast_changes_nothing(f, x.to(dtype), *rest)
 
 
 # Forward: the output, the strips, and no map besides (the published form has one more, the product with one gate).
@@ -334,13 +279,6 @@ def test_memory(f, layout, shape, bounds):
         assert x.nbytes <= peak_bytes(lambda: f(*leaves, groups)) < bounds[0] * x.nbytes
     both = peak_bytes(lambda: torch.autograd.grad(f(*leaves, groups), leaves, dy))
     assert 2 * x.nbytes <= both < bounds[1] * x.nbytes
-
-
-def test_flops_are_those_of_the_convolutions():
-    B, C, H, W, M, K, _ = SHAPES[1]
-    forward, backward = flops(triton, *inputs(SHAPES[1]))
-    assert forward == 2 * B * C * M * K * (H + W)
-    assert backward == 2 * forward
 
 
 def test_means_are_in_full_precision():
