@@ -1,6 +1,7 @@
 """COCO's metric: pycocotools' numbers to the last digit, on any number of processes; and what went wrong where."""
 
 import copy
+import importlib.util
 import io
 import json
 from contextlib import redirect_stdout
@@ -292,6 +293,19 @@ def test_mistakes_by_hand():
     assert worst["false"] == [results[1], results[4]]
     assert worst["confused"] == [(results[2], annotations[1])]
     assert clean == dict(image_id=8, file_name="8.jpg", found=0, missed=[], false=[], confused=[])
+
+
+def test_the_least_score_and_overlap():
+    """A score of 0.5 is sure, and an overlap of a half is a match; less is not. faster-coco-eval is optional."""
+    truth = dict(images=[dict(id=1, file_name="1.jpg", height=9, width=9)], categories=[dict(id=1, name="a")])
+    truth["annotations"] = [dict(id=1, image_id=1, category_id=1, bbox=[0, 0, 4, 2], iscrowd=0, area=8)]
+    for box, score, expected in (
+        ([0, 0, 4, 1], 0.5, (1, 0, 0)), ([0, 0, 4, 1], 0.4999, (0, 1, 0)), ([0, 0, 3.9, 1], 0.5, (0, 1, 1)),
+    ):  # fmt: skip
+        (row,) = coco.mistakes(truth, {1: [dict(image_id=1, category_id=1, bbox=box, score=score)]})
+        assert (row["found"], len(row["missed"]), len(row["false"])) == expected
+    installed = importlib.util.find_spec("faster_coco_eval") is not None
+    assert CocoMetric(truth, ["a"], False).faster == installed and not CocoMetric(truth, ["a"], False, False).faster
 
 
 def test_two_processes_count_each_image_once(tmp_path):
