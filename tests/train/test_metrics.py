@@ -82,6 +82,16 @@ def test_calibration_of_certain_answers():
         assert found == error and [row["low"] for row in rows] == [100 * 14 / 15] and rows[0]["images"] == 4
 
 
+def test_counts_are_exact_and_on_the_device():
+    """Float32 counts 2**24 images at most."""
+    counts = TopK(2, torch.device("meta"))
+    assert all(t.is_meta for t in (counts.confusion, counts.top5, counts.loss))
+    exact = (torch.int64, torch.int64, torch.float64)
+    assert (counts.confusion.dtype, counts.top5.dtype, counts.loss.dtype) == exact
+    for other in (Calibration(torch.device("meta")).sums, Real(torch.device("meta")).counts):
+        assert other.is_meta and other.dtype in (torch.int64, torch.float64)
+
+
 def test_calibration_of_no_images():
     error, rows = Calibration(CPU).result()
     assert error != error and rows == []  # NaN
@@ -140,6 +150,8 @@ def test_real_labels(tmp_path):
     accepted = torch.stack([images[i][2] for i in range(3)])
     assert [row.nonzero().flatten().tolist() for row in accepted] == [[2, 5], [], [6]]
     assert [float(images[i][0]) for i in range(3)] == [0.0, 1.0, 2.0]
+    first = Accepted(Named(["ILSVRC2012_val_00000001.JPEG"]), str(tmp_path / "real.json"), 7)
+    assert first[0][2].nonzero().tolist() == [[0]]
     logits = torch.zeros(3, 7)
     logits[0, 5] = logits[1, 0] = 9.0
     logits[2] = torch.arange(7, 0, -1)  # 6 comes last: not among five
@@ -203,7 +215,7 @@ def test_speed(monkeypatch):
     model = torch.nn.Identity()
     for calls, expected in (
         ([(4, 10, 12), (4, 13, 14), (2, 20, 21)], (0.7, 3.0)),  # 6 images in 9 s, of them 2 s in the model
-        ([(4, 10, 12)], (2.0, 2.0)),
+        ([(5, 10, 12)], (2.5, 2.5)),
         ([], (0.0, 0.0)),
     ):
         times = iter([time for _, *both in calls for time in both])

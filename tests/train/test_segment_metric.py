@@ -73,6 +73,11 @@ def test_by_hand():
     assert [row["taken_for"] for row in rows] == ["b", "a", "b", None]
 
 
+def test_another_label_is_ignored():
+    metrics, _ = count([([[0, 1, 1]], [[0, 1, 0]])], 2, ignored=1).result()
+    assert metrics == dict(miou=100.0, macc=100.0, aacc=100.0, images=1)
+
+
 def test_nothing_labelled():
     metrics, detail = count([([[255, 255]], [[0, 1]])], 2).result()
     assert str(metrics) == "{'miou': nan, 'macc': nan, 'aacc': nan, 'images': 1}" and detail["worst"] == []
