@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..ops import agent_attention, pool_agents, resize_agent_bias, window_attention
 from ..ops.agent_attention.tables import whole
+from ..ops.dispatch import is_exporting
 from ..ops.precision import full
 from .attention_maps import AttentionMap, QueryMap, describe, softmax_map, split_heads, window_map
 from .base import Isotropic, Pyramid, TokenHead, checked_size, create_model, init_linear, make_cfg, map_norms
@@ -103,9 +104,19 @@ class AgentAttention(nn.Module):
     def extra_repr(self) -> str:
         return f"heads={self.heads}, size={self.size}, grid={self.grid}"
 
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if torch.jit.is_scripting():
+            q, k, v = self.qkv(x).chunk(3, -1)
+        elif is_exporting() and can_fuse(self.qkv) and self.qkv.bias is not None:
+            # Three products of constants: OpenVINO copies the parts of a split on the last axis.
+            parts = zip(self.qkv.weight.chunk(3), self.qkv.bias.chunk(3))
+            q, k, v = (F.linear(x, weight, bias) for weight, bias in parts)
+        else:
+            q, k, v = project(self.qkv, x).chunk(3, -1)
+        return q, k, v
+
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
-        q, k, v = qkv.chunk(3, -1)
+        q, k, v = self._project(x)
         agents = pool_agents(q[:, self.tokens :].unflatten(1, size), self.grid)
         key_bias = (self.key_block, self.key_rows, self.key_columns)
         query_bias = (self.query_block, self.query_rows, self.query_columns)

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import definition_gradients, wants_definition_gradients
+from ..dispatch import definition_gradients, is_exporting, wants_definition_gradients
 from ..precision import no_autocast
 from . import reference
 from .tables import Factors, whole
@@ -45,7 +45,32 @@ def agent_attention(inputs: Inputs, scale: float) -> Tensor:
         b1, b2 = (torch.cat((t.unsqueeze(2).to(b.dtype), b), 2) for t, b in zip(token_bias, (b1, b2)))
     size = query_bias[1].shape[2], query_bias[2].shape[2]
     dwc = (None if p is None else p.to(q.dtype) for p in (dwc_weight, dwc_bias))
+    if is_exporting():
+        return _exported(q, k, v, agents, b1.to(q.dtype), b2.to(q.dtype), *dwc, heads, size, scale)
     return AgentAttention.apply(q, k, v, agents, b1.to(q.dtype), b2.to(q.dtype), *dwc, heads, size, scale)
+
+
+def _exported(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    agents: Tensor,
+    b1: Tensor,
+    b2: Tensor,
+    dwc_weight: Tensor | None,
+    dwc_bias: Tensor | None,
+    heads: int,
+    size: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """Compute both softmaxes by PyTorch's attention, which runtimes fuse."""
+    qs, ks, vs, agent = (_heads(x, heads) for x in (q, k, v, agents))
+    va = F.scaled_dot_product_attention(agent, ks, vs, b1, scale=scale)
+    out = F.scaled_dot_product_attention(qs, agent, va, b2.mT, scale=scale).transpose(1, 2).flatten(2)
+    if dwc_weight is None:
+        return out
+    conv = reference.convolve(_map(v, size), dwc_weight, dwc_bias).flatten(2).transpose(1, 2)
+    return out + F.pad(conv, (0, 0, out.shape[1] - conv.shape[1], 0))
 
 
 def _heads(x: Tensor, heads: int) -> Tensor:  # (B, N, C) -> (B, heads, N, D)
