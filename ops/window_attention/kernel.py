@@ -397,6 +397,8 @@ def window_options(h: int, w: int) -> dict:
 def launch_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
     """Return constexprs and launch options for N tokens to divide into tiles."""
     rows, walked, warps, stages = TILES[itemsize, max(32, _block(D))]
+    if itemsize == 2 and D <= 32 and N <= rows:  # a window in one step: nothing to load ahead
+        walked, stages = rows, 1
     return dict(
         D=D,
         BLOCK_D=_block(D),
@@ -410,7 +412,7 @@ def launch_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
 def tile_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
     """Return those of bwd_kernel for windows of N tokens."""
     block = max(16, triton.next_power_of_2(N))
-    return dict(D=D, BLOCK_D=_block(D), BLOCK=block, num_warps=8 if block == 64 and not hip else 4, num_stages=1)
+    return dict(D=D, BLOCK_D=_block(D), BLOCK=block, num_warps=4, num_stages=1)
 
 
 def owner_options(itemsize: int, D: int, w: int, hip: bool) -> dict:
@@ -423,6 +425,10 @@ def owner_options(itemsize: int, D: int, w: int, hip: bool) -> dict:
 
 def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _has_padding(H: int, W: int, window: list[int], pad: Tensor | None) -> bool:
+    return pad is not None and bool(H % window[0] or W % window[1])
 
 
 def _count(H: int, W: int, window: list[int]) -> int:
@@ -446,7 +452,8 @@ def fwd(
         launch(fwd_kernel, grid)(
             qkv, lse if pad is None else pad.contiguous(), lse if bias is None else bias.contiguous(), out, lse,
             *qkv.stride()[:4], H, W, *window, *shift, heads, scale,
-            **window_options(*window), PAD=pad is not None, BIAS=bias is not None, PRECISION=precision(qkv), **options,
+            **window_options(*window), PAD=_has_padding(H, W, window, pad), BIAS=bias is not None,
+            PRECISION=precision(qkv), **options,
         )  # fmt: skip
     return out, lse
 
@@ -475,12 +482,13 @@ def bwd(
     windows, hip = B * _count(H, W, window), torch.version.hip is not None
     tensors = qkv, lse if pad is None else pad.contiguous(), lse if bias is None else bias.contiguous()
     strides, sizes = (*qkv.stride()[:4], *dout.stride()[:3]), (H, W, h, w, *shift, heads, scale)
-    given = dict(PAD=pad is not None, BIAS=bias is not None, PRECISION=precision(qkv), **window_options(h, w))
+    padding = _has_padding(H, W, window, pad)
+    given = dict(PAD=padding, BIAS=bias is not None, PRECISION=precision(qkv), **window_options(h, w))
     with torch.cuda.device_of(qkv):
         if fits_tile(qkv.element_size(), D, N):
             per = 1 if bias is None else max(4, triton.cdiv(windows * heads, PROGRAMS))
             chunks = triton.cdiv(windows, per)
-            parts = lse.new_empty((0 if pad is None else windows, 2, C))
+            parts = lse.new_empty((windows if padding else 0, 2, C))
             ds = lse.new_empty((0 if bias is None else chunks, heads, N, N))
             launch(bwd_kernel, (chunks * heads,))(
                 *tensors, dout, dqkv, parts, ds, *strides, B, per, *sizes, **given,
@@ -491,7 +499,7 @@ def bwd(
         else:
             options, delta = launch_options(qkv.element_size(), D, N, hip), torch.empty_like(lse)
             programs = windows * triton.cdiv(N, options["BLOCK_M"])
-            parts = lse.new_empty((0 if pad is None else programs, 2, C))
+            parts = lse.new_empty((programs if padding else 0, 2, C))
             grid = (programs * heads,)
             launch(dq_kernel, grid)(*tensors, out, lse, dout, delta, dqkv, *strides, *sizes, **given, **options)
             launch(dkdv_kernel, grid)(*tensors, lse, dout, delta, dqkv, parts, *strides, *sizes, **given, **options)
@@ -503,12 +511,14 @@ def bwd(
                 ds = lse.new_empty(chunks, heads, 2 * h - 1, w, w)
                 launch(dbias_kernel, (chunks * owners,))(
                     *tensors, lse, dout, delta, ds, *strides, B, per, *sizes,
-                    **window_options(h, w), PAD=pad is not None, PRECISION=precision(qkv), **options,
+                    **window_options(h, w), PAD=padding, PRECISION=precision(qkv), **options,
                 )  # fmt: skip
                 dbias = sum_diagonals(ds.sum(0))
-        if pad is not None:
+        if padding:
             dpad[0] = 0
             dpad[1:] = parts.sum(0)
+        else:
+            dpad.zero_()
     return dqkv, dbias, dpad
 
 
