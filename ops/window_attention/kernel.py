@@ -397,7 +397,7 @@ def window_options(h: int, w: int) -> dict:
 def launch_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
     """Return constexprs and launch options for N tokens to divide into tiles."""
     rows, walked, warps, stages = TILES[itemsize, max(32, _block(D))]
-    if itemsize == 2 and D <= 32 and N <= rows:  # a window in one step: nothing to load ahead
+    if itemsize == 2 and D <= 32 and rows >= N:  # a window in one step: nothing to load ahead
         walked, stages = rows, 1
     return dict(
         D=D,
