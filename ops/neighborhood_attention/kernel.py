@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..tiles import FLOOR, LOG2E, once, softmax_step
+from ..tiles import FLOOR, LOG2E, once, precision, softmax_step
 from ..tune import launch
 from .eager import diagonals
 
@@ -94,42 +94,57 @@ def within(key, first, K: tl.constexpr):
 
 
 @triton.jit
+def keys(
+    q, k_ptr, stride_t, bias_ptr, start, qy, qx, ay, ax, top, left, rows, nx, gy, gx, dh, dw, stride_h, stride_w, scale,
+    KH: tl.constexpr, KW: tl.constexpr, SPAN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BIAS: tl.constexpr, DENSE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Load a chunk of the rectangle of keys. Return keys, values, the base-2 logits, and which pairs are in a
+    window."""
+    d = tl.arange(0, BLOCK_D)
+    n = start + tl.arange(0, BLOCK_N)
+    ky = top + n // SPAN
+    kx = left + n % SPAN
+    on = (n < rows * SPAN) & (kx < nx)
+    at = offsets(ky, kx, gy, gx, dh, dw, stride_h, stride_w, ALIGNED)
+    k = load(k_ptr, at, on, d, D)
+    v = load(k_ptr + stride_t, at, on, d, D)
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E)
+    cell = once(tl.where(on, ky << 16 | kx, -1))
+    ky = cell >> 16
+    kx = cell & 0xFFFF
+    if DENSE:
+        seen = (cell >= 0)[None, :]
+    else:
+        seen = within(ky[None, :], ay[:, None], KH) & within(kx[None, :], ax[:, None], KW)
+    if BIAS:
+        of_q = (KH - 1 - qy) * (2 * KW - 1) + KW - 1 - qx
+        of_k = ky * (2 * KW - 1) + kx
+        s += tl.load(bias_ptr + (of_q[:, None] + of_k[None, :]), seen, 0.0) * LOG2E
+    return k, v, s, seen
+
+
+@triton.jit
 def fwd_walk(
     q, k_ptr, stride_t, bias_ptr, qy, qx, ay, ax, top, left, rows, nx, gy, gx, dh, dw, stride_h, stride_w, scale,
     KH: tl.constexpr, KW: tl.constexpr, SPAN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, DENSE: tl.constexpr, ALIGNED: tl.constexpr,
-    CLEAN: tl.constexpr,
+    CLEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
     m = tl.full((BLOCK_M,), FLOOR, tl.float32)
     l = tl.full((BLOCK_M,), 0, tl.float32)
     acc = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
-    of_q = (KH - 1 - qy) * (2 * KW - 1) + KW - 1 - qx
     for start in range(0, rows * SPAN, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        ky = top + n // SPAN
-        kx = left + n % SPAN
-        on = (n < rows * SPAN) & (kx < nx)
-        at = offsets(ky, kx, gy, gx, dh, dw, stride_h, stride_w, ALIGNED)
-        k = load(k_ptr, at, on, d, D)
-        v = load(k_ptr + stride_t, at, on, d, D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-        cell = once(tl.where(on, ky << 16 | kx, -1))
-        ky = cell >> 16
-        kx = cell & 0xFFFF
-        if DENSE:
-            seen = (cell >= 0)[None, :]
-        else:
-            seen = within(ky[None, :], ay[:, None], KH) & within(kx[None, :], ax[:, None], KW)
-        if BIAS:
-            of_k = ky * (2 * KW - 1) + kx
-            s += tl.load(bias_ptr + (of_q[:, None] + of_k[None, :]), seen, 0.0) * LOG2E
+        _, v, s, seen = keys(
+            q, k_ptr, stride_t, bias_ptr, start, qy, qx, ay, ax, top, left, rows, nx, gy, gx, dh, dw,
+            stride_h, stride_w, scale, KH, KW, SPAN, D, BLOCK_D, BLOCK_N, BIAS, DENSE, ALIGNED, PRECISION,
+        )  # fmt: skip
         if CLEAN:
             bad = bad_rows(v)
             s = tl.where(bad[None, :], float("nan"), s)
             v = tl.where(bad[:, None], 0.0, v)
         s = tl.where(seen, s, float("-inf"))
-        m, l, acc = softmax_step(s, v, m, l, acc)
+        m, l, acc = softmax_step(s, v, m, l, acc, PRECISION)
     return m, l, acc
 
 
@@ -140,6 +155,7 @@ def fwd_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, SPAN: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     BIAS: tl.constexpr, DENSE: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads  # fastest: the heads of a pixel share its cache lines
@@ -161,6 +177,7 @@ def fwd_kernel(
     most, total, acc = fwd_walk(
         q, qkv_ptr + stride_t, stride_t, bias_ptr, qy, qx, ay, ax, top, left, rows, nx, gy, gx, dh, dw,
         stride_h, stride_w, scale, KH, KW, SPAN, D, BLOCK_D, TH * TW, BLOCK_N, BIAS, DENSE, ALIGNED, False,
+        PRECISION,
     )  # fmt: skip
     if not DENSE:
         check = tl.sum(tl.sum(acc, 1), 0)
@@ -168,6 +185,7 @@ def fwd_kernel(
             most, total, acc = fwd_walk(
                 q, qkv_ptr + stride_t, stride_t, bias_ptr, qy, qx, ay, ax, top, left, rows, nx, gy, gx, dh, dw,
                 stride_h, stride_w, scale, KH, KW, SPAN, D, BLOCK_D, TH * TW, BLOCK_N, BIAS, DENSE, ALIGNED, True,
+                PRECISION,
             )  # fmt: skip
     y = gy + qy * dh
     x = gx + qx * dw
@@ -184,35 +202,19 @@ def dq_walk(
     stride_h, stride_w, scale,
     KH: tl.constexpr, KW: tl.constexpr, SPAN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BIAS: tl.constexpr, DENSE: tl.constexpr, ALIGNED: tl.constexpr,
-    CLEAN: tl.constexpr,
+    CLEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    d = tl.arange(0, BLOCK_D)
     dq = tl.full((BLOCK_M, BLOCK_D), 0, tl.float32)
-    of_q = (KH - 1 - qy) * (2 * KW - 1) + KW - 1 - qx
     for start in range(0, rows * SPAN, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)
-        ky = top + n // SPAN
-        kx = left + n % SPAN
-        on = (n < rows * SPAN) & (kx < nx)
-        at = offsets(ky, kx, gy, gx, dh, dw, stride_h, stride_w, ALIGNED)
-        k = load(k_ptr, at, on, d, D)
-        v = load(k_ptr + stride_t, at, on, d, D)
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
-        cell = once(tl.where(on, ky << 16 | kx, -1))
-        ky = cell >> 16
-        kx = cell & 0xFFFF
-        if DENSE:
-            seen = (cell >= 0)[None, :]
-        else:
-            seen = within(ky[None, :], ay[:, None], KH) & within(kx[None, :], ax[:, None], KW)
-        if BIAS:
-            of_k = ky * (2 * KW - 1) + kx
-            s += tl.load(bias_ptr + (of_q[:, None] + of_k[None, :]), seen, 0.0) * LOG2E
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        k, v, s, seen = keys(
+            q, k_ptr, stride_t, bias_ptr, start, qy, qx, ay, ax, top, left, rows, nx, gy, gx, dh, dw,
+            stride_h, stride_w, scale, KH, KW, SPAN, D, BLOCK_D, BLOCK_N, BIAS, DENSE, ALIGNED, PRECISION,
+        )  # fmt: skip
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         ds = tl.where(seen, tl.exp2(s - lse[:, None]) * (dp - delta[:, None]), 0.0)
         if CLEAN:
             k = tl.where(bad_rows(k)[:, None], 0.0, k)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
     return dq
 
 
@@ -223,6 +225,7 @@ def dq_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, SPAN: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     BIAS: tl.constexpr, DENSE: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
@@ -255,6 +258,7 @@ def dq_kernel(
     dq = dq_walk(
         q, dout, lse, delta, qkv_ptr + stride_t, stride_t, bias_ptr, qy, qx, ay, ax, top, left, rows, nx, gy, gx, dh,
         dw, stride_h, stride_w, scale, KH, KW, SPAN, D, BLOCK_D, TH * TW, BLOCK_N, BIAS, DENSE, ALIGNED, False,
+        PRECISION,
     )  # fmt: skip
     if not DENSE:
         check = tl.sum(tl.sum(dq, 1), 0)
@@ -262,7 +266,7 @@ def dq_kernel(
             dq = dq_walk(
                 q, dout, lse, delta, qkv_ptr + stride_t, stride_t, bias_ptr, qy, qx, ay, ax, top, left, rows, nx, gy,
                 gx, dh, dw, stride_h, stride_w, scale, KH, KW, SPAN, D, BLOCK_D, TH * TW, BLOCK_N, BIAS, DENSE, ALIGNED,
-                True,
+                True, PRECISION,
             )  # fmt: skip
     dq = (dq * scale).to(dqkv_ptr.dtype.element_ty)
     at = tl.multiple_of(pixel * 3 * C, ALIGNED)
@@ -276,6 +280,7 @@ def dkdv_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, SPAN: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
     BIAS: tl.constexpr, DENSE: tl.constexpr, ALIGNED: tl.constexpr,
+    PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     pid = tl.program_id(0)
     head = pid % heads
@@ -316,7 +321,7 @@ def dkdv_kernel(
         q = load(qkv_ptr, of_q, on & good, d, D)
         of_dout = offsets(qy, qx, gy, gx, dh, dw, stride_dh, stride_dw, ALIGNED)
         dout = load(dout_ptr, of_dout, on & good, d, D)
-        s = tl.dot(k, tl.trans(q), input_precision="ieee") * (scale * LOG2E)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * (scale * LOG2E)
         if DENSE:
             seen = mine[:, None] & on[None, :]
         else:
@@ -327,10 +332,10 @@ def dkdv_kernel(
             entry = once(qy * (2 * KW - 1) + qx)
             s += tl.load(bias_ptr + (of_k[:, None] - entry[None, :]), seen, 0.0) * LOG2E
         p = tl.where(seen, tl.exp2(s - lse[None, :]), 0.0)
-        dp = tl.dot(v, tl.trans(dout), input_precision="ieee")
+        dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
         ds = tl.where(seen, p * (dp - delta[None, :]), 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision="ieee")
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision="ieee")
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     C = heads * D
     at = tl.multiple_of(((b * H + gy + ky * dh) * W + gx + kx * dw) * 3 * C, ALIGNED)
     dqkv_ptr += head * D + at[:, None] + d[None, :]
@@ -346,7 +351,7 @@ def dbias_kernel(
     KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     LOW_Y: tl.constexpr, LOW_X: tl.constexpr, ROWS: tl.constexpr, SPAN: tl.constexpr,
     TH: tl.constexpr, TW: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    ALIGNED: tl.constexpr, PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     """ds (parts, heads, TH · TW, ROWS · SPAN): dS summed over `per` of all the `total` tiles."""
     CHUNKS: tl.constexpr = (ROWS * SPAN + BLOCK_N - 1) // BLOCK_N
@@ -389,8 +394,8 @@ def dbias_kernel(
         delta = once(tl.load(delta_ptr + at, q_on, 0.0))
         ay = once(first_key(qy, ny, KH, SH))
         ax = once(first_key(qx, nx, KW, SW))
-        s = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E) + bias
-        dp = tl.dot(dout, tl.trans(v), input_precision="ieee")
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * (scale * LOG2E) + bias
+        dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
         seen = q_on[:, None] & k_on[None, :]
         seen = seen & within(ky[None, :], ay[:, None], KH) & within(kx[None, :], ax[:, None], KW)
         sums += tl.where(seen, tl.exp2(s - lse[:, None]) * (dp - delta[:, None]), 0.0)
@@ -476,6 +481,7 @@ def _launch(qkv: Tensor, heads: int, kernel: list[int], dilation: list[int], str
     D, itemsize = C // heads, qkv.element_size()
     aligned = D * itemsize % 16 == 0 and _is_aligned(qkv, *others)
     options = launch_options(itemsize, D, kernel, stride, aligned, torch.version.hip is not None)
+    options["PRECISION"] = precision(qkv)
     options["DENSE"] = all(k * d == L for L, k, d in zip((H, W), kernel, dilation))
     tiles, lines = B * dilation[0] * dilation[1], []
     for L, k, d, s, t in zip((H, W), kernel, dilation, stride, (options["TH"], options["TW"])):
