@@ -1,8 +1,8 @@
 """Linear layers by oneDNN, where the library that PyTorch multiplies float32 matrices with is slow.
 
 PyTorch's CPU builds call MKL. On an AMD EPYC (Zen 5), it reaches 100 GFLOP/s on one core, the rate of AVX2, for all
-products of a DaViT-T; oneDNN, which the same builds contain, uses AVX-512 there and reaches 200. So oneDNN computes them
-on processors with AVX-512 that are not Intel's. In half precision PyTorch calls oneDNN itself.
+products of a DaViT-T; oneDNN, which the same builds contain, uses AVX-512 there and reaches 200. So oneDNN computes
+them on processors with AVX-512 that are not Intel's. In half precision PyTorch calls oneDNN itself.
 """
 
 import platform
