@@ -76,7 +76,7 @@ def _triton(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, settin
     from . import op  # imports Triton, so not at the top of the file
 
     *sizes, scale, scale_pos = settings
-    rows, columns = reference.position_logits(q, height_rel, width_rel, *sizes, multiple=8)
+    rows, columns = reference.position_logits(q, height_rel, width_rel, *sizes, 8)
     if scale_pos:
         rows, columns = rows * scale, columns * scale
     return op.fwd(q, kv, rows, columns, *sizes, scale)[0]
