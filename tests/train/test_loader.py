@@ -279,7 +279,7 @@ def test_workers_that_end():
     """One that is killed is a UserError with advice; other errors stay as they are. Ctrl-C is the main process's."""
     order, cpu = EvaluationOrder(50, 4), torch.device("cpu")
     with pytest.raises(
-        UserError, match=r"a loader process was killed \(.+\), perhaps for lack of memory: continue with"
+        UserError, match=r"^a loader process was killed \(.+\), perhaps for lack of memory: continue with"
     ):
         next(iter(batches(Worker(lambda: os.kill(os.getpid(), signal.SIGKILL)), order, 0, 1, cpu)))
     for workers in (0, 1):
@@ -289,7 +289,6 @@ def test_workers_that_end():
         next(iter(batches(Worker(_disconnect), order, 0, 0, cpu)))
     ignored = Worker(lambda: int(signal.getsignal(signal.SIGINT) is signal.SIG_IGN))
     assert next(iter(batches(ignored, order, 0, 1, cpu))).tolist() == [1] * 4
-    assert next(iter(batches(ignored, order, 0, 0, cpu))).tolist() == [0] * 4
 
 
 def _fail() -> None:
