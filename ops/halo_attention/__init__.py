@@ -75,11 +75,11 @@ def _attend(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, settin
 def _triton(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, settings: eager.Settings) -> Tensor:
     from . import op  # imports Triton, so not at the top of the file
 
-    *sizes, scale, scale_pos = settings
-    rows, columns = reference.position_logits(q, height_rel, width_rel, *sizes, 8)
+    heads, block, halo, stride, scale, scale_pos = settings
+    rows, columns = reference.position_logits(q, height_rel, width_rel, heads, block, halo, stride, multiple=8)
     if scale_pos:
         rows, columns = rows * scale, columns * scale
-    return op.fwd(q, kv, rows, columns, *sizes, scale)[0]
+    return op.fwd(q, kv, rows, columns, heads, block, halo, stride, scale)[0]
 
 
 def _check(
