@@ -17,6 +17,9 @@ from torch.func import functional_call, grad, vmap
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 families = pytest.mark.parametrize("name", SMALL)
+# Beside another model of the same layers.
+ALIKE = "dinats_t", "ela_mobilenetv2", "patnet_t1", "ulsam_mobilenet_v1_050"
+kinds = pytest.mark.parametrize("name", [exhaustive(name) if name in ALIKE else name for name in SMALL])
 FIXED = [name for name in SMALL if name.startswith("sparsifiner")]  # of one image size
 BATCHES = 1, 2, 5
 # The families that this exporter once turned into zeros or into other images' attention.
@@ -29,7 +32,7 @@ def agrees(ours, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         torch.testing.assert_close(ours(*inputs), expected, rtol=1e-3, atol=1e-4 * max(1, expected.abs().max().item()))
 
 
-@families
+@kinds
 def test_traces(name):
     """Traced at an even size, saved and loaded; run at other batches and at sizes that need padding."""
     model, file = build(name).eval(), io.BytesIO()
@@ -104,7 +107,7 @@ def test_exported_programs_need_no_saccade(name, tmp_path):
     agrees(lambda *_: torch.load(tmp_path / "out"), model, more)
 
 
-@families
+@kinds
 def test_func(name):
     """Functional gradients equal those of backward(), and each image's own follow from vmap."""
     model = build(name).eval().double()
@@ -144,7 +147,7 @@ def test_pytorchs_own_check_of_a_trace_passes(name):
 
 
 @pytest.mark.exhaustive
-@families
+@kinds
 def test_traces_in_half_precision_and_in_training(name):
     """In bfloat16 as the model is; in training mode with gradients for every parameter that the model's own has."""
     model, inputs, more = (

@@ -40,7 +40,7 @@ SHAPES = [
     (1, (1, 3), (7, 5), 1, 1, 64),  # more than one tile a region; K = 1
     (1, (2, 2), (1, 3), 4, 2, 16),  # K = P
     (1, (1, 1), (3, 3), 1, 1, 16),  # one region
-    (2, (5, 3), (1, 1), 3, 1, 16),  # of one token
+    (1, (5, 3), (1, 1), 3, 1, 16),  # of one token
     (1, (5, 8), (1, 2), 6, 1, 16),  # more regions than there are bits in a word
 ]
 

@@ -300,21 +300,20 @@ def mask_agrees(mask, args, N, rule, tolerance):
     assert wrong.double().mean() < 0.01
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape, rule",
-    [
-        ((2, 37, 2, 16, 6), dict(budget=10, topk=3)),
-        ((1, 19, 3, 5, 17), dict(budget=1, topk=17, coef_threshold=0.05)),
-        ((1, 33, 1, 8, 5), dict(threshold=0.05, coef_threshold=0.15)),
-        ((1, 33, 1, 8, 5), dict(budget=33)),
-        ((2, 20, 1, 8, 5), dict(budget=6, basis_threshold=None)),  # scores of both signs
-        ((3, 34, 1, 8, 5), dict(budget=16, topk=2, alive=True)),
-        ((3, 34, 1, 8, 5), dict(threshold=0.1, alive=True)),
-    ],
-    ids=str,
-)
-def test_triton_mask(shape, rule, dtype):
+MASKED = [
+    ((2, 37, 2, 16, 6), dict(budget=10, topk=3)),
+    ((1, 19, 3, 5, 17), dict(budget=1, topk=17, coef_threshold=0.05)),
+    ((1, 33, 1, 8, 5), dict(threshold=0.05, coef_threshold=0.15)),
+    ((1, 33, 1, 8, 5), dict(budget=33)),
+    ((2, 20, 1, 8, 5), dict(budget=6, basis_threshold=None)),  # scores of both signs
+    ((3, 34, 1, 8, 5), dict(budget=16, topk=2, alive=True)),
+    ((3, 34, 1, 8, 5), dict(threshold=0.1, alive=True)),
+]
+
+
+@grid(case=MASKED, dtype=DTYPES)
+def test_triton_mask(case, dtype):
+    shape, rule = case
     args = predictor(*shape, dtype=dtype)
     rule = rule | dict(alive=patches(*shape[:2])) if "alive" in rule else rule
     for f in (triton_mask, plain_mask):
