@@ -110,7 +110,7 @@ class NeighborhoodAttention(nn.Module):
         padded = must_pad(down, right)
         if padded:
             x = F.pad(x, (0, 0, 0, right, 0, down))
-        qkv = self.qkv(x).unflatten(3, [3, C])
+        qkv = self.qkv(x).view(x.shape[0], x.shape[1], x.shape[2], 3, C)  # unflatten has one batch size in legacy ONNX
         x = neighborhood_attention(
             qkv, self.num_heads, self.kernel_size, self.rpb, self.dilation, self.stride, self.scale
         )

@@ -22,8 +22,8 @@ ALIKE = "dinats_t", "ela_mobilenetv2", "patnet_t1", "ulsam_mobilenet_v1_050"
 kinds = pytest.mark.parametrize("name", [exhaustive(name) if name in ALIKE else name for name in SMALL])
 FIXED = [name for name in SMALL if name.startswith("sparsifiner")]  # of one image size
 BATCHES = 1, 2, 5
-# The families that this exporter once turned into zeros or into other images' attention.
-LEGACY = "biformer_t", "ela_mobilenetv2", "ulsam_mobilenet_v1_050"
+# The families that this exporter once turned into zeros, into other images' attention, or into one batch size.
+LEGACY = "biformer_t", "dinat_m", "ela_mobilenetv2", "ulsam_mobilenet_v1_050"
 
 
 def agrees(ours, model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
