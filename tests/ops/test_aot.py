@@ -1,5 +1,6 @@
 """Every kernel fits every kind of GPU. A process of its own compiles: here, Triton's interpreter has the kernels."""
 
+import ast
 import json
 import os
 import subprocess
@@ -133,3 +134,39 @@ def test_interpreted_kernels_are_refused():
         pytest.skip("kernels are compiled where there is a GPU")
     with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1: unset it"):
         aot.build(kernel.fwd_kernel, "fp16", {}, {}, "sm_90")
+
+
+def shared_starts(source: str) -> list[tuple[str, int, set[str]]]:
+    """Return (function, line, names) where variables that a loop reassigns begin as one tensor under several names."""
+    result = []
+    for function in ast.walk(ast.parse(source)):
+        if not isinstance(function, ast.FunctionDef) or "jit" not in "".join(map(ast.unparse, function.decorator_list)):
+            continue
+        for loop in (node for node in ast.walk(function) if isinstance(node, (ast.For, ast.While))):
+            within = [node for node in ast.walk(loop) if isinstance(node, ast.Name)]
+            reassigned = {node.id for node in within if isinstance(node.ctx, ast.Store)}
+            same: dict[str, set[str]] = {}  # of each name, those that were last assigned it
+            for node in ast.walk(function):
+                if not isinstance(node, ast.Assign) or node.lineno >= loop.lineno:
+                    continue
+                for target in node.targets:
+                    pairs = [(target, node.value)]
+                    if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple):
+                        pairs = list(zip(target.elts, node.value.elts))
+                    for name, value in pairs:
+                        if isinstance(name, ast.Name) and isinstance(value, ast.Name):
+                            same.setdefault(value.id, {value.id}).add(name.id)
+            groups = [names & reassigned for names in same.values()]
+            result += [(function.name, loop.lineno, names) for names in groups if len(names) > 1]
+    return result
+
+
+def test_no_loop_swaps_two_names_of_one_tensor():
+    """Triton 3.6 takes the second name for unchanged by the loop, without a word; the interpreter does not."""
+    swapped = "@triton.jit\ndef f(x):\n    a, b = x, x\n    for i in range(3):\n        a, b = b, a + 1\n"
+    assert shared_starts(swapped) == [("f", 4, {"a", "b"})]
+    assert shared_starts(swapped.replace("x, x", "x, x + 0")) == []
+    kernels = sorted(Path(aot.__file__).parent.glob("*/kernel.py"))
+    assert len(kernels) == len(aot.OPERATORS)
+    for kernel in kernels:
+        assert shared_starts(kernel.read_text()) == [], kernel
