@@ -1,4 +1,4 @@
-"""Show what the attention of a model did with a picture: overlays, an animation over the layers, and numbers.
+"""Show what the attention of a model did with an image: overlays, an animation over the layers, and numbers.
 
   saccade explain biformer_t photo.jpg --query 120,80 --out explained
   saccade explain runs/demo digit.png --layer stages.2.blocks.0 --head 1
@@ -37,11 +37,11 @@ def head(text: str) -> int | None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="the folder of a finished run, or a model's name")
-    parser.add_argument("picture", nargs="*", help="an image file (with --serve: more models to choose from)")
+    parser.add_argument("image", nargs="*", help="an image file (with --serve: more models to choose from)")
     parser.add_argument("--layer", help="a layer, or LAYER:KIND, as --list names them (default: all)")
     parser.add_argument("--head", type=head, help="the number of a head, or mean (default)")
     parser.add_argument(
-        "--query", type=pair, metavar="X,Y", help="in pixels of the picture (default: the class token or the middle)"
+        "--query", type=pair, metavar="X,Y", help="in pixels of the image (default: the class token or the middle)"
     )
     parser.add_argument("--out", type=Path, default=Path("explained"), help="folder to write (default: %(default)s)")
     parser.add_argument(
@@ -64,14 +64,14 @@ def main() -> None:
     if args.serve:
         from saccade.explain.page import serve
 
-        serve([args.model, *args.picture], args.host, args.port, args.checkpoint, args.device)
+        serve([args.model, *args.image], args.host, args.port, args.checkpoint, args.device)
         return
-    if len(args.picture) > 1:
-        raise UserError(f"one picture at a time, got {len(args.picture)}")
+    if len(args.image) > 1:
+        raise UserError(f"one image at a time, got {len(args.image)}")
     from saccade.explain.files import run
 
     run(
-        args.model, Path(args.picture[0]) if args.picture else None, args.layer, args.head, args.query, args.out,
+        args.model, Path(args.image[0]) if args.image else None, args.layer, args.head, args.query, args.out,
         args.method, args.target, args.gif, args.list, args.json, args.checkpoint, args.pretrained, args.device,
     )  # fmt: skip
 

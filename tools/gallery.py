@@ -34,9 +34,9 @@ FAMILIES = dict(
     patnet_t0=("patnet", "Gates of channels and positions; the last stage attends to all of its map."),
     ela_resnet18=("ela", "The product of a gate for each row and one for each column."),
     ulsam_mobilenet_v2=("ulsam", "Each subspace of channels has a map of its own; their mean is shown."),
-    dfa3d_bev_s=("dfa3d", "A cell of the bird's-eye view samples a camera's picture at the points above it (dots)."),
+    dfa3d_bev_s=("dfa3d", "A cell of the bird's-eye view samples a camera's image at the points above it (dots)."),
 )
-# The layers of docs/attention.png, with untrained weights, and what the picture calls them.
+# The layers of docs/attention.png, with untrained weights, and what the image calls them.
 LAYERS = {
     "biformer_t": ("stages.2.blocks.7.attn:regions", "BiFormer: routed regions"),
     "dinat_m": ("stages.2.blocks.5", "DiNAT: dilated neighborhood"),
@@ -98,10 +98,10 @@ def show_photograph(name: str, file: Path) -> bool:
     from saccade.explain.files import draw_overview
     from skimage import data
 
-    subject, picture = load(name, device="cpu"), Image.fromarray(getattr(data, PHOTOGRAPH)())
+    subject, image = load(name, device="cpu"), Image.fromarray(getattr(data, PHOTOGRAPH)())
     query = None if subject.is_lifter else QUERY  # a lifter's is in metres: what is a little ahead
-    chosen = choose(explain(subject, picture, query=query))
-    save(draw_overview(picture, chosen, ""), 0.67, file)
+    chosen = choose(explain(subject, image, query=query))
+    save(draw_overview(image, chosen, ""), 0.67, file)
     return any(one.has_query for one in chosen)
 
 
@@ -119,12 +119,12 @@ def draw_layers(file: Path) -> None:
     from saccade.explain.files import draw, draw_panels
     from skimage import data
 
-    picture = Image.fromarray(getattr(data, PHOTOGRAPH)())
-    panels = [("a query in the picture", picture)]
+    image = Image.fromarray(getattr(data, PHOTOGRAPH)())
+    panels = [("a query in the image", image)]
     for name, (layer, title) in LAYERS.items():
-        (one,) = explain(load(name, device="cpu"), picture, layer, query=QUERY)
-        panels.append((title, draw(picture, one)))
-    cross = QUERY[0] / picture.width, QUERY[1] / picture.height
+        (one,) = explain(load(name, device="cpu"), image, layer, query=QUERY)
+        panels.append((title, draw(image, one)))
+    cross = QUERY[0] / image.width, QUERY[1] / image.height
     legend = "one layer each, untrained weights; framed: the query's cell; bright: what it attends to"
     save(draw_panels(panels, "", legend, cross), 0.74, file)
 
@@ -134,11 +134,11 @@ def write_page(trained: dict[str, str], drawn: set[str]) -> None:
     lines = [
         "# Gallery",
         "",
-        "What the attention of every family does with a picture: framed is the query, bright what it attends to.",
-        "Written by `python tools/gallery.py`; `saccade explain` makes such pictures of your model and picture",
+        "What the attention of every family does with an image: framed is the query, bright what it attends to.",
+        "Written by `python tools/gallery.py`; `saccade explain` draws the same for your model and image",
         "([explain.md](explain.md)).",
         "",
-        "On the photograph, models have untrained weights: there the pictures show *where* a layer can look. On",
+        "On the photograph, models have untrained weights: there the images show *where* a layer can look. On",
         "digits, small models that were trained for minutes show *what* it looks at. The cat is scikit-image's",
         "`chelsea`, by Stéfan van der Walt (CC0).",
     ]

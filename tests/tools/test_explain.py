@@ -22,9 +22,9 @@ SPARSE = "sparsifiner_deit_t"
 
 
 @pytest.fixture
-def picture(tmp_path):
+def image(tmp_path):
     generator = np.random.default_rng(0)
-    file = tmp_path / "picture.png"
+    file = tmp_path / "image.png"
     Image.fromarray(generator.integers(0, 256, (40, 60, 3), dtype=np.uint8)).resize((120, 80)).save(file)
     return file
 
@@ -41,14 +41,14 @@ def small(monkeypatch):
     monkeypatch.setattr("saccade.explain.files.load", lambda spec, *_: subject(spec))
 
 
-def test_writes_what_the_model_does(command, picture, tmp_path, small):
+def test_writes_what_the_model_does(command, image, tmp_path, small):
     out = tmp_path / "out"
-    arguments = ["biformer_t", picture, "--query", "70,50", "--head", "0", "--out", out, "--gif", "--json"]
+    arguments = ["biformer_t", image, "--query", "70,50", "--head", "0", "--out", out, "--gif", "--json"]
     code, text, err = command("explain", *arguments)
     assert (code, err) == (0, "")
     facts = json.loads(text)
     one = subject("biformer_t")
-    x = one.prepare(Image.open(picture))
+    x = one.prepare(Image.open(image))
     records = {r.name: r for r in one.body.attention_maps(x)}
     assert [row["name"] for row in facts["maps"]] == list(records)
     with np.load(out / "maps.npz") as arrays:
@@ -59,7 +59,7 @@ def test_writes_what_the_model_does(command, picture, tmp_path, small):
             np.testing.assert_allclose(arrays[name], one.map(cell, 0).numpy(), rtol=1e-5, atol=1e-7)
     assert sorted(path.name for path in out.iterdir()) == sorted(facts["files"])
     with Image.open(out / "overview.png") as overview:
-        assert overview.width > 1200 and np.asarray(overview).std() > 20  # the picture and four maps
+        assert overview.width > 1200 and np.asarray(overview).std() > 20  # the image and four maps
     with Image.open(out / "layers.gif") as gif:
         assert gif.n_frames > 1
     assert command("explain", *arguments)[0] == 0  # an earlier explanation is replaced
@@ -82,44 +82,44 @@ def test_lists_layers(command, small):
     [
         (["biformer_t", "none.png"], "none.png can't be read as an image (No such file or directory)"),
         (["biformer_t", "TEXT"], "can't be read as an image (unknown format)"),
-        (["biformer_tt", "PICTURE"], "there is no run and no model biformer_tt, did you mean biformer_t"),
-        (["biformer_t", "PICTURE", "--layer", "stages.9"], "--layer stages.9 is not in biformer_t"),
-        (["biformer_t", "PICTURE", "--query", "120,3"], "--query 120,3 is outside the picture of 120 x 80 pixels"),
-        (["biformer_t", "PICTURE", "--query=-1,3"], "--query -1,3 is outside the picture"),
-        (["biformer_t", "PICTURE", "--head", "99"], "head must be from 0 to 0 in stages.0.blocks.0.attn:regions, got"),
-        (["biformer_t", "PICTURE", "--method", "lime"], "--method must be one of attention, rollout, gradcam"),
-        (["biformer_t"], "give a picture after the model"),
-        (["biformer_t", "PICTURE", "--checkpoint", "none.pth"], "there is no checkpoint none.pth"),
-        (["ela_resnet18", "PICTURE", "--method", "rollout"], "--method rollout needs attention between tokens"),
-        (["test_resnet", "PICTURE"], "test_resnet has no attention that saccade describes"),
+        (["biformer_tt", "IMAGE"], "there is no run and no model biformer_tt, did you mean biformer_t"),
+        (["biformer_t", "IMAGE", "--layer", "stages.9"], "--layer stages.9 is not in biformer_t"),
+        (["biformer_t", "IMAGE", "--query", "120,3"], "--query 120,3 is outside the image of 120 x 80 pixels"),
+        (["biformer_t", "IMAGE", "--query=-1,3"], "--query -1,3 is outside the image"),
+        (["biformer_t", "IMAGE", "--head", "99"], "head must be from 0 to 0 in stages.0.blocks.0.attn:regions, got"),
+        (["biformer_t", "IMAGE", "--method", "lime"], "--method must be one of attention, rollout, gradcam"),
+        (["biformer_t"], "give an image after the model"),
+        (["biformer_t", "IMAGE", "--checkpoint", "none.pth"], "there is no checkpoint none.pth"),
+        (["ela_resnet18", "IMAGE", "--method", "rollout"], "--method rollout needs attention between tokens"),
+        (["test_resnet", "IMAGE"], "test_resnet has no attention that saccade describes"),
     ],
 )
-def test_bad_input(command, picture, tmp_path, monkeypatch, arguments, sentence):
+def test_bad_input(command, image, tmp_path, monkeypatch, arguments, sentence):
     def fast(spec, checkpoint=None, *rest):
         known = spec in ("biformer_t", "ela_resnet18") and checkpoint is None
         return subject(spec) if known else load(spec, checkpoint, *rest)
 
     monkeypatch.setattr("saccade.explain.files.load", fast)
     text = tmp_path / "text.png"
-    text.write_text("no picture")
-    names = dict(PICTURE=picture, TEXT=text)
+    text.write_text("no image")
+    names = dict(IMAGE=image, TEXT=text)
     line = [names.get(argument, argument) for argument in arguments]
     code, out, err = command("explain", *line, "--out", tmp_path / "out")
     assert code == 2 and out == "" and sentence in err and err.count("\n") == 1, err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["picture.png", "text.png"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image.png", "text.png"]
 
 
-def test_names_the_layers_there_are(picture):
+def test_names_the_layers_there_are(image):
     with pytest.raises(UserError, match=r"did you mean stages.0.*: there is stages.0.blocks.0.0.attn:window, "):
-        explain(subject("davit_t"), Image.open(picture), "stages.0.blocks.0.0.attn:windows")
+        explain(subject("davit_t"), Image.open(image), "stages.0.blocks.0.0.attn:windows")
 
 
-def test_rollout_is_the_product_of_layers(picture):
+def test_rollout_is_the_product_of_layers(image):
     torch.manual_seed(0)
     model = timm.create_model(SPARSE, img_size=64, depth=3, dim=48, heads=3, reduce_n=2, coef_topk=4).eval()
     one = subjects._of_model(SPARSE, model, "untrained")
     one.size_for = lambda height, width: (64, 64)
-    image = Image.open(picture)
+    image = Image.open(image)
     found = explain(one, image, "blocks.2", method="rollout")
     product = torch.eye(17)
     for layer in model.attention_maps(one.prepare(image)):
@@ -130,30 +130,30 @@ def test_rollout_is_the_product_of_layers(picture):
 
 
 @pytest.mark.parametrize("name", ["biformer_t", "agent_deit_t", "halo_h0"])
-def test_gradcam(picture, name):
+def test_gradcam(image, name):
     pytest.importorskip("captum", reason="captum is not installed: pip install 'saccade[explain]'")
     one = subject(name)
-    (found,) = explain(one, Image.open(picture), method="gradcam", target=2)
+    (found,) = explain(one, Image.open(image), method="gradcam", target=2)
     assert found.values.shape == ((4, 4) if name == "agent_deit_t" else (2, 2)) and (found.values >= 0).all()
     if name == "biformer_t":  # by hand: the maps weighted by the mean gradient
         maps = {}
         handle = one.body.stages[3].register_forward_hook(lambda m, i, o: maps.setdefault("x", o).retain_grad())
-        one.body(one.prepare(Image.open(picture)))[0, 2].backward()
+        one.body(one.prepare(Image.open(image)))[0, 2].backward()
         handle.remove()
         expected = (maps["x"] * maps["x"].grad.mean((2, 3), keepdim=True)).sum(1).relu()[0]
         np.testing.assert_allclose(found.values, expected.detach().numpy(), rtol=1e-4, atol=1e-7)
     with pytest.raises(UserError, match="--target must be a class from 0 to 4, got 9"):
-        explain(one, Image.open(picture), method="gradcam", target=9)
+        explain(one, Image.open(image), method="gradcam", target=9)
 
 
 def test_a_run_and_its_prediction(command, classifier_digits, tmp_path):
-    run, picture = classifier_digits
-    code, text, err = command("explain", run, picture, "--method", "gradcam", "--out", tmp_path / "out")
+    run, image = classifier_digits
+    code, text, err = command("explain", run, image, "--method", "gradcam", "--out", tmp_path / "out")
     assert (code, err) == (0, "") and "predicted: " in text and f"weights of the run {run}" in text
 
 
 @pytest.fixture
-def classifier_digits(tmp_path, picture):
+def classifier_digits(tmp_path, image):
     """A folder as a run leaves it, of a classifier with ten classes."""
     from saccade.train.models.build import export
 
@@ -162,7 +162,7 @@ def classifier_digits(tmp_path, picture):
     model = timm.create_model("test_resnet", num_classes=10)
     inputs = dict(input_size=(3, 32, 32), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bicubic", crop_pct=1.0)
     export(model, folder, inputs, [str(i) for i in range(10)])
-    return folder, picture
+    return folder, image
 
 
 CONFIGS = Path(__file__).parents[2] / "configs/scenes"
@@ -199,28 +199,28 @@ def untrained_run(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["detector", "segmenter"])
-def test_a_run_that_draws(command, untrained_run, picture, tmp_path, kind):
-    """The maps are those of the backbone in the run, on the picture as the model's own inference resizes it."""
+def test_a_run_that_draws(command, untrained_run, image, tmp_path, kind):
+    """The maps are those of the backbone in the run, on the image as the model's own inference resizes it."""
     run = untrained_run(kind)
-    code, text, err = command("explain", run, picture, "--query", "70,50", "--out", tmp_path / "out", "--json")
+    code, text, err = command("explain", run, image, "--query", "70,50", "--out", tmp_path / "out", "--json")
     assert (code, err) == (0, "")
     facts = json.loads(text)
     assert facts["weights"] == f"weights of the run {run}" and facts["predicted"]
     loaded = load(str(run))
-    assert loaded.prepare(Image.open(picture)).shape == (1, 3, 32, 64)  # 43 x 64, by 32s
-    records = record(loaded, Image.open(picture))
+    assert loaded.prepare(Image.open(image)).shape == (1, 3, 32, 64)  # 43 x 64, by 32s
+    records = record(loaded, Image.open(image))
     assert [row["name"] for row in facts["maps"]] == [one.name for one in records]
     with np.load(tmp_path / "out/maps.npz") as arrays:
         one = records[0]
         expected = one.map(one.query_at(50, 70, (80, 120))).numpy()
         np.testing.assert_allclose(arrays[one.name], expected, rtol=1e-5, atol=1e-7)
-    code, _, err = command("explain", run, picture, "--method", "gradcam", "--out", tmp_path / "none")
+    code, _, err = command("explain", run, image, "--method", "gradcam", "--out", tmp_path / "none")
     assert code == 2 and "needs a classifier" in err
 
 
-def test_a_lifter(command, untrained_run, picture, tmp_path):
+def test_a_lifter(command, untrained_run, image, tmp_path):
     run = untrained_run("lifter")
-    code, text, err = command("explain", run, picture, "--out", tmp_path / "out", "--json", "--query=1,7")
+    code, text, err = command("explain", run, image, "--out", tmp_path / "out", "--json", "--query=1,7")
     assert (code, err) == (0, "")
     facts = json.loads(text)
     names = [row["name"] for row in facts["maps"]]
@@ -229,11 +229,11 @@ def test_a_lifter(command, untrained_run, picture, tmp_path):
         cameras = next(name for name in names if name.endswith(":cameras"))
         assert tuple(arrays[f"{cameras}/query"]) == (4, 2)  # of 6 x 5 cells over 24 m: rows of 4, columns of 4.8
         assert len(arrays[f"{cameras}/points"])
-    code, _, err = command("explain", run, picture, "--out", tmp_path / "none", "--query=-3,70")
+    code, _, err = command("explain", run, image, "--out", tmp_path / "none", "--query=-3,70")
     assert code == 2 and "outside the view, x from -12 to 12 and y from -12 to 12 metres" in err
 
 
-def test_weights_of_a_file(command, picture, tmp_path, monkeypatch):
+def test_weights_of_a_file(command, image, tmp_path, monkeypatch):
     """A name takes the weights of a file, with the classes that it has; --pretrained those that timm publishes."""
     trained = timm.create_model("ela_mobilenetv2", width=0.5, num_classes=7)
     saved = tmp_path / "weights.safetensors"
@@ -246,11 +246,11 @@ def test_weights_of_a_file(command, picture, tmp_path, monkeypatch):
 
     monkeypatch.setattr("saccade.train.predict.create", small)
     code, text, err = command(
-        "explain", "ela_mobilenetv2", picture, "--checkpoint", saved, "--out", tmp_path / "out", "--json"
+        "explain", "ela_mobilenetv2", image, "--checkpoint", saved, "--out", tmp_path / "out", "--json"
     )
     assert (code, err) == (0, "") and json.loads(text)["weights"] == f"weights of {saved}"
     loaded = load("ela_mobilenetv2", saved)
-    expected = trained.eval().attention_maps(loaded.prepare(Image.open(picture)))[-1]
+    expected = trained.eval().attention_maps(loaded.prepare(Image.open(image)))[-1]
     with np.load(tmp_path / "out/maps.npz") as arrays:
         np.testing.assert_allclose(arrays[expected.name], expected.map().numpy(), rtol=1e-5, atol=1e-7)
     code, text, _ = command("explain", "ela_mobilenetv2", "--list", "--pretrained")

@@ -29,7 +29,7 @@ def address(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(page_module, "load", _small)
     patch.setenv("GRADIO_TEMP_DIR", str(tmp_path_factory.mktemp("gradio")))
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     explainer = page_module.Explainer(["biformer_t", "davit_t"])
     page = page_module.make_page(explainer, folder)
     with socket.socket() as free:
@@ -88,7 +88,7 @@ def test_a_click_shows_that_points_map(address, tmp_path):
             expected = address.explainer.show(names[side], layers[side], file, None)[0]
             np.testing.assert_array_equal(pixels(f"map{side}"), np.asarray(expected))
         before = [tab.get_attribute(f"#map{side} img", "src") for side in (0, 1)]
-        box = tab.locator("#picture img").bounding_box()
+        box = tab.locator("#image img").bounding_box()
         tab.mouse.click(box["x"] + x * box["width"], box["y"] + y * box["height"])
         for side in (0, 1):
             moved = "([id, src]) => document.querySelector(id).src !== src"
@@ -110,13 +110,13 @@ def test_a_click_shows_that_points_map(address, tmp_path):
 
 def test_refuses_large_and_unreadable_pictures(tmp_path, monkeypatch):
     explainer = page_module.Explainer(["biformer_t"])
-    (tmp_path / "text.png").write_text("no picture")
-    with pytest.raises(UserError, match="the file is not a picture that can be read"):
-        explainer.picture(str(tmp_path / "text.png"))
+    (tmp_path / "text.png").write_text("no image")
+    with pytest.raises(UserError, match="the file is not an image that can be read"):
+        explainer.image(str(tmp_path / "text.png"))
     monkeypatch.setattr(page_module, "PIXELS", 99)
     Image.new("RGB", (10, 10)).save(tmp_path / "large.png")
-    with pytest.raises(UserError, match="the picture has 10 x 10 pixels, more than"):
-        explainer.picture(str(tmp_path / "large.png"))
+    with pytest.raises(UserError, match="the image has 10 x 10 pixels, more than"):
+        explainer.image(str(tmp_path / "large.png"))
     with pytest.raises(UserError, match="vit_tiny_patch16_224 is not offered here"):
         explainer.layers("vit_tiny_patch16_224", "x.png")
 
@@ -133,8 +133,8 @@ def test_many_requests_are_answered_or_refused(address):
     uploaded = httpx.post(f"{address}/gradio_api/upload", files=dict(files=example.open("rb"))).json()[0]
 
     async def ask(http: httpx.AsyncClient, number: int) -> str:
-        picture = dict(path=uploaded, meta={"_type": "gradio.FileData"})
-        data = dict(data=[picture, "biformer_t", None])
+        image = dict(path=uploaded, meta={"_type": "gradio.FileData"})
+        data = dict(data=[image, "biformer_t", None])
         reply = await http.post(f"{address}/gradio_api/call/show0", json=data)
         if reply.status_code != 200:
             return str(reply.status_code)
@@ -150,7 +150,7 @@ def test_many_requests_are_answered_or_refused(address):
 
 
 class Address(str):
-    """The page's address, with the folder of its pictures and what it shows."""
+    """The page's address, with the folder of its images and what it shows."""
 
     folder: str
     explainer: "page_module.Explainer"

@@ -1,4 +1,4 @@
-"""docs/gallery.md shows every family, with the pictures that tools/gallery.py draws."""
+"""docs/gallery.md shows every family, with the images that tools/gallery.py draws."""
 
 import importlib.util
 import re

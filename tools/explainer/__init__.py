@@ -1,4 +1,4 @@
-"""`saccade.explain`: what the attention of a model did with a picture, as pictures and numbers."""
+"""`saccade.explain`: what the attention of a model did with an image, drawn and as numbers."""
 
 from .methods import Explained, explain
 from .subject import Subject, load

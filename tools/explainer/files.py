@@ -1,4 +1,4 @@
-"""The pictures, the animation and the numbers of an explanation, written as a whole or not at all."""
+"""The images, the animation and the numbers of an explanation, written as a whole or not at all."""
 
 import io
 import json
@@ -27,13 +27,13 @@ LONGEST = 640  # pixels of an overlay's longer side, at most
 INDEX = "explained.json"  # what a folder holds; a folder with it may be replaced
 
 
-def draw(picture: Image.Image, one: Explained) -> Image.Image:
-    """Draw a map over the picture, with the query framed, or the samples of a lifter as dots."""
-    picture = picture.convert("RGB")
-    picture.thumbnail((LONGEST, LONGEST))
-    if one.name.endswith(":time"):  # a map of the ground, not of the picture
-        picture = Image.new("RGB", (448, 448))
-    drawn = Image.fromarray(draw_map(np.array(picture), one.values, one.frame))
+def draw(image: Image.Image, one: Explained) -> Image.Image:
+    """Draw a map over the image, with the query framed, or the samples of a lifter as dots."""
+    image = image.convert("RGB")
+    image.thumbnail((LONGEST, LONGEST))
+    if one.name.endswith(":time"):  # a map of the ground, not of the image
+        image = Image.new("RGB", (448, 448))
+    drawn = Image.fromarray(draw_map(np.array(image), one.values, one.frame))
     if one.name.endswith(":time"):
         drawn = drawn.transpose(Image.Transpose.FLIP_TOP_BOTTOM)  # ahead is up
     if one.points is not None:
@@ -54,21 +54,21 @@ def title(drawn: Image.Image, text: str) -> Image.Image:
 
 
 def draw_overview(
-    picture: Image.Image, chosen: Sequence[Explained], heading: str, prediction: Image.Image | None = None
+    image: Image.Image, chosen: Sequence[Explained], heading: str, prediction: Image.Image | None = None
 ) -> Image.Image:
-    """Draw the picture with the query, the prediction where there is a drawn one, and the chosen maps.
+    """Draw the image with the query, the prediction where there is a drawn one, and the chosen maps.
 
     heading: lines above them, of which each is shortened to fit.
     """
-    picture = picture.convert("RGB")
-    panels = [("picture", picture), *([("prediction", prediction)] if prediction is not None else [])]
+    image = image.convert("RGB")
+    panels = [("image", image), *([("prediction", prediction)] if prediction is not None else [])]
     panels += [
-        (f"{one.layer.removesuffix('.attn')}\n{one.name.rpartition(':')[2]}", draw(picture, one)) for one in chosen
+        (f"{one.layer.removesuffix('.attn')}\n{one.name.rpartition(':')[2]}", draw(image, one)) for one in chosen
     ]
     frames = [one.frame for one in chosen if one.frame is not None and not one.name.endswith(":time")]
     legend = "cross and frames: the query; bright: what it attends to" if frames else "bright: where the map is large"
     if any(one.points is not None for one in chosen):
-        legend = "circles: where the cell samples the picture, larger with more weight"
+        legend = "circles: where the cell samples the image, larger with more weight"
     cross = None
     if frames:
         top, left, bottom, right = min(frames, key=lambda f: (f[2] - f[0]) * (f[3] - f[1]))
@@ -120,23 +120,21 @@ def check_out(out: Path) -> None:
 
 def write(
     out: Path,
-    picture: Image.Image,
+    image: Image.Image,
     explained: Sequence[Explained],
     facts: dict[str, Any],
     gif: bool,
     prediction: Image.Image | None = None,
 ) -> list[str]:
     """Write OUT/overview.png, OUT/NAME.png for each map, OUT/maps.npz, OUT/explained.json and, with gif,
-    OUT/layers.gif. prediction: drawn on the picture, for the overview."""
+    OUT/layers.gif. prediction: drawn on the image, for the overview."""
     out.parent.mkdir(parents=True, exist_ok=True)
     heading = facts["model"] + (f"\n{facts['predicted']}" if "predicted" in facts else "")
     files: dict[str, bytes] = {}
-    files["overview.png"] = _encoded(
-        draw_overview(picture, choose_layers(explained), heading, prediction), format="PNG"
-    )
+    files["overview.png"] = _encoded(draw_overview(image, choose_layers(explained), heading, prediction), format="PNG")
     frames = []
     for one, entry in zip(explained, facts["maps"]):
-        drawn = draw(picture, one)
+        drawn = draw(image, one)
         entry["file"] = re.sub(r"[^\w.-]+", "_", one.name) + ".png"
         files[entry["file"]] = _encoded(drawn, format="PNG")
         frames.append(title(drawn, one.name).resize((448, round(448 * (drawn.height + 18) / drawn.width))))
@@ -174,9 +172,9 @@ def _encoded(image: Image.Image, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
-def list_layers(subject: Subject, picture: Image.Image | None) -> list[dict[str, Any]]:
+def list_layers(subject: Subject, image: Image.Image | None) -> list[dict[str, Any]]:
     """Return the layers of a model with attention: name, kind, grid, heads, and whether there is a query."""
-    records = record(subject, picture or Image.new("RGB", (64, 64)))
+    records = record(subject, image or Image.new("RGB", (64, 64)))
     return [
         dict(name=one.name, kind=one.kind, grid=list(one.grid), heads=one.heads, query=one.has_query) for one in records
     ]
@@ -200,16 +198,16 @@ def run(
 ) -> None:
     """Do what `saccade explain` does: see tools/explain.py."""
     if file is None and not list_only:
-        raise UserError("give a picture after the model, or --list for the model's layers")
+        raise UserError("give an image after the model, or --list for the model's layers")
     try:
-        picture = None if file is None else read_image(file)
+        image = None if file is None else read_image(file)
     except BadImage as error:
         raise UserError(str(error)) from error
     if not list_only:
         check_out(out)
     subject = load(spec, checkpoint, pretrained, device)
     if list_only:
-        rows = list_layers(subject, picture)
+        rows = list_layers(subject, image)
         if as_json:
             print(to_json(rows))
             return
@@ -217,20 +215,20 @@ def run(
             size = f"{row['grid'][0]}x{row['grid'][1]}"
             print(f"{row['name']:<48} {size:>9}  {row['heads']:>3} heads{'' if row['query'] else '  no query'}")
         return
-    assert picture is not None
-    explained = explain(subject, picture, layer, head, query, method, target)
-    facts = dict(model=spec, weights=subject.note, picture=str(file), method=method, query=query, head=head)
+    assert image is not None
+    explained = explain(subject, image, layer, head, query, method, target)
+    facts = dict(model=spec, weights=subject.note, image=str(file), method=method, query=query, head=head)
     facts["maps"] = [dict(name=one.name, **one.facts, cell=one.query, sum=float(one.values.sum())) for one in explained]
-    text, prediction = subject.predict(picture)
+    text, prediction = subject.predict(image)
     if text:
         facts["predicted"] = text
-    files = write(out, picture, explained, facts, gif, prediction)
+    files = write(out, image, explained, facts, gif, prediction)
     if as_json:
         print(to_json(facts))
         return
     print(f"{spec}: {subject.note}")
     if subject.is_lifter:
-        print("the picture is taken for that of one camera that looks ahead, with a field of view of 70 degrees")
+        print("the image is taken for that of one camera that looks ahead, with a field of view of 70 degrees")
     if "predicted" in facts:
         print(f"predicted: {facts['predicted']}")
     print(f"{len(explained)} maps in {out}: {', '.join(files[:3])}, …, maps.npz" + (", layers.gif" if gif else ""))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .subject import Subject
 
 METHODS = ("attention", "rollout", "gradcam")
-FIELD_OF_VIEW = 70  # degrees across, of the camera that a lifter's picture is assumed to be of
+FIELD_OF_VIEW = 70  # degrees across, of the camera that a lifter's image is assumed to be of
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Explained:
     query: tuple[int, int] | None = None
     head: int | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    points: np.ndarray | None = None  # (n, 3) of x and y, as shares of the picture, and weight
+    points: np.ndarray | None = None  # (n, 3) of x and y, as shares of the image, and weight
 
     # As of AttentionMap, for saccade.train.visual.attention.choose_layers.
     @property
@@ -50,40 +50,40 @@ class Explained:
 
 def explain(
     subject: Subject,
-    picture: Image.Image,
+    image: Image.Image,
     layer: str | None = None,
     head: int | None = None,
     query: tuple[float, float] | None = None,
     method: str = "attention",
     target: int | None = None,
 ) -> list[Explained]:
-    """Explain what a model does with a picture, layer by layer.
+    """Explain what a model does with an image, layer by layer.
 
     layer: a layer, or layer:kind; None or "all": all of them (Grad-CAM: the last map). head: None for the mean over
-    heads. query: (x, y) in pixels of the picture; None: the class token or else the middle. target: the class that
+    heads. query: (x, y) in pixels of the image; None: the class token or else the middle. target: the class that
     Grad-CAM explains; None: the predicted one. Of a lifter, the query is (x, y) in metres, to the right and ahead.
 
     Raises UserError for a layer, head or query that does not exist, and for a method that the model does not allow.
     """
     if method not in METHODS:
         raise UserError(f"--method must be one of {', '.join(METHODS)}, got {method}")
-    width, height = picture.size
+    width, height = image.size
     if query and not subject.is_lifter and not (0 <= query[0] < width and 0 <= query[1] < height):
-        raise UserError(f"--query {query[0]:g},{query[1]:g} is outside the picture of {width} x {height} pixels")
+        raise UserError(f"--query {query[0]:g},{query[1]:g} is outside the image of {width} x {height} pixels")
     if method == "gradcam":
-        return _gradcam(subject, picture, layer, target)
-    records = record(subject, picture)
+        return _gradcam(subject, image, layer, target)
+    records = record(subject, image)
     if method == "rollout":
-        return _rollout(subject, records, picture, layer, query)
+        return _rollout(subject, records, image, layer, query)
     try:
-        return [of_record(subject, one, picture, head, query) for one in select(subject, records, layer)]
+        return [of_record(subject, one, image, head, query) for one in select(subject, records, layer)]
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def record(subject: Subject, picture: Image.Image) -> list[AttentionMap]:
-    """Return the attention maps of a picture. Raises UserError for a model without any."""
-    x = subject.prepare(picture)
+def record(subject: Subject, image: Image.Image) -> list[AttentionMap]:
+    """Return the attention maps of an image. Raises UserError for a model without any."""
+    x = subject.prepare(image)
     inputs = (x[None], front_camera(*x.shape[2:]).to(x.device)) if subject.is_lifter else (x,)
     with torch.inference_mode(False):
         records = attention_maps(subject.body, *inputs)
@@ -117,9 +117,9 @@ def _no_layer(subject: Subject, layer: str, names: Sequence[str]) -> UserError:
 
 
 def place_query(
-    subject: Subject, one: AttentionMap, picture: Image.Image, query: tuple[float, float] | None
+    subject: Subject, one: AttentionMap, image: Image.Image, query: tuple[float, float] | None
 ) -> tuple[int, int] | None:
-    """Return the cell of a record's query grid for a query in the picture."""
+    """Return the cell of a record's query grid for a query in the image."""
     if not one.has_query:
         return None
     if subject.is_lifter:
@@ -134,15 +134,15 @@ def place_query(
     if query is None:
         if one.query_tokens:
             return None  # the class token
-        query = picture.width / 2, picture.height / 2
-    return one.query_at(query[1], query[0], (picture.height, picture.width))
+        query = image.width / 2, image.height / 2
+    return one.query_at(query[1], query[0], (image.height, image.width))
 
 
 def of_record(
-    subject: Subject, one: AttentionMap, picture: Image.Image, head: int | None, query: tuple[float, float] | None
+    subject: Subject, one: AttentionMap, image: Image.Image, head: int | None, query: tuple[float, float] | None
 ) -> Explained:
-    """Return the map of one layer for a head and a query in the picture, see `explain`."""
-    cell = place_query(subject, one, picture, query)
+    """Return the map of one layer for a head and a query in the image, see `explain`."""
+    cell = place_query(subject, one, image, query)
     facts = dict(kind=one.kind, grid=list(one.grid), heads=one.heads)
     if isinstance(one, SamplingMap):
         values = one.map(cell, head).numpy()
@@ -158,7 +158,7 @@ def of_record(
 def _rollout(
     subject: Subject,
     records: Sequence[AttentionMap],
-    picture: Image.Image,
+    image: Image.Image,
     layer: str | None,
     query: tuple[float, float] | None,
 ) -> list[Explained]:
@@ -181,7 +181,7 @@ def _rollout(
         steps.append(_step(one))
         if one not in chosen:
             continue
-        cell = place_query(subject, one, picture, query)
+        cell = place_query(subject, one, image, query)
         row = torch.zeros(one.num_queries, device=steps[0].device)
         row[one._index(cell)] = 1.0
         for step in reversed(steps):
@@ -203,7 +203,7 @@ def _step(one: QueryMap) -> Tensor:
     return torch.cat(pieces)
 
 
-def _gradcam(subject: Subject, picture: Image.Image, layer: str | None, target: int | None) -> list[Explained]:
+def _gradcam(subject: Subject, image: Image.Image, layer: str | None, target: int | None) -> list[Explained]:
     """Grad-CAM (arXiv 1610.02391) by captum, on the maps that the model's feature_info lists."""
     if find_spec("captum") is None:
         raise UserError("--method gradcam needs captum: pip install 'saccade[explain]'")
@@ -218,7 +218,7 @@ def _gradcam(subject: Subject, picture: Image.Image, layer: str | None, target: 
     if layer not in (None, "all") and layer not in names:
         raise _no_layer(subject, layer, names)
     chosen = infos[-1:] if layer is None else [info for info in infos if layer in ("all", info["module"])]
-    x = subject.prepare(picture)
+    x = subject.prepare(image)
     with torch.no_grad():
         logits = subject.body(x)
     if target is None:

@@ -1,4 +1,4 @@
-"""`saccade explain --serve`: a page where one clicks a picture and sees what two models do with it, by Gradio.
+"""`saccade explain --serve`: a page where one clicks an image and sees what two models do with it, by Gradio.
 
 Nothing leaves the machine: no analytics, no fonts or scripts from elsewhere, no sharing. It serves this machine only,
 unless told otherwise; uploads, pixels and the queue are limited.
@@ -27,7 +27,7 @@ from .subject import Subject, load
 MODELS = ["biformer_t", "davit_t", "nat_m", "dinat_m", "agent_deit_t", "agent_swin_t", "sparsifiner_deit_t"]
 MODELS += ["patnet_t0", "ela_resnet18", "ulsam_mobilenet_v2", "halo_h0"]
 SHIPPED = ("chelsea", "astronaut", "coffee", "rocket")  # of scikit-image, in its package
-# Limits: of a file, of a picture, of requests that wait, of models in memory.
+# Limits: of a file, of an image, of requests that wait, of models in memory.
 UPLOAD, PIXELS, QUEUE, KEPT = "10mb", 30_000_000, 32, 4
 
 
@@ -49,36 +49,36 @@ class Cache:
 
 
 class Explainer:
-    """What the page shows: maps of the models `names` on pictures in files."""
+    """What the page shows: maps of the models `names` on images in files."""
 
     def __init__(self, names: Sequence[str], checkpoint: Path | None = None, device: str | None = None):
         self.names = list(names)
         self.subject = Cache(lambda name: load(name, checkpoint if name == names[0] else None, False, device), KEPT)
         self.records = Cache(self._records, 2 * KEPT)
 
-    def picture(self, file: str) -> Image.Image:
-        """Read a picture. Raises UserError for one that is too large or unreadable."""
+    def image(self, file: str) -> Image.Image:
+        """Read an image. Raises UserError for one that is too large or unreadable."""
         try:
             (width, height), _ = stored_size(file)
             if width * height > PIXELS:
-                raise UserError(f"the picture has {width} x {height} pixels, more than {PIXELS / 1e6:.0f} million")
+                raise UserError(f"the image has {width} x {height} pixels, more than {PIXELS / 1e6:.0f} million")
             return read_image(file)
         except BadImage as error:
-            raise UserError(f"the picture {error.reason}") from error
+            raise UserError(f"the image {error.reason}") from error
         except (OSError, Image.DecompressionBombError, SyntaxError) as error:
-            raise UserError("the file is not a picture that can be read") from error
+            raise UserError("the file is not an image that can be read") from error
 
     def _records(self, name: str, file: str) -> tuple[Subject, Image.Image, list[AttentionMap], str, Any]:
-        """Return what clicks on a picture need again: its maps, what the model is and predicts, in words and drawn."""
+        """Return what clicks on an image need again: its maps, what the model is and predicts, in words and drawn."""
         if name not in self.names:
             raise UserError(f"{name} is not offered here")
-        picture, subject = self.picture(file), self.subject(name)
-        text, drawn = subject.predict(picture)
+        image, subject = self.image(file), self.subject(name)
+        text, drawn = subject.predict(image)
         text = f"{text} ({subject.note})" if text else subject.note
-        return subject, picture, record(subject, picture), text, drawn
+        return subject, image, record(subject, image), text, drawn
 
     def prediction(self, name: str, file: str) -> Image.Image | None:
-        """Return the picture with what a detector or segmenter predicts drawn on it; None for other models."""
+        """Return the image with what a detector or segmenter predicts drawn on it; None for other models."""
         return self.records(name, file)[4]
 
     def layers(self, name: str, file: str) -> tuple[list[str], str]:
@@ -88,15 +88,15 @@ class Explainer:
         return [one.name for one in records], (with_query or [records[-1].name])[-1]
 
     def show(self, name: str, layer: str | None, file: str, point: tuple[float, float] | None) -> tuple[Any, str]:
-        """Return the overlay of a layer, and what the model is and predicts. point: (x, y) as shares of the picture."""
-        subject, picture, records, text, _ = self.records(name, file)
+        """Return the overlay of a layer, and what the model is and predicts. point: (x, y) as shares of the image."""
+        subject, image, records, text, _ = self.records(name, file)
         chosen = next((one for one in records if one.name == layer), records[-1])
-        query = None if point is None else (point[0] * picture.width, point[1] * picture.height)
-        return draw(picture, of_record(subject, chosen, picture, None, query)), text
+        query = None if point is None else (point[0] * image.width, point[1] * image.height)
+        return draw(image, of_record(subject, chosen, image, None, query)), text
 
 
-def shipped_pictures(folder: Path) -> list[str]:
-    """Write the pictures that scikit-image ships to a folder, and return their files."""
+def shipped_images(folder: Path) -> list[str]:
+    """Write the images that scikit-image ships to a folder, and return their files."""
     from skimage import data
 
     files = []
@@ -107,12 +107,12 @@ def shipped_pictures(folder: Path) -> list[str]:
 
 
 def make_page(explainer: Explainer, folder: Path) -> Any:
-    """Build the page as Gradio's Blocks; shipped pictures are written to `folder`."""
+    """Build the page as Gradio's Blocks; shipped images are written to `folder`."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     import gradio as gr
 
-    pictures = shipped_pictures(folder)
+    images = shipped_images(folder)
     names = explainer.names
 
     def guarded(function: Callable) -> Callable:
@@ -135,13 +135,11 @@ def make_page(explainer: Explainer, folder: Path) -> Any:
 
     with gr.Blocks(title="saccade explain", analytics_enabled=False) as page:
         point = gr.State(None)
-        gr.Markdown("# saccade explain\nClick the picture: each model shows what that point attends to.")
+        gr.Markdown("# saccade explain\nClick the image: each model shows what that point attends to.")
         with gr.Row():
             with gr.Column():
-                picture = gr.Image(pictures[0], type="filepath", label="picture", elem_id="picture", sources=["upload"])
-                shipped = gr.Dropdown(
-                    [(Path(f).stem, f) for f in pictures], value=pictures[0], label="shipped pictures"
-                )
+                image = gr.Image(images[0], type="filepath", label="image", elem_id="image", sources=["upload"])
+                shipped = gr.Dropdown([(Path(f).stem, f) for f in images], value=images[0], label="shipped images")
             sides = []
             for i in range(2):
                 with gr.Column():
@@ -161,15 +159,15 @@ def make_page(explainer: Explainer, folder: Path) -> Any:
         def clicked(file: str | None, event: gr.SelectData) -> tuple[float, float] | None:
             if file is None:
                 return None
-            size = guarded(explainer.picture)(file).size
+            size = guarded(explainer.image)(file).size
             return (event.index[0] + 0.5) / size[0], (event.index[1] + 0.5) / size[1]
 
-        shipped.change(lambda file: (file, None), shipped, [picture, point], api_visibility="private")
-        click = picture.select(clicked, picture, point, api_visibility="private")
+        shipped.change(lambda file: (file, None), shipped, [image, point], api_visibility="private")
+        click = image.select(clicked, image, point, api_visibility="private")
         for i, (model, layer, overlay, text, drawn) in enumerate(sides):
-            inputs, outputs = [picture, model, layer, point], [layer, overlay, text, drawn]
+            inputs, outputs = [image, model, layer, point], [layer, overlay, text, drawn]
             click.then(guarded(refresh), inputs, outputs, api_visibility="private")
-            for event in (page.load, picture.change, model.change):
+            for event in (page.load, image.change, model.change):
                 event(guarded(refresh), inputs, outputs, api_visibility="private")
             layer.input(guarded(refresh), inputs, outputs, api_name=f"show{i}")
     page.queue(max_size=QUEUE, default_concurrency_limit=1)

@@ -1,4 +1,4 @@
-"""The model that is explained: a run's or one by name, and how a picture is prepared for it."""
+"""The model that is explained: a run's or one by name, and how an image is prepared for it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,11 +21,11 @@ from torchvision.transforms.functional import pil_to_tensor
 
 @dataclass
 class Subject:
-    """A model with the preparation of its pictures.
+    """A model with the preparation of its images.
 
-    name: as it was asked for. body: takes prepared pictures (1, 3, H, W), as `prepare` returns them; a detector's or
-    segmenter's is its backbone. size_for: (height, width) of a picture -> that of the prepared one. note: where the
-    weights are from. predictor: predicts on pictures; None where the classes are not known.
+    name: as it was asked for. body: takes prepared images (1, 3, H, W), as `prepare` returns them; a detector's or
+    segmenter's is its backbone. size_for: (height, width) of an image -> that of the prepared one. note: where the
+    weights are from. predictor: predicts on images; None where the classes are not known.
     """
 
     name: str
@@ -42,23 +42,23 @@ class Subject:
     def device(self) -> torch.device:
         return next(self.body.parameters()).device
 
-    def prepare(self, picture: Image.Image) -> Tensor:
-        """Resize the whole picture to the model's size, and normalise it: (1, 3, H, W)."""
-        height, width = self.size_for(picture.height, picture.width)
-        resized = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    def prepare(self, image: Image.Image) -> Tensor:
+        """Resize the whole image to the model's size, and normalise it: (1, 3, H, W)."""
+        height, width = self.size_for(image.height, image.width)
+        resized = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
         x = pil_to_tensor(resized).to(self.device).float() / 255
         mean, std = (torch.tensor(values, device=x.device).view(-1, 1, 1) for values in (self.mean, self.std))
         return ((x - mean) / std)[None]
 
-    def predict(self, picture: Image.Image) -> tuple[str, Image.Image | None]:
-        """Return what a run predicts, in one line, and the picture with it drawn where the task draws; "" and None of
+    def predict(self, image: Image.Image) -> tuple[str, Image.Image | None]:
+        """Return what a run predicts, in one line, and the image with it drawn where the task draws; "" and None of
         a model by name, whose classes are not known."""
         if self.predictor is None:
             return "", None
         with torch.inference_mode():
-            (prediction,) = self.predictor.predict([picture])
+            (prediction,) = self.predictor.predict([image])
         draws = type(self.predictor).draw is not Predictor.draw
-        return self.predictor.describe(prediction), self.predictor.draw(picture, prediction) if draws else None
+        return self.predictor.describe(prediction), self.predictor.draw(image, prediction) if draws else None
 
 
 def load(spec: str, checkpoint: Path | None = None, pretrained: bool = False, device: str | None = None) -> Subject:
@@ -84,7 +84,7 @@ def _of_model(
     """prepared: how a run prepares images, where its model does not say it."""
     if isinstance(net, BevDetector):
         if net.known_depth:
-            raise UserError(f"{name} is a lifter that is given depth, which a picture does not have")
+            raise UserError(f"{name} is a lifter that is given depth, which an image does not have")
         net = net.lifter
     if isinstance(net, Detector | Segmenter):
         inputs = resolve_data_config(pretrained_cfg=net.pretrained_cfg)
