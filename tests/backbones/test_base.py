@@ -28,3 +28,16 @@ def test_timms_names_stay_timms():
     )
     done = subprocess.run([sys.executable, "-W", "error::UserWarning", "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, done.stderr
+
+
+def test_macs_of_an_operators_first_call():
+    """Kernels register the formula that counts them when they are first called, which is after the counter began."""
+    code = (
+        "import torch; from saccade.ops import backend, window_attention; from saccade.train.runtime import measure;"
+        "from torch._subclasses import FakeTensorMode;"
+        "model = torch.nn.Identity(); model.forward = lambda x: window_attention(x, 2, (2, 2));"
+        "mode = FakeTensorMode(); mode.__enter__(); x = torch.empty(1, 4, 4, 3, 16, device='cuda');"
+        "print(measure.macs(model, x), measure.macs(model, x))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == [str(2 * 16 * 4 * 16)] * 2, done.stderr  # q kᵀ and p v: 16 queries, 4 keys, C = 16

@@ -82,8 +82,6 @@ class TestNAT(Pyramid):
     COMPILED_SIZE = (20, 24)
 
     def macs(self, model):
-        import saccade.ops.neighborhood_attention.op  # noqa: F401  (a counter knows only formulas registered before it)
-
         with FakeTensorMode(allow_non_fake_inputs=True):  # on a GPU, whose kernels' formulas count
             x = torch.empty(1, *model.default_cfg["input_size"], device="cuda", dtype=torch.float32)
             return measure.macs(model.to_empty(device="cuda"), x)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from .log import cpu_name
 
@@ -114,8 +114,11 @@ def peak_allocated(step: Callable[[], object], device: torch.device) -> int:
 
 def macs(model: nn.Module, x: Tensor) -> int:
     """Multiply-accumulates of one inference on x, as torch's FLOP counter sees them (matrix products, convolutions)."""
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(x)
+    known = -1
+    while known < len(flop_registry):  # a counter does not see formulas that the first call of an operator registers
+        known = len(flop_registry)
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model.eval()(x)
     return counter.get_total_flops() // 2
 
 
