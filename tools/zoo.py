@@ -7,8 +7,9 @@
 The models run on fake CUDA tensors, so nothing is computed. Multiply-accumulates are those of the algorithm, from each
 kernel's FLOP formula; the CPU implementation may do more where that is faster. Published accuracy and weights are those
 of saccade.backbones.catalog. What was compared is read from the tests in tests/backbones: the fixtures with which
-`test_equals_published…` is parametrized as `fixture` for a `name`, and the names of `test_parameter_counts`. A new
-model appears by itself; a new family gets a page in docs/models, whose text above the table is yours to write.
+`test_equals_published…` is parametrized as `fixture` for a `name`, the names of `test_parameter_counts`, and the tables
+WHOLE, DENSE and COUNTS of the families' contract (tests/support/backbones.py). A new model appears by itself; a new
+family gets a page in docs/models, whose text above the table is yours to write.
 """
 
 import argparse
@@ -120,6 +121,7 @@ def read_tests() -> tuple[dict[str, list[str]], set[str], float]:
     """Return the fixtures that each model equals, the models whose parameters are counted, and the tolerance."""
     sys.path.insert(0, str(ROOT / "tests"))  # for `support`
     from support import parity
+    from support.backbones import Backbone
 
     fixtures, counted = defaultdict(list), set()
     for file in sorted((ROOT / "tests" / "backbones").glob("test_*.py")):
@@ -133,6 +135,12 @@ def read_tests() -> tuple[dict[str, list[str]], set[str], float]:
                         fixtures[case[names.index("name")]].append(case[names.index("fixture")])
                 elif test == "test_parameter_counts" and "name" in names:
                     counted |= {case[names.index("name")] for case in cases}
+        for _, family in inspect.getmembers(module, inspect.isclass):
+            if issubclass(family, Backbone) and family.__module__ == module.__name__:
+                for case in (*family.WHOLE, *family.DENSE):
+                    fixture, name, _ = getattr(case, "values", case)  # plain, or a pytest.param with a mark
+                    fixtures[name].append(fixture)
+                counted |= set(family.COUNTS)
     return fixtures, counted, inspect.signature(parity.assert_equal).parameters["rtol"].default
 
 
