@@ -36,7 +36,7 @@ def plot_speedups(plt) -> Path:
         axis.bar_label(bars, fmt="%.2f×", fontsize=7, padding=2)
     axis.axvline(1, color="#333333", lw=0.8)
     axis.set_yticks(range(len(speedups)), speedups, fontsize=8)
-    axis.set(xlabel="times as fast, fp32, two CPU cores", xlim=(0, 5))
+    axis.set(xlabel="times as fast, fp32, two CPU cores", xlim=(0, 7.5))
     axis.spines[["top", "right"]].set_visible(False)
     axis.legend(frameon=False, loc="lower right")
     figure.savefig(RESULTS / "summary_cpu.png", dpi=130)
