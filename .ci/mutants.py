@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 COPY = ROOT / "build/mutants"
 PACKAGES = ("backbones", "configs", "ops", "tools", "train")
 GOAL = 85.0
-PATIENCE = 10, 60  # a mutant times out after so many times its tests' time, and so many seconds more
+PATIENCE = 10, 20  # a mutant times out after so many times its tests' time, and so many seconds more
 
 
 def prepare() -> None:
@@ -69,13 +70,16 @@ def forked(function: Callable[[], Any], seconds: float) -> Any:
         os.setpgid(0, 0)
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1), os.dup2(silent, 2)
-        signal.alarm(int(seconds) + 1)
         with os.fdopen(write, "wb") as file:
             pickle.dump(function(), file)
         os._exit(0)
     os.close(write)
+    # Killed from here: an alarm in the process would be replaced by that of pytest-timeout.
+    alarm = threading.Timer(seconds, lambda: os.killpg(pid, signal.SIGKILL))
+    alarm.start()
     with os.fdopen(read, "rb") as file:
         text = file.read()
+    alarm.cancel()
     os.waitpid(pid, 0)
     return pickle.loads(text) if text else None
 
