@@ -77,6 +77,11 @@ def test_predictions(classifier_run, tmp_path):
     report("predictions", seen, 9000)
 
 
+def children() -> set[int]:
+    """Return this process's own processes."""
+    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
+
+
 @pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 def test_loader(tmp_path):
@@ -87,14 +92,13 @@ def test_loader(tmp_path):
         Image.new("RGB", (16, 16), (i, i, i)).save(path)
     data = ImageFolder(str(tmp_path), img_size=16)
     inputs = dict(input_size=(3, 16, 16), mean=(0.5,) * 3, std=(0.5,) * 3, interpolation="bilinear", crop_pct=1.0)
-    dataset, seen = data.dataset("train", inputs, training=True), []
+    dataset, seen, before = data.dataset("train", inputs, training=True), [], children()  # of other tests
     for round in range(23):
         order = TrainingOrder(len(dataset), 8, 0, 0, 400)
         loader = batches(dataset, order, 0, 4, torch.device("cpu"))
         taken = iter(loader)
         next(taken)
-        workers = [int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()]
-        os.kill(workers[-1], signal.SIGKILL)
+        os.kill(max(children() - before), signal.SIGKILL)
         with pytest.raises(UserError, match="a loader process was killed"):
             for _ in taken:
                 pass
@@ -104,6 +108,6 @@ def test_loader(tmp_path):
             seen.append(usage())
     report("loader", seen, 20)
     time.sleep(0.5)
-    left = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    left = children() - before
     states = [Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in left]
     assert len([state for state in states if state != "Z"]) <= 1  # multiprocessing's resource tracker
