@@ -98,7 +98,8 @@ def is_saved_graph() -> bool:
 
 def is_exporting() -> bool:
     """Return whether torch.export is recording. torch.compile takes torch.compiler.is_exporting() for True (2.11)."""
-    return getattr(torch.compiler, "_is_exporting_flag", False)
+    flag = getattr(torch.compiler, "_is_exporting_flag", None)
+    return torch.compiler.is_exporting() if flag is None else flag
 
 
 def indices_of_largest(x: Tensor, count: int) -> Tensor:

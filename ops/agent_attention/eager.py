@@ -45,9 +45,8 @@ def agent_attention(inputs: Inputs, scale: float) -> Tensor:
         b1, b2 = (torch.cat((t.unsqueeze(2).to(b.dtype), b), 2) for t, b in zip(token_bias, (b1, b2)))
     size = query_bias[1].shape[2], query_bias[2].shape[2]
     dwc = (None if p is None else p.to(q.dtype) for p in (dwc_weight, dwc_bias))
-    if is_exporting():
-        return _exported(q, k, v, agents, b1.to(q.dtype), b2.to(q.dtype), *dwc, heads, size, scale)
-    return AgentAttention.apply(q, k, v, agents, b1.to(q.dtype), b2.to(q.dtype), *dwc, heads, size, scale)
+    form = _exported if is_exporting() else AgentAttention.apply
+    return form(q, k, v, agents, b1.to(q.dtype), b2.to(q.dtype), *dwc, heads, size, scale)
 
 
 def _exported(

@@ -41,26 +41,16 @@ def halo_attention(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor,
     if torch.compiler.is_compiling() and not is_exporting():
         return plain(*tensors, *settings)
     if is_saved_graph():
-        return gathered(*tensors, *settings)
+        return gathered(*tensors, settings)
     if use_definition(q):
         return reference.halo_attention(*tensors, *settings)
     return HaloAttention.apply(*tensors, settings)
 
 
-def gathered(
-    q: Tensor,
-    kv: Tensor,
-    height_rel: Tensor,
-    width_rel: Tensor,
-    heads: int,
-    block: int,
-    halo: int,
-    stride: int,
-    scale: float,
-    scale_pos: bool,
-) -> Tensor:
+def gathered(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, settings: Settings) -> Tensor:
     """Compute what the reference does, for runtimes that read saved graphs: one gather of whole pixels makes all
     windows, and batched products of four axes follow. OpenVINO takes half the time that it takes for the reference."""
+    heads, block, halo, stride, scale, scale_pos = settings
     B, _, H, W = kv.shape
     D, a, t = height_rel.shape[1], block + 2 * halo, block // stride
     M, N = (H + block - 1) // block, (W + block - 1) // block  # blocks
