@@ -59,8 +59,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=7860, help="(default: %(default)s)")
     args = parser.parse_args()
 
-    from saccade.train.runtime.errors import UserError
+    from saccade.train.runtime.errors import UserError, set_options
 
+    set_options(checkpoint="--checkpoint FILE", folder="--out")
     if args.serve:
         from saccade.explain.page import serve
 

@@ -36,7 +36,9 @@ def main() -> None:
     args = parser.parse_args()
 
     from saccade.train.export import export
+    from saccade.train.runtime.errors import set_options
 
+    set_options(checkpoint="--checkpoint FILE")
     print(f"exporting {args.model} …", flush=True)
     options = (args.size, args.checkpoint, args.dynamic_size, args.int8, args.max_drop)
     done = export(args.model, args.out, args.to, *options)

@@ -24,7 +24,9 @@ def main() -> None:
     from saccade.train import probe
     from saccade.train.runtime import config
     from saccade.train.runtime.distributed import process_group, sync_errors
+    from saccade.train.runtime.errors import set_options
 
+    set_options(folder="--out")
     out = args.out or Path("runs", args.config.resolve().parent.name, args.config.stem)
     with process_group():
         with sync_errors():

@@ -47,10 +47,11 @@ def main() -> None:
     from saccade.train.models.published import read_published
     from saccade.train.runtime import config
     from saccade.train.runtime.distributed import process_group, sync_errors
-    from saccade.train.runtime.errors import UserError
+    from saccade.train.runtime.errors import UserError, set_options
     from saccade.train.test import model_class_names, test
     from timm.data import ImageNetInfo
 
+    set_options(checkpoint="--checkpoint FILE", folder="--out")
     run_dir = args.run if args.run.is_dir() else None
     with process_group():
         with sync_errors():

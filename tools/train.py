@@ -55,10 +55,11 @@ def main() -> None:
     from saccade.train.data.files import refuse_data_folder
     from saccade.train.runtime import config
     from saccade.train.runtime.distributed import process_group, sync_errors
-    from saccade.train.runtime.errors import UserError
+    from saccade.train.runtime.errors import UserError, set_options
     from saccade.train.runtime.run_folder import is_run, removed_if_empty
     from saccade.train.trial import dry_run
 
+    set_options(folder="--run-dir", resumes=True)
     path = args.config.expanduser()
     resume = args.resume or int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0  # torchrun --max-restarts
     with process_group():

@@ -99,7 +99,7 @@ def from_published(source: Path, model: str, out: Path, **kwargs: Any) -> Conver
     if traced and absent:
         raise UserError(
             f"{source} has no values of {_listed(absent)}, which would stay random: if it is a detector's or "
-            "segmenter's backbone, give the file itself as checkpoint= to train or test"
+            "segmenter's backbone, give the file itself to `saccade train` with checkpoint=FILE"
         )
     net.load_state_dict(state)
     cfg = net.pretrained_cfg

@@ -46,7 +46,7 @@ from .runtime.distributed import (
     world_size,
     wrap_ddp,
 )
-from .runtime.errors import UserError, closest
+from .runtime.errors import UserError, closest, options
 from .runtime.log import Log, environment, format_metrics, versions
 from .runtime.numbers import Numbers, Part, examine
 from .runtime.profiling import Profile
@@ -354,7 +354,7 @@ def validate(config: dict) -> None:
     if not isinstance(config["model"].get("name"), str):
         raise UserError("model.name is missing: set it in the config or with model.name=… on the command line")
     for key in {"num_classes", "checkpoint", "new_head"} & config["model"].keys():
-        raise UserError(f"model.{key} can't be set: classes come from the data, weights from checkpoint=…")
+        raise UserError(f"model.{key} can't be set: classes come from the data, weights from {options().checkpoint}")
     ranges.check_model(config["model"])
     name = config["optimizer"].get("opt", "sgd")
     if name not in list_optimizers():

@@ -219,7 +219,7 @@ def validate(config: dict) -> None:
     check_typed("data", config["data"])
     check_typed("probe", config["probe"])
     for key in {"num_classes", "checkpoint", "new_head"} & config["model"].keys():
-        raise UserError(f"model.{key} can't be set: classes come from the data, weights from checkpoint=…")
+        raise UserError(f"model.{key} can't be set: classes come from the data, weights from checkpoint=FILE")
     if not config.get("checkpoint") and not config["model"].get("pretrained"):
         raise UserError(
             "checkpoint is missing: give the weights to judge with checkpoint=FILE, or model.pretrained=True"

@@ -3,7 +3,7 @@
 import errno
 
 import pytest
-from saccade.train.runtime.errors import UserError, closest, run
+from saccade.train.runtime.errors import UserError, closest, from_os, options, run, set_options
 
 
 def raising(error):
@@ -34,6 +34,24 @@ def raising(error):
 def test_exit_codes(capsys, error, code, message):
     assert run(raising(error)) == code
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_advice_is_of_the_command_that_runs(capsys):
+    """A command without --resume or --run-dir does not advise them, and reading needs no space."""
+    full, denied = OSError(errno.ENOSPC, "full"), OSError(errno.EACCES, "denied")
+    assert str(from_os(full, "writing a")) == "writing a failed (full): free some space"
+    assert str(from_os(denied, "writing a")) == "writing a failed (denied): choose a folder you can write to"
+    assert str(from_os(denied, "reading a")).endswith("check the path and its permissions")
+    assert str(from_os(OSError(errno.EIO, "bad"), "reading a")).endswith("check the disk")
+
+    def main():
+        set_options(checkpoint="--checkpoint FILE", folder="--out", resumes=True)
+        assert options().checkpoint == "--checkpoint FILE"
+        assert str(from_os(full, "writing a")).endswith("then continue with --resume")
+        raise denied
+
+    assert run(main) == 2 and "you can write to with --out" in capsys.readouterr().err
+    assert options().checkpoint == "checkpoint=FILE"  # the next one begins anew
 
 
 def test_success_and_bugs():

@@ -1,6 +1,7 @@
 """Weights from files that other programs wrote, and from the network."""
 
 import time
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -8,6 +9,8 @@ import torch
 from saccade.train.models import build
 from saccade.train.models.build import create, create_features, strip_prefixes
 from saccade.train.runtime.errors import UserError
+
+DIGITS = Path(__file__).resolve().parents[2] / "configs/digits/resnet18.py"
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +77,19 @@ def test_no_network(monkeypatch, tmp_path, make):
     with pytest.raises(UserError, match=r"weights of resnet10t \(timm/resnet10t\S+\) can't be downloaded .*no network"):
         make("resnet10t", **({"num_classes": 1000} if make is create else {}), pretrained=True)
     assert time.monotonic() - start_time < 10
+
+
+def test_messages_name_the_option_of_the_command(command, monkeypatch, tmp_path):
+    monkeypatch.setattr(build, "_can_reach", lambda endpoint: False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    for arguments, option in [
+        (("explain", "resnet10t", "--list", "--pretrained"), "--checkpoint FILE"),
+        (("test", DIGITS, "model.num_classes=3"), "--checkpoint FILE"),
+        (("train", DIGITS, "model.num_classes=3"), "checkpoint=FILE"),
+        (("train", DIGITS, "model.name=resnet10t", "model.pretrained=True", "--dry-run"), "checkpoint=FILE"),
+    ]:
+        code, _, err = command(*arguments)
+        assert code == 2 and err.endswith((f"give it with {option}\n", f"weights from {option}\n")), err
 
 
 def test_unreachable_server():

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from ... import backbones  # noqa: F401  (registers ours)
 from ..runtime.checkpoint import as_os_error, atomic_write, write_text
-from ..runtime.errors import UserError, closest, first_line, from_os
+from ..runtime.errors import UserError, closest, first_line, from_os, options
 from .weights import Weights, read_weights
 
 
@@ -91,7 +91,7 @@ def _published_weights(name: str, pretrained: bool) -> Iterator[None]:
         reason = "no network connection" if offline else first_line(error)
         raise UserError(
             f"the published weights of {name} ({source}) can't be downloaded ({reason}): connect to the network, or "
-            "download their file elsewhere and give it with checkpoint=FILE"
+            f"download their file elsewhere and give it with {options().checkpoint}"
         ) from error
 
 

@@ -174,7 +174,7 @@ def load_published(
         wanted = "a whole detector in a bird's-eye view" if wants_lifter else "a whole detector or segmenter"
         raise UserError(
             f"checkpoint {file} is of {describe(published.tensors)}, not of {wanted}: give it with the config that it "
-            "was trained with or, for its backbone, as checkpoint=… of a training"
+            "was trained with or, for its backbone, to `saccade train` with checkpoint=FILE"
         )
     names = published.class_names
     if num_classes is not None and (names is None or len(names) != num_classes):

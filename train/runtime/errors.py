@@ -16,6 +16,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
 USER, DATA, LOST, NUMBERS, IO, PREEMPTED, INTERRUPTED, PIPE = 2, 65, 69, 70, 74, 75, 130, 141
 
@@ -31,12 +32,40 @@ class UserError(Exception):
         self.code, self.quiet = code, quiet
 
 
+class Options(NamedTuple):
+    """How the command that runs spells what messages advise. checkpoint: where weights are given; folder: the option of
+    the folder that it writes, if it has one; resumes: whether it has --resume."""
+
+    checkpoint: str = "checkpoint=FILE"
+    folder: str | None = None
+    resumes: bool = False
+
+
+_options = Options()
+
+
+def set_options(**options: Any) -> None:
+    """Set how messages spell the options of the command that runs, see Options; `run` undoes it."""
+    global _options
+    _options = Options(**options)
+
+
+def options() -> Options:
+    """Return how the command that runs spells its options; from Python, where there is none, the defaults."""
+    return _options
+
+
 def from_os(error: OSError, doing: str) -> UserError:
     """Return the UserError for an OSError raised while `doing` ("saving runs/x/last.safetensors")."""
     reason = error.strerror or str(error)
-    if error.errno in _DEVICE_ERRNO:
-        return UserError(f"{doing} failed ({reason}): free some space, then continue with --resume", IO)
-    return UserError(f"{doing} failed ({reason}): choose a folder you can write to with --run-dir")
+    failed, on_device = f"{doing} failed ({reason})", error.errno in _DEVICE_ERRNO
+    if doing.startswith("reading"):
+        advice = "check the disk" if on_device else "check the path and its permissions"
+    elif on_device:
+        advice = "free some space, then continue with --resume" if _options.resumes else "free some space"
+    else:
+        advice = f"choose a folder you can write to{f' with {_options.folder}' if _options.folder else ''}"
+    return UserError(f"{failed}: {advice}", IO if on_device else USER)
 
 
 def first_line(error: BaseException) -> str:
@@ -71,10 +100,13 @@ def run(main: Callable[[], None]) -> int:
     except OSError as error:
         if error.errno not in _DEVICE_ERRNO | _PERMISSION_ERRNO:
             raise
-        problem = from_os(error, f"writing {error.filename or 'a file'}")
+        unreadable = error.filename and os.path.exists(error.filename) and not os.access(error.filename, os.R_OK)
+        problem = from_os(error, f"{'reading' if unreadable else 'writing'} {error.filename or 'a file'}")
         print(f"error: {problem}", file=sys.stderr, flush=True)
         return problem.code
     except KeyboardInterrupt as error:
         print(f"stopped: {str(error) or 'interrupted by Ctrl-C'}", file=sys.stderr, flush=True)
         return INTERRUPTED
+    finally:
+        set_options()
     return 0

@@ -161,7 +161,7 @@ class State:
             raise UserError(
                 f"the data's classes have changed since the checkpoint in {folder}: they were "
                 f"{_few(meta['class_names'])} and are {_few(self.class_names)}; give the data as they were, or train "
-                "a new run from its weights with checkpoint=…"
+                "a new run from its weights with checkpoint=FILE"
             )
         messages += changes(meta["config"], self.config)
         if (images := meta.get("images", self.images)) != self.images:
@@ -172,7 +172,7 @@ class State:
         elif meta.get("order", "stored") != self.order:
             raise UserError(
                 f"the checkpoint in {folder} is of a version of saccade that orders the {images} images of an epoch "
-                "otherwise: resume with that version, or train a new run from its weights with checkpoint=…"
+                "otherwise: resume with that version, or train a new run from its weights with checkpoint=FILE"
             )
         if meta["step"] > steps:
             raise UserError(
@@ -215,7 +215,7 @@ def changes(old: str, new: str) -> list[str]:
         if key in FIXED and not {was, now} <= {"not set", "None", "False"}:
             raise UserError(
                 f"{key} can't change on --resume (it was {was} and is {now}): {FIXED[key]}; give it as it was, or "
-                "train a new run from this one's weights with checkpoint=…"
+                "train a new run from this one's weights with checkpoint=FILE"
             )
         messages.append(f"changed since the checkpoint: {key}: {was} -> {now}")
     return messages
