@@ -61,7 +61,7 @@ def main() -> None:
 
     from saccade.train.runtime.errors import UserError, set_options
 
-    set_options(checkpoint="--checkpoint FILE", folder="--out")
+    set_options(checkpoint="--checkpoint FILE", device="--device cpu", folder="--out")
     if args.serve:
         from saccade.explain.page import serve
 

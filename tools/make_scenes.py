@@ -52,7 +52,8 @@ def main() -> None:
         scenes.write_coins(args.out, formats, arguments)
     else:
         counts = {split: getattr(args, split) for split in COUNTS}
-        with Progress(BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), expand=True) as bar:
+        columns = BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
+        with Progress(*columns, expand=True, disable=not sys.stdout.isatty()) as bar:
             task = bar.add_task("", total=None)
             scenes.write(
                 args.out,

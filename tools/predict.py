@@ -60,7 +60,9 @@ def main() -> None:
         parser.error("give images or folders of them, or --watch FOLDER")
 
     from saccade.train import predict
+    from saccade.train.runtime.errors import set_options
 
+    set_options(device="--device cpu")
     options = {name: value for name in ("top", "threshold") if (value := getattr(args, name)) is not None}
     predict.run(
         args.run,

@@ -31,12 +31,19 @@ def main() -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
     from saccade.train.data import shards
     from saccade.train.data.imagenet import ImageNet
+    from saccade.train.runtime.errors import UserError
 
-    bar = Progress(BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn(), expand=True)
-    with bar:
+    if not args.source.is_dir():
+        raise UserError(f"{args.source} is not a folder: give the folder of the images")
+    for option in ("samples", "workers", "resize"):
+        if (number := getattr(args, option)) is not None and number < 1:
+            raise UserError(f"--{option} must be 1 or more, got {number}")
+    source = ImageNet(str(args.source))
+    columns = BarColumn(None), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, expand=True, disable=not sys.stdout.isatty()) as bar:
         task = bar.add_task("", total=None)
         names = shards.write(
-            ImageNet(str(args.source)),
+            source,
             args.split,
             args.out,
             args.samples,

@@ -150,7 +150,10 @@ def test_mistakes(tool, original, tmp_path):
         code, err = tool(original, out, *other)
         assert code == 2 and "has shards of other images or of other sizes" in err
     code, err = tool(original, out, "--samples", 0)
-    assert code == 2 and "samples=0" in err
+    assert code == 2 and "--samples must be 1 or more, got 0" in err
+    code, err = tool(tmp_path / "none", tmp_path / "other")
+    assert code == 2 and err.endswith("none is not a folder: give the folder of the images\n")  # not: data.root=
+    assert not (tmp_path / "other").exists()
     with FileLock(out / ".lock"):
         code, err = tool(original, out, "--samples", 5)
         assert code == 2 and "another process is writing to" in err

@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .errors import INTERRUPTED, LOST, PREEMPTED, UserError
+from .errors import INTERRUPTED, LOST, PREEMPTED, UserError, options
 
 DEFAULT_TIMEOUT = 600.0  # seconds that a process waits for the others
 ROLL_CALL = 5.0  # seconds in which the processes that are left report after one is lost
@@ -221,9 +221,14 @@ def choose_device(name: str | None) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise UserError(f"device={name!r} is not a device: use cpu or cuda") from error
+        raise UserError(f"{name!r} is not a device: use cpu or cuda") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device=cuda, but torch sees no GPU here: use device=cpu")
+        raise UserError(f"torch sees no GPU here: use {options().device}")
+    try:
+        if device.type not in ("cpu", "cuda"):
+            torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:  # meta, and devices of other builds of torch
+        raise UserError(f"torch cannot use device {name} here: use {options().device}") from error
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 

@@ -33,10 +33,11 @@ class UserError(Exception):
 
 
 class Options(NamedTuple):
-    """How the command that runs spells what messages advise. checkpoint: where weights are given; folder: the option of
-    the folder that it writes, if it has one; resumes: whether it has --resume."""
+    """How the command that runs spells what messages advise. checkpoint: where weights are given; device: how to take
+    the CPU; folder: the option of the folder that it writes, if it has one; resumes: whether it has --resume."""
 
     checkpoint: str = "checkpoint=FILE"
+    device: str = "device=cpu"
     folder: str | None = None
     resumes: bool = False
 
