@@ -361,7 +361,9 @@ def test_shares_of_classes_are_reported(root, capsys):
     assert "data: train: 3 boxes, cat 66.7 %, dog 33.3 %\n" in out
     write(root, broken(lambda c: c["categories"].append(dict(id=9, name="cow"))))
     coco(root, masks=False).dataset("val", {})
-    assert "data: val has no boxes of cow\n" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "data: val has no boxes of cow\n" in out
+    assert "data: val: 2 boxes are outside their image or have no area, so that none can match\n" in out
 
 
 NAN, INF = float("nan"), float("inf")
@@ -457,6 +459,17 @@ def test_boxes_and_polygons_of_other_formats(root, capsys):
         coco(root)
     write(root, boxes([5, 5, 50, 30], [30, 10, 30, 30], [0, 0, 60, 40]))  # large, and within their image
     coco(root)
+    outline = [polygon(10, 5, 20, 12)]  # corners 10, 5, 30, 17
+    for others in (dict(segmentation=outline), dict(segmentation=None, area=240)):
+        said = content()
+        said["annotations"] = [a | others | dict(bbox=[10, 5, 30, 17], iscrowd=0) for a in said["annotations"]]
+        write(root, said)
+        with pytest.raises(UserError, match=r"last two numbers are right and bottom, .* give left, top, width, height"):
+            coco(root)
+        for a in said["annotations"]:
+            a["bbox"] = [10, 5, 20, 12]
+        write(root, said)
+        coco(root)
     write(root, boxes([0.1, 0.2, 0.5, 0.3], [0, 0, 1, 1]))
     with pytest.raises(UserError, match=r"has boxes from 0 to 1 only: give left, top, width, height in pixels"):
         coco(root)
@@ -478,6 +491,15 @@ def test_names_of_images_with_other_paths(root, name):
     with pytest.raises(
         UserError, match=r'lacks .* of the 3 images in .*all\.json; 10\.png is there: correct "file_name"'
     ):
+        training(root)
+
+
+@pytest.mark.parametrize("name", [r"a b\1.png", "a%20b/1.png"])
+def test_names_of_images_in_folders(root, name):
+    (root / "pictures/a b").mkdir()
+    (root / "pictures/10.png").rename(root / "pictures/a b/1.png")
+    write(root, json.dumps(broken(lambda c: c["images"][0].update(file_name=name))))
+    with pytest.raises(UserError, match=r'; a b/1\.png is there: correct "file_name"'):
         training(root)
 
 

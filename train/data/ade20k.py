@@ -22,7 +22,7 @@ from torchvision.transforms.v2 import functional as F
 from ..runtime.config import Count, Fraction, NonNegativeInt, Positive
 from ..runtime.config import check as check_section
 from ..runtime.distributed import derive_seed, rank
-from ..runtime.errors import DATA, UserError
+from ..runtime.errors import UserError
 from .bad_images import BadImage
 from .distort import distort_colors, uniform
 from .files import Skipped, image_files, note_classes, read_text, split_folders
@@ -113,7 +113,7 @@ class LabelMaps:
         """
         images, labels = self.pairs(split)
         if not len(images):
-            raise UserError(f"the {split} split holds no images", DATA)
+            raise UserError(f"the {split} split holds no images")
         augment = Augment(self.scale, self.img_size, inputs["mean"], **self.augment) if training else None
         dataset = Maps(images, labels, self.table, f"{len(self.class_names)} classes: {self.meaning}", augment)
         if rank() == 0:
@@ -130,7 +130,7 @@ def find_split(split: str, images: Path, labels: Path) -> tuple[Path, Path]:
     own, theirs = split_folders(images), split_folders(labels)
     split = "val" if split == "test" and "test" not in own else split
     if split not in own:
-        raise UserError(f"there is no folder {images / split}, with the images of the {split} split", DATA)
+        raise UserError(f"there is no folder {images / split}, with the images of the {split} split")
     return own[split], theirs.get(split, labels / own[split].name)
 
 
@@ -289,7 +289,7 @@ def match_files(images: Path, labels: Path, image_suffix: str = "", label_suffix
 
     def by_name(folder: Path, suffix: str) -> dict[str, str]:
         if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}", DATA)
+            raise UserError(f"there is no folder {folder}")
         files: dict[str, str] = {}
         skipped = Skipped()
         for file in image_files(folder, skipped):
@@ -298,7 +298,7 @@ def match_files(images: Path, labels: Path, image_suffix: str = "", label_suffix
                 continue
             other = files.setdefault(name.removesuffix(suffix), file)
             if other != file:
-                raise UserError(f"{other} and {file} differ only in their extension: remove one of them", DATA)
+                raise UserError(f"{other} and {file} differ only in their extension: remove one of them")
         skipped.report(folder)
         return files
 
@@ -310,7 +310,7 @@ def match_files(images: Path, labels: Path, image_suffix: str = "", label_suffix
         alone = sorted(own.keys() - others.keys())
         if alone:
             more = f" (nor have {len(alone) - 1} others)" if len(alone) > 1 else ""
-            raise UserError(f"{own[alone[0]]} has no {what} {folder / alone[0]}{suffix}.*{more}: add or remove", DATA)
+            raise UserError(f"{own[alone[0]]} has no {what} {folder / alone[0]}{suffix}.*{more}: add or remove")
     names = sorted(files)
     return Strings(files[name] for name in names), Strings(maps[name] for name in names)
 
@@ -452,7 +452,7 @@ class Maps(Dataset):
         name = self.labels[index]
         stored = open_image(read_bytes(name), lambda: name)
         if stored.format in ("JPEG", "MPO"):
-            raise UserError(f"label map {name} is a JPEG file, which is lossy: save it as PNG", DATA)
+            raise UserError(f"label map {name} is a JPEG file, which is lossy: save it as PNG")
         upright = size[::-1] if turn in SWAPS_SIDES else size
         own = orientation(stored)
         if own is None and stored.size == size != upright:
@@ -464,22 +464,19 @@ class Maps(Dataset):
                 raise UserError(
                     f"label map {name} must have one number per pixel, got colours ({stored.mode}): "
                     "save the class numbers as a greyscale or palette image",
-                    DATA,
                 )
             values = colours[..., 0]
         if values.dtype.kind not in "uib":
-            raise UserError(f"label map {name} has float values: save it as a greyscale image of integers", DATA)
+            raise UserError(f"label map {name} has float values: save it as a greyscale image of integers")
         if values.shape != upright[::-1]:
             here, there = (f"{height}x{width}" for height, width in (values.shape, upright[::-1]))
             turned = "" if turn is None else " (by its EXIF orientation)"
-            raise UserError(
-                f"label map {name} is {here} pixels, its image {self.images[index]} is {there}{turned}", DATA
-            )
+            raise UserError(f"label map {name} is {here} pixels, its image {self.images[index]} is {there}{turned}")
         values = values.astype(np.int64)
         labels = self.table[values.clip(0, 255)]
         wrong = (labels == INVALID) | (values > 255) | (values < 0)
         if wrong.any():
             row, column = np.argwhere(wrong)[0]
             value = int(values[row, column])
-            raise UserError(f"{name} has label {value} in row {row}, column {column}, but of {self.meaning}", DATA)
+            raise UserError(f"{name} has label {value} in row {row}, column {column}, but of {self.meaning}")
         return labels.astype(np.uint8)

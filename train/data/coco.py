@@ -11,6 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import timm
@@ -22,7 +23,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from ..runtime.config import Count, Fraction, NonNegativeInt, check
-from ..runtime.errors import DATA, UserError
+from ..runtime.errors import UserError
 from .bad_images import BadImage
 from .coco_json import decode_mask, has_mask, read
 from .files import first, fold, note, note_classes
@@ -137,9 +138,11 @@ class Coco:
         objects = np.bincount(dataset.labels[dataset.crowd == 0], minlength=len(labels) + 1)[1:]
         if training and not objects.sum():
             reasons = f" (left out: {left_out})" if left_out else ""
-            raise UserError(f"{file} has no box to learn from{reasons}", DATA)
+            raise UserError(f"{file} has no box to learn from{reasons}")
         if left_out:
             note(f"{split}: left out of training: {left_out}")
+        if dataset.unmatched:
+            note(f"{split}: {dataset.unmatched} boxes are outside their image or have no area, so that none can match")
         if "annotations" in truth:
             note_classes(split, objects, self.class_names, "boxes", least=0)
         note_conversions(lambda i: read_bytes(folder / dataset.names[i]), len(dataset), f"{split} images")
@@ -159,7 +162,8 @@ class Coco:
             budget = f" (data.max_bad={self.max_bad})" if self.max_bad else ""
             files = {fold(name): name for name in there}
             name = missing[0]
-            twin = files.get(fold(name.replace("\\", "/").rpartition("/")[2]))
+            path = unquote(name).replace("\\", "/")  # Windows' separators, a URL's %20
+            twin = path if (folder / path).is_file() else files.get(fold(path.rpartition("/")[2]))
             hint = f'; {twin} is there: correct "file_name", or data.root and the folder of the split' if twin else ""
             raise UserError(f"{folder} lacks {first(missing, 3)} of the {len(names)} images in {file}{budget}{hint}")
 
@@ -174,7 +178,8 @@ class CocoImages(Dataset):
              the JSON file, in pixels of the file; iscrowd (n,) int64; image_id (1,) int64; orig_size (2,) int64, H and
              W of the file; split. In training also masks (n, H, W) uint8, if requested.
 
-    aspects (N,): height / width. left_out: number of boxes left out of training, by reason. truth: see Coco.truth.
+    aspects (N,): height / width. left_out: number of boxes left out of training, by reason. unmatched: in evaluation,
+    the number of boxes that no detection can match. truth: see Coco.truth.
     labels: category id -> label. transform: a function of (image, target), or None in evaluation.
     """
 
@@ -196,11 +201,15 @@ class CocoImages(Dataset):
         boxes = np.array([a["bbox"] for a in annotations], np.float64).reshape(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
         limits = np.array([size[i][::-1] * 2 for i in owner.tolist()]).reshape(-1, 4)
+        inside = boxes.clip(0, limits)
         crowd = np.array([a["iscrowd"] for a in annotations], bool)
         keep = np.ones(len(boxes), bool)
         self.left_out: dict[str, int] = {}
-        if transform is not None:
-            boxes = boxes.clip(0, limits)
+        self.unmatched = 0
+        if transform is None:
+            self.unmatched = int((((inside[:, 2:] - inside[:, :2]) <= 0).any(1) & ~crowd).sum())
+        else:
+            boxes = inside
             small = ((boxes[:, 2:] - boxes[:, :2]) < 1).any(1)
             masked = np.array([not self.masks or has_mask(a.get("segmentation")) for a in annotations], bool)
             keep = ~crowd & ~small & masked

@@ -83,6 +83,12 @@ def _check_boxes(file: Path, annotations: list[dict[str, Any]], sizes: dict[int,
                 f"{file} has {beyond} of {len(annotations)} boxes that reach beyond their image, as if they were left, "
                 "top, right, bottom: give left, top, width, height"
             )
+    sample = [said for a in annotations[:1000] if (said := _corners_said(a)) is not None]
+    if sum(sample) > 0.9 * len(sample):
+        raise UserError(
+            f"{file} has boxes whose last two numbers are right and bottom, by their polygons or areas: give left, "
+            "top, width, height"
+        )
     polygons = (p for a in annotations if isinstance(a.get("segmentation"), list) for p in a["segmentation"] if p)
     largest = 0.0
     for polygon in polygons:
@@ -94,6 +100,22 @@ def _check_boxes(file: Path, annotations: list[dict[str, Any]], sizes: dict[int,
     repeated = len(annotations) - len({hash((a["image_id"], a["category_id"], *a["bbox"])) for a in annotations})
     if repeated:
         note(f"{file}: {repeated} annotations repeat the image, category and box of another")
+
+
+def _corners_said(annotation: dict[str, Any]) -> bool | None:
+    """Return whether an annotation's polygons, or else its area, say that its box is left, top, right, bottom; None if
+    they say neither that nor that it is left, top, width, height."""
+    x, y, a, b = annotation["bbox"]
+    outline = annotation.get("segmentation")
+    points = [number for polygon in outline for number in polygon] if isinstance(outline, list) else []
+    if len(points) >= 6:
+        truth = (min(points[::2]), min(points[1::2]), max(points[::2]), max(points[1::2]))
+        corners, sizes = ((x, y, a, b), (x, y, x + a, y + b))
+        are_corners, are_sizes = (all(abs(n - m) <= 2 for n, m in zip(truth, box)) for box in (corners, sizes))
+    else:
+        area = annotation["area"]
+        are_corners, are_sizes = (abs(area - size) <= 0.01 * area for size in ((a - x) * (b - y), a * b))
+    return are_corners if are_corners != are_sizes else None
 
 
 def _check_entries(file: Path, key: str, entries: list, fields: dict[str, type]) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from PIL import Image
 
 from ..runtime.distributed import rank
-from ..runtime.errors import DATA, UserError
+from ..runtime.errors import UserError
 from ..runtime.run_folder import is_run
 
 # Formats that Pillow registers but can't decode here, or only with the help of other programs.
@@ -160,12 +160,12 @@ def split_folders(folder: Path, accept: Iterable[str] | None = None) -> dict[str
         if split is None or not path.is_dir() or (accept is not None and path.name not in accept):
             continue
         if split in folders:
-            raise UserError(f"{folders[split]} and {path} are both {split} splits: leave one of them in {folder}", DATA)
+            raise UserError(f"{folders[split]} and {path} are both {split} splits: leave one of them in {folder}")
         folders[split] = path
     for split, path in folders.items():
         if split != "train" and "train" in folders and path.samefile(folders["train"]):
             raise UserError(
-                f"{path} and {folders['train']} are the same folder, by a link: give {split} its own images", DATA
+                f"{path} and {folders['train']} are the same folder, by a link: give {split} its own images"
             )
     return folders
 
@@ -190,7 +190,7 @@ def read_text(file: Path) -> str:
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file} is not UTF-8 text (byte {error.start}): save it as UTF-8", DATA) from error
+        raise UserError(f"{file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"{file} can't be read ({error.strerror})") from error
 
@@ -211,13 +211,12 @@ def note_classes(
     absent = [name for name, count in zip(names, counts) if not count]
     because = f" ({hint})" if hint else ""
     if least and not total:
-        raise UserError(f"the {split} split has no {unit} of any class: there is nothing to learn{because}", DATA)
+        raise UserError(f"the {split} split has no {unit} of any class: there is nothing to learn{because}")
     if least > 1 and len(absent) == len(names) - 1 > 0:
         only = next(name for name, count in zip(names, counts) if count)
         raise UserError(
             f"the {split} split has {unit} of only one class, {only}, and none of {first(absent)}: "
             f"there is nothing to distinguish{because}",
-            DATA,
         )
     if total and len(names) <= MANY:
         shares = ", ".join(f"{name} {100 * count / total:.3g} %" for name, count in zip(names, counts))
