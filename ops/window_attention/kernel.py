@@ -368,10 +368,10 @@ def bwd_kernel(
 # registers and shared memory of ahead-of-time compilation (saccade.ops.aot); not yet timed on a GPU.
 TILES = {
     (2, 32): (64, 32, 4, 3),
-    (2, 64): (64, 32, 8, 3),
-    (2, 128): (64, 32, 8, 2),
-    (2, 256): (32, 16, 8, 1),
-    (4, 32): (32, 32, 8, 2),
+    (2, 64): (64, 32, 8, 2),
+    (2, 128): (64, 32, 8, 1),
+    (2, 256): (16, 16, 8, 1),  # padding and a bias take the rest of the registers
+    (4, 32): (32, 32, 8, 1),
     (4, 64): (32, 16, 8, 2),
     (4, 128): (16, 16, 8, 1),
 }
@@ -399,7 +399,9 @@ def launch_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
     rows, walked, warps, stages = TILES[itemsize, max(32, _block(D))]
     if itemsize == 2 and D <= 32 and rows >= N:  # a window in one step: nothing to load ahead
         walked, stages = rows, 1
-    return dict(
+    # Without a limit, ptxas aims at 64 registers for some kernels and spills 8 or 16 bytes for that.
+    limit = dict(maxnreg=255) if itemsize == 4 and D > 64 and not hip else {}
+    return limit | dict(
         D=D,
         BLOCK_D=_block(D),
         BLOCK_M=max(16, min(rows, triton.next_power_of_2(N))),
