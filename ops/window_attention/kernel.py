@@ -399,8 +399,8 @@ def launch_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
     rows, walked, warps, stages = TILES[itemsize, max(32, _block(D))]
     if itemsize == 2 and D <= 32 and rows >= N:  # a window in one step: nothing to load ahead
         walked, stages = rows, 1
-    # Without a limit, ptxas aims at 64 registers for some kernels and spills 8 or 16 bytes for that.
-    limit = dict(maxnreg=255) if itemsize == 4 and D > 64 and not hip else {}
+    # Without a limit, ptxas aims at 64 or 128 registers for some of these kernels and spills 8 to 24 bytes for that.
+    limit = dict(maxnreg=255) if itemsize * D > 256 and not hip else {}
     return limit | dict(
         D=D,
         BLOCK_D=_block(D),
