@@ -96,6 +96,11 @@ def is_saved_graph() -> bool:
     return is_exporting() or (not torch.compiler.is_compiling() and torch.jit.is_tracing())
 
 
+def is_compiled() -> bool:
+    """Return whether torch.compile is recording, not torch.export: its graphs may contain operators of saccade."""
+    return torch.compiler.is_compiling() and not is_exporting()
+
+
 def is_exporting() -> bool:
     """Return whether torch.export is recording. torch.compile takes torch.compiler.is_exporting() for True (2.11)."""
     flag = getattr(torch.compiler, "_is_exporting_flag", None)

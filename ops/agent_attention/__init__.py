@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import is_exporting, use_definition, use_triton
+from ..dispatch import is_compiled, is_exporting, use_definition, use_triton
 from ..precision import no_autocast
 from . import eager, reference, tables
 from .eager import Inputs
@@ -69,7 +69,7 @@ def agent_attention(
         with no_autocast(q):
             if use_triton(q, *parameters, cannot=cannot):
                 out = _triton(inputs, scale)
-            elif use_definition(q) and not is_exporting():
+            elif use_definition(q) and not is_exporting() and not (is_compiled() and q.device.type == "cpu"):
                 out = reference.agent_attention(*inputs, scale)
             else:
                 out = eager.agent_attention(inputs, scale)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import use_definition, use_triton
+from ..dispatch import is_compiled, use_definition, use_triton
 from ..precision import no_autocast
 from . import eager, reference
 
@@ -38,7 +38,7 @@ def channel_attention(qkv: Tensor, heads: int, scale: float | None = None) -> Te
         cannot = [f"a head dimension of {D}, over {MAX_HEAD_DIM}"] if D > MAX_HEAD_DIM else []
         if use_triton(qkv, cannot=cannot):
             return _triton(qkv, heads, scale)
-        if use_definition(qkv):
+        if use_definition(qkv) and not (is_compiled() and qkv.device.type == "cpu"):
             with no_autocast(qkv):
                 return reference.channel_attention(qkv, heads, scale)
         return eager.channel_attention(qkv, heads, scale)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import use_definition, use_triton
+from ..dispatch import is_compiled, use_definition, use_triton
 from . import eager, reference
 
 __all__ = ["window_attention"]
@@ -53,7 +53,7 @@ def window_attention(
             cannot.append(f"windows of {window[0] * window[1]} tokens, over {MAX_TOKENS}")
         if _kernels(cannot, qkv, bias, pad):
             return _triton(qkv, heads, window, shift, bias, pad, D**-0.5 if scale is None else scale)
-        if qkv.device.type != "cpu" or use_definition(qkv):
+        if qkv.device.type != "cpu" or (use_definition(qkv) and not is_compiled()):
             return eager.definition(qkv, bias, pad, heads, window, shift, scale).contiguous()
         return eager.window_attention(qkv, heads, window, shift, bias, pad, scale)
 

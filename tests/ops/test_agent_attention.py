@@ -396,6 +396,15 @@ def test_registration(full):
     registers(op.fwd, (q, k, v, rest[0], *given, 2, 0.3), full)
 
 
+@FULL
+def test_registration_of_the_plain_form(full):
+    for dwc in ((rand((8, 1, 3, 3)), rand((8,))), (None, None)):
+        q, k, v, agents = rand((2, 6, 8)), rand((2, 6, 8), seed=1), rand((2, 6, 24))[..., 16:], rand((2, 4, 8), seed=2)
+        given = k, v, agents, rand((2, 4, 6)), rand((2, 4, 6), seed=3), *dwc, 2, [2, 3], 0.3
+        registers(eager.plain, (q.clone().requires_grad_(), *given), full)
+        registers(eager.plain_bwd, (rand(q.shape, seed=7), q, *given), full)
+
+
 @PLAIN
 def test_gradcheck(f):
     shape = (1, (2, 3), (2, 3), 2, 2, 2, 2, True, True)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from saccade.ops import channel_attention
-from saccade.ops.channel_attention import kernel, op, reference
+from saccade.ops.channel_attention import eager, kernel, op, reference
 from support import parity
 from support.budget import assert_close
 from support.operators import Operator
@@ -218,6 +218,14 @@ def test_registration(full):
         registers(op.fwd, (qkv, 2, 0.25), full)
     out, a = op.fwd(qkv, 2, 0.25)
     registers(op.bwd, (rand(out.shape).transpose(1, 2).contiguous().transpose(1, 2), qkv, a, 2, 0.25), full)
+
+
+@FULL
+def test_registration_of_the_plain_form(full):
+    for qkv in (rand((2, 7, 36)).requires_grad_(), rand((7, 3, 36)).transpose(0, 1)[:, ::2]):
+        registers(eager.plain, (qkv, 2, 0.25), full)
+    out, a = eager.plain(qkv, 2, 0.25)
+    registers(eager.plain_bwd, (rand(out.shape), qkv, a, 2, 0.25), full)
 
 
 def _memory(f, shape, heads) -> tuple[float, float]:

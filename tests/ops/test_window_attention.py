@@ -295,6 +295,16 @@ def test_registration(shape, full):
     registers(op.bwd, (out.mT.contiguous().mT, qkv, bias, pad, out, lse, *rest[2:]), full)
 
 
+@FULL
+def test_registration_of_the_plain_form(full):
+    for shape in SHAPES[1], SHAPES[4]:
+        qkv, heads, window, shift, bias, pad = inputs(shape)
+        rest = (bias, pad, heads, list(window), list(shift), 0.25)
+        swapped = qkv.transpose(1, 2).contiguous().transpose(1, 2)
+        registers(eager.plain, (swapped.requires_grad_(), *rest), full)
+        registers(eager.plain_bwd, (rand(eager.plain(qkv, *rest).shape), qkv, *rest), full)
+
+
 def test_gradcheck():
     gradients_are_right(plain, *inputs((1, 3, 2, 1, 2, (2, 2), (1, 0), True, True), torch.float64))
 
