@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from ..ops import agent_attention, pool_agents, resize_agent_bias, window_attention
 from ..ops.agent_attention.tables import whole
+from ..ops.attention import full_attention
 from ..ops.dispatch import is_exporting
 from ..ops.precision import full
 from .attention_maps import AttentionMap, QueryMap, describe, softmax_map, split_heads, window_map
@@ -326,7 +327,7 @@ class FullAttention(nn.Module):
         B, N, C = x.shape
         qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
         q, k, v = qkv.view(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, N, C)
+        out = full_attention(q, k, v).transpose(1, 2).reshape(B, N, C)
         if self.dwc is not None:
             v = qkv[..., 2 * C :].view(B, size[0], size[1], C).permute(0, 3, 1, 2)
             out = out + self.dwc(v).flatten(2).transpose(1, 2)

@@ -19,6 +19,7 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import bilevel_routing_attention, region_routing
+from ..ops.attention import full_attention
 from .attention_maps import AttentionMap, QueryMap, describe, hidden_unless, softmax_map, split_heads
 from .base import Pyramid, Stage, create_model, make_cfg, map_norms
 from .layers import (
@@ -116,6 +117,7 @@ class RoutedAttention(nn.Module):
         return self.proj(out) if torch.jit.is_scripting() else project(self.proj, out)
 
 
+@register_notrace_module
 class FullAttention(nn.Module):
     """Attention over the whole map (the last stage), 8 heads, no qkv bias: (B, H, W, C) -> (B, H, W, C).
 
@@ -145,7 +147,7 @@ class FullAttention(nn.Module):
         B, H, W, C = x.shape
         qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
         q, k, v = qkv.reshape(B, H * W, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
+        out = full_attention(q, k, v).transpose(1, 2).reshape(B, H, W, C)
         if self.lepe is not None:
             source = qkv[..., 2 * C :] if self.lepe_on_v else x
             out = out + as_nhwc(self.lepe(as_nchw(source)))

@@ -98,15 +98,12 @@ class DepthHead(nn.Module):
         if bins % sum(self.groups):
             raise ValueError(f"the depth bins must be a multiple of the groups' {sum(self.groups)}, got {bins}")
         self.reduce_conv = nn.Sequential(nn.Conv2d(in_chans, dim, 3, padding=1), nn.BatchNorm2d(dim), nn.ReLU())
-        each = bins // sum(self.groups)
-        self.register_buffer(
-            "of_code", torch.tensor([size for size in self.groups for _ in range(each)]), persistent=False
-        )
+        self.each = bins // sum(self.groups)  # codes of each group
         self.depth_conv = nn.Sequential(
             *(BasicBlock(dim, dim) for _ in range(3)),
             ASPP(dim),
             DeformConv(dim, groups=4),
-            nn.Conv2d(dim, self.of_code.numel(), 1),
+            nn.Conv2d(dim, self.each * len(self.groups), 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -114,14 +111,17 @@ class DepthHead(nn.Module):
         return logits.softmax(1, dtype=torch.promote_types(logits.dtype, torch.float32))
 
     def decode(self, codes: Tensor) -> Tensor:
-        return codes if self.groups == (1,) else codes.repeat_interleave(self.of_code, 1, output_size=self.bins)  # type: ignore[arg-type]
+        if self.groups == (1,):
+            return codes
+        parts = codes.split(self.each, 1)
+        return torch.cat([part.repeat_interleave(size, 1) for part, size in zip(parts, self.groups)], 1)
 
     def encode(self, bins: Tensor) -> Tensor:
         """Sum a distribution (B, bins, H, W) over each code's bins."""
         if self.groups == (1,):
             return bins
-        code = torch.arange(self.of_code.numel(), device=bins.device).repeat_interleave(self.of_code)  # type: ignore[arg-type]
-        return bins.new_zeros(len(bins), self.of_code.numel(), *bins.shape[2:]).index_add(1, code, bins)
+        parts = bins.split([self.each * size for size in self.groups], 1)
+        return torch.cat([part.unflatten(1, (self.each, size)).sum(2) for part, size in zip(parts, self.groups)], 1)
 
 
 def depth_target(

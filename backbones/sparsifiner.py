@@ -235,7 +235,8 @@ class SparseAttention(nn.Module):
         share = torch.ones_like(logits[:, :, :1])
         if removed > 0:
             share = _share_of_the_rest(logits, removed)
-            cls = out[:, :1].reshape(out.shape[0], 1, self.heads, -1) * share[:, None].to(out.dtype)
+            cls = out[:, :1].reshape(out.shape[0], 1, self.heads, out.shape[2] // self.heads)
+            cls = cls * share[:, None].to(out.dtype)
             out = torch.cat((cls.flatten(2), out[:, 1:]), 1)
         if self.keep is None:
             return self.proj(out), None

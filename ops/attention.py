@@ -5,8 +5,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
 
-from .dispatch import definition_gradients, use_definition, wants_definition_gradients
+from .dispatch import definition_gradients, is_transformed, use_definition, use_triton, wants_definition_gradients
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q kᵀ / √D) v of (..., heads, N, D), for layers of a model: `attend`, or where kernels run PyTorch's own
+    attention, whose backward pass is faster there and has no second derivative."""
+    if torch.jit.is_scripting():
+        return F.scaled_dot_product_attention(q, k, v)
+    else:
+        return F.scaled_dot_product_attention(q, k, v) if use_triton(q) else attend(q, k, v)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: float | None = None) -> Tensor:
@@ -16,6 +26,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, scale: f
         return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
     else:
         differentiates = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+        if is_transformed() and mask is None and (differentiates or forward_ad._current_level >= 0):
+            return _definition(q, k, v, None, q.shape[-1] ** -0.5 if scale is None else scale)
         if use_definition(q) or not differentiates:  # one call: torch.jit.trace checks that a second trace has its line
             return F.scaled_dot_product_attention(q, k, v, mask, scale=scale)
         device = q.device.type

@@ -80,6 +80,26 @@ def test_copies(models, name):
             assert torch.equal(ours, again)
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_no_images(models, name):
+    """An empty batch, such as a process without images has."""
+    inputs = images(name, batch=1)
+    for none, one in zip(results(models(name), batch_of(inputs, [])), results(models(name), inputs), strict=True):
+        assert none.shape == (0, *one.shape[1:])
+
+
+@pytest.mark.parametrize("name", [*SMALL, "depth groups"])
+def test_built_on_the_meta_device(name):
+    """A state_dict then holds all that the model computes with: nothing is left without values."""
+    if name == "depth groups":
+        name, kwargs = "dfa3d_bev_s", dict(depth_bound=(2.0, 14.0, 1.0), depth_groups=(1, 2, 3))
+    else:
+        kwargs = {}
+    with torch.device("meta"):
+        model = build(name, **kwargs)
+    assert {key for key, _ in model.named_buffers()} <= model.state_dict().keys()
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", [name for name in OURS if "bev" not in name])
 def test_every_model(name):

@@ -13,7 +13,7 @@ import torch
 from support.families import SMALL, build, images
 from support.levels import exhaustive
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
+from torch.func import functional_call, grad, jvp, vmap
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
 families = pytest.mark.parametrize("name", SMALL)
@@ -128,6 +128,19 @@ def test_func(name):
     )
     for key, g in per_sample.items():
         assert g.shape == (2, *params[key].shape) and g.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["biformer_t", "agent_deit_t"])  # of the families with attention to all tokens
+def test_second_derivatives(name):
+    """A Hessian times a vector by forward over reverse mode, and by a gradient penalty's two backward passes."""
+    model = build(name).eval().double().requires_grad_(False)
+    (x,), (vector,) = ([t.double() for t in images(name, 1, seed=seed)] for seed in range(2))
+    _, ours = jvp(grad(lambda x: model(x).square().sum()), (x,), (vector,))
+    x.requires_grad_()
+    (first,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    (expected,) = torch.autograd.grad((first * vector).sum(), x)
+    assert expected.abs().max() > 0
+    torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-9 * expected.abs().max().item())
 
 
 def test_lifter_in_other_formats():
