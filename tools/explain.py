@@ -63,6 +63,8 @@ def main() -> None:
 
     set_options(checkpoint="--checkpoint FILE", device="--device cpu", folder="--out")
     if args.serve:
+        if args.pretrained:
+            raise UserError("--pretrained does not apply to --serve: give the weights with --checkpoint FILE")
         from saccade.explain.page import serve
 
         serve([args.model, *args.image], args.host, args.port, args.checkpoint, args.device)

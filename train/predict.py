@@ -134,9 +134,8 @@ def load_model(
             arguments = {key: value for key, value in settings["task"].items() if key != "type"}
             net = task(SimpleNamespace(class_names=names), **arguments).restore(run_dir, settings["model"])
         return Loaded(net.to(choose_device(device)).eval(), None, names, inputs)
+    check_model(spec)
     spec = str(spec)
-    if not timm.is_model(spec.partition(".")[0]):
-        raise UserError(f"there is no run and no model {spec}{closest(spec, timm.list_models())}")
     if checkpoint is not None and pretrained:
         raise UserError("--checkpoint and --pretrained exclude each other: give one of them")
     weights = None if checkpoint is None else read_weights(checkpoint)
@@ -147,8 +146,17 @@ def load_model(
     return Loaded(net.to(choose_device(device)).eval(), None, names)
 
 
+def check_model(spec: str | Path) -> None:
+    """Raise UserError, with near names, for what is neither a folder nor a model that timm knows."""
+    spec = str(spec)
+    if not Path(spec).is_dir() and not timm.is_model(spec.partition(".")[0]):
+        raise UserError(f"there is no run and no model {spec}{closest(spec, timm.list_models())}")
+
+
 def _read_run(run_dir: Path) -> tuple[dict[str, Any], type[Task]]:
     """Return a run's config, {} for a classifier of timm's, and its task."""
+    if not run_dir.is_dir():
+        raise UserError(f"there is no run {run_dir}: give the folder of a finished run")
     if not (run_dir / "model.safetensors").is_file():
         raise UserError(f"{run_dir} has no model.safetensors: give the folder of a finished run")
     settings = config.load(run_dir / "config.py") if (run_dir / "config.py").exists() else {}

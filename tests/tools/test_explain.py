@@ -80,7 +80,11 @@ def test_lists_layers(command, small):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["biformer_t", "none.png"], "none.png can't be read as an image (No such file or directory)"),
+        (["biformer_t", "none.png"], "error: the image none.png does not exist\n"),
+        (["biformer_t", "FOLDER"], "is a folder: give one image"),
+        (["biformer_t", "IMAGE", "--method", "gradcam", "--head", "0"], "--head does not apply to --method gradcam"),
+        (["biformer_t", "biformer_tt", "--serve"], "there is no run and no model biformer_tt, did you mean biformer_t"),
+        (["biformer_t", "--serve", "--pretrained"], "--pretrained does not apply to --serve"),
         (["biformer_t", "TEXT"], "can't be read as an image (unknown format)"),
         (["biformer_tt", "IMAGE"], "there is no run and no model biformer_tt, did you mean biformer_t"),
         (["biformer_t", "IMAGE", "--layer", "stages.9"], "--layer stages.9 is not in biformer_t"),
@@ -102,7 +106,7 @@ def test_bad_input(command, image, tmp_path, monkeypatch, arguments, sentence):
     monkeypatch.setattr("saccade.explain.files.load", fast)
     text = tmp_path / "text.png"
     text.write_text("no image")
-    names = dict(IMAGE=image, TEXT=text)
+    names = dict(IMAGE=image, TEXT=text, FOLDER=tmp_path)
     line = [names.get(argument, argument) for argument in arguments]
     code, out, err = command("explain", *line, "--out", tmp_path / "out")
     assert code == 2 and out == "" and sentence in err and err.count("\n") == 1, err

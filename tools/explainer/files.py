@@ -180,6 +180,18 @@ def list_layers(subject: Subject, image: Image.Image | None) -> list[dict[str, A
     ]
 
 
+def _read(file: Path) -> Image.Image:
+    """Read an image. Raises UserError, which for a folder or a missing file does not advise to repair it."""
+    if file.is_dir():
+        raise UserError(f"{file} is a folder: give one image")
+    if not file.exists():
+        raise UserError(f"the image {file} does not exist")
+    try:
+        return read_image(file)
+    except BadImage as error:
+        raise UserError(str(error)) from error
+
+
 def run(
     spec: str,
     file: Path | None,
@@ -199,10 +211,9 @@ def run(
     """Do what `saccade explain` does: see tools/explain.py."""
     if file is None and not list_only:
         raise UserError("give an image after the model, or --list for the model's layers")
-    try:
-        image = None if file is None else read_image(file)
-    except BadImage as error:
-        raise UserError(str(error)) from error
+    if method == "gradcam" and (head is not None or query is not None):
+        raise UserError(f"--{'head' if head is not None else 'query'} does not apply to --method gradcam")
+    image = None if file is None else _read(file)
     if not list_only:
         check_out(out)
     subject = load(spec, checkpoint, pretrained, device)
@@ -231,4 +242,5 @@ def run(
         print("the image is taken for that of one camera that looks ahead, with a field of view of 70 degrees")
     if "predicted" in facts:
         print(f"predicted: {facts['predicted']}")
-    print(f"{len(explained)} maps in {out}: {', '.join(files[:3])}, …, maps.npz" + (", layers.gif" if gif else ""))
+    shown = files if len(files) <= 6 else [*files[:3], "…", "maps.npz", *(["layers.gif"] if gif else [])]
+    print(f"{len(explained)} map{'s' if len(explained) > 1 else ''} in {out}: {', '.join(shown)}")

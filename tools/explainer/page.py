@@ -18,6 +18,7 @@ from PIL import Image
 from saccade.backbones.attention_maps import AttentionMap
 from saccade.train.data.bad_images import BadImage
 from saccade.train.data.images import read_image, stored_size
+from saccade.train.predict import check_model
 from saccade.train.runtime.errors import UserError
 
 from .files import draw
@@ -186,7 +187,7 @@ def launch(page: Any, host: str, port: int, folder: Path) -> None:
                 theme=gr.themes.Base(font=["sans-serif"], font_mono=["monospace"]), footer_links=[],
             )  # fmt: skip
             return
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise UserError(f"--port {port} of {host} can't be used: give another one") from error
         except ValueError:  # Gradio asks its own page within three seconds, which a busy machine may miss
             page.close(verbose=False)
@@ -204,9 +205,11 @@ def serve(
     """Serve the page until Ctrl-C. names: models or runs to offer first."""
     if find_spec("gradio") is None:
         raise UserError("--serve needs gradio: pip install 'saccade[web]'")
+    for name in names:
+        check_model(name)
     names = list(dict.fromkeys([*names, *MODELS]))
     explainer = Explainer(names, checkpoint, device)
-    explainer.subject(names[0])  # a misspelt one is told at once
+    explainer.subject(names[0])  # weights that do not fit are told at once
     with tempfile.TemporaryDirectory(prefix="saccade-explain-") as folder:
         page = make_page(explainer, Path(folder))
         launch(page, host, port, Path(folder))
