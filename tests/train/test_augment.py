@@ -6,10 +6,13 @@ import random
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from saccade.train.data import turbojpeg
 from saccade.train.data.augment import Augment
 from saccade.train.data.bad_images import BadImage
+from saccade.train.data.folder import ImageFolder
 from saccade.train.data.images import Images, decode
+from saccade.train.runtime.errors import UserError
 from sklearn.datasets import load_sample_image
 from timm.data import create_transform
 
@@ -83,6 +86,8 @@ def test_normalised_where_the_model_is():
     pixels = torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8)
     images = Images(None, [], {0: None}, INPUTS["mean"], INPUTS["std"])
     normalised, labels = images.finish([pixels, "labels"])
+    decoded = pixels.contiguous(memory_format=torch.channels_last)  # as a loader hands it over
+    assert torch.equal(images.finish([decoded])[0], normalised) and images.finish([decoded])[0].is_contiguous()
     plain = create_transform((3, 5, 7), mean=INPUTS["mean"], std=INPUTS["std"], crop_pct=1.0)
     for mine, image in zip(normalised, pixels):
         expected = plain(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
@@ -95,6 +100,99 @@ def test_damaged():
         Augment(decode, **INPUTS)(file()[:2000], lambda: "torn.jpg")
 
 
+cropping = pytest.mark.skipif(turbojpeg._library() is None, reason="libjpeg-turbo 3 is not installed")
+
+
+def jpeg(size: tuple[int, int] = (400, 300), mode: str = "RGB", **arguments) -> bytes:
+    out = io.BytesIO()
+    PHOTOGRAPH.convert(mode).resize(size).save(out, "JPEG", **arguments)
+    return out.getvalue()
+
+
+def turned() -> bytes:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    return jpeg(exif=exif)
+
+
+FILES = {
+    "4:4:4": jpeg(subsampling="4:4:4"),
+    "4:2:2, odd size": jpeg((399, 217), subsampling="4:2:2"),
+    "4:2:0": jpeg(subsampling="4:2:0"),
+    "4:2:0, odd size": jpeg((77, 101), subsampling="4:2:0"),
+    "progressive": jpeg(progressive=True),
+    "restart markers": jpeg(restart_marker_rows=1),
+    "greyscale": jpeg(mode="L"),
+    "CMYK": jpeg(mode="CMYK"),
+    "EXIF, upright": jpeg(exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0"),
+    "EXIF, turned": turned(),
+    "bytes after the end": jpeg() + b"more",
+    "PNG": file("PNG"),
+}
+
+
+@cropping
+@pytest.mark.parametrize("name", FILES)
+def test_cropped_decoding(name, monkeypatch):
+    """The same crops of the same pixels, and the same random numbers after them, whether a crop is decoded or all."""
+    images, decoded = {}, []
+    crop = turbojpeg.Jpeg.crop
+    monkeypatch.setattr(turbojpeg.Jpeg, "crop", lambda self, *box: decoded.append(box) or crop(self, *box))
+    for how in ("exact", "cropped"):
+        step = Augment(decode, how, **INPUTS, color_jitter=0.0, vflip=0.5)
+        images[how] = [
+            (image, random.random(), np.random.rand(), torch.rand(1))
+            for i in range(12)
+            for _ in [random.seed(i), np.random.seed(i), torch.manual_seed(i)][:1]
+            for image in [step(FILES[name], lambda: name)]
+        ]
+    for (exact, *after), (cropped, *after_crop) in zip(images["exact"], images["cropped"]):
+        assert torch.equal(exact, cropped) and after == after_crop
+    whole = name in ("CMYK", "EXIF, turned", "bytes after the end", "PNG")
+    assert len(decoded) == (0 if whole else 12)
+
+
+@cropping
+def test_every_edge_of_a_crop():
+    """Crops at all offsets within an iMCU equal those of the decoded image, at its borders too."""
+    for subsampling in ("4:4:4", "4:2:2", "4:2:0"):
+        data = jpeg((67, 51), subsampling=subsampling)
+        opened, whole = turbojpeg.Jpeg(data), np.array(Image.open(io.BytesIO(data)))
+        assert (opened.height, opened.width) == (51, 67)
+        for i in range(36):
+            top, left = i, (i * 7) % 60
+            height, width = 1 + i * 5 % (51 - top), 1 + i * 11 % (67 - left)
+            crop = opened.crop(top, left, height, width)
+            assert np.array_equal(crop, whole[top : top + height, left : left + width])
+
+
+@cropping
+def test_damaged_for_cropped_decoding(monkeypatch):
+    """A truncated file is refused as ever; one that is damaged above the crop is decoded as a whole, with its crop."""
+    data = jpeg(quality=95)
+    with pytest.raises(BadImage, match=r"torn\.jpg"):
+        Augment(decode, "cropped", **INPUTS)(data[: len(data) * 9 // 10], lambda: "torn.jpg")
+    with pytest.raises(ValueError, match="damaged"):
+        turbojpeg.Jpeg(data[:4000] + data[-2:]).crop(200, 0, 50, 50)
+    with pytest.raises(ValueError, match="not a JPEG"):
+        turbojpeg.Jpeg(b"no JPEG at all")
+    with pytest.raises(ValueError, match="rare"), monkeypatch.context() as patch:
+        patch.setattr(turbojpeg, "_IMCU", {})
+        turbojpeg.Jpeg(data)
+    broken = data[:4000] + data[-2:]
+    exact, cropped = (
+        torch.stack(seeded(Augment(decode, how, **INPUTS, color_jitter=0.0), broken, lambda: "a file"))
+        for how in ("exact", "cropped")
+    )
+    assert torch.equal(exact, cropped)
+
+
+def test_without_the_library(monkeypatch, tmp_path):
+    monkeypatch.setattr(turbojpeg, "_library", lambda: None)
+    with pytest.raises(UserError, match=r"needs libjpeg-turbo 3, .*pip install 'saccade\[jpeg\]'"):
+        ImageFolder(str(tmp_path), decode="cropped")
+
+
 @pytest.mark.parametrize("factor", [1, 3])
 def test_scaled_decoding(factor):
     """The same crops; pixels differ little, and not at all where the full size is needed."""
@@ -102,8 +200,8 @@ def test_scaled_decoding(factor):
     PHOTOGRAPH.resize((400 * factor, 300 * factor), Image.Resampling.BICUBIC).save(large, "JPEG", quality=92)
     inputs = INPUTS | dict(input_size=(3, 224, 224))
     exact, scaled = (
-        torch.stack(seeded(Augment(decode, scaled, **inputs, color_jitter=0.0), large.getvalue(), lambda: "a file"))
-        for scaled in (False, True)
+        torch.stack(seeded(Augment(decode, how, **inputs, color_jitter=0.0), large.getvalue(), lambda: "a file"))
+        for how in ("exact", "scaled")
     )
     difference = (exact.float() - scaled.float()).abs()
     assert torch.equal(exact, scaled) if factor == 1 else 0 < difference.mean() < 2

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from saccade.train.data import coco_json, tar
 from saccade.train.data.ade20k import Folders
-from saccade.train.data.augment import Augment, _jpeg, _jpeg_pixels
+from saccade.train.data.augment import Augment, _jpeg, _read_header
 from saccade.train.data.bad_images import BadImage, BadImages
 from saccade.train.data.imagenet import read_index
 from saccade.train.data.images import Images, decode
@@ -441,7 +441,7 @@ def test_decompression_bombs():
     jpeg = bytearray(small.getvalue())
     at = jpeg.index(b"\xff\xc0")
     jpeg[at + 5 : at + 9] = struct.pack(">HH", 65000, 65000)
-    assert _jpeg_pixels(bytes(jpeg)) == 65000**2 and _jpeg_pixels(small.getvalue()) == 64 * 64
+    assert _read_header(bytes(jpeg))[0] == 65000**2 and _read_header(small.getvalue())[0] == 64 * 64
     assert _jpeg(bytes(jpeg)) is None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for data in (png_bomb, bytes(jpeg)):
@@ -452,7 +452,7 @@ def test_decompression_bombs():
 
 @pytest.mark.parametrize("data", [b"", b"\xff\xd8", b"\xff\xd8" + b"\xff" * 999, b"\xff\xd8\xff\xc0\x00\x00"])
 def test_jpeg_headers(data):
-    assert _jpeg_pixels(data) == 0
+    assert _read_header(data) == (0, False)
 
 
 # Tables and lists ---------------------------------------------------------------------------------------------------

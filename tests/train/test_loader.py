@@ -1,16 +1,20 @@
 """Which images are seen, by whom and when, and what randomness does to them."""
 
 import os
+import pickle
 import random
 import signal
 from itertools import chain
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from saccade.train.data import loader
 from saccade.train.data.bad_images import BadImage, BadImages
+from saccade.train.data.images import Images
 from saccade.train.data.loader import EvaluationOrder, Seeded, TrainingOrder, batches, to_device
+from saccade.train.data.slots import Slots
 from saccade.train.runtime.errors import UserError
 
 
@@ -362,3 +366,67 @@ def test_to_device_keeps_structure():
     assert moved["targets"][1]["boxes"].shape == (0, 4) and moved["targets"][1]["id"] == 3
     moved = to_device(dict(a=(torch.ones(1), [torch.ones(2)])), torch.device("meta"))
     assert moved["a"][0].is_meta and moved["a"][1][0].is_meta and list(moved) == ["a"]
+
+
+class Blocks:
+    """A dataset of images whose pixels are their number, handed over in slots; `each` bytes are allowed for one."""
+
+    def __init__(self, dtype: torch.dtype, each: int = 75):
+        self.dtype, self.each, self.files = dtype, each, range(1000)
+
+    def __len__(self) -> int:
+        return 1000
+
+    def batch_bytes(self, images: int) -> int:
+        return images * (self.each * self.dtype.itemsize + 8) + 128
+
+    def __getitem__(self, index: int) -> tuple:
+        pixels = torch.full((5, 5, 3), index % 251).to(self.dtype)
+        return pixels.permute(2, 0, 1), index
+
+    collate = staticmethod(Images.collate)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32], ids=str)
+@pytest.mark.parametrize("each", [75, 0])
+def test_batches_in_slots(dtype, each):
+    """Every batch is the order's, however slots are reused, and stays as it is when they are; too large ones too."""
+    order = TrainingOrder(1000, 50, 0, 0, 40)
+    expected = [[index for _, index in keys] for keys in order]
+    loader = batches(Blocks(dtype, each), order, 0, 2, torch.device("cpu"))
+    needed = 8192 if dtype == torch.uint8 else 16384
+    assert loader.slots.size == (needed if each else 4096) and loader.slots.each == 3
+    seen = list(loader)
+    assert [labels.tolist() for _, labels in seen] == expected
+    for (images, labels), alone in zip(seen, batches(Blocks(dtype), order, 0, 0, torch.device("cpu"))):
+        assert images.shape == (50, 3, 5, 5) and images.dtype == dtype and not loader.slots.holds(images)
+        assert torch.equal(images, alone[0]) and images.stride() == alone[0].stride()
+        assert images.is_contiguous(memory_format=torch.channels_last) == (dtype == torch.uint8)
+        assert torch.equal(images[:, 0, 0, 0].long(), labels % 251)
+
+
+def test_passes_that_are_broken_off_leave_slots_in_order():
+    """Batches that were loaded ahead in a pass that was not finished are not mistaken for those of the next."""
+    loader = batches(Blocks(torch.uint8), EvaluationOrder(90, 10), 0, 1, torch.device("cpu"))
+    for taken in (1, 4, 9):
+        seen = [labels.tolist() for (_, labels), _ in zip(loader, range(taken))]
+        assert seen == [list(range(i * 10, i * 10 + 10)) for i in range(taken)]
+
+
+def test_slots_are_full():
+    """A tensor that does not fit is made elsewhere, and sent as any other."""
+    slots = Slots(1, 2, 100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("saccade.train.data.slots.get_worker_info", lambda: SimpleNamespace(id=0))
+        slots.begin()
+        first, second, third = (slots.empty(shape, dtype=torch.uint8) for shape in ((3000,), (2, 500), (500,)))
+        assert [slots.holds(t) for t in (first, second, third)] == [True, True, False]
+        assert second.data_ptr() - first.data_ptr() == 3008  # aligned
+        sent = pickle.loads(pickle.dumps(slots.sent({"a": [second], "b": third, "c": "text"})))
+        second.fill_(7)
+        assert (sent["a"][0] == 7).all() and slots.holds(sent["a"][0]) and sent["c"] == "text"
+        kept = slots.released(sent)
+        slots.begin()
+        assert slots.empty((8,), dtype=torch.uint8).data_ptr() - first.data_ptr() == 4096
+        second.fill_(8)
+        assert (kept["a"][0] == 7).all() and (sent["a"][0] == 8).all()

@@ -4,8 +4,9 @@ These are the random resized crop and the flips. PIL's resizing takes as long as
 the memory layout of the decoder, a fifth of that. The random numbers are drawn in the same order, so the crops equal
 timm's and the pixels differ only by the rounding of the resize.
 
-Large JPEGs can be decoded at a half, a quarter or an eighth of their size, where that leaves the crop at least as large
-as the output (`scaled`): libjpeg then computes smaller inverse transforms, which average the pixels of a block.
+Of a JPEG, only the crop need be decoded ("cropped", saccade.train.data.turbojpeg): the pixels are the same. Large JPEGs
+can be decoded at a half, a quarter or an eighth of their size, where that leaves the crop at least as large as the
+output ("scaled"): libjpeg then computes smaller inverse transforms, which average the pixels of a block.
 """
 
 import io
@@ -13,7 +14,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -33,6 +34,10 @@ from torchvision.transforms import (
     RandomVerticalFlip,
 )
 
+from . import turbojpeg
+
+Decode = Literal["exact", "cropped", "scaled"]
+
 _MODES = {InterpolationMode.BILINEAR: "bilinear", InterpolationMode.BICUBIC: "bicubic"}
 _RESAMPLING = {
     InterpolationMode.BILINEAR: Image.Resampling.BILINEAR,
@@ -43,16 +48,20 @@ _RESAMPLING = {
 class Augment:
     """Apply `create_transform(**arguments, is_training=True)` to the bytes of a file, giving (3, H, W).
 
-    If normalisation is the last step, the output is uint8 and is normalised on the model's device, which moves a
-    quarter of the bytes; if another step follows (random erasing), it is float32.
-    decode(data, name): decodes bytes that are not a plain JPEG to a PIL image, or raises. scaled: decode large JPEGs at
-    a fraction of their size; pixels then differ from timm's by more than rounding.
+    If normalisation is the last step, the output is uint8, in channels-last memory layout, and is normalised on the
+    model's device, which moves a quarter of the bytes; if another step follows (random erasing), it is float32.
+    decode(data, name): decodes bytes that are not a plain JPEG to a PIL image, or raises. how: "exact": whole JPEGs are
+    decoded; "cropped": only their crop, to the same pixels; "scaled": large JPEGs at a fraction of their size, and
+    pixels then differ from timm's by more than rounding.
     """
 
     def __init__(
-        self, decode: Callable[[bytes, Callable[[], str]], Image.Image], scaled: bool = False, **arguments: Any
+        self,
+        decode: Callable[[bytes, Callable[[], str]], Image.Image],
+        how: Decode = "exact",
+        **arguments: Any,
     ):
-        self.decode, self.scaled = decode, scaled
+        self.decode, self.how = decode, how
         steps = create_transform(**arguments, is_training=True).transforms
         last = next(i for i, step in enumerate(steps) if isinstance(step, Normalize))
         # The step from PIL image to tensor is between these. Steps that change nothing would still need a PIL image.
@@ -65,9 +74,16 @@ class Augment:
                 if op.aug_fn is posterize:
                     op.aug_fn = _posterize
 
+    @property
+    def gives_uint8(self) -> bool:
+        """Whether normalisation is left to the device."""
+        return len(self.after) == 1
+
     def __call__(self, data: bytes, name: Callable[[], str]) -> Tensor:
         first = self.on_tensors[0] if self.on_tensors else None
-        pixels = _scaled_crop(first, data) if self.scaled and isinstance(first, RandomResizedCrop) else None
+        pixels = None
+        if self.how != "exact" and isinstance(first, RandomResizedCrop):
+            pixels = _scaled_crop(first, data) if self.how == "scaled" else _cropped(first, data)
         steps = self.on_tensors if pixels is None else self.on_tensors[1:]
         if pixels is None:
             pixels = _jpeg(data)
@@ -77,8 +93,8 @@ class Augment:
             pixels = _resized_crop(step, pixels) if isinstance(step, RandomResizedCrop) else step(pixels)
         if self.on_pil.transforms:
             pixels = _pixels(self.on_pil(Image.fromarray(pixels.permute(1, 2, 0).numpy())))
-        if len(self.after) == 1:
-            return pixels.contiguous()
+        if self.gives_uint8:
+            return pixels
         image = pixels.float().div_(255)
         for step in self.after:
             image = step(image)
@@ -100,7 +116,7 @@ def _takes_tensors(step: Any) -> bool:
 
 def _jpeg(data: bytes) -> Tensor | None:
     """Decode a greyscale or colour JPEG to uint8 (3, H, W); return None for anything else, and for a damaged file."""
-    if data[:2] != b"\xff\xd8" or _jpeg_pixels(data) > (Image.MAX_IMAGE_PIXELS or math.inf):
+    if data[:2] != b"\xff\xd8" or _read_header(data)[0] > (Image.MAX_IMAGE_PIXELS or math.inf):
         return None
     try:
         pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), apply_exif_orientation=True)
@@ -111,15 +127,21 @@ def _jpeg(data: bytes) -> Tensor | None:
     return pixels if len(pixels) == 3 else None  # PIL converts CMYK differently from torchvision
 
 
-def _jpeg_pixels(data: bytes) -> int:
-    """Return the number of pixels that a JPEG's header claims, 0 where it has none: a few bytes may claim gigabytes."""
-    at = 2
+def _read_header(data: bytes) -> tuple[int, bool]:
+    """Return what a JPEG's header says: the number of pixels, 0 where it does not, and whether there are EXIF data.
+
+    A few bytes may claim gigabytes of pixels.
+    """
+    pixels, has_exif, at = 0, False, 2
     while at + 9 <= len(data) and data[at] == 0xFF:
         kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # a frame's header
-            return int.from_bytes(data[at + 5 : at + 7], "big") * int.from_bytes(data[at + 7 : at + 9], "big")
+        if kind == 0xDA:  # pixels follow
+            break
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC) and not pixels:  # a frame's header
+            pixels = int.from_bytes(data[at + 5 : at + 7], "big") * int.from_bytes(data[at + 7 : at + 9], "big")
+        has_exif = has_exif or (kind == 0xE1 and data[at + 4 : at + 8] == b"Exif")
         at += 1 if kind == 0xFF else 2 + length  # any number of 0xFF may stand before a marker
-    return 0
+    return pixels, has_exif
 
 
 def _pixels(image: Image.Image) -> Tensor:
@@ -167,12 +189,47 @@ def scale_of(size: Sequence[int], least: Sequence[int]) -> int:
     return next((s for s in (8, 4, 2) if all(a >= s * b for a, b in zip(size, least))), 1)
 
 
+def _cropped(step: RandomResizedCrop, data: bytes) -> Tensor | None:
+    """Apply `step` to a JPEG of which no more than the crop is decoded.
+
+    Returns None, and draws nothing, for a file that is no plain upright JPEG, and for a damaged or truncated one.
+    """
+    # The marker at the end: what is missing below the crop would not be noticed.
+    if not (data.startswith(b"\xff\xd8") and data.endswith(b"\xff\xd9")):
+        return None
+    pixels, has_exif = _read_header(data)
+    if pixels > (Image.MAX_IMAGE_PIXELS or math.inf) or (has_exif and _is_turned(data)):
+        return None
+    state = random.getstate()
+    try:
+        jpeg = turbojpeg.Jpeg(data)
+        if jpeg.height * jpeg.width != pixels:
+            return None
+        *box, mode = _draw_crop(step, torch.empty(1).expand(3, jpeg.height, jpeg.width))
+        return _resize(jpeg.crop(*box).permute(2, 0, 1), step.size, mode)
+    except ValueError:
+        random.setstate(state)
+        return None
+
+
+def _is_turned(data: bytes) -> bool:
+    """Tell whether a JPEG with EXIF data may have an orientation other than upright."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # damaged
+        return True
+
+
 def _resized_crop(step: RandomResizedCrop, pixels: Tensor) -> Tensor:
     """Apply `step` to a tensor as it would be applied to a PIL image."""
-    top, left, height, width, interpolation = _draw_crop(step, pixels)
-    mode = _MODES[interpolation]
-    crop = pixels[None, :, top : top + height, left : left + width].contiguous(memory_format=torch.channels_last)
-    return interpolate(crop, size=step.size, mode=mode, antialias=True)[0]
+    top, left, height, width, mode = _draw_crop(step, pixels)
+    return _resize(pixels[:, top : top + height, left : left + width], step.size, mode)
+
+
+def _resize(crop: Tensor, size: Sequence[int], mode: InterpolationMode) -> Tensor:
+    crop = crop[None].contiguous(memory_format=torch.channels_last)
+    return interpolate(crop, size=size, mode=_MODES[mode], antialias=True)[0]
 
 
 def _posterize(image: Image.Image, bits: int, **fill: Any) -> Image.Image:

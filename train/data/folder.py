@@ -3,7 +3,6 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -11,6 +10,7 @@ from ..runtime.config import Count, NonNegativeInt
 from ..runtime.distributed import derive_seed
 from ..runtime.errors import UserError
 from ..runtime.run_folder import is_run
+from .augment import Decode
 from .files import Skipped, fold, image_files, is_hidden, split_folders, split_of
 from .images import Files, Source
 
@@ -25,8 +25,9 @@ class ImageFolder(Source):
     img_size: image size in pixels; None: that of the model's published weights. shares: fractions of val and test in an
     automatic split. augment: arguments of timm.data.create_transform for training (hflip, color_jitter, auto_augment,
     re_prob, …). sizes: image size in training from given epochs on, for example {0: 192, 280: 224}; None: img_size.
-    max_bad: how many unreadable images a run tolerates. decode: "exact", or "scaled": large JPEGs
-    are decoded at 1/2, 1/4 or 1/8 of their size where that leaves what is needed of them, in evaluation too.
+    max_bad: how many unreadable images a run tolerates. decode: "exact"; "cropped": of a JPEG in training no more than
+    the crop is decoded, to the same pixels, which needs libjpeg-turbo 3; "scaled": large JPEGs are decoded at 1/2, 1/4
+    or 1/8 of their size where that leaves what is needed of them, in evaluation too.
     Raises UserError, naming the folder, if there is nothing to learn.
     """
 
@@ -38,7 +39,7 @@ class ImageFolder(Source):
         augment: dict | None = None,
         sizes: dict | None = None,
         max_bad: NonNegativeInt = 0,
-        decode: Literal["exact", "scaled"] = "exact",
+        decode: Decode = "exact",
     ):
         super().__init__(img_size, sizes, augment, max_bad, decode)
         if len(shares) != 2 or min(shares) < 0 or sum(shares) >= 1:

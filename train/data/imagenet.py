@@ -8,12 +8,13 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from ..runtime.config import Count, NonNegativeInt
 from ..runtime.errors import DATA, UserError
+from .augment import Decode
 from .combined import SHARDS, combine
 from .files import note
 from .folder import ImageFolder
@@ -37,8 +38,10 @@ class ImageNet(Source):
     cache_dir: folder for downloaded streams; None: the user's cache folder.
     img_size: image size in pixels; None: that of the model's published weights. augment: arguments of
     timm.data.create_transform for training. sizes: image size in training from given epochs on, for example
-    {0: 192, 280: 224}. max_bad: how many unreadable or missing samples a run tolerates. decode: "exact", or "scaled":
-    large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that leaves what is needed, in evaluation too.
+    {0: 192, 280: 224}. max_bad: how many unreadable or missing samples a run tolerates. decode: "exact";
+    "cropped": of a JPEG in training no more than the crop is decoded, to the same pixels, which needs libjpeg-turbo 3;
+    "scaled": large JPEGs are decoded at 1/2, 1/4 or 1/8 of their size where that leaves what is needed, in evaluation
+    too.
     """
 
     def __init__(
@@ -54,7 +57,7 @@ class ImageNet(Source):
         augment: dict | None = None,
         sizes: dict | None = None,
         max_bad: NonNegativeInt = 0,
-        decode: Literal["exact", "scaled"] = "exact",
+        decode: Decode = "exact",
     ):
         super().__init__(img_size, sizes, augment, max_bad, decode)
         patterns = {split: given for split, given in dict(train=train, val=val, test=test).items() if given}

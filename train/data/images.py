@@ -24,7 +24,8 @@ from ..runtime import ranges
 from ..runtime.config import check
 from ..runtime.distributed import rank
 from ..runtime.errors import UserError
-from .augment import Augment, scale_of
+from . import turbojpeg
+from .augment import Augment, Decode, scale_of
 from .bad_images import BadImage
 from .files import note, note_classes
 from .mapped import Mapped
@@ -64,7 +65,8 @@ class Files:
     base = name
 
     def read(self, index: int) -> bytes:
-        return Path(self.paths[index]).read_bytes()
+        with open(self.paths[index], "rb") as file:
+            return file.read()
 
 
 class Images(Dataset):
@@ -72,7 +74,7 @@ class Images(Dataset):
 
     files: has __len__, name(index), base(index) (ends with the file name) and read(index) (the file's bytes).
     labels (N,), which may be mapped. transforms: first epoch -> function of a file's bytes and of a function that
-    returns its name.
+    returns its name. image_bytes: of the largest image that they return; 0: unknown.
     """
 
     def __init__(
@@ -82,8 +84,9 @@ class Images(Dataset):
         transforms: dict[int, Callable[[bytes, Callable[[], str]], Tensor]],
         mean: Sequence[float],
         std: Sequence[float],
+        image_bytes: int = 0,
     ):
-        self.files, self.transforms = files, transforms
+        self.files, self.transforms, self.image_bytes = files, transforms, image_bytes
         self.labels = labels if isinstance(labels, Mapped) else np.asarray(labels, np.int64)
         self.mean, self.std = mean, std
         self.set_epoch(0)
@@ -106,12 +109,35 @@ class Images(Dataset):
             raise BadImage(self.files.name(index), describe_error(error)) from error
         return self.transform(data, lambda: self.files.name(index)), int(self.labels[index])
 
+    def batch_bytes(self, images: int) -> int:
+        """Return the bytes that a batch takes at most, with its labels, each aligned."""
+        return images * (self.image_bytes + 8) + 128
+
+    @staticmethod
+    def collate(samples: Sequence[tuple[Tensor, int]], empty: Callable[..., Tensor] = torch.empty) -> list[Tensor]:
+        """Return images (N, 3, H, W) and labels (N,), in tensors that empty(shape, dtype=…) makes.
+
+        uint8 images keep the channels-last memory layout that they were decoded to.
+        """
+        images, numbers = zip(*samples)
+        first = images[0]
+        if first.dtype == torch.uint8:
+            batch = empty((len(images), *first.shape[1:], len(first)), dtype=first.dtype)
+            torch.stack([image.permute(1, 2, 0) for image in images], out=batch)
+            batch = batch.permute(0, 3, 1, 2)
+        else:
+            batch = torch.stack(images, out=empty((len(images), *first.shape), dtype=first.dtype))
+        labels = empty((len(numbers),), dtype=torch.int64)
+        return [batch, labels.copy_(torch.tensor(numbers))]
+
     def finish(self, batch: Sequence) -> Sequence:
-        """Normalise the images of a batch, on their device."""
+        """Normalise the images of a batch, on their device, to the contiguous memory layout."""
         images, *rest = batch
         if images.dtype == torch.uint8:
             mean, std = (torch.tensor(n, device=images.device).mul(255).view(-1, 1, 1) for n in (self.mean, self.std))
-            images = torch.sub(images, mean).div_(std)  # to float32 on the way: large batches are slow to allocate
+            normalised = torch.empty(images.shape, device=images.device)
+            # To float32 on the way: large batches are slow to allocate.
+            images = torch.sub(images, mean, out=normalised).div_(std)
         return [images, *rest]
 
 
@@ -275,9 +301,11 @@ class Source:
     class_names: list[str]
 
     def __init__(
-        self, img_size: int | None, sizes: dict | None, augment: dict | None, max_bad: int, decode: str = "exact"
+        self, img_size: int | None, sizes: dict | None, augment: dict | None, max_bad: int, decode: Decode = "exact"
     ):
-        self.scaled = decode == "scaled"
+        self.decode: Decode = decode
+        if decode == "cropped":
+            turbojpeg.require()
         self.img_size, self.sizes, self.augment, self.max_bad = img_size, sizes or {}, augment or {}, max_bad
         self.bad: dict[str, tuple[str, int]] = {}
         check("data.augment", self.augment, create_transform, without=(*_TRANSFORM, *_NO_CHOICE), ranges=ranges.AUGMENT)
@@ -316,15 +344,19 @@ class Source:
             counts = np.bincount(labels, minlength=len(self.class_names)).tolist()
         note_classes(split, counts, self.class_names, "images", 2 * training)
         norm = dict(mean=inputs["mean"], std=inputs["std"])
+        channels, height, width = inputs["input_size"]
         if not training:
-            least = math.ceil(max(inputs["input_size"][1:]) / inputs["crop_pct"]) if self.scaled else None
-            return Images(files, labels, {0: partial(_as_tested, create_transform(**inputs), least)}, **norm)
+            least = math.ceil(max(inputs["input_size"][1:]) / inputs["crop_pct"]) if self.decode == "scaled" else None
+            transforms = {0: partial(_as_tested, create_transform(**inputs), least)}
+            return Images(files, labels, transforms, **norm, image_bytes=4 * channels * height * width)
         by_epoch = {first: inputs | dict(input_size=(inputs["input_size"][0], n, n)) for first, n in self.sizes.items()}
         transforms = {
-            first: Augment(decode, self.scaled, **(inputs | self.augment))
+            first: Augment(decode, self.decode, **(inputs | self.augment))
             for first, inputs in (by_epoch or {0: inputs}).items()
         }
-        return Images(files, labels, transforms, **norm)
+        pixels = max((n * n for n in self.sizes.values()), default=height * width)
+        each = 1 if all(transform.gives_uint8 for transform in transforms.values()) else 4
+        return Images(files, labels, transforms, **norm, image_bytes=each * channels * pixels)
 
 
 def fit_size(height: int, width: int, scale: Sequence[int]) -> tuple[float, float]:

@@ -24,7 +24,9 @@ from ..runtime.distributed import derive_seed, rank, world_size
 from ..runtime.errors import DATA, UserError, first_line
 from .bad_images import BadImage, BadImages
 from .permutation import permutation
+from .slots import Slots
 
+PREFETCH = 2  # batches that each loader process loads ahead
 MAX_REPLACEMENTS = 100  # images that are tried as a replacement of an unreadable one
 
 
@@ -119,6 +121,11 @@ class TrainingOrder:
     def __len__(self) -> int:
         return (self.stop - self.start) * self.accumulate
 
+    @property
+    def largest(self) -> int:
+        """The number of images in a batch, at most."""
+        return self.batch_size // world_size() // self.accumulate
+
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         own = self.batch_size // world_size()
         part = own // self.accumulate
@@ -150,7 +157,7 @@ class EvaluationOrder:
     """
 
     def __init__(self, images: int, batch_size: int, sequences: list[list[int]] | None = None):
-        self.images, self.batch_size = images, batch_size
+        self.images, self.batch_size, self.largest = images, batch_size, batch_size
         self.starts = range(0, images, batch_size)[rank() :: world_size()]
         self.single = None if sequences is None else [i for each in sequences[rank() :: world_size()] for i in each]
 
@@ -166,13 +173,19 @@ class EvaluationOrder:
 class Batches:
     """The collated batches of a loader, on a device. skipped: number of unreadable images left out in the last pass.
 
-    finish: a function applied to each batch on the device.
+    finish: a function applied to each batch on the device. slots: memory in which the loader's processes hand it over.
     """
 
     def __init__(
-        self, loader: DataLoader, device: torch.device, bad: BadImages | None, finish: Callable[[Any], Any] | None
+        self,
+        loader: DataLoader,
+        device: torch.device,
+        bad: BadImages | None,
+        finish: Callable[[Any], Any] | None,
+        slots: Slots | None = None,
     ):
         self.loader, self.device, self.bad, self.finish, self.skipped = loader, device, bad, finish, 0
+        self.slots = slots
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -190,7 +203,8 @@ class Batches:
                 self.skipped += len(errors)
             if batch is not None:
                 batch = to_device(batch, self.device)
-                yield batch if self.finish is None else self.finish(batch)
+                batch = batch if self.finish is None else self.finish(batch)
+                yield batch if self.slots is None else self.slots.released(batch)
 
     def _loaded(self) -> Iterator[Any]:
         """Yield what the loader does. Raises UserError where the system has ended one of its processes."""
@@ -232,21 +246,27 @@ def batches(
 ) -> Batches:
     """Return the batches of `order`, with `workers` processes loading ahead (0: this process loads).
 
-    A dataset may have `collate(samples)`, which makes a batch, and `finish(batch)`, which is applied on the device.
+    A dataset may have `collate(samples)`, which makes a batch, and `finish(batch)`, applied on the device. With
+    `batch_bytes(images)`, the largest size of a batch, it hands over batches in memory that is kept (Slots), and
+    `collate(samples, empty)` makes its tensors by empty(shape, dtype=…).
     bad: where unreadable images are recorded; None: the first one raises. In training they are replaced by others.
     Iteration raises the UserError of an error in a worker.
     """
+    slots = None
+    if workers and hasattr(dataset, "batch_bytes") and hasattr(order, "largest") and Slots.work():
+        slots = Slots(workers, PREFETCH, dataset.batch_bytes(order.largest))
     loader = DataLoader(
         Seeded(dataset, seed, replace=isinstance(order, TrainingOrder)),
         batch_sampler=order,
         num_workers=workers,
-        collate_fn=partial(_collate, getattr(dataset, "collate", default_collate)),
+        prefetch_factor=PREFETCH if workers else None,
+        collate_fn=partial(_collate, getattr(dataset, "collate", default_collate), slots),
         pin_memory=device.type == "cuda",
         persistent_workers=workers > 0,
         worker_init_fn=_ignore_interrupts,
         generator=torch.Generator(),  # its own, so that making an iterator draws nothing from the global one
     )
-    return Batches(loader, device, bad, getattr(dataset, "finish", None))
+    return Batches(loader, device, bad, getattr(dataset, "finish", None), slots)
 
 
 def _ignore_interrupts(worker: int) -> None:
@@ -254,11 +274,14 @@ def _ignore_interrupts(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _collate(collate: Callable[[list], Any], loaded: Any) -> Any:
+def _collate(collate: Callable[..., Any], slots: Slots | None, loaded: Any) -> Any:
     if isinstance(loaded, UserError):
         return loaded
     samples, errors = loaded
-    return collate(samples) if samples else None, errors
+    if slots is None:
+        return collate(samples) if samples else None, errors
+    slots.begin()
+    return slots.sent(collate(samples, slots.empty)) if samples else None, errors
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
