@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..dispatch import use_definition, use_triton
+from ..dispatch import is_compiled, use_definition, use_triton
 from . import eager
 
 __all__ = ["neighborhood_attention"]
@@ -40,8 +40,8 @@ def neighborhood_attention(
     Returns:
         (B, H, W, C), contiguous, in the dtype of qkv, also under autocast. Sums are in float32, or float64 for float64.
 
-    Gradients flow to qkv and bias and are deterministic. NaNs reach only the queries that see them, except in compiled
-    and exported graphs without kernels, where they reach a tile of queries.
+    Gradients flow to qkv and bias and are deterministic. NaNs reach only the queries that see them, except in exported
+    graphs and in graphs compiled for a GPU without kernels, where they reach a tile of queries.
 
     Raises:
         ValueError: for shapes, dtypes, devices or sizes that do not match.
@@ -54,7 +54,7 @@ def neighborhood_attention(
             return qkv.sum(3) + (0 if bias is None else bias.sum().to(qkv.dtype))
         if _kernels(qkv, heads, bias):
             return _triton(qkv, heads, kernel, bias, dilation, stride, scale)
-        if qkv.device.type != "cpu" or use_definition(qkv):
+        if qkv.device.type != "cpu" or (use_definition(qkv) and not is_compiled()):
             rest = heads, tuple(kernel), tuple(dilation), tuple(stride)
             return eager.definition(qkv, bias, rest, scale).contiguous()
         return eager.neighborhood_attention(qkv, heads, kernel, bias, dilation, stride, scale)

@@ -14,15 +14,16 @@ class has as many members as the kernel (DiNAT's dilated layers at 224 pixels), 
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.library import custom_op
 
-from ..dispatch import definition_gradients, wants_definition_gradients
+from ..dispatch import definition_gradients, is_compiled, wants_definition_gradients
 from ..precision import full, no_autocast
 
 # Queries per tile along an axis: for classes of at least LONG members, and for shorter ones, where the overhead of more
@@ -42,6 +43,10 @@ def neighborhood_attention(
     scale: float | None = None,
 ) -> Tensor:
     """Run on a CPU; saccade.ops.neighborhood_attention documents and checks the arguments."""
+    if is_compiled():
+        return plain(
+            qkv, bias, heads, kernel, dilation, stride, (qkv.shape[4] // heads) ** -0.5 if scale is None else scale
+        )
     return NeighborhoodAttention.apply(qkv, heads, kernel, bias, dilation, stride, scale)
 
 
@@ -60,11 +65,7 @@ class NeighborhoodAttention(torch.autograd.Function):
         ctx.save_for_backward(qkv, bias)
         ctx.scale = (qkv.shape[4] // heads) ** -0.5 if scale is None else scale
         ctx.rest = heads, tuple(kernel), tuple(dilation), tuple(stride)
-        with no_autocast(qkv):
-            out = forward(qkv, bias, Tiles.of(qkv, *ctx.rest), ctx.scale)
-            if not all_finite(out):  # a masked NaN or infinity times the probability 0 is NaN
-                out = forward(qkv, bias, Tiles.of(qkv, *ctx.rest, exact=True), ctx.scale)
-        return out
+        return finite_forward(qkv, bias, ctx.rest, ctx.scale)
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
@@ -75,12 +76,27 @@ class NeighborhoodAttention(torch.autograd.Function):
                 partial(definition, rest=ctx.rest, scale=ctx.scale), (qkv, bias), needed, dout
             )
         else:
-            with no_autocast(qkv):
-                dqkv, dbias = backward(dout, qkv, bias, needed[1], Tiles.of(qkv, *ctx.rest), ctx.scale)
-                if not all_finite(dqkv):
-                    run = Tiles.of(qkv, *ctx.rest, exact=True)
-                    dqkv, dbias = backward(dout, qkv, bias, needed[1], run, ctx.scale)
+            dqkv, dbias = finite_backward(dout, qkv, bias, needed[1], ctx.rest, ctx.scale)
         return dqkv, None, None, dbias, None, None, None
+
+
+# A masked NaN or infinity times the probability 0 is NaN: results that are not finite are computed by exact tiles.
+
+
+def finite_forward(qkv: Tensor, bias: Tensor | None, rest: tuple, scale: float) -> Tensor:
+    with no_autocast(qkv):
+        out = forward(qkv, bias, Tiles.of(qkv, *rest), scale)
+        return out if all_finite(out) else forward(qkv, bias, Tiles.of(qkv, *rest, exact=True), scale)
+
+
+def finite_backward(
+    dout: Tensor, qkv: Tensor, bias: Tensor | None, of_bias: bool, rest: tuple, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    with no_autocast(qkv):
+        grads = backward(dout, qkv, bias, of_bias, Tiles.of(qkv, *rest), scale)
+        if not all_finite(grads[0]):
+            grads = backward(dout, qkv, bias, of_bias, Tiles.of(qkv, *rest, exact=True), scale)
+        return grads
 
 
 def all_finite(x: Tensor) -> bool:
@@ -127,6 +143,62 @@ def backward(
     if of_bias and bias is not None:
         dbias = sum(kind.of_bias(ds) for kind, ds in zip(run.kinds, dlogits)).to(bias.dtype)
     return dqkv.view(qkv.shape), dbias
+
+
+# One node in the graphs of torch.compile, which would take ten times as long to compile the definition.
+
+
+@custom_op("saccade::neighborhood_attention_plain", mutates_args=())
+def plain(
+    qkv: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int],
+    scale: float,
+) -> Tensor:
+    return finite_forward(qkv, bias, (heads, tuple(kernel), tuple(dilation), tuple(stride)), scale)
+
+
+@plain.register_fake
+def _(qkv, *rest):
+    B, H, W, _, C = qkv.shape
+    return qkv.new_empty(B, H, W, C)
+
+
+@custom_op("saccade::neighborhood_attention_plain_bwd", mutates_args=())
+def plain_bwd(
+    dout: Tensor,
+    qkv: Tensor,
+    bias: Tensor | None,
+    heads: int,
+    kernel: Sequence[int],
+    dilation: Sequence[int],
+    stride: Sequence[int],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    rest = heads, tuple(kernel), tuple(dilation), tuple(stride)
+    dqkv, dbias = finite_backward(dout, qkv, bias, bias is not None, rest, scale)
+    return dqkv, qkv.new_empty(0) if dbias is None else dbias
+
+
+@plain_bwd.register_fake
+def _(dout, qkv, bias, *rest):
+    return qkv.new_empty(qkv.shape), qkv.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:2])
+    ctx.rest = inputs[2:]
+
+
+def _backward(ctx, dout):
+    dqkv, dbias = plain_bwd(dout, *ctx.saved_tensors, *ctx.rest)
+    return dqkv, None if ctx.saved_tensors[1] is None else dbias, *[None] * 5
+
+
+plain.register_autograd(_backward, setup_context=_save)
 
 
 class Line(NamedTuple):

@@ -338,6 +338,15 @@ def test_registration(shape, full, few):
     registers(op.bwd, (out.mT.contiguous().mT, qkv, bias, out, lse, *rest[1:]), full)
 
 
+@FULL
+def test_registration_of_the_plain_form(full):
+    for shape in SHAPES[1], SHAPES[2]:
+        qkv, heads, k, bias, dilation, stride = inputs(shape)
+        rest = (bias, heads, list(k), list(dilation), list(stride), 0.25)
+        registers(eager.plain, (qkv.transpose(1, 2).contiguous().transpose(1, 2).requires_grad_(), *rest), full)
+        registers(eager.plain_bwd, (rand(eager.plain(qkv, *rest).shape), qkv, *rest), full)
+
+
 def test_gradcheck():
     gradients_are_right(plain, *inputs((1, 3, 3, 1, 2, (2, 3), True, (1, 1), (1, 1)), torch.float64))
 
