@@ -4,10 +4,12 @@ import time
 from pathlib import Path
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 from saccade.train.models import build
 from saccade.train.models.build import create, create_features, strip_prefixes
+from saccade.train.models.weights import read_weights
 from saccade.train.runtime.errors import UserError
 
 DIGITS = Path(__file__).resolve().parents[2] / "configs/digits/resnet18.py"
@@ -36,6 +38,42 @@ def test_prefixes_of_other_programs(tmp_path, tensors, prefix, beside):
     maps = create_features("test_resnet", checkpoint=tmp_path / "weights.ckpt")
     own = {key.removeprefix("model."): value for key, value in maps.state_dict().items()}
     assert torch.equal(own["layer4.0.conv2.weight"], tensors["layer4.0.conv2.weight"])
+
+
+@pytest.mark.parametrize("prefix", ["timm_model.", "module.base_model.trunk."])
+def test_any_prefix_that_all_names_have(tmp_path, tensors, prefix):
+    torch.save({prefix + key: value for key, value in tensors.items()}, tmp_path / "weights.pth")
+    model = create("test_resnet", 10, checkpoint=tmp_path / "weights.pth")
+    assert all(torch.equal(value, tensors[key]) for key, value in model.state_dict().items())
+
+
+def test_containers_of_other_programs(tmp_path):
+    """Averaged weights come first; a setting of that name is none; of sets with other names, there may be one."""
+    file, x, y = tmp_path / "weights.pth", dict(a=torch.zeros(1)), dict(a=torch.ones(1))
+    for content in (
+        dict(model=x, ema=dict(module=y, updates=3)),
+        dict(state_dict=x, ema_state_dict=y),
+        dict(params=x, params_ema=y),
+        dict(student=x, teacher=y),
+        dict(ema=dict(decay=0.9), model_state_dict=y),
+        dict(best_weights=y, optimizer=dict(state={0: x}), epoch=3),
+        dict(n_averaged=torch.tensor(3)) | {f"module.{key}": value for key, value in y.items()},
+    ):
+        torch.save(content, file)
+        (tensor,) = read_weights(file).tensors.values()
+        assert tensor == 1
+    torch.save(dict(left=x, right=y), file)
+    with pytest.raises(UserError, match=r"weights.pth has several sets of weights, left, right: save one of them"):
+        read_weights(file)
+
+
+def test_programs_and_arrays(tmp_path):
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "model.pt")
+    with pytest.raises(UserError, match="is a TorchScript program, not weights"):
+        read_weights(tmp_path / "model.pt")
+    np.savez(tmp_path / "model.npz", weight=np.zeros(3))
+    with pytest.raises(UserError, match="holds NumPy arrays"):
+        read_weights(tmp_path / "model.npz")
 
 
 def test_names_without_a_prefix_stay():

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import zip_longest
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -216,14 +216,26 @@ PREFIXES = ("model.", "module.", "_orig_mod.", "backbone.", "net.", "network.", 
 def _load_with_or_without_prefix(
     tensors: dict[str, Tensor], load: Callable[[dict[str, Tensor]], nn.Module]
 ) -> nn.Module:
-    """Call `load` with the weights as they are named or, where they don't fit, without another program's prefix."""
+    """Call `load` with the weights as they are named or, where they don't fit, without another program's prefix: a
+    usual one or, where that does not fit either, any that all names have."""
     try:
         return load(tensors)
-    except UserError:
-        stripped = strip_prefixes(tensors)
-        if stripped.keys() == tensors.keys():
-            raise
-    return load(stripped)
+    except UserError as error:
+        first = error
+    stripped = strip_prefixes(tensors)
+    if stripped.keys() != tensors.keys():
+        try:
+            return load(stripped)
+        except UserError as error:
+            first = error
+    pairs = zip(min(stripped).split("."), max(stripped).split("."))
+    prefix = "".join(f"{part}." for part, other in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    if prefix:
+        try:
+            return load({key.removeprefix(prefix): value for key, value in stripped.items()})
+        except UserError:
+            pass
+    raise first
 
 
 def strip_prefixes(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

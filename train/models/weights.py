@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,14 @@ HARMLESS += [
     (type(np.float64(0)).__reduce__(np.float64(0))[0], f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")
 ]
 # The keys under which programs store the weights in a checkpoint; averaged weights come first.
-CONTAINERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+CONTAINERS = (
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "ema", "params_ema", "teacher",
+    "state_dict", "model", "model_state_dict", "model_state", "net", "network", "weights", "params", "module",
+)  # fmt: skip
+
+
+class SeveralSets(ValueError):
+    """A file has several sets of weights, under names that do not say which is meant."""
 
 
 @dataclass
@@ -61,6 +69,8 @@ def read_weights(file: str | Path | Weights) -> Weights:
             with torch.serialization.safe_globals(HARMLESS):
                 content = torch.load(path, map_location="cpu", weights_only=True)
             (tensors, container), names = _unwrap(content), _class_names(content)
+    except SeveralSets as error:
+        raise UserError(f"checkpoint {path} {error}") from error
     except Exception as error:  # zip, pickle and tensor readers each have their own
         raise UserError(f"checkpoint {path} {why_unreadable(path, error)}") from error
     if not tensors:
@@ -82,16 +92,34 @@ def _unwrap(content: Any) -> tuple[dict[str, Tensor], str | None]:
     that they are taken from."""
     container = None
     while isinstance(content, dict):
-        inner = next((name for name in CONTAINERS if isinstance(content.get(name), dict)), None)
+        inner = next((name for name in CONTAINERS if _has_tensors(content.get(name))), None)
+        if inner is None and not any(isinstance(value, Tensor) for value in content.values()):
+            named = [str(name) for name, value in content.items() if _is_state_dict(value)]
+            if len(named) > 1:
+                raise SeveralSets(f"has several sets of weights, {', '.join(named)}: save one of them to another file")
+            inner = next(iter(named), None)
         if inner is None:
             break
         content, container = content[inner], inner
     if not isinstance(content, dict):
         return {}, None
     tensors = clean_state_dict({key: value for key, value in content.items() if isinstance(value, Tensor)})
+    tensors.pop("n_averaged", None)  # the count in the state_dict of PyTorch's AveragedModel
     # OpenMMLab's EMAHook keeps a second copy under flattened names; the averaged weights have the plain ones.
     second = {f"ema_{key.replace('.', '_')}" for key in tensors}
     return {key: value for key, value in tensors.items() if key not in second}, container
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, dict) and any(isinstance(x, Tensor) or _has_tensors(x) for x in value.values())
+
+
+def _is_state_dict(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(key, str) for key in value)
+        and any(isinstance(tensor, Tensor) for tensor in value.values())
+    )
 
 
 def _class_names(content: Any) -> list[str] | None:
@@ -136,6 +164,13 @@ def why_unreadable(file: Path, error: Exception) -> str:
         return "is JSON text, not weights: give the file of weights"
     if start.isascii() and re.fullmatch(rb"[\s\x20-\x7e]*", start):
         return "is text, not weights: give the file of weights"
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as content:
+            members = content.namelist()
+        if any("/code/" in member for member in members):
+            return "is a TorchScript program, not weights: save its state_dict to another file with torch.save"
+        if members and all(member.endswith(".npy") for member in members):
+            return "holds NumPy arrays: save them as tensors, in a .safetensors file or with torch.save"
     blocked = re.search(r"GLOBAL ([\w.]+)|global (\w+\.[\w.]+)", str(error))
     if blocked:
         name = blocked[1] or blocked[2]
