@@ -1,5 +1,6 @@
 """Folders as people have them: what is read, what is skipped, and what is reported."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,29 @@ def test_splits_that_are_not_understood(tmp_path, pets):
         ImageFolder(str(tmp_path / "late"))
     image(pets / "train/0.png")  # the vehicle
     assert ImageFolder(str(pets)).class_names == ["cat", "dog", "train"]
+
+
+def test_layouts_of_imagenet(tmp_path, capsys):
+    """A test folder without labels is not used; what lies flat, one folder deeper or in tars is said."""
+    root = tmp_path / "CLS-LOC"
+    for split in ("train", "val"):
+        for kind in ("n01440764", "n01443537"):
+            image(root / split / kind / f"{split}.JPEG")
+    image(root / "test/ILSVRC2012_test_00000001.JPEG")
+    data = ImageFolder(str(root))
+    assert {Path(path).stem for path, _ in data._splits["test"]} == {"val"}
+    assert f"{root}/test holds images without class folders: tests use val instead" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"one class only, CLS-LOC: .*, or data\.root=.*/CLS-LOC if that contains"):
+        ImageFolder(str(tmp_path))
+    shutil.rmtree(root / "val")
+    image(root / "val/ILSVRC2012_val_00000001.JPEG")
+    with pytest.raises(UserError, match=r"val holds no class folders, but 1 images: .* as valprep\.sh does"):
+        ImageFolder(str(root))
+    shutil.rmtree(root / "train")
+    (root / "train").mkdir()
+    (root / "train/n01440764.tar").touch()
+    with pytest.raises(UserError, match="train holds no class folders, but 1 tar files: unpack each into a folder"):
+        ImageFolder(str(root))
 
 
 def test_links_from_val_to_train(tmp_path):

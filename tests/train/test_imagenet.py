@@ -1,5 +1,6 @@
 """ImageNet in all its layouts: the same images and labels, read whole or with what is bad in them named."""
 
+import gzip
 import io
 import json
 import os
@@ -180,6 +181,12 @@ def test_damaged_headers(tmp_path):
     }
     source.images("val")
     assert len(source.bad) == 1
+    packed = tmp_path / "packed.tar"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    assert tar._members(packed.open("rb"), 0, packed.stat().st_size) == (
+        [],
+        "is compressed by gzip: decompress it with gunzip",
+    )
     val = original / "ILSVRC2012_img_val.tar"
     val.write_bytes(val.read_bytes()[: -len(val.read_bytes()) // 2])
     (source := ImageNet(str(original))).images("test")

@@ -11,7 +11,7 @@ from ..runtime.distributed import derive_seed
 from ..runtime.errors import UserError
 from ..runtime.run_folder import is_run
 from .augment import Decode
-from .files import Skipped, fold, image_files, is_hidden, split_folders, split_of
+from .files import Skipped, fold, image_files, is_hidden, note, split_folders, split_of
 from .images import Files, Source
 
 
@@ -20,8 +20,9 @@ class ImageFolder(Source):
 
     root: either ROOT/train, ROOT/val and optionally ROOT/test, each with one folder per class; or a folder of class
     folders, which is split randomly, stratified and always in the same way. Usual other names of splits are recognised,
-    case-insensitively (Training, validation, valid, dev, testing, train_set). Images may be in subfolders of their
-    class folder. Hidden files and folders, run folders and files that are not images are skipped and counted.
+    case-insensitively (Training, validation, valid, dev, testing, train_set); a test folder without class folders is
+    not used. Images may be in subfolders of their class folder. Hidden files and folders, run folders and files that
+    are not images are skipped and counted.
     img_size: image size in pixels; None: that of the model's published weights. shares: fractions of val and test in an
     automatic split. augment: arguments of timm.data.create_transform for training (hflip, color_jitter, auto_augment,
     re_prob, …). sizes: image size in training from given epochs on, for example {0: 192, 280: 224}; None: img_size.
@@ -54,6 +55,8 @@ class ImageFolder(Source):
             if "val" not in splits:
                 train = splits["train"]
                 raise UserError(f"{folder} has {train.name} but no val: add {folder / 'val'}, or give {train} itself")
+            if "test" in splits and _is_unlabelled(splits["test"]):
+                note(f"{splits.pop('test')} holds images without class folders: tests use val instead")
             parts = {split: scan_classes(path, skipped) for split, path in splits.items()}
         else:
             parts = _divide(scan_classes(folder, skipped), *shares)
@@ -61,7 +64,10 @@ class ImageFolder(Source):
         parts.setdefault("test", parts["val"])
         self.class_names = sorted(parts["train"])
         if len(self.class_names) == 1:
-            raise UserError(f"{root} holds one class only, {self.class_names[0]}: a classifier needs two or more")
+            only = splits.get("train", folder) / self.class_names[0]
+            nested = any(entry.is_dir() and not is_hidden(entry.name) for entry in os.scandir(only))
+            hint = f", or data.root={only} if that contains the class folders" if nested else ""
+            raise UserError(f"{root} holds one class only, {only.name}: a classifier needs two or more{hint}")
         for part, classes in parts.items():
             for name in classes:
                 if name not in parts["train"]:
@@ -137,8 +143,23 @@ def scan_classes(folder: Path, skipped: Skipped) -> dict[str, list[str]]:
             seen = f" (only files with extension {others})" if others else ""
             raise UserError(f"class folder {entry.path} holds no images{seen}: add some or remove the folder")
     if not classes:
-        raise UserError(f"{folder} holds no class folders: put the images of each class in a folder of its own")
+        inside = Skipped()
+        images = image_files(folder, inside)
+        seen = f", but {len(images)} images" if images else ""
+        hint = "put the images of each class in a folder of its own"
+        if images and all(name.startswith("ILSVRC2012_") for name in map(os.path.basename, images[:100])):
+            hint += ", as valprep.sh does for ImageNet's, or give ImageNet's tar files"
+        elif tars := inside.endings[".tar"]:
+            seen, hint = f", but {tars} tar files", "unpack each into a folder of its name"
+        raise UserError(f"{folder} holds no class folders{seen}: {hint}")
     return classes
+
+
+def _is_unlabelled(folder: Path) -> bool:
+    """Return whether a folder has images but no folders, as the test images of a competition."""
+    with os.scandir(folder) as entries:
+        names = [entry.name for entry in entries if not is_hidden(entry.name)]
+        return not any(os.path.isdir(folder / name) for name in names) and bool(image_files(folder))
 
 
 def _divide(classes: dict[str, list[str]], val: float, test: float) -> dict[str, dict[str, list[str]]]:

@@ -215,6 +215,9 @@ def _members(file: io.BufferedReader, begin: int, end: int) -> tuple[list[tuple[
                 if plain:
                     found.append((member.name, data, length))
     except (tarfile.TarError, ValueError, OverflowError, RecursionError, EOFError) as error:  # of damaged headers
+        file.seek(begin)
+        if not found and file.read(2) == b"\x1f\x8b":
+            return found, "is compressed by gzip: decompress it with gunzip"
         return found, "is damaged" if found else f"is not a tar file ({error})"
     file.seek(position)
     block = file.read(min(tarfile.BLOCKSIZE, end - position))
