@@ -27,6 +27,7 @@ import sys
 import time
 from pathlib import Path
 
+PUBLISHED = Path(__file__).with_name("published")
 RUNTIMES = ["eager", "inductor", "onnxruntime", "openvino"]
 
 
@@ -68,7 +69,8 @@ from rich.console import Console
 from rich.table import Table
 from saccade.tools import runtimes
 from saccade.train.runtime import measure
-from saccade.train.runtime.errors import first_line
+from saccade.train.runtime.distributed import choose_device
+from saccade.train.runtime.errors import first_line, run, set_options
 from torch import nn
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -265,10 +267,17 @@ def draw(rows: list[dict], file: Path, title: str) -> None:
 def main() -> None:
     parser = make_parser()
     args = parser.parse_args()
+    set_options(device="--device cpu", folder="--out")
+    for option in ("batch", "train_batch", "size", "runs", "threads"):
+        if (number := getattr(args, option)) is not None and number < 1:
+            parser.error(f"--{option.replace('_', '-')} must be 1 or more, got {number}")
+    if args.out.exists() and not args.out.is_dir():
+        parser.error(f"--out {args.out} is a file: give a folder")
     args.threads = args.threads or torch.get_num_threads()
-    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(args.device)
+    args.device = str(device)
     torch.set_num_threads(args.threads)
-    device, console = torch.device(args.device), Console(width=None if sys.stdout.isatty() else 130)
+    console = Console(width=None if sys.stdout.isatty() else 130)
     known = set(timm.list_models())
     if len(args.vs) not in (1, len(args.models)):
         parser.error(f"--vs must name one peer, or one for each of the {len(args.models)} models, got {len(args.vs)}")
@@ -280,6 +289,15 @@ def main() -> None:
             parser.error(f"{name!r} must be NAME or NAME,argument=value,… with Python's literals for values")
         if plain not in known and name != "published":
             parser.error(f"unknown model {plain!r}; timm.list_models('*{plain.split('_')[0]}*') lists similar ones")
+    for name, vs in zip(args.models, args.vs):
+        for each in {name, vs} - {"published"}:
+            try:
+                with torch.device("meta"):  # errors in the arguments
+                    timm.create_model(parse(each)[0], **parse(each)[1])
+            except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+                parser.error(f"{each} can't be built: {first_line(error)}")
+        if vs == "published" and not (PUBLISHED / f"{parse(name)[0].split('_')[0]}.py").is_file():
+            parser.error(f"there is no published form of {parse(name)[0]} here: give a model of timm with --vs")
     if args.runtimes != ["eager"]:
         for runtime in args.runtimes:
             if (absent := runtimes.missing(runtime)) is not None:
@@ -332,4 +350,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -21,8 +21,11 @@ def main() -> None:
 
     from rich.console import Console
     from rich.table import Table
+    from saccade.train.runtime.errors import UserError
     from saccade.train.visual.comparison import differences, plot_runs, read_run
 
+    if args.out is not None and args.out.suffix.lower() != ".png":
+        raise UserError(f"--out must be a file that ends in .png, got {args.out}")
     runs = [read_run(folder.expanduser()) for folder in args.runs]
     changed = differences(runs)
     columns = ("name", "model", "score", "best", "step", "last", "seconds")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .models.detectors import Detector, of_one_image, to_onnx
 from .models.segmenter import Segmenter
 from .predict import load_model
-from .quantize import Accuracy, quantize
+from .quantize import Accuracy, list_images, quantize
 from .runtime.checkpoint import as_os_error, write_json
 from .runtime.compilers import find_cpp_compiler
 from .runtime.errors import UserError, closest, from_os
@@ -95,6 +95,8 @@ def export(
         raise UserError("a detector is exported for one image size: leave out --dynamic-size, and give it with --size")
     if isinstance(net, (Detector, Segmenter)) and int8 is not None:
         raise UserError("--int8 is for classifiers, whose accuracy it measures before and after")
+    if int8 is not None:
+        list_images(int8)  # raises before the export, which takes long
     accuracy = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -225,6 +225,10 @@ def validate(config: dict) -> None:
             "checkpoint is missing: give the weights to judge with checkpoint=FILE, or model.pretrained=True"
         )
     if not isinstance(config["model"].get("name"), str):
+        if config.get("checkpoint") and not Path(str(config["checkpoint"])).expanduser().exists():
+            raise UserError(
+                f"there is no checkpoint {config['checkpoint']}: give a file of weights or the folder of a finished run"
+            )
         raise UserError("model.name is missing: give it with model.name=…, or a run's folder as checkpoint")
 
 

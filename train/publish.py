@@ -225,7 +225,7 @@ def _upload(folder: Path, repo: str, private: bool) -> str:
     except (HfHubHTTPError, OSError, RuntimeError) as error:  # httpx's errors are neither
         raise _refused(repo, error) from error
     except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
+        if not type(error).__module__.startswith(("httpx", "httpcore", "requests", "urllib3")):  # httpx2, too
             raise
         raise _refused(repo, error) from error
 

@@ -27,6 +27,16 @@ class Accuracy(NamedTuple):
     calibrated: int
 
 
+def list_images(folder: Path) -> list[Path]:
+    """Return the images in a folder. Raises UserError where there are none."""
+    if not folder.is_dir():
+        raise UserError(f"--int8 {folder} is not a folder: give a folder of images")
+    images = [Path(name) for name in image_files(folder)]
+    if not images:
+        raise UserError(f"--int8 {folder} holds no images")
+    return images
+
+
 def quantize(
     file: Path,
     to: str,
@@ -43,11 +53,7 @@ def quantize(
 
     Raises UserError for a folder without images, and where more is lost.
     """
-    if not folder.is_dir():
-        raise UserError(f"--int8 {folder} is not a folder: give a folder of images")
-    images = [Path(name) for name in image_files(folder)]
-    if not images:
-        raise UserError(f"--int8 {folder} holds no images")
+    images = list_images(folder)
     every = max(4, -(-len(images) // MOST))
     chosen = images[::every]
     tested = [path for path in images if path not in set(chosen)] or images

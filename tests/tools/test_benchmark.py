@@ -35,6 +35,22 @@ def test_unknown_model_is_one_sentence(command):
     assert code == 2 and "unknown model 'biformer_x'" in err
 
 
+def test_mistakes_are_one_sentence(command, tmp_path):
+    """Before anything is timed."""
+    file = tmp_path / "file"
+    file.touch()
+    for arguments, sentence in [
+        (("--batch", 0), "--batch must be 1 or more, got 0"),
+        (("--runs", 0), "--runs must be 1 or more, got 0"),
+        (("--device", "tpu"), "'tpu' is not a device: use cpu or cuda"),
+        (("--models", "biformer_t,foo=1"), "biformer_t,foo=1 can't be built: BiFormer.__init__() got an unexpected"),
+        (("--models", "test_resnet"), "there is no published form of test_resnet here: give a model of timm with --vs"),
+        (("--out", file), f"--out {file} is a file: give a folder"),
+    ]:
+        code, out, err = command("benchmark", *arguments)
+        assert code == 2 and out == "" and sentence in err, err
+
+
 @pytest.mark.exhaustive
 def test_compares_a_fused_model_with_the_form_it_came_from(tmp_path):
     small = ["--size", "64", "--batch", "1", "--runs", "1", "--out", str(tmp_path)]

@@ -41,3 +41,5 @@ def test_a_run_without_evaluations(command, runs):
 def test_no_run(command, tmp_path):
     code, out, err = command("compare", tmp_path)
     assert (code, out) == (2, "") and f"{tmp_path} is not a run's folder" in err
+    code, out, err = command("compare", tmp_path, "--out", tmp_path / "figure.txt")
+    assert (code, out) == (2, "") and "--out must be a file that ends in .png" in err

@@ -24,6 +24,11 @@ def raising(error):
             74,
             "error: writing log.txt failed (No space left",
         ),
+        (
+            FileExistsError(errno.EEXIST, "File exists", "x"),
+            2,
+            "error: writing x failed (File exists): choose a folder",
+        ),
         (PermissionError(errno.EACCES, "Permission denied", "x"), 2, "error: writing x failed (Permission denied)"),
         (UserError("saved", 130), 130, "stopped: saved\n"),
         (KeyboardInterrupt(), 130, "stopped: interrupted by Ctrl-C\n"),

@@ -196,6 +196,7 @@ def test_mistakes(command, tmp_path, classifier_run, detector_run, monkeypatch):
         ((detector_run, out, "--to", "torchscript", "--dynamic-size"), "a detector is exported for one image size"),
         ((detector_run, tmp_path / "m.onnx", "--to", "onnx", "--int8", tmp_path), "--int8 is for classifiers"),
         ((classifier_run, out, "--to", "torchscript", "--int8", tmp_path), "--int8 is for onnx and openvino"),
+        ((classifier_run, tmp_path / "m.onnx", "--to", "onnx", "--int8", tmp_path), "holds no images"),
         (("test_resnet", out, "--to", "torchscript", "--checkpoint", tmp_path / "no.pth"), "there is no checkpoint"),
         ((classifier_run, out, "--to", "torchscript", "--checkpoint", out), "--checkpoint goes with a model's name"),
     ]:

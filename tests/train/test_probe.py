@@ -148,7 +148,8 @@ def test_processes_equal_one(command, weights, tmp_path):
         (["checkpoint=w", "workers=-1"], "workers must be a whole number, 0 or more; got -1"),
         (["checkpoint=w", "model.num_classes=3"], "model.num_classes can't be set"),
         (["checkpoint=w", "probe=3"], "probe must be a section"),
-        (["checkpoint=w"], "model.name is missing: give it with model.name=…, or a run's folder as checkpoint"),
+        (["checkpoint=w"], "there is no checkpoint w: give a file of weights or the folder of a finished run"),
+        ([f"checkpoint={ROOT}"], "model.name is missing: give it with model.name=…, or a run's folder as checkpoint"),
     ],
 )
 def test_mistakes(name, arguments, sentence):
@@ -193,6 +194,7 @@ def test_model_of_a_run(weights, tmp_path):
     settings = validated(f"checkpoint={weights}", "data.img_size=24", "model.drop_rate=0.5")
     assert settings["data"]["img_size"] == 24 and settings["model"]["drop_rate"] == 0.5
     assert validated(f"checkpoint={weights}", "model.name=resnet18")["model"] == dict(name="resnet18")
+    (tmp_path / "weights.pth").touch()
     with pytest.raises(UserError, match=r"model\.name is missing"):
         validated(f"checkpoint={tmp_path / 'weights.pth'}")
 

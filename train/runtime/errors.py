@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 USER, DATA, LOST, NUMBERS, IO, PREEMPTED, INTERRUPTED, PIPE = 2, 65, 69, 70, 74, 75, 130, 141
 
 _DEVICE_ERRNO = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
-_PERMISSION_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR}
+_PERMISSION_ERRNO = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
 
 
 class UserError(Exception):

@@ -33,7 +33,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     average), step (of the best), seconds of training. Raises UserError if the folder is not a run's.
     """
     if not is_run(folder):
-        raise UserError(f"{folder} is not a run's folder: give folders that tools/train.py has made")
+        raise UserError(f"{folder} is not a run's folder: give folders that `saccade train` has made")
     log = folder / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
     settings = config.load(folder)
