@@ -100,7 +100,7 @@ def test_damaged():
         Augment(decode, **INPUTS)(file()[:2000], lambda: "torn.jpg")
 
 
-cropping = pytest.mark.skipif(turbojpeg._library() is None, reason="libjpeg-turbo 3 is not installed")
+cropping = pytest.mark.skipif(not turbojpeg.is_installed(), reason="libjpeg-turbo 3 is not installed")
 
 
 def jpeg(size: tuple[int, int] = (400, 300), mode: str = "RGB", **arguments) -> bytes:

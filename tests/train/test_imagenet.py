@@ -15,6 +15,7 @@ import torch
 from saccade.train import engine
 from saccade.train.data import combined, loader, tar
 from saccade.train.data import imagenet as imagenet_data
+from saccade.train.data.catalog import open_catalog
 from saccade.train.data.imagenet import ImageNet
 from saccade.train.data.loader import EvaluationOrder, TrainingOrder, batches
 from saccade.train.data.mapped import Mapped
@@ -352,6 +353,7 @@ def test_sizes(tmp_path):
 
 
 CONFIG = """
+from saccade.train.data.catalog import open_catalog
 from saccade.train.data.imagenet import ImageNet
 from saccade.train.tasks.classify import Classify
 
@@ -438,7 +440,7 @@ def test_many_shards(tmp_path, cache, monkeypatch):
     source = ImageNet(str(root))
     few = {split: source._layout.images(split) for split in ("train", "val")}
     monkeypatch.setattr(imagenet_data, "SHARDS", 1)
-    for _ in range(2):  # written, then opened
+    for start in range(3):  # written, then opened, also without a look at all shards
         source = ImageNet(str(root))
         for split, (files, labels) in few.items():
             many, numbers = source._layout.images(split)
@@ -446,13 +448,52 @@ def test_many_shards(tmp_path, cache, monkeypatch):
             assert source.class_counts(split) == np.bincount(labels, minlength=len(source.class_names)).tolist()
             assert [many.name(i) for i in range(len(many))] == [files.name(i) for i in range(len(files))]
             assert all(many.read(i) == files.read(i) for i in range(len(files)))
-        assert not source.bad and len(list(root.glob(".*.index"))) == 2
+        assert not source.bad and len(list(root.glob(".*.index"))) == 2 and len(list(root.glob(".*.shards"))) == 1
         monkeypatch.setattr(combined, "_write", None)
+        if start == 1:
+            monkeypatch.setattr(imagenet_data, "read_index", None)
+            monkeypatch.setattr(combined, "_stamp", None)
     dataset = source.dataset("train", INPUTS)
     again = pickle.loads(pickle.dumps(dataset))
     assert (
         len(pickle.dumps(dataset)) < 20_000 and again[3][1] == dataset[3][1] and torch.equal(again[3][0], dataset[3][0])
     )
+
+
+def test_a_shard_that_changes_between_starts(tmp_path, cache, monkeypatch):
+    """A start that has not looked at it finds it when it is read; the next one indexes it again."""
+    root = imagenet.write_shards(tmp_path / "data", SPLITS)
+    monkeypatch.setattr(imagenet_data, "SHARDS", 1)
+    monkeypatch.setattr(combined, "SAMPLED", 1)  # the first
+    before = [ImageNet(str(root))._layout.images("train")[0].read(i) for i in range(24)]
+    path, kept = root / "train-0002.tar", ImageNet(str(root))._layout.images("train")[0]
+    os.utime(path, (1, 1))
+    with pytest.raises(OSError, match="has changed since it was indexed"):
+        kept.read(15)
+    assert kept.read(6) == before[6]
+    written, write = [], combined._write
+    monkeypatch.setattr(combined, "_write", lambda *given: written.append(given) or write(*given))
+    again = ImageNet(str(root))._layout.images("train")[0]
+    assert len(written) == 1 and [again.read(i) for i in range(24)] == before
+    os.utime(root / "train-0000.tar", (1, 1))  # one of those that each start looks at
+    assert ImageNet(str(root))._layout.images("train")[0].read(0) == before[0] and len(written) == 2
+
+
+def test_a_catalog_that_is_damaged_or_old(tmp_path, cache, monkeypatch):
+    """index.json is read again; so it is where no folder can be written to."""
+    root = imagenet.write_shards(tmp_path / "data", SPLITS)
+    monkeypatch.setattr(imagenet_data, "SHARDS", 1)
+    classes = ImageNet(str(root)).class_names
+    (folder,) = root.glob(".*.shards")
+    for name in ("meta.json", "names.u1", "ends.i8", "samples.i8"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:-8])
+        assert open_catalog(root / "index.json") is None
+        assert ImageNet(str(root)).class_names == classes and open_catalog(root / "index.json") is not None
+    listed = json.loads((root / "index.json").read_text())
+    (root / "index.json").write_text(json.dumps(listed | dict(classes=["x", *classes[1:]])))
+    assert open_catalog(root / "index.json") is None and ImageNet(str(root)).class_names[0] == "x"
+    monkeypatch.setattr("saccade.train.data.catalog._places", lambda listed: [Path(os.devnull, "folder")])
+    assert ImageNet(str(root)).class_names[0] == "x"
 
 
 def test_many_shards_that_change(tmp_path, cache, monkeypatch):

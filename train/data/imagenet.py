@@ -15,6 +15,7 @@ import numpy as np
 from ..runtime.config import Count, NonNegativeInt
 from ..runtime.errors import DATA, UserError
 from .augment import Decode
+from .catalog import open_catalog, stamp_of, write_catalog
 from .combined import SHARDS, combine
 from .files import note
 from .folder import ImageFolder
@@ -150,14 +151,24 @@ class _Shards:
 
     def __init__(self, patterns: dict[str, Any] | None, listed: str | None, classes: int | None, cache: Path):
         self.bad, self.cache = {}, cache
+        self.counts: dict[str, list[int]] = {}  # images of each class of a split, where they are known
+        self.catalog = open_catalog(Path(listed)) if patterns is None else None
+        if self.catalog is not None:
+            self.names, self.class_names, self.numbered = {}, self.catalog.classes, False
+            self.listed = {}
+            return
         if patterns is not None:
             self.names = {split: list(expand(given)) for split, given in patterns.items()}
             local = next((name for names in self.names.values() for name in names if not is_stream(name)), None)
             if listed is None and local is not None and (beside := Path(local).parent / INDEX).is_file():
                 listed = str(beside)
+        stamp = stamp_of(Path(listed)) if patterns is None else ""  # before it is read
         known = read_index(fetch(listed, cache) if is_stream(listed) else Path(listed)) if listed else {}
         if patterns is None:
             self.names = _by_split(Path(listed).parent, known["shards"])
+            if len(known["shards"]) > SHARDS:
+                write_catalog(Path(listed), stamp, known, self.names)
+                self.catalog = open_catalog(Path(listed))
         self.listed: dict[str, dict] = known.get("shards", {})
         if classes is not None and known and classes != len(known["classes"]):
             raise UserError(f"data.classes={classes}, but {listed} has {len(known['classes'])}")
@@ -165,10 +176,20 @@ class _Shards:
             raise UserError("data.classes is missing: the shards have no index.json with the number of classes")
         self.class_names = known["classes"] if known else [str(i) for i in range(classes)]
         self.numbered = not known  # nothing names the classes
-        self.counts: dict[str, list[int]] = {}  # images of each class of a split, where they are known
 
     def images(self, split: str) -> tuple[Members, np.ndarray | Mapped]:
-        names = self.names.get("val" if split == "test" and "test" not in self.names else split)
+        splits = self.names if self.catalog is None else self.catalog.splits
+        key = "val" if split == "test" and "test" not in splits else split
+        if self.catalog is not None and key in splits and np.diff(splits[key]) > SHARDS:
+            paths, samples = self.catalog.split(key)
+            return self._many(split, paths, paths, samples, self.catalog.stamp)
+        if self.catalog is not None and key in splits:
+            paths, samples = self.catalog.split(key)
+            self.names[key] = list(paths)
+            self.listed |= {
+                path.rpartition("/")[2]: dict(samples=n) for path, n in zip(paths, samples.tolist()) if n >= 0
+            }
+        names = self.names.get(key)
         if names is None:
             raise UserError(f"data.{split} is missing: give the shards of that split")
         entries = [self._entry(name) for name in names]
@@ -178,7 +199,8 @@ class _Shards:
         ]
         expected = [entry.get("samples") for entry in entries]
         if len(paths) > SHARDS:
-            return self._many(split, names, paths, expected)
+            listed = np.array([-1 if count is None else count for count in expected])
+            return self._many(split, names, paths, listed)
         indexed = index([Path(path) for path in paths], "shard")
         self._note_unused(split, sum((Counter(samples.unused) for samples in indexed), Counter()))
         for path, name, samples, count in zip(paths, names, indexed, expected):
@@ -190,17 +212,25 @@ class _Shards:
         return Members.concatenated(list(zip(paths, indexed))), labels
 
     def _many(
-        self, split: str, names: list[str], paths: list[str], expected: list[int | None]
+        self,
+        split: str,
+        names: Sequence[str],
+        paths: Sequence[str],
+        listed: np.ndarray,
+        stamp: str | None = None,
     ) -> tuple[Members, Mapped]:
-        """Return what `images` does of more shards than are read at each start."""
-        found = combine(paths, "shard")
+        """Return what `images` does of more shards than are read at each start.
+
+        listed (T,): numbers of samples, -1 where unknown. stamp: of the index.json, where it lists all of them.
+        """
+        found = combine(paths, "shard", stamp)
         self._note_unused(split, found.unused)
         counts = np.diff(found.ends)
-        listed = np.array([-1 if count is None else count for count in expected])
         empty = Samples(Strings(()), *[np.empty(0, np.int64)] * 3, {}, "", {})
         for i in sorted({*found.odd, *np.flatnonzero((listed >= 0) & (listed != counts)).tolist()}):
             shard = f"{paths[i]} ({names[i]})" if is_stream(names[i]) else names[i]
-            self.bad |= _missing(shard, found.odd.get(i, empty), int(counts[i]), expected[i])
+            expected = int(listed[i]) if listed[i] >= 0 else None
+            self.bad |= _missing(shard, found.odd.get(i, empty), int(counts[i]), expected)
         members = found.members()
         if min(found.class_counts, default=0) < 0 or max(found.class_counts, default=0) >= len(self.class_names):
             wrong = self._wrong(np.asarray(found.labels))

@@ -43,6 +43,18 @@ class Strings(Sequence):
         self.ends = np.cumsum([0, *map(len, encoded)])
         self.text = np.frombuffer(b"".join(encoded), np.uint8)
 
+    @classmethod
+    def of_arrays(cls, text: np.ndarray, ends: np.ndarray) -> "Strings":
+        """Return the strings in `text`, bytes one after another; ends (N + 1,): where each ends, after a 0."""
+        strings = cls(())
+        strings.text, strings.ends = text, ends
+        return strings
+
+    def part(self, begin: int, end: int) -> "Strings":
+        """Return the strings from `begin` to before `end`."""
+        ends = self.ends[begin : end + 1]
+        return Strings.of_arrays(self.text[ends[0] : ends[-1]], ends - ends[0])
+
     def __len__(self) -> int:
         return len(self.ends) - 1
 

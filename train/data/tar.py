@@ -14,7 +14,7 @@ import sys
 import tarfile
 import tempfile
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -56,11 +56,21 @@ class Members:
     """The images of several tars as one sequence of files (see images.Images).
 
     tars (T,): paths. ends (T + 1,): numbers of images up to and with each tar, after a 0. offsets, sizes (N,): of each
-    image in its tar, bytes. names (T,): the names of each tar's images.
+    image in its tar, bytes. names (T,): the names of each tar's images. check: called with the number of a tar and its
+    file where it is opened; raises OSError for one that is not as it was indexed.
     """
 
-    def __init__(self, tars: Sequence[str], ends: Any, offsets: Any, sizes: Any, names: Sequence[Sequence[str]]):
+    def __init__(
+        self,
+        tars: Sequence[str],
+        ends: Any,
+        offsets: Any,
+        sizes: Any,
+        names: Sequence[Sequence[str]],
+        check: Callable[[int, io.FileIO], None] | None = None,
+    ):
         self.tars, self.ends, self.offsets, self.sizes, self.names = tars, ends, offsets, sizes, names
+        self.check = check
         self.open: OrderedDict[int, io.FileIO] = OrderedDict()
 
     @classmethod
@@ -94,7 +104,10 @@ class Members:
         if tar not in self.open:
             if len(self.open) == OPEN:
                 self.open.popitem(last=False)[1].close()
-            self.open[tar] = io.FileIO(self.tars[tar])
+            file = io.FileIO(self.tars[tar])
+            if self.check is not None:
+                self.check(tar, file)
+            self.open[tar] = file
         self.open.move_to_end(tar)
         size = int(self.sizes[index])
         data = os.pread(self.open[tar].fileno(), size, int(self.offsets[index]))  # keeps the file position

@@ -37,9 +37,14 @@ class _Region(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in ("x", "y", "w", "h")]
 
 
+def is_installed() -> bool:
+    """Tell whether libjpeg-turbo 3 can be loaded."""
+    return _library() is not None
+
+
 def require() -> None:
     """Raise UserError where libjpeg-turbo 3 is not installed."""
-    if _library() is None:
+    if not is_installed():
         raise UserError(
             "data.decode=cropped needs libjpeg-turbo 3, which is not installed: pip install 'saccade[jpeg]', or take "
             "conda's or the system's package"
