@@ -270,17 +270,27 @@ def mask_kernel(
     S = tl.where(broken[:, None] | (S != S), float("nan"), S)  # without a sign, above all numbers
 
     if THRESHOLD is None:
-        x = tl.where(visible[None, :], ordered(S, SIGNED), LOWEST)
-        # `budget` scores or more are >= low, fewer are >= high; until exactly `budget` are, or no integer is between.
+        x = tl.where(visible[None, :], ordered(S, SIGNED), LOWEST if SIGNED else -1)
+        # `kept` scores, `budget` or more, are >= low, fewer are >= high. `width` is the distance of low and high, which
+        # may take 32 bits, and 0 as soon as exactly `budget` are kept.
         low = tl.min(tl.where(visible[None, :], x, -(LOWEST + 1)), 1)
         high = tl.max(x, 1) + 1
-        while tl.max((high - 1 > low).to(tl.int32), 0) != 0:
-            middle = low + ((high - low).to(tl.uint32, bitcast=True) >> 1).to(tl.int32, bitcast=True)
-            count = tl.sum((x >= middle[:, None]).to(tl.int32), 1)
-            low = tl.where(count >= budget, middle, low)
-            high = tl.where(count > budget, high, tl.where(count == budget, middle + 1, middle))
+        kept = low * 0 + N  # or fewer, if some are not alive: then `budget` is less, too
+        width = tl.where(kept == budget, 0, (high - low).to(tl.uint32, bitcast=True))
+        while tl.max(width, 0) > 1:
+            middle = low + (width >> 1).to(tl.int32, bitcast=True)
+            if SIGNED:
+                count = tl.sum((x >= middle[:, None]).to(tl.int32), 1)
+            else:  # the sign of a difference, which cannot overflow: two instructions instead of three
+                below = (middle[:, None] - 1 - x).to(tl.uint32, bitcast=True)
+                count = tl.sum((below >> 31).to(tl.int32), 1)
+            enough = count >= budget
+            kept = tl.where(enough, count, kept)
+            low = tl.where(enough, middle, low)
+            high = tl.where(enough, high, middle)
+            width = tl.where(kept == budget, 0, (high - low).to(tl.uint32, bitcast=True))
         keep = x >= low[:, None]
-        if tl.max(tl.sum(keep.to(tl.int32), 1), 0) > budget:  # of those equal to low, keep the first
+        if tl.max(kept, 0) > budget:  # of those equal to low, keep the first
             above = x > low[:, None]
             quota = budget - tl.sum(above.to(tl.int32), 1)
             keep = above | (keep & (tl.cumsum((x == low[:, None]).to(tl.int32), 1) <= quota[:, None]))
