@@ -165,6 +165,8 @@ def fwd_kernel(
     qy = y0 + m // TW
     qx = x0 + m % TW
     on = (qy < ny) & (qx < nx)
+    qy = tl.minimum(qy, ny - 1)  # a row beyond the map computes what the last one does: the bias table ends there
+    qx = tl.minimum(qx, nx - 1)
     ay = first_key(qy, ny, KH, SH)
     ax = first_key(qx, nx, KW, SW)
     top = first_key(y0, ny, KH, SH)
@@ -235,6 +237,8 @@ def dq_kernel(
     qy = y0 + m // TW
     qx = x0 + m % TW
     on = (qy < ny) & (qx < nx)
+    qy = tl.minimum(qy, ny - 1)  # a row beyond the map computes what the last one does: the bias table ends there
+    qx = tl.minimum(qx, nx - 1)
     ay = first_key(qy, ny, KH, SH)
     ax = first_key(qx, nx, KW, SW)
     top = first_key(y0, ny, KH, SH)
