@@ -107,10 +107,20 @@ def assert_equal(name: str, size: tuple[int, int], device: torch.device) -> None
     try:
         x = torch.randn(2, 3, *size, device=device)
         with torch.inference_mode():
-            a, b = (build_model(label, name, device).eval()(x) for label in (name, "published"))
+            a = build_model(name, None, device).eval()(x)
+            b = run_peer("published", build_model("published", name, device).eval(), x)
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
     finally:
         torch.set_default_dtype(before)
+
+
+def run_peer(name: str, model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Run a peer, or exit with one sentence where it does not take images of this size."""
+    try:
+        return model(x)
+    except (RuntimeError, AssertionError, ValueError) as error:
+        size = "x".join(map(str, x.shape[2:]))
+        sys.exit(f"benchmark.py: the peer {name!r} does not run at {size}, leave out --size: {first_line(error)}")
 
 
 def build_step(name, peer_of, shape, mode, amp, device):
@@ -147,6 +157,8 @@ def compare(args, device: torch.device, console: Console) -> list[dict]:
             shape = (batch, 3, height, width)
             x = torch.randn(shape, device=device)
             ours, peer = build_model(name, None, device), build_model(vs, name, device)
+            with torch.inference_mode():
+                run_peer(vs, peer.eval(), x[:1])
             steps, facts = {}, {}
             for dtype in args.dtypes:
                 for label, model, built in ((name, ours, name), (vs, peer, vs)):
@@ -187,6 +199,8 @@ def compare_runtimes(args, console: Console) -> list[dict]:
         height, width = (args.size,) * 2 if args.size else timm.get_pretrained_cfg(parse(name)[0]).input_size[1:]
         x = torch.randn(args.batch, 3, height, width)
         models = {name: build_model(name, None, cpu).eval(), vs: build_model(vs, name, cpu).eval()}
+        with torch.inference_mode():
+            run_peer(vs, models[vs], x[:1])
         work = {label: measure.macs(model, x) for label, model in models.items()}
         for dtype in args.dtypes:
             steps, notes = {}, {}

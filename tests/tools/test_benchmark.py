@@ -51,6 +51,11 @@ def test_mistakes_are_one_sentence(command, tmp_path):
         assert code == 2 and out == "" and sentence in err, err
 
 
+def test_a_peer_of_one_size_is_one_sentence(command):
+    message, out, _ = command("benchmark", "--models", "test_resnet", "--vs", "deit_tiny_patch16_224", "--size", 64)
+    assert out == "" and "the peer 'deit_tiny_patch16_224' does not run at 64x64, leave out --size: " in message
+
+
 @pytest.mark.exhaustive
 def test_compares_a_fused_model_with_the_form_it_came_from(tmp_path):
     small = ["--size", "64", "--batch", "1", "--runs", "1", "--out", str(tmp_path)]
