@@ -53,9 +53,9 @@ class ELA(nn.Module):
         return f"residual={self.residual}"
 
     def forward(self, x: Tensor) -> Tensor:
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
-            if can_fuse(self.conv, self.gn) and self.conv.bias is None:
-                gn = self.gn
+        if not torch.jit.is_scripting():
+            gn = self.gn
+            if can_fuse(self.conv, gn, fusible=(nn.Conv1d, nn.GroupNorm)) and self.conv.bias is None:
                 return strip_gate(x, self.conv.weight, gn.weight, gn.bias, gn.num_groups, gn.eps, self.residual)
         rows, columns = self.gates(x)
         y = x * rows * columns

@@ -43,7 +43,7 @@ class CachedMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
-            if can_fuse(self.fc1, self.act, self.fc2) and self.act.approximate == "none":
+            if type(self.act) is nn.GELU and self.act.approximate == "none" and can_fuse(self.fc1, self.act, self.fc2):
                 at_once = _tokens_at_once(x, self.hidden)
                 if at_once:
                     return torch.cat([self._fused(piece) for piece in x.flatten(0, -2).split(at_once)]).view(x.shape)
@@ -108,10 +108,15 @@ class DepthwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if not torch.jit.is_scripting():
-            tap_by_tap = self.weight.requires_grad and _few_cells(x)
+            tap_by_tap = self.weight.requires_grad and _few_cells(x) and self._is_as_made()
             if tap_by_tap:
                 return _Depthwise.apply(x, self.weight, self.bias)
         return self._conv_forward(x, self.weight, self.bias)
+
+    @torch.jit.unused
+    def _is_as_made(self) -> bool:
+        half = self.kernel_size[0] // 2
+        return (self.padding, self.dilation, self.padding_mode) == ((half, half), (1, 1), "zeros")
 
 
 # Exported programs transpose tokens (B, H·W, C) instead of permuting the axes of (B, H, W, C). Beside permuted axes
@@ -201,17 +206,18 @@ def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], 
 
 
 # Layers that operators know how to compute from their parameters. Subclasses may compute anything else.
-FUSIBLE = (nn.Linear, nn.Conv1d, nn.Conv2d, DepthwiseConv, nn.BatchNorm2d, nn.GroupNorm, nn.GELU, nn.ReLU, GELU)
+FUSIBLE = (nn.Linear, nn.Conv1d, nn.Conv2d, DepthwiseConv, nn.BatchNorm2d, nn.GELU, nn.ReLU, GELU)
 
 
 @torch.jit.unused
-def can_fuse(*layers: nn.Module) -> bool:
+def can_fuse(*layers: nn.Module, fusible: tuple[type, ...] = FUSIBLE) -> bool:
     """Return whether an operator may compute `layers` from their parameters, without calling them.
 
     It may not where that would differ from calling them: the class is not the plain one (a parametrization, a
     quantized, low-rank or sharded replacement), something hooks into the call (pruning, weight norm, observers,
-    feature extraction, backward hooks), `forward` is overridden on the instance, a parameter is a tensor subclass, or
-    BatchNorms have no running statistics, a cumulative momentum, or differ in mode, momentum or eps.
+    feature extraction, backward hooks), `forward` is overridden on the instance, a parameter is a tensor subclass, a
+    convolution is dilated or does not pad with zeros, or BatchNorms have no running statistics, a cumulative momentum,
+    or differ in mode, momentum or eps. fusible: the classes of layers that the operator knows.
     """
     if _has_global_hooks():
         return False
@@ -222,11 +228,13 @@ def can_fuse(*layers: nn.Module) -> bool:
         first = norms[0]
         if (norm.training, norm.momentum, norm.eps) != (first.training, first.momentum, first.eps):
             return False
-    return all(_is_plain(layer) for layer in layers)
+    return all(type(layer) in fusible and _is_plain(layer) for layer in layers)
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    if type(layer) not in FUSIBLE or "forward" in layer.__dict__:
+    if "forward" in layer.__dict__ or getattr(layer, "padding_mode", "zeros") != "zeros":
+        return False
+    if any(step != 1 for step in getattr(layer, "dilation", ())):
         return False
     if layer._forward_pre_hooks or layer._forward_hooks or layer._backward_pre_hooks or layer._backward_hooks:
         return False

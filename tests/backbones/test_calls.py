@@ -2,6 +2,7 @@
 
 import copy
 from operator import methodcaller
+from types import MethodType
 
 import pytest
 import saccade.backbones  # noqa: F401  (registers the models)
@@ -174,6 +175,56 @@ def test_batch_norm_in_every_mode(name, how):
     torch.testing.assert_close(model(x[2]), called(x[2]), rtol=1e-7, atol=1e-9)
     for ours, theirs in zip(model.buffers(), called.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-9)
+
+
+class Batch(nn.GroupNorm):
+    """GroupNorm in one group per channel, called rather than computed."""
+
+
+def replace(model: nn.Module, change) -> int:
+    """Replace each layer for which change(layer) is not None, and return how many."""
+    count = 0
+    for module in list(model.modules()):
+        if type(module).__module__.startswith("saccade"):
+            for key, child in module.named_children():
+                if (new := change(child)) is not None:
+                    setattr(module, key, new)
+                    count += 1
+    return count
+
+
+@pytest.mark.parametrize("name", ["patnet_t1", "ulsam_mobilenet_v2"])
+def test_group_norm_in_the_place_of_batch_norm(name):
+    """Habit where batches are small; the class known to operators gives what a subclass, which is called, gives."""
+    models = [build(name) for _ in range(2)]
+    for model, norm in zip(models, (nn.GroupNorm, Batch)):
+        assert replace(model, lambda m: norm(1, m.num_features) if type(m) is nn.BatchNorm2d else None)  # noqa: B023
+    assert_equal(*(run(model, name) for model in models))
+
+
+@pytest.mark.parametrize("name", ["biformer_t", "agent_pvt_t"])
+def test_relu_in_the_place_of_gelu(name):
+    models = [build(name) for _ in range(2)]
+    for model, activation in zip(models, (nn.ReLU(), Wrapped(nn.ReLU()))):
+        assert replace(model, lambda m: activation if type(m) is nn.GELU else None)  # noqa: B023
+    assert_equal(*(run(model, name) for model in models))
+
+
+@pytest.mark.parametrize("name", ["agent_pvt_t", "biformer_t", "ela_resnet18"])
+def test_circular_padding(name):
+    """As set for panoramas and textures: convolutions give what they give when they are called."""
+    models = [build(name) for _ in range(2)]
+    for model in models:
+        for m in model.modules():
+            if isinstance(m, (nn.Conv1d, nn.Conv2d)) and not isinstance(m.padding, str):
+                m.padding_mode, m._reversed_padding_repeated_twice = (
+                    "circular",
+                    [n for n in m.padding[::-1] for _ in "ab"],
+                )
+                if model is models[1]:
+                    m.register_forward_hook(lambda *_: None)
+                    m.forward = MethodType(lambda m, x: m._conv_forward(x, m.weight, m.bias), m)
+    assert_equal(*(run(model, name) for model in models))
 
 
 class Subclass(nn.Linear):
