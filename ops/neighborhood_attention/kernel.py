@@ -99,8 +99,8 @@ def keys(
     KH: tl.constexpr, KW: tl.constexpr, SPAN: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_N: tl.constexpr, BIAS: tl.constexpr, DENSE: tl.constexpr, ALIGNED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Load a chunk of the rectangle of keys. Return keys, values, the base-2 logits, and which pairs are in a
-    window."""
+    """Load a chunk of the rectangle of keys. Return keys, values, the base-2 logits, and which pairs are in a window.
+    With a bias, logits of the other pairs are -inf already, or NaN where a key has one: the mask is not kept."""
     d = tl.arange(0, BLOCK_D)
     n = start + tl.arange(0, BLOCK_N)
     ky = top + n // SPAN
@@ -120,7 +120,7 @@ def keys(
     if BIAS:
         of_q = (KH - 1 - qy) * (2 * KW - 1) + KW - 1 - qx
         of_k = ky * (2 * KW - 1) + kx
-        s += tl.load(bias_ptr + (of_q[:, None] + of_k[None, :]), seen, 0.0) * LOG2E
+        s += tl.load(bias_ptr + (of_q[:, None] + of_k[None, :]), seen, float("-inf")) * LOG2E
     return k, v, s, seen
 
 
@@ -143,7 +143,8 @@ def fwd_walk(
             bad = bad_rows(v)
             s = tl.where(bad[None, :], float("nan"), s)
             v = tl.where(bad[:, None], 0.0, v)
-        s = tl.where(seen, s, float("-inf"))
+        if CLEAN or not BIAS:
+            s = tl.where(seen, s, float("-inf"))
         m, l, acc = softmax_step(s, v, m, l, acc, PRECISION)
     return m, l, acc
 
@@ -213,7 +214,9 @@ def dq_walk(
             stride_h, stride_w, scale, KH, KW, SPAN, D, BLOCK_D, BLOCK_N, BIAS, DENSE, ALIGNED, PRECISION,
         )  # fmt: skip
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        ds = tl.where(seen, tl.exp2(s - lse[:, None]) * (dp - delta[:, None]), 0.0)
+        ds = tl.exp2(s - lse[:, None]) * (dp - delta[:, None])
+        if CLEAN or not BIAS:
+            ds = tl.where(seen, ds, 0.0)
         if CLEAN:
             k = tl.where(bad_rows(k)[:, None], 0.0, k)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
