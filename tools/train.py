@@ -67,6 +67,8 @@ def main() -> None:
             if unknown:
                 keys = engine.known_keys(config.load(path))
                 raise UserError(config.option_hint(*option_and_value(unknown[0]), keys))
+            if args.json and not args.print_config:
+                raise UserError("--json goes with --print-config: a run's log.jsonl has its lines as JSON")
             settings = config.load(path, args.overrides)
             engine.validate(settings)
             if args.print_config:

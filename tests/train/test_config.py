@@ -53,6 +53,7 @@ def test_dump_loads_again(tmp_path):
     "override, sentence",
     [
         ("epoch=3", "unknown key epoch, did you mean epochs"),
+        ("lr=1e-3", "unknown key lr, did you mean optimizer.lr"),
         ("optimizer.weight_decy=1", "unknown key optimizer.weight_decy, did you mean weight_decay"),
         ("optimizer.opt=adamv", "unknown optimizer.opt 'adamv', did you mean"),
         ("schedule.warmup=1", "unknown key schedule.warmup, did you mean warmup_"),

@@ -112,6 +112,11 @@ def test_data(command, tmp_path, make, words):
     )
 
 
+def test_json_is_of_print_config(tiny, tmp_path):
+    code, out, err = tiny(tmp_path / "run", "--json")
+    assert (code, out) == (2, "") and "--json goes with --print-config" in err and not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("arguments, hint", [(["--lr", "1e-3"], "optimizer.lr=1e-3"), (["--epochs=3"], "epochs=3")])
 def test_options_that_are_keys(tiny, tmp_path, arguments, hint):
     says(tiny(tmp_path / "run", *arguments), 2, f"unknown option {arguments[0].partition('=')[0]}: write {hint}")

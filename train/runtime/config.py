@@ -311,7 +311,9 @@ def check(
     known = signature(*built, without=without)
     for key, value in settings.items():
         if key not in known:
-            raise UserError(f"unknown key {prefix}{key}{closest(str(key), known)}")
+            within = [f"{name}.{key}" for name, one in settings.items() if isinstance(one, dict) and key in one]
+            hint = f", did you mean {' or '.join(within)}?" if within else closest(str(key), known)
+            raise UserError(f"unknown key {prefix}{key}{hint}")
         hint = known[key][0]
         spelled = getattr(settings, "spelled", {}).get(key)
         if spelled is not None and not isinstance(value, str) and not _fits(value, hint) and _fits(spelled, hint):
