@@ -62,12 +62,15 @@ def test_uploads(command, classifier_run, tmp_path, monkeypatch):
     assert code == 0 and "https://hub/ada/digits" in out
     assert calls[0] == ("ada/digits", dict(private=True, exist_ok=True)) and "README.md" in calls[1]
 
-    def refuse(*args, **kwargs):
-        raise OSError("no route to the Hub")
+    of_httpx2 = type("ConnectError", (Exception,), {"__module__": "httpx2"})  # of huggingface_hub's newest client
+    for error in (OSError("no route to the Hub"), of_httpx2("no route to the Hub")):
 
-    monkeypatch.setattr(Api, "create_repo", refuse)
-    code, _, err = command("publish", classifier_run, *ARGUMENTS)
-    assert code == 2 and "ada/digits can't be uploaded (no route to the Hub): write a folder with --to" in err
+        def refuse(*args, error=error, **kwargs):
+            raise error
+
+        monkeypatch.setattr(Api, "create_repo", refuse)
+        code, _, err = command("publish", classifier_run, *ARGUMENTS)
+        assert code == 2 and "ada/digits can't be uploaded (no route to the Hub): write a folder with --to" in err
 
 
 def test_refusals(command, classifier_run, tmp_path, monkeypatch):
