@@ -43,6 +43,7 @@ def test_every_kernel_compiles():
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(3600)  # window attention has up to 172 kernels to compile
 @pytest.mark.parametrize("operator", aot.OPERATORS)
 @pytest.mark.parametrize("card", aot.CARDS)
 @pytest.mark.parametrize("dtype", aot.DTYPES)
@@ -93,6 +94,7 @@ def test_image_sizes_add_no_compilation():
 
 
 @pytest.mark.exhaustive
+@pytest.mark.timeout(3600)  # a second of CPU time per size and model
 @pytest.mark.parametrize(
     "model",
     ["biformer_t", "davit_t", "ela_resnet34", "halo_26t", "halo_h0", "nat_t", "patnet_t1", "ulsam_mobilenet_v1"],
