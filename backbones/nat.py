@@ -25,7 +25,7 @@ from ..ops import neighborhood_attention
 from ..ops.neighborhood_attention.reference import neighbors
 from .attention_maps import AttentionMap, describe, hidden_unless, softmax_map, split_heads
 from .base import Pyramid, Stage, create_model, init_linear, make_cfg, map_norms
-from .layers import CachedMlp, at_most, channels_last, must_pad
+from .layers import CachedMlp, at_most, channels_last, must_pad, project
 from .published import Rules, complete, rename_key, unwrap
 
 EPS = 1e-5  # of every LayerNorm
@@ -110,13 +110,14 @@ class NeighborhoodAttention(nn.Module):
         padded = must_pad(down, right)
         if padded:
             x = F.pad(x, (0, 0, 0, right, 0, down))
-        qkv = self.qkv(x).view(x.shape[0], x.shape[1], x.shape[2], 3, C)  # unflatten has one batch size in legacy ONNX
+        qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
+        qkv = qkv.view(x.shape[0], x.shape[1], x.shape[2], 3, C)  # unflatten has one batch size in legacy ONNX
         x = neighborhood_attention(
             qkv, self.num_heads, self.kernel_size, self.rpb, self.dilation, self.stride, self.scale
         )
         if padded:
             x = x[:, :H, :W]
-        return self.proj_drop(self.proj(x))
+        return self.proj_drop(self.proj(x) if torch.jit.is_scripting() else project(self.proj, x))
 
 
 @describe.register(NeighborhoodAttention)

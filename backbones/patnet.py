@@ -31,7 +31,7 @@ from ..ops.dispatch import use_definition
 from ..ops.relative_bias import buckets
 from .attention_maps import AttentionMap, GateMap, describe, window_map
 from .base import Pyramid, Stage, create_model, make_cfg
-from .layers import can_fuse, channels_last
+from .layers import can_fuse, channels_last, project
 from .published import Rules, complete, rename_key, unwrap
 
 PARTS = 4  # parts of the channels, one of which is convolved
@@ -147,12 +147,13 @@ class RelativeAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, H, W, C = x.shape
-        qkv = self.qkv(x).view(B, H, W, 3, C)
+        qkv = (self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)).view(B, H, W, 3, C)
         if self.training and self.drop > 0.0:
             y = self.attend_with_dropout(qkv)
         else:
             y = relative_bias_attention(qkv, self.heads, self.table)
-        return F.dropout(self.proj(y), self.drop, self.training)
+        y = self.proj(y) if torch.jit.is_scripting() else project(self.proj, y)
+        return F.dropout(y, self.drop, self.training)
 
     def attend_with_dropout(self, qkv: Tensor) -> Tensor:
         """Compute attention with dropout of the probabilities, which the operator does not support."""
@@ -206,7 +207,7 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         y, z = self.gated(x[..., : self.part]), self.norm2(nchw(x[..., self.part :].contiguous()))
-        return torch.cat((y, self.conv(nhwc(z))), 3)
+        return torch.cat((y, self.conv(nhwc(z)) if torch.jit.is_scripting() else project(self.conv, nhwc(z))), 3)
 
     def gated(self, x: Tensor) -> Tensor:
         if torch.jit.is_scripting():
@@ -245,7 +246,9 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(2 * dim, dim, bias=False, **dd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(nhwc(self.norm(nchw(self.fc1(x))))))
+        hidden = self.fc1(x) if torch.jit.is_scripting() else project(self.fc1, x)
+        hidden = self.act(nhwc(self.norm(nchw(hidden))))
+        return self.fc2(hidden) if torch.jit.is_scripting() else project(self.fc2, hidden)
 
 
 class Block(nn.Module):
@@ -329,7 +332,10 @@ class FusedBlock(nn.Module):
         return torch.cat([x + self.mlp(y) for x, y in chunks]).view(x.shape)
 
     def mlp(self, x: Tensor) -> Tensor:  # (..., C) -> same
-        x = self.fc2(self.act(self.fc1(x)))
+        if torch.jit.is_scripting():
+            x = self.fc2(self.act(self.fc1(x)))
+        else:
+            x = project(self.fc2, self.act(project(self.fc1, x)))
         if self.gated:
             y, z, gate = x.split([self.gated, self.dim - self.gated, 1], -1)
             x = torch.cat((torch.addcmul(self.shift, y, F.hardsigmoid(gate)), z), -1)

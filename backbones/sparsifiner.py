@@ -19,7 +19,7 @@ import torch
 from timm.layers import ConvNormAct, DropPath, calculate_drop_path_rates, get_device_dtype, trunc_normal_
 from timm.models import checkpoint, generate_default_cfgs, register_model
 from timm.models._features import feature_take_indices
-from timm.models._features_fx import register_notrace_module
+from timm.models._features_fx import register_notrace_function, register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import connectivity, predict_mask, sparse_attention, sparse_mask, unpack_mask
@@ -27,7 +27,16 @@ from ..ops.dispatch import indices_of_largest
 from ..ops.precision import full, no_autocast, no_gradients
 from .attention_maps import AttentionMap, QueryMap, describe
 from .base import Isotropic, TokenHead, checked_size, create_model, init_linear, make_cfg
-from .layers import CachedMlp, can_fuse, channels_last, is_traced, mark_unused, position_table, resize_positions
+from .layers import (
+    CachedMlp,
+    can_fuse,
+    channels_last,
+    is_traced,
+    mark_unused,
+    position_table,
+    project,
+    resize_positions,
+)
 from .published import Rules, complete, rename_key, unwrap
 
 STRIDE = 16  # pixels per token
@@ -210,7 +219,7 @@ class SparseAttention(nn.Module):
     def forward(self, x: Tensor, kept: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Map tokens (B, n, C) and their indices among all tokens (B, n), None if none were removed, to the output of
         the kept tokens (B, m, C) and their indices among the n, (B, m), None if all are kept."""
-        qkv = self.qkv(x)
+        qkv = self.qkv(x) if torch.jit.is_scripting() else project(self.qkv, x)
         q, k, v = self.split(qkv)
         mask = self.predictor(q, k, kept)
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
@@ -220,7 +229,8 @@ class SparseAttention(nn.Module):
                 self.record.attention, self.record.mask = attention, unpack_mask(mask, q.shape[2])
                 if self.record.recon:  # attention itself is dense, and no token is removed
                     return self.proj((attention.to(v.dtype) @ v).transpose(1, 2).flatten(2)), None
-        return self.finish(sparse_attention(qkv, mask, self.heads), q, k)
+        out, left = self.finish(sparse_attention(qkv, mask, self.heads), q, k)
+        return self.proj(out) if torch.jit.is_scripting() else project(self.proj, out), left
 
     def split(self, qkv: Tensor) -> list[Tensor]:
         B, N, C3 = qkv.shape  # no unflatten, after which ONNX has one batch size
@@ -229,7 +239,7 @@ class SparseAttention(nn.Module):
     def finish(self, out: Tensor, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor | None]:
         removed = self.tokens - q.shape[2]
         if removed == 0 and self.keep is None:
-            return self.proj(out), None
+            return out, None
         full = torch.promote_types(q.dtype, torch.float32)
         logits = (q[:, :, :1].to(full) * k.to(full)).sum(-1) * self.scale  # (B, heads, n), of the class token
         share = torch.ones_like(logits[:, :, :1])
@@ -239,12 +249,12 @@ class SparseAttention(nn.Module):
             cls = cls * share[:, None].to(out.dtype)
             out = torch.cat((cls.flatten(2), out[:, 1:]), 1)
         if self.keep is None:
-            return self.proj(out), None
+            return out, None
         weights = (logits.detach().softmax(-1) * share.detach())[:, :, 1:].mean(1)
         order = indices_of_largest(weights, self.keep)
         order = order.gather(1, indices_of_largest(-order, self.keep))  # as they were before
         left = torch.cat((torch.zeros_like(order[:, :1]), order + 1), 1)
-        return self.proj(_take(out, left)), left
+        return _take(out, left), left
 
 
 def _share_of_the_rest(logits: Tensor, removed: int) -> Tensor:
@@ -279,6 +289,7 @@ def _take(x: Tensor, index: Tensor) -> Tensor:  # (B, n, C), (B, m) -> (B, m, C)
     return x.gather(1, index[:, :, None].expand(-1, -1, x.shape[2]))
 
 
+@register_notrace_function
 def _put(x: Tensor, index: Tensor, size: int, dim: int) -> Tensor:
     """Scatter x to the positions `index` (B, n) along `dim` of a tensor of zeros of that `size`."""
     shape = [1] * x.dim()
