@@ -133,11 +133,16 @@ def forward(
     scale: float,
 ) -> Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    flash = agents.shape[1] >= FLASH_AGENTS
+    b1, b2 = b1.detach(), b2.detach()  # for masks with a gradient PyTorch's attention has a form of twice the time
+    explicit = q.dtype == torch.bfloat16  # in which PyTorch's attention is as fast at best
+    flash = agents.shape[1] >= FLASH_AGENTS and not explicit
     mask = b2.mT.contiguous() if flash else b2
     for chunk in _chunks(q):
         qs, ks, vs, agent = (_heads(x[chunk], heads) for x in (q, k, v, agents))
-        va = F.scaled_dot_product_attention(agent, ks, vs, b1.expand(len(qs), -1, -1, -1), scale=scale)
+        if explicit:
+            va = _probabilities(scale * agent, ks, b1, -1) @ vs
+        else:
+            va = F.scaled_dot_product_attention(agent, ks, vs, b1.expand(len(qs), -1, -1, -1), scale=scale)
         if flash:
             o = F.scaled_dot_product_attention(qs, agent, va, mask.expand(len(qs), -1, -1, -1), scale=scale)
         else:
