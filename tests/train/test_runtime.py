@@ -210,7 +210,7 @@ def test_one_value_per_channel():
 def test_empty_folder_is_removed(tmp_path):
     """A run that fails before anything is written leaves no folder behind, and touches none that was there."""
     (tmp_path / "old").mkdir()
-    for name in ("old", "new"):
+    for name in ("old", "new", "runs/finetune/folder"):
         with pytest.raises(UserError), run_folder.removed_if_empty(tmp_path / name):
             run_folder.prepare_folder(tmp_path / name, False, False)
             raise UserError("no data")

@@ -48,14 +48,15 @@ def prepare_folder(run_dir: Path, resume: bool, overwrite: bool) -> None:
 
 @contextmanager
 def removed_if_empty(run_dir: Path) -> Iterator[None]:
-    """Remove the folder, if the block made it and raises before anything is in it."""
-    existed = run_dir.exists()
+    """Remove the folder and its parents, where the block made them and raises before anything is in them."""
+    absent = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]  # inner ones first
     try:
         yield
     except BaseException:
-        if not existed and rank() == 0:
+        if rank() == 0:
             with suppress(OSError):  # not empty, or not there
-                run_dir.rmdir()
+                for folder in absent:
+                    folder.rmdir()
         raise
 
 
