@@ -1,9 +1,11 @@
 """Sentences and exit codes."""
 
 import errno
+import os
+import sys
 
 import pytest
-from saccade.train.runtime.errors import UserError, closest, from_os, options, run, set_options
+from saccade.train.runtime.errors import UserError, closest, from_os, open_closed_streams, options, run, set_options
 
 
 def raising(error):
@@ -71,3 +73,21 @@ def test_closest():
     assert closest("epoch", ["epochs", "seed"]) == ", did you mean epochs?"
     assert closest("zzz", ["b", "a"]) == ", there is a, b"
     assert closest("zzz", map(str, range(50))) == ""
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)], ids=str)
+def test_closed_streams(tmp_path, closed):
+    """A process without stdin, stdout or stderr: files that it opens do not get what is printed."""
+    child = os.fork()
+    if child == 0:
+        for number in closed:
+            os.close(number)
+            setattr(sys, ("stdin", "stdout", "stderr")[number], None)
+        open_closed_streams()
+        with open(tmp_path / "file", "w") as file:
+            os.write(1, b" ")
+            file.write(str(file.fileno() > 2))
+        sys.stdout.isatty()
+        os._exit(run(raising(UserError("do this"))))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    assert (tmp_path / "file").read_text() == "True"

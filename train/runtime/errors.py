@@ -83,8 +83,23 @@ def closest(name: str, names: Iterable[str]) -> str:
     return f", there is {', '.join(names)}" if 0 < len(names) <= 30 else ""
 
 
+def open_closed_streams() -> None:
+    """Open /dev/null in the place of a closed stdin, stdout or stderr (`>&-`, some daemons).
+
+    Python has None for them, and the next file that is opened would get whatever a library prints.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free: this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115 (for the process)
+
+
 def run(main: Callable[[], None]) -> int:
     """Call `main` and return the process's exit code. A UserError is printed on stderr, without a traceback."""
+    open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # names of files that are no text, and terminals without UTF-8
             stream.reconfigure(errors="backslashreplace")
