@@ -562,8 +562,8 @@ class Sparsifiner(Isotropic):
                 block.attn.record = block.attn.predictor.record = None
             S, A, M = record.connectivity, record.attention, record.mask
             if before is not None:
-                S = _put(_put(S, before[:, 1:] - 1, N - 1, 2), before, N, 3)  # type: ignore[arg-type]
-                A, M = (_put(_put(t, before, N, 2), before, N, 3) for t in (A, M))  # type: ignore[arg-type]
+                S = _put(_put(S, before[:, 1:] - 1, N - 1, 2), before, N, 3)
+                A, M = (_put(_put(t, before, N, 2), before, N, 3) for t in (A, M))
             layers.append((S, A, M))
         alive = x.new_ones(x.shape[:2], dtype=torch.bool)
         if kept is not None:
