@@ -1,4 +1,4 @@
-"""Measure the throughput of data loading: our loader, timm's, and decoding only, in alternating runs.
+"""Measure the cost of data loading: our loader, timm's, and decoding only, in alternating runs.
 
     python tools/benchmark_data.py
     python tools/benchmark_data.py --workers 8 --batch 256 --data imagenet/train
@@ -7,9 +7,11 @@
 Without --data, JPEGs of 500×375, ImageNet's usual size, are cropped from the photographs that ship with scikit-learn
 and scikit-image. Timed are reading a file, decoding, a random crop resized to --size, flips and batching, for the same
 files. The uint8 pixels are normalised later, on the device; "normalised" includes normalisation on the CPU, in this
-process (saccade) or in the workers (timm). "decoding" only decodes, with torchvision or PIL in as many processes: an
-upper bound for any loader. Ratios are medians of the ratios of consecutive runs, compared with timm's loader of the
-same kind. Writes benchmark_data.json to --out.
+process (saccade) or in the workers (timm). "cropped" is data.decode="cropped", measured where libjpeg-turbo 3 is
+installed. "decoding" only decodes whole images, with torchvision or PIL in as many processes. Ratios are medians of the
+ratios of consecutive runs, compared with timm's loader of the same kind. With --clock cpu, times are those of all
+processors, of this process and the workers together, as other programs disturb them less; images/s are then those that
+one core would load. Writes benchmark_data.json to --out.
 """
 
 import argparse
@@ -17,6 +19,7 @@ import ast
 import gc
 import io
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -35,6 +38,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--workers", type=int, default=2, help="worker processes per loader")
     parser.add_argument("--batches", type=int, default=8, help="batches per run")
     parser.add_argument("--runs", type=int, default=11, help="timed runs of each loader")
+    parser.add_argument("--clock", choices=["wall", "cpu"], default="wall", help="what is measured")
     parser.add_argument("--augment", nargs="*", default=[], metavar="key=value", help="of timm's create_transform")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmark_data"))
     return parser
@@ -49,6 +53,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
+from saccade.train.data import turbojpeg
 from saccade.train.data.folder import ImageFolder
 from saccade.train.data.loader import TrainingOrder, batches
 from saccade.train.runtime import measure
@@ -136,15 +141,19 @@ def compare(args: argparse.Namespace, root: Path, paths: list[Path], augment: di
     """Return the seconds of each run, by name of the loader."""
     size = (3, args.size, args.size)
     inputs = dict(input_size=size, interpolation="bilinear", crop_pct=0.875, **NORM)
-    training = ImageFolder(str(root), shares=(0.0, 0.0), augment=augment).dataset("train", inputs, training=True)
+    decodes = ["exact", "cropped"] if turbojpeg.is_installed() else ["exact"]
+    training = {
+        decode: ImageFolder(str(root), shares=(0.0, 0.0), augment=augment, decode=decode).dataset("train", inputs, True)
+        for decode in decodes
+    }
     theirs = create_dataset("", str(root))
 
     for_timm = augment | dict(color_jitter=augment["color_jitter"] or None)  # with 0, timm adds an idle step
     workers = dict(num_workers=args.workers, persistent_workers=args.workers > 0)
 
-    def ours(normalised: bool) -> Iterator:
-        order = TrainingOrder(len(training), args.batch, 0, 0, 10**6)
-        loaded = batches(training, order, 0, args.workers, CPU)
+    def ours(normalised: bool, decode: str = "exact") -> Iterator:
+        order = TrainingOrder(len(training[decode]), args.batch, 0, 0, 10**6)
+        loaded = batches(training[decode], order, 0, args.workers, CPU)
         if not normalised:
             loaded.finish = None
         return iter(loaded)
@@ -176,7 +185,10 @@ def compare(args: argparse.Namespace, root: Path, paths: list[Path], augment: di
         "decoding (torchvision)": lambda: decoding(False),
         "decoding (PIL)": lambda: decoding(True),
     }
-    for name in list(loaders)[:4]:
+    if "cropped" in decodes:
+        loaders["saccade, cropped"] = lambda: ours(False, "cropped")
+        loaders["saccade, cropped, normalised"] = lambda: ours(True, "cropped")
+    for name in (name for name in loaders if not name.startswith("decoding")):
         images, _ = next(loaders[name]())
         kind = (torch.float32, -1) if "normalised" in name else (torch.uint8, 1)
         assert images.shape == (args.batch, *size) and images.dtype == kind[0] and images.min() < kind[1], name
@@ -187,13 +199,22 @@ def compare(args: argparse.Namespace, root: Path, paths: list[Path], augment: di
             loader = start()  # its workers end with the run, so they do not disturb others
             for _ in range(2 * args.workers + 1):  # batches read ahead during the start
                 next(loader)
-            began = time.perf_counter()
+            clock = time.perf_counter if args.clock == "wall" else cpu_seconds
+            began = clock()
             for _ in range(args.batches):
                 next(loader)
-            times[name].append(time.perf_counter() - began)
+            times[name].append(clock() - began)
             del loader
             gc.collect()
     return times
+
+
+def cpu_seconds() -> float:
+    """Return the seconds that this process and its children have computed, over all their threads (Linux)."""
+    own = os.getpid()
+    processes = [own, *map(int, Path(f"/proc/{own}/task/{own}/children").read_text().split())]
+    threads = [thread for process in processes for thread in Path(f"/proc/{process}/task").iterdir()]
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
 def report(args: argparse.Namespace, times: dict[str, list[float]], augment: dict) -> None:
@@ -216,7 +237,7 @@ def report(args: argparse.Namespace, times: dict[str, list[float]], augment: dic
     console.print(table)
     args.out.mkdir(parents=True, exist_ok=True)
     file = args.out / "benchmark_data.json"
-    settings = dict(size=args.size, batch=args.batch, batches=args.batches, runs=args.runs, augment=augment)
+    settings = {key: vars(args)[key] for key in ("size", "batch", "batches", "runs", "clock")} | dict(augment=augment)
     file.write_text(json.dumps(dict(machine=facts, **settings, rows=rows), indent=1) + "\n")
     console.print(f"wrote {file}")
 
