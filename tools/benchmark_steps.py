@@ -3,11 +3,12 @@
     python tools/benchmark_steps.py
     python tools/benchmark_steps.py --processes 2 4 8 --step-ms 20 --steps 200
 
-Processes of this machine exchange them with gloo, as a run on CPUs does; instead of computing, a step waits --step-ms.
-"blocking" exchanges both at the end of a step, as saccade did up to 0.1; "overlapped" as it does now: requests to stop
-are answered a step later, and values are sent before the backward pass, of which two thirds of a step are left.
-Blocks of both alternate. The overhead is the median of the time that a step takes beyond a step without messages. CPU
-time is that of all threads of a process. Writes benchmark_steps.json to --out.
+Processes of this machine exchange them with gloo, as a run on CPUs does; instead of computing, a step waits --step-ms,
+and ends with the message of the gradients, which is short here: the processes wait for the slowest of them there, with
+or without other messages. "two" messages exchange the values and the requests one after the other, as saccade did up to
+0.1; "one" has both, as it does now. Blocks of both, and of steps without, alternate. The overhead is the median of the
+time that a step takes beyond that of a step without them. CPU time is that of all threads of a process. Writes
+benchmark_steps.json to --out.
 """
 
 import argparse
@@ -37,7 +38,7 @@ if __name__ == "__main__" and {"-h", "--help"} & set(sys.argv[1:]):
 
 import torch
 from saccade.train.runtime import measure
-from saccade.train.runtime.distributed import PendingSum, StopRequest, all_reduce_sum, process_group
+from saccade.train.runtime.distributed import StopRequest, all_reduce_sum, process_group
 
 BLOCK = 5  # steps of a kind before the next kind
 
@@ -50,15 +51,15 @@ class NothingBad:
 
 def step(kind: str, stop: StopRequest, values: torch.Tensor, seconds: float) -> None:
     """Wait as long as a step takes, with the messages of a kind."""
-    time.sleep(seconds / 3)
-    sent = PendingSum(values) if kind == "overlapped" else None
-    time.sleep(seconds * 2 / 3)
-    if sent is not None:
-        sent.result().tolist()
-        stop.agreed(NothingBad)
-    elif kind == "blocking":
+    time.sleep(seconds)
+    all_reduce_sum(values)  # the gradients
+    if kind == "two":
         all_reduce_sum(values).tolist()
         stop.agreed(NothingBad, wait=True)
+    elif kind == "one":
+        sums = all_reduce_sum(torch.cat([values, torch.tensor(stop.flags(NothingBad))])).tolist()
+        stop.heard(sums[len(values) :])
+        stop.agreed(NothingBad)
 
 
 def work(rank: int, processes: int, port: int, seconds: float, steps: int, send) -> None:
@@ -67,7 +68,7 @@ def work(rank: int, processes: int, port: int, seconds: float, steps: int, send)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), MASTER_ADDR="localhost", MASTER_PORT=str(port))
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(processes), CUDA_VISIBLE_DEVICES="")
     os.environ["TORCHELASTIC_RUN_ID"] = "benchmark"  # started together, as torchrun does
-    kinds = ("none", "blocking", "overlapped")
+    kinds = ("none", "two", "one")
     times: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     with process_group():
         stop, values = StopRequest(), torch.rand(4)
@@ -79,7 +80,6 @@ def work(rank: int, processes: int, port: int, seconds: float, steps: int, send)
                     step(kind, stop, values, seconds)
                     if block:
                         times[kind].append((time.perf_counter() - wall, time.process_time() - cpu))
-        stop.agreed(NothingBad, wait=True)
     if rank == 0:
         send.send(times)
 
@@ -109,7 +109,7 @@ def main() -> None:
         for process in group:
             process.join()
         wall, cpu = ({kind: statistics.median(t[i] for t in each) for kind, each in times.items()} for i in (0, 1))
-        for kind in ("blocking", "overlapped"):
+        for kind in ("two", "one"):
             extra, own = wall[kind] - wall["none"], cpu[kind] - cpu["none"]
             share = extra / (args.step_ms / 1e3)
             rows.append(dict(processes=processes, messages=kind, ms=1e3 * extra, share=share, cpu_ms=1e3 * own))

@@ -96,8 +96,8 @@ def tables(args: argparse.Namespace) -> str:
         held = 4 * gradients  # weights, averaged weights, two moments
         alone = held / args.disk / 1e9 + held / args.sha / 1e9
         size = f"{model['parameters'] / 1e6:.1f} M | {model['macs'] / 1e9:.1f}"
-        ddp = f"{2 * gradients / 1e6:.0f} MB | {buckets(model['parameters'])} + 2"
-        fsdp = f"{3 * gradients / 1e6:.0f} MB | {3 * units - 1} + 2"
+        ddp = f"{2 * gradients / 1e6:.0f} MB | {buckets(model['parameters'])} + 1"
+        fsdp = f"{3 * gradients / 1e6:.0f} MB | {3 * units - 1} + 1"
         traffic.append(
             f"| `{name}` | {size} | {ddp} | {fsdp} | {held / 1e6:.0f} MB | {alone:.1f} s | {alone / 64:.2f} s |"
         )

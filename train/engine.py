@@ -272,7 +272,8 @@ def train(
                 scaler.scale(loss / accumulate).backward()
             for name, value in {"loss": loss.detach(), **extra}.items():
                 sums[name] = sums.get(name, 0) + value / accumulate
-        values = numbers.accept(sums, explain)
+        values = numbers.accept(sums, explain, stop.flags(bad))
+        stop.heard(numbers.flags)
         if values is not None:
             if clip_grad is not None:
                 nn.utils.clip_grad_norm_(net.parameters(), clip_grad)

@@ -10,7 +10,7 @@ def test_counts_and_efficiency(command, tmp_path):
     assert command("scaling", *arguments, "--write", page)[0] == 0
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("<!-- end -->\nafter\n") and "old" not in text
-    assert "| `resnet50` | 25.6 M | 4.1 | 204 MB | 5 + 2 | 307 MB |" in text
+    assert "| `resnet50` | 25.6 M | 4.1 | 204 MB | 5 + 1 | 307 MB |" in text
     shares = re.search(r"`resnet50` \| ddp \| (\d+) \|(.*)\|", text)
     assert shares[1] == "16"  # 6 · 4.1 G · 128 / 200 T
     first, *others = (int(share.strip().rstrip("%")) for share in shares[2].split("|"))

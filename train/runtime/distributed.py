@@ -326,24 +326,6 @@ def all_reduce_sum(tensor: Tensor) -> Tensor:
     return tensor
 
 
-class PendingSum:
-    """The sum of a tensor over all processes, which is exchanged while this process computes.
-
-    All processes must make them, and take their results, in the same order.
-    """
-
-    def __init__(self, tensor: Tensor):
-        self._tensor = tensor.clone() if world_size() > 1 else tensor
-        self._work = dist.all_reduce(self._tensor, async_op=True) if world_size() > 1 else None
-
-    def result(self) -> Tensor:
-        """Wait for the sum, and return it."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        return self._tensor
-
-
 def all_gather_object(value: Any) -> list[Any]:
     """Return the processes' values, which can be pickled, in order of rank. All processes must call it."""
     gathered = [value] * world_size()
@@ -391,7 +373,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.asked, self.code, self.saved = False, PREEMPTED, "nothing was saved"
         self._interrupted_at: float | None = None
-        self._pending: list[PendingSum] = []
+        self._heard: list[float] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._ask)
 
@@ -412,26 +394,32 @@ class StopRequest:
             signal.signal(signal.SIGINT, signal.SIG_DFL)
             raise KeyboardInterrupt(f"interrupted twice by Ctrl-C, so not saved again: {self.saved}")
 
+    def flags(self, bad: Any) -> list[float]:
+        """Return what this process tells the others, which is summed over them in a step's message, for `heard`.
+
+        bad: its new bad images (saccade.train.data.bad_images.BadImages) are to be counted too.
+        """
+        return [float(self.asked), float(self.code == INTERRUPTED), float(len(bad.new))]
+
+    def heard(self, sums: list[float]) -> None:
+        """Take the sums of the processes' flags in the last step's message."""
+        self._heard = sums
+
     def agreed(self, bad: Any, wait: bool = False) -> bool:
         """Tell whether any process has been asked to stop. Every process must call it at the same points.
 
-        The processes exchange their requests while they compute, so the answer is that of the call before, a step
-        earlier; with `wait`, and in a single process, it includes this call's.
-        The same message shares whether any has new bad images (saccade.train.data.bad_images.BadImages) to count.
+        Without a message of its own, the answer is that of the last step's; with `wait`, and in a single process, it is
+        this moment's. New bad images of any process are shared.
         """
-        flags = torch.tensor([float(self.asked), float(self.code == INTERRUPTED), float(len(bad.new))])
-        pending = [*self._pending, PendingSum(flags)]
-        count = len(pending) - (world_size() > 1 and not wait)
-        self._pending = pending[count:]
-        stop = new = False
-        for each in pending[:count]:
-            asked, interrupted, found = each.result().tolist()
-            stop, new = stop or asked > 0, new or found > 0
-            if interrupted:
-                self.code = INTERRUPTED
+        sums, self._heard = self._heard or [0.0, 0.0, 0.0], None
+        if wait or world_size() == 1:
+            sums = all_reduce_sum(torch.tensor(self.flags(bad))).tolist()
+        asked, interrupted, new = sums
+        if interrupted:
+            self.code = INTERRUPTED
         if new:
             bad.share()
-        return stop
+        return asked > 0
 
 
 class _AllReduceSum(torch.autograd.Function):

@@ -50,24 +50,30 @@ class Numbers:
         self._buffers: list[tuple[Tensor, Tensor]] = []
         self._recent: deque[float] = deque(maxlen=RECENT)
         self._spiking = False
+        self.flags: list[float] = []  # of the last step
 
     def begin(self) -> None:
         """Keep the buffers as they are, before a step's first forward pass."""
         self._buffers = copy_buffers(self.model)
 
-    def accept(self, values: dict[str, Tensor], explain: Callable[[], list[Part]]) -> dict[str, Tensor] | None:
+    def accept(
+        self, values: dict[str, Tensor], explain: Callable[[], list[Part]], flags: Sequence[float] = ()
+    ) -> dict[str, Tensor] | None:
         """Return a step's values ("loss" and others, scalars), averaged over the processes; None to skip the step.
 
         The gradients must be complete; they are unscaled here. explain: called in all processes where the step is
-        skipped; returns what `examine` found of each part. Raises UserError, code 70, with the last step allowed.
+        skipped; returns what `examine` found of each part. flags: other numbers that the same message carries; their
+        sums over the processes are in `self.flags`. Raises UserError, code 70, with the last step allowed.
         """
         step = self.state.step + 1
         self.scaler.unscale_(self.state.optimizer)
         gradients = [local_tensor(p.grad) for p in self.model.parameters() if p.grad is not None]
         largest = get_total_norm(gradients, math.inf) if gradients else torch.zeros(())
-        flags = [*values.values(), ~largest.isfinite()]
-        means = all_reduce_sum(torch.stack([flag.to(largest.device, torch.float32) for flag in flags])) / world_size()
-        loss, overflow = means[[list(values).index("loss"), -1]].tolist()
+        own = [each.to(largest.device, torch.float32) for each in (*values.values(), ~largest.isfinite())]
+        sums = all_reduce_sum(torch.cat([torch.stack(own), torch.tensor(flags, device=largest.device)]))
+        means = sums[: len(own)].div_(world_size())
+        shown = [list(values).index("loss"), len(values), *range(len(own), len(sums))]
+        loss, overflow, *self.flags = sums[shown].tolist()
         if math.isfinite(loss) and not overflow:
             self._watch(step, loss)
             self.state.skipped_in_row = 0
