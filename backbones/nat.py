@@ -11,6 +11,7 @@ with other `dilations`. Names end in m (mini), t, s, b, l; `dinats_*` is DiNAT_s
 Maps travel as (B, H, W, C) through the blocks, and as NCHW views of the same memory between them.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -245,6 +246,7 @@ class NAT(Pyramid):
         dilations: per stage, the dilation of all blocks, or those of the first blocks, repeated to its depth.
         strides: per stage, how many queries along an axis share a window (generalized neighborhood attention).
         patch_size: None for convolutions as stem and between stages, else the side of the patches of Swin's stem.
+        isotropic: keep the size and width of the map in all stages, which then only say where features are taken.
         layer_scale: initial scale of the residual branches, None for none.
         out_norms: a LayerNorm for each stage's map in `forward_intermediates` and `features_only`, as the published
             detection and segmentation backbones have. The next stage gets the map without it.
@@ -265,6 +267,7 @@ class NAT(Pyramid):
         dilations: Sequence[int | Sequence[int]] = (1, 1, 1, 1),
         strides: Sequence[int] = (1, 1, 1, 1),
         patch_size: int | None = None,
+        isotropic: bool = False,
         layer_scale: float | None = None,
         out_norms: bool = False,
         drop_rate: float = 0.0,
@@ -279,6 +282,8 @@ class NAT(Pyramid):
                 raise ValueError(f"{name} must have an entry for each of the {len(dims)} dims, got {value}")
         if any(dim % head_dim for dim in dims):
             raise ValueError(f"dims must be multiples of head_dim={head_dim}, got {dims}")
+        if isotropic and len(set(dims)) > 1:
+            raise ValueError(f"dims must be equal in isotropic models, got {dims}")
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {kernel_size}")
         self.in_chans, self.num_classes = in_chans, num_classes
@@ -288,6 +293,7 @@ class NAT(Pyramid):
         self.stem = PatchStem(in_chans, dims[0], patch_size, **dd) if patch_size else ConvStem(in_chans, dims[0], **dd)
         rates: Any = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         downsampler = PatchMerging if patch_size else ConvDownsample
+        self.isotropic = isotropic
         stages = []
         self.feature_info = []
         for i, (depth, dim) in enumerate(zip(depths, dims)):
@@ -298,8 +304,10 @@ class NAT(Pyramid):
                 dilation, heads = each[j % len(each)], dim // head_dim
                 attn = NeighborhoodAttention(dim, heads, kernel_size, dilation, strides[i], **dd)
                 blocks.append(Block(dim, attn, mlp_ratio, layer_scale, next(rates), **dd))
-            stages.append(Stage(downsampler(dims[i - 1], dim, **dd) if i else nn.Identity(), blocks))
-            self.feature_info.append(dict(num_chs=dim, reduction=(patch_size or 4) * 2**i, module=f"stages.{i}"))
+            same = i == 0 or isotropic
+            stages.append(Stage(nn.Identity() if same else downsampler(dims[i - 1], dim, **dd), blocks))
+            reduction = (patch_size or 4) * (1 if isotropic else 2**i)
+            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
         self.stages = nn.Sequential(*stages)
         self.out_norms = map_norms(dims, EPS, **dd) if out_norms else None
         self.norm = LayerNorm2d(dims[-1], eps=EPS, **dd)
@@ -311,7 +319,7 @@ PUBLISHED_KEYS: Rules = [  # published name -> ours, applied in order
     (r"^patch_embed\.", "stem."),
     (r"^(?:levels|layers)\.(\d+)\.downsample\.", lambda m: f"stages.{int(m[1]) + 1}.downsample."),
     (r"^(?:levels|layers)\.(\d+)\.blocks\.", r"stages.\1.blocks."),
-    (r"^layers\.(\d+)\.", r"stages.0.blocks.\1."),  # isotropic
+    (r"^layers\.(\d+)\.", r"stages.0.blocks.\1."),  # isotropic: see `distribute`
     (r"^norm(\d)\.", r"out_norms.\1."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 ]
@@ -354,6 +362,17 @@ def resize_table(table: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(table[None].float(), size, mode="bicubic", align_corners=False)[0].to(table.dtype)
 
 
+def distribute(key: str, depths: Sequence[int]) -> str:
+    """Return the key of an isotropic model's block, given as one of the first stage, in stages of these depths."""
+    if match := re.match(r"stages\.0\.blocks\.(\d+)\.", key):
+        stage, block = 0, int(match[1])
+        while stage < len(depths) - 1 and block >= depths[stage]:
+            block -= depths[stage]
+            stage += 1
+        key = f"stages.{stage}.blocks.{block}.{key[match.end() :]}"
+    return key
+
+
 def checkpoint_filter_fn(state_dict: dict, model: NAT) -> dict[str, Tensor]:
     """Convert published weights (of classifiers, detectors or segmenters), or those of transformers, to our names.
 
@@ -366,6 +385,8 @@ def checkpoint_filter_fn(state_dict: dict, model: NAT) -> dict[str, Tensor]:
     out = {}
     for key, value in weights.items():
         key = rename(key)
+        if model.isotropic:
+            key = distribute(key, [len(stage.blocks) for stage in model.stages])
         if key.endswith(".rpb") and key in own and own[key].shape[0] == value.shape[0]:
             size = tuple(own[key].shape[1:])
             value = value if tuple(value.shape[1:]) == size else resize_table(value, size)
@@ -383,7 +404,8 @@ SWIN = dict(depths=(2, 2, 18, 2), mlp_ratio=4.0, patch_size=4)
 MINI = dict(CONV, depths=(3, 4, 6, 5))
 SCALED = dict(CONV, mlp_ratio=2.0, layer_scale=1e-5)
 T, S, B, L = ((n, 2 * n, 4 * n, 8 * n) for n in (64, 96, 128, 192))  # dims
-ISO = dict(depths=(12,), mlp_ratio=4.0, patch_size=16)
+ISO = dict(depths=(3, 3, 3, 3), mlp_ratio=4.0, patch_size=16, isotropic=True)
+ALTERNATING = ((1, 2), (2, 1), (1, 2), (2, 1))  # over the twelve blocks
 VARIANTS: dict[str, dict[str, Any]] = dict(
     nat_m=dict(MINI, dims=T),
     nat_t=dict(CONV, dims=T),
@@ -400,10 +422,10 @@ VARIANTS: dict[str, dict[str, Any]] = dict(
     dinats_b=dict(SWIN, dims=B, size=224),
     dinats_l=dict(SWIN, dims=L, size=224),
     dinats_l_384=dict(SWIN, dims=L, size=384),
-    nat_iso_s=dict(ISO, dims=(384,)),
-    nat_iso_b=dict(ISO, dims=(768,)),
-    dinat_iso_s=dict(ISO, dims=(384,), dilations=((1, 2),)),
-    dinat_iso_b=dict(ISO, dims=(768,), dilations=((1, 2),)),
+    nat_iso_s=dict(ISO, dims=(384,) * 4),
+    nat_iso_b=dict(ISO, dims=(768,) * 4),
+    dinat_iso_s=dict(ISO, dims=(384,) * 4, dilations=ALTERNATING),
+    dinat_iso_b=dict(ISO, dims=(768,) * 4, dilations=ALTERNATING),
 )
 NAT_PAPER, DINAT_PAPER = "arXiv:2204.07143", "arXiv:2209.15001"
 IN22K = f"{DINAT_PAPER}, pre-trained on ImageNet-22K"

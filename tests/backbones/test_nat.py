@@ -6,7 +6,18 @@ import pytest
 import saccade.backbones
 import timm
 import torch
-from saccade.backbones.nat import Block, ConvDownsample, ConvStem, PatchMerging, filling, rename, resize_table
+from saccade.backbones.nat import (
+    NAT,
+    Block,
+    ConvDownsample,
+    ConvStem,
+    PatchMerging,
+    checkpoint_filter_fn,
+    distribute,
+    filling,
+    rename,
+    resize_table,
+)
 from saccade.train.runtime import measure
 from support import parity
 from support.backbones import Pyramid
@@ -32,7 +43,12 @@ def small(name="dinat_b", **kwargs):
 
 class TestNAT(Pyramid):
     FIXTURES, NAME, SMALL, small = "nat", "dinat_b", SMALL, staticmethod(small)
-    rename = staticmethod(rename)
+
+    @staticmethod
+    def rename(key):
+        isotropic = re.match(r"layers\.\d+\.(?!blocks|downsample)", key)  # of twelve blocks in four stages
+        return distribute(rename(key), (3, 3, 3, 3)) if isotropic else rename(key)
+
     WHOLE = (
         exhaustive("nat_mini_224", "nat_m", {}),
         exhaustive("dinat_s_tiny_130x189", "dinats_t", {}),
@@ -219,3 +235,21 @@ def test_initialization_and_weight_decay():
     assert 0.019 < block.attn.qkv.weight.std() < 0.021 and 0.015 < block.attn.rpb.std() < 0.025
     assert not block.mlp.fc1.bias.any() and torch.equal(block.gamma2, torch.full((384,), 1e-5))
     assert model.no_weight_decay() == set()
+
+
+def test_isotropic_models_give_four_maps_of_one_size():
+    """Every third block's; files that number the blocks without stages load, ours of before and the published ones."""
+    model = timm.create_model("dinat_iso_s", features_only=True, dims=(32,) * 4).eval()
+    assert model.feature_info.reduction() == [16] * 4
+    assert [tuple(x.shape) for x in model(torch.zeros(1, 3, 112, 112))] == [(1, 32, 7, 7)] * 4
+    model = timm.create_model("dinat_iso_s", dims=(32,) * 4)
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    assert [block.attn.dilation for block in blocks] == [(1, 1), (2, 2)] * 6
+    keys = [f"layers.{i}.norm1.weight" for i in range(12)], [f"stages.0.blocks.{i}.norm1.weight" for i in range(12)]
+    for names in keys:
+        state = model.state_dict() | {name: torch.full((32,), float(i)) for i, name in enumerate(names)}
+        loaded = checkpoint_filter_fn(state, model)
+        own = [f"stages.{i // 3}.blocks.{i % 3}.norm1.weight" for i in range(12)]
+        assert [loaded[name][0].item() for name in own] == list(range(12)), names[0]
+    with pytest.raises(ValueError, match=r"dims must be equal in isotropic models, got \(32, 64\)"):
+        NAT(dims=(32, 64), depths=(1, 1), patch_size=16, isotropic=True)

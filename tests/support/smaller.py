@@ -13,7 +13,7 @@ SMALLER = {  # by the beginning of a model's name
     "halo_h": HYBRID | dict(blocks=("A",) * 4),
     "halo_regnetz": dict(dims=(16, 32, 32, 48), blocks=("C", "C", "CA", "A")),
     "halo_": HYBRID,
-    **{name: dict(dims=(32,), depths=(2,)) for name in ("nat_iso", "dinat_iso")},
+    **{name: dict(dims=(32, 32), depths=(1, 1)) for name in ("nat_iso", "dinat_iso")},
     **{name: dict(dims=(32, 32, 64, 64), depths=(1,) * 4, kernel_size=3) for name in ("nat_", "dinat_", "dinats_")},
     "patnet": dict(dims=(8, 16, 16, 32), depths=(1,) * 4, attn_heads=2),
     "sparsifiner": dict(dim=32, depth=4, heads=2, reduce_n=2, coef_topk=3),
