@@ -190,8 +190,9 @@ def compare(args: argparse.Namespace, root: Path, paths: list[Path], augment: di
         loaders["saccade, cropped, normalised"] = lambda: ours(True, "cropped")
     for name in (name for name in loaders if not name.startswith("decoding")):
         images, _ = next(loaders[name]())
-        kind = (torch.float32, -1) if "normalised" in name else (torch.uint8, 1)
-        assert images.shape == (args.batch, *size) and images.dtype == kind[0] and images.min() < kind[1], name
+        normal = "normalised" in name
+        assert images.shape == (args.batch, *size), name
+        assert images.dtype == (torch.float32 if normal else torch.uint8) and (images.min() < 0) == normal, name
 
     times: dict[str, list[float]] = {name: [] for name in loaders}
     for _ in range(args.runs):

@@ -52,7 +52,7 @@ def run(name: str, folder: Path, data: Path, *overrides: str) -> dict:
     if "sizes" in published["data"]:
         given.append("data.sizes={0: 32, 1: 64}")
     schedule = published["schedule"]
-    cooldown = 1 if "cooldown_epochs" in schedule else 0
+    cooldown = 1 if schedule.get("cooldown_epochs") else 0
     given += ["schedule.cooldown_epochs=1"] if cooldown else []
     given += ["schedule.warmup_epochs=1"] if schedule.get("warmup_epochs") else []
     given.append(f"epochs={1 if schedule.get('warmup_prefix') else 2}")

@@ -48,7 +48,9 @@ def test_every_kernel_compiles():
 @pytest.mark.parametrize("card", aot.CARDS)
 @pytest.mark.parametrize("dtype", aot.DTYPES)
 def test_every_tile_fits(operator, card, dtype):
-    rows = listing("--operators", operator, "--cards", card, "--dtypes", dtype)
+    """Of sm_90; of the other cards each kernel's first: all that models launch there is compiled below."""
+    quick = [] if card == "sm_90" else ["--quick"]
+    rows = listing("--operators", operator, "--cards", card, "--dtypes", dtype, *quick)
     fits(rows)
     assert {(row.operator, row.card, row.dtype) for row in rows} == {(operator, card, dtype)}
 

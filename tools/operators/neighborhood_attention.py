@@ -19,7 +19,8 @@ def published(qkv, heads, kernel, bias, dilation):
 def cases(batch: int, height: int, width: int) -> list[Case]:
     result = []
     for stage in range(4):
-        H, W, C, heads = height // (4 << stage), width // (4 << stage), 64 << stage, 2 << stage
+        H, W = (max(7, side // (4 << stage)) for side in (height, width))  # models pad smaller maps
+        C, heads = 64 << stage, 2 << stage
         for d in sorted({1, max(1, min(H, W) // 7)}):
 
             def args(device, dtype, shape=(batch, H, W, 3, C), heads=heads, d=d):
