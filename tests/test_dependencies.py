@@ -82,3 +82,15 @@ def test_the_lowest_and_the_newest_versions_work(which):
     if re.search("Could not fetch|No matching distribution|network is unreachable", done.stderr):
         pytest.skip(f"no package index has the {which} versions")
     assert done.returncode == 0 and "done: the best on val" in done.stdout, done.stdout + done.stderr
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(3600)
+def test_the_simulator_finds_no_race_and_no_access_out_of_bounds():
+    """Triton kernels on a simulated GPU, in an environment of its own: Triton's interpreter sees neither."""
+    done = subprocess.run(["make", "test-sim"], cwd=ROOT, capture_output=True, text=True)
+    if re.search(
+        "needs Python 3.12|Could not fetch|No matching distribution|network is unreachable", done.stdout + done.stderr
+    ):
+        pytest.skip("no Python 3.12 or 3.13, or no package index has the simulator")
+    assert done.returncode == 0 and " passed" in done.stdout, done.stdout + done.stderr
