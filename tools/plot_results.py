@@ -78,7 +78,11 @@ def plot_pareto(plt) -> Path:
     for i, (title, models) in enumerate(sorted(points.items())):
         axis.scatter(*zip(*models.values()), s=26, color=plt.get_cmap("tab10")(i), label=title, zorder=2)
     for name in front:
-        axis.annotate(name, every[name], xytext=(-4, 5), textcoords="offset points", fontsize=7, ha="right")
+        style = dict(
+            xytext=(-3, 3), textcoords="offset points", fontsize=7, ha="right", rotation=-40, rotation_mode="anchor"
+        )
+        axis.annotate(name, every[name], **style)
+    axis.margins(0.2, 0.2)
     axis.set(xscale="log", xlabel="CPU seconds of one image, fp32, one thread", ylabel="published ImageNet top-1, %")
     axis.grid(color="#eeeeee")
     axis.spines[["top", "right"]].set_visible(False)
