@@ -83,7 +83,7 @@ def _check_boxes(file: Path, annotations: list[dict[str, Any]], sizes: dict[int,
                 f"{file} has {beyond} of {len(annotations)} boxes that reach beyond their image, as if they were left, "
                 "top, right, bottom: give left, top, width, height"
             )
-    sample = [said for a in annotations[:1000] if (said := _corners_said(a)) is not None]
+    sample = [corners for a in annotations[:1000] if (corners := _has_corners(a)) is not None]
     if sum(sample) > 0.9 * len(sample):
         raise UserError(
             f"{file} has boxes whose last two numbers are right and bottom, by their polygons or areas: give left, "
@@ -102,7 +102,7 @@ def _check_boxes(file: Path, annotations: list[dict[str, Any]], sizes: dict[int,
         note(f"{file}: {repeated} annotations repeat the image, category and box of another")
 
 
-def _corners_said(annotation: dict[str, Any]) -> bool | None:
+def _has_corners(annotation: dict[str, Any]) -> bool | None:
     """Return whether an annotation's polygons, or else its area, say that its box is left, top, right, bottom; None if
     they say neither that nor that it is left, top, width, height."""
     x, y, a, b = annotation["bbox"]
