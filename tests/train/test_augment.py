@@ -96,8 +96,8 @@ def test_normalised_where_the_model_is():
 
 
 def test_damaged():
-    with pytest.raises(BadImage, match=r"torn\.jpg"):
-        Augment(decode, **INPUTS)(file()[:2000], lambda: "torn.jpg")
+    with pytest.raises(BadImage, match=r"truncated\.jpg"):
+        Augment(decode, **INPUTS)(file()[:2000], lambda: "truncated.jpg")
 
 
 cropping = pytest.mark.skipif(not turbojpeg.is_installed(), reason="libjpeg-turbo 3 is not installed")
@@ -170,8 +170,8 @@ def test_every_edge_of_a_crop():
 def test_damaged_for_cropped_decoding(monkeypatch):
     """A truncated file is refused as ever; one that is damaged above the crop is decoded as a whole, with its crop."""
     data = jpeg(quality=95)
-    with pytest.raises(BadImage, match=r"torn\.jpg"):
-        Augment(decode, "cropped", **INPUTS)(data[: len(data) * 9 // 10], lambda: "torn.jpg")
+    with pytest.raises(BadImage, match=r"truncated\.jpg"):
+        Augment(decode, "cropped", **INPUTS)(data[: len(data) * 9 // 10], lambda: "truncated.jpg")
     with pytest.raises(ValueError, match="damaged"):
         turbojpeg.Jpeg(data[:4000] + data[-2:]).crop(200, 0, 50, 50)
     with pytest.raises(ValueError, match="not a JPEG"):

@@ -145,7 +145,7 @@ def test_splits_that_are_not_understood(tmp_path, pets):
 
 
 def test_layouts_of_imagenet(tmp_path, capsys):
-    """A test folder without labels is not used; what lies flat, one folder deeper or in tars is said."""
+    """A test folder without labels is not used; what lies flat, one folder deeper or in tars is explained."""
     root = tmp_path / "CLS-LOC"
     for split in ("train", "val"):
         for kind in ("n01440764", "n01443537"):
