@@ -13,6 +13,7 @@ import socket
 import sys
 import tempfile
 import time
+import weakref
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,7 +50,9 @@ class Job:
 
     def __init__(self, script: Path, *arguments: object, processes: int = 0, file_size: int | None = None):
         """processes: if more than 0, a group as torchrun starts it; file_size: the largest file in bytes."""
-        self.output = tempfile.NamedTemporaryFile("r", suffix=".out")  # noqa: SIM115 (lives as long as the job)
+        handle, self.output = tempfile.mkstemp(suffix=".out")
+        os.close(handle)  # a file that stays open until the collector finds the job is a warning in some later test
+        weakref.finalize(self, os.unlink, self.output)
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
         if processes:
             with socket.socket() as free:
@@ -59,7 +62,7 @@ class Job:
         self.processes = []
         for rank in range(max(processes, 1)):
             own = dict(RANK=str(rank), LOCAL_RANK=str(rank)) if processes else {}
-            line = (str(script), list(map(str, arguments)), environment | own, self.output.name, file_size)
+            line = (str(script), list(map(str, arguments)), environment | own, self.output, file_size)
             self.processes.append(_context.Process(target=_main, args=line))
             self.processes[-1].start()
 
@@ -97,7 +100,7 @@ class Job:
 
     def text(self) -> str:
         """Return what all processes have printed so far, on stdout and stderr."""
-        return Path(self.output.name).read_text(errors="replace")
+        return Path(self.output).read_text(errors="replace")
 
     def send_signal(self, number: int) -> None:
         os.kill(self.pid, number)
