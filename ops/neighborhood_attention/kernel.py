@@ -444,6 +444,8 @@ def spans(L: int, k: int, d: int, s: int, t: int) -> tuple[int, int, int, int]:
             seeing = [i for i in range(n) if first[i] <= last and first[i] + k > own]
             queries = max(queries, seeing[-1] - seeing[0] + 1)
             low, high = min(low, first[own] - origin), max(high, first[last] + k - origin)
+    if queries > t + k - 1:  # those beside an edge, whose number depends on L: one kernel for all of them
+        queries = max(queries, t + k - 1 + k // 2)
     return keys, queries, low, high - low
 
 

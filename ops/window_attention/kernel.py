@@ -399,9 +399,7 @@ def launch_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
     rows, walked, warps, stages = TILES[itemsize, max(32, _block(D))]
     if itemsize == 2 and D <= 32 and rows >= N:  # a window in one step: nothing to load ahead
         walked, stages = rows, 1
-    # Without a limit, ptxas aims at 64 or 128 registers for some of these kernels and spills 8 to 24 bytes for that.
-    limit = dict(maxnreg=255) if itemsize * D > 256 and not hip else {}
-    return limit | dict(
+    return _limit(itemsize * D > 256, hip) | dict(
         D=D,
         BLOCK_D=_block(D),
         BLOCK_M=max(16, min(rows, triton.next_power_of_2(N))),
@@ -409,6 +407,16 @@ def launch_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
         num_warps=warps,
         num_stages=min(stages, 2) if hip else stages,
     )
+
+
+def forward_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
+    """Return those of fwd_kernel."""
+    return launch_options(itemsize, D, N, hip) | _limit(itemsize * D >= 256, hip)
+
+
+def _limit(needed: bool, hip: bool) -> dict:
+    # Without a limit, ptxas aims at 64, 80 or 128 registers for some of these kernels and spills 8 to 24 bytes for that.
+    return dict(maxnreg=255) if needed and not hip else {}
 
 
 def tile_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
@@ -448,7 +456,7 @@ def fwd(
     if out.numel() == 0:
         return out, lse
     qkv, N = _readable(qkv), window[0] * window[1]
-    options = launch_options(qkv.element_size(), C // heads, N, torch.version.hip is not None)
+    options = forward_options(qkv.element_size(), C // heads, N, torch.version.hip is not None)
     grid = (B * _count(H, W, window) * triton.cdiv(N, options["BLOCK_M"]) * heads,)
     with torch.cuda.device_of(qkv):
         launch(fwd_kernel, grid)(
@@ -542,4 +550,4 @@ def aot(dtype: str, hip: bool) -> Iterator[tuple[triton.JITFunction, dict, dict]
                     if bias:
                         options = owner_options(itemsize, D, w, hip) | window_options(h, w)
                         yield dbias_kernel, floats, dict(PAD=pad) | options
-                yield fwd_kernel, floats, given | launch_options(itemsize, D, h * w, hip)
+                yield fwd_kernel, floats, given | forward_options(itemsize, D, h * w, hip)

@@ -102,8 +102,9 @@ def test_image_sizes_add_no_compilation():
     ["biformer_t", "davit_t", "ela_resnet34", "halo_26t", "halo_h0", "nat_t", "patnet_t1", "ulsam_mobilenet_v1"],
 )
 def test_thirty_image_sizes_compile_no_more_than_two(model):
-    # DaViT's windows divide one of the sizes: there they have no padding.
-    two = [(672, 896), (608, 768)] if model == "davit_t" else TWO
+    # DaViT's windows divide one of the sizes: there they have no padding. NAT's tiles of keys are seen by most queries
+    # beside the edge of one.
+    two = {"davit_t": [(672, 896), (608, 768)], "nat_t": [(544, 544), (544, 736)]}.get(model, TWO)
     assert sum(compilations(model, [*two, *DETECTION])[2:]) == 0
 
 
