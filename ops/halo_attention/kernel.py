@@ -344,7 +344,7 @@ def launch_options(
         walked = min(walked, max(16, triton.next_power_of_2(side**2)))
     positions = max(32, triton.next_power_of_2(2 * table))
     if positions > 32:  # position logits take twice the registers
-        most, warps = most if warps < 8 or of_keys and itemsize * BLOCK_D <= 64 else max(16, most // 2), 8
+        most, warps = most if warps < 8 or (of_keys and itemsize * BLOCK_D <= 64) else max(16, most // 2), 8
         walked = min(walked, 64 // itemsize)
     own = max(16, min(most, triton.next_power_of_2(tokens)))
     if itemsize == 2 and positions == 32 and max(BLOCK_D, BLOCK_V) <= 64:

@@ -415,7 +415,7 @@ def forward_options(itemsize: int, D: int, N: int, hip: bool) -> dict:
 
 
 def _limit(needed: bool, hip: bool) -> dict:
-    # Without a limit, ptxas aims at 64, 80 or 128 registers for some of these kernels and spills 8 to 24 bytes for that.
+    # Without a limit, ptxas aims at 64, 80 or 128 registers for some of these kernels, and spills 8 to 24 bytes.
     return dict(maxnreg=255) if needed and not hip else {}
 
 
