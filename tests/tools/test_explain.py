@@ -113,6 +113,18 @@ def test_bad_input(command, image, tmp_path, monkeypatch, arguments, sentence):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["image.png", "text.png"]
 
 
+def test_heads_share_routed_regions(image):
+    made = subjects._of_model("biformer_t", build("biformer_t", dims=(64, 32, 32, 32)).eval(), "untrained")
+    made.size_for = lambda height, width: (64, 64)
+    picture = Image.open(image)
+    regions, tokens = explain(made, picture, "stages.0.blocks.0", head=1)
+    assert (regions.facts["heads"], tokens.facts["heads"], regions.head, tokens.head) == (1, 2, 1, 1)
+    first, second = explain(made, picture, "stages.0.blocks.0", head=0)
+    assert np.array_equal(regions.values, first.values) and not np.allclose(tokens.values, second.values)
+    with pytest.raises(UserError, match=r"head must be from 0 to 1 in stages.0.blocks.0.attn:regions, got 2"):
+        explain(made, picture, "stages.0.blocks.0", head=2)
+
+
 def test_names_the_layers_there_are(image):
     with pytest.raises(UserError, match=r"did you mean stages.0.*: there is stages.0.blocks.0.0.attn:window, "):
         explain(subject("davit_t"), Image.open(image), "stages.0.blocks.0.0.attn:windows")

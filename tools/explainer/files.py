@@ -224,7 +224,8 @@ def run(
             return
         for row in rows:
             size = f"{row['grid'][0]}x{row['grid'][1]}"
-            print(f"{row['name']:<48} {size:>9}  {row['heads']:>3} heads{'' if row['query'] else '  no query'}")
+            heads = f"{row['heads']:>3} head{'s' if row['heads'] > 1 else ' '}"
+            print(f"{row['name']:<48} {size:>9}  {heads}{'' if row['query'] else '  no query'}".rstrip())
         return
     assert image is not None
     explained = explain(subject, image, layer, head, query, method, target)

@@ -75,8 +75,13 @@ def explain(
     records = record(subject, image)
     if method == "rollout":
         return _rollout(subject, records, image, layer, query)
+    chosen = select(subject, records, layer)
+    for one in chosen:
+        heads = max(other.heads for other in records if layer_of(other) == layer_of(one))
+        if head is not None and not 0 <= head < heads:
+            raise UserError(f"head must be from 0 to {heads - 1} in {one.name}, got {head}")
     try:
-        return [of_record(subject, one, image, head, query) for one in select(subject, records, layer)]
+        return [of_record(subject, one, image, head, query) for one in chosen]
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -110,6 +115,10 @@ def select(subject: Subject, records: Sequence[AttentionMap], layer: str | None)
     return chosen
 
 
+def layer_of(one: AttentionMap) -> str:
+    return one.name.rpartition(":")[0]
+
+
 def _no_layer(subject: Subject, layer: str, names: Sequence[str]) -> UserError:
     near = difflib.get_close_matches(layer, names, n=1, cutoff=0.6)
     hint = f", did you mean {near[0]}" if near else ""
@@ -141,18 +150,20 @@ def place_query(
 def of_record(
     subject: Subject, one: AttentionMap, image: Image.Image, head: int | None, query: tuple[float, float] | None
 ) -> Explained:
-    """Return the map of one layer for a head and a query in the image, see `explain`."""
+    """Return the map of one layer for a head and a query in the image, see `explain`. All heads share a map that has
+    one, such as BiFormer's routed regions."""
+    of_head = None if one.heads == 1 else head
     cell = place_query(subject, one, image, query)
     facts = dict(kind=one.kind, grid=list(one.grid), heads=one.heads)
     if isinstance(one, SamplingMap):
-        values = one.map(cell, head).numpy()
+        values = one.map(cell, of_head).numpy()
         if one.kind != "cameras":
             return Explained(one.name, values, query_frame(one, cell), cell, head, facts)
         samples = one.samples(cell)
         kept = torch.ones_like(samples["head"], dtype=torch.bool) if head is None else samples["head"] == head
         points = torch.stack([samples[key][kept].float() for key in ("x", "y", "weight")], 1).numpy()
         return Explained(one.name, values, None, cell, head, facts, points)
-    return Explained(one.name, one.map(cell, head).numpy(), query_frame(one, cell), cell, head, facts)
+    return Explained(one.name, one.map(cell, of_head).numpy(), query_frame(one, cell), cell, head, facts)
 
 
 def _rollout(
