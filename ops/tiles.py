@@ -37,6 +37,17 @@ def softmax_step(s, v, m, l, acc, PRECISION: tl.constexpr = IEEE):
 
 
 @triton.jit
+def gradient(s, dp, seen):
+    """Return the softmax's probabilities and the gradient of its logits, 0 where not seen, of logits less their
+    log-sum-exp s and of gradients of the probabilities less their row's sum dp.
+
+    Both are masked before and not after: a choice between a result and 0 is put behind its conversion to 16 bits by
+    the compiler, which then unpacks and packs each pair. Nothing that is not seen can overflow, or be 0 · inf."""
+    p = tl.exp2(tl.where(seen, s, float("-inf")))
+    return p, p * tl.where(seen, dp, 0.0)
+
+
+@triton.jit
 def once(x):
     """Compute x once and share it between threads. Without this sum over an axis of size one, the compiler lets every
     thread repeat the divisions and loads for the eight or more elements of x that its part of a tile needs."""

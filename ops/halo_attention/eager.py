@@ -15,7 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from ..dispatch import definition_gradients, is_exporting, is_saved_graph, use_definition, wants_definition_gradients
+from ..dispatch import (
+    definition_gradients,
+    is_dynamic,
+    is_exporting,
+    is_saved_graph,
+    use_definition,
+    wants_definition_gradients,
+)
 from ..precision import no_autocast
 from . import reference
 
@@ -71,7 +78,11 @@ def gathered(q: Tensor, kv: Tensor, height_rel: Tensor, width_rel: Tensor, setti
     position = position.reshape(B * M * N, heads, t * t, a * a) * (scale if scale_pos else 1.0)
     out = ((q4 * scale) @ k.transpose(2, 3) + position).softmax(-1) @ v  # (n, heads, t · t, Dv)
     out = out.reshape(B, M, N, heads, t, t, v.shape[3]).permute(0, 3, 6, 1, 4, 2, 5)
-    return out.reshape(B, heads * v.shape[3], M * t, N * t)[:, :, : q.shape[2], : q.shape[3]]
+    out = out.reshape(B, heads * v.shape[3], M * t, N * t)
+    if is_dynamic(q.shape[2]) or is_dynamic(q.shape[3]):  # of a slice, torch.export would not know the size
+        y, x = (torch.arange(n, device=q.device) for n in q.shape[2:])
+        return out.index_select(2, y).index_select(3, x)
+    return out[:, :, : q.shape[2], : q.shape[3]]
 
 
 def memory_format(x: Tensor) -> torch.memory_format:

@@ -1,15 +1,15 @@
 """Triton kernels of halo attention, forward and backward, and their launchers.
 
-`fwd_kernel` and `dq_kernel` hold a tile of one block's queries and loop over the a · a cells of its window as one flat
-list; the position of a cell takes a division by the constant a. `dkdv_kernel` holds a tile of one block's keys and
-loops over the queries of all blocks whose windows contain any of them: its own and its neighbours. So every gradient is
-written once, by one program, and is deterministic.
+`fwd_kernel` and `dq_kernel` hold a tile of one block's queries and loop over the a · a cells of its window, by whole
+rows where these fill a step. `dkdv_kernel` holds a tile of one block's keys, as square as possible so that few blocks
+see any of it, and loops over the queries of all blocks whose windows contain any of them: its own and its neighbours.
+So every gradient is written once, by one program, and is deterministic.
 
 Position logits are passed as 2a numbers per query: <q, R_h[…]> for each row of the window and <q, R_w[…]> for each
 column (op.py). Cell (i, j) needs the sum of two of them. Gathering them would take one uncoalesced load per logit.
-Instead they are multiplied by a one-hot matrix of the cells' rows and columns, made in registers, which is exact and
-adds 2a channels to the D of the product. Their gradients are dS times the same matrix. The tables may have more than a
-numbers per query, of which the last are multiplied by zeros: a multiple of 8 is read as vectors.
+Instead they are multiplied by one-hot matrices of the cells' rows and columns, made in registers, which is exact and
+adds 2a channels to the D of the product. Their gradients are dS times the same matrices. The tables may have more than
+a numbers per query, of which the last are multiplied by zeros: a multiple of 8 is read as vectors.
 
 All maps are read without copying, by four strides. Offsets are 64-bit.
 """
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import maps
 from ..maps import known_strides, layout
-from ..tiles import FLOOR, LOG2E, once, precision, softmax_step
+from ..tiles import FLOOR, LOG2E, gradient, once, precision, softmax_step
 from ..tune import launch
 from .eager import Settings, empty
 
@@ -59,21 +59,37 @@ def queries(m, I, J, HQ, WQ, SIDE: tl.constexpr):
 
 
 @triton.jit
-def cells(n, top, left, H, W, A: tl.constexpr):
-    """Return row and column of cells n in the window that begins at (top, left), row and column on the map, and a mask
-    of those that are on the map."""
-    i = n // A
-    j = n % A
-    y = top + i
-    x = left + j
-    return i, j, y, x, (n < A * A) & (y >= 0) & (y < H) & (x >= 0) & (x < W)
+def cells(step, A: tl.constexpr, WALKED: tl.constexpr):
+    """Return row and column in the window of the cells of a step, and a mask of those that exist. A step has as many
+    whole rows as fit in it, so that only the rows depend on the step; or cells of the flat list, where whole rows would
+    leave a third of it unused, which takes divisions in each step."""
+    lane = tl.arange(0, WALKED)
+    ROWS: tl.constexpr = WALKED // A
+    if 3 * ROWS * A >= 2 * WALKED:
+        i = step * ROWS + lane // A
+        j = lane % A
+        ok = (lane < ROWS * A) & (i < A)
+    else:
+        n = step * WALKED + lane
+        i = n // A
+        j = n % A
+        ok = n < A * A
+    return i, j, ok
 
 
 @triton.jit
-def one_hot(i, j, AP: tl.constexpr, POSITIONS: tl.constexpr):
-    """Return the matrix of cells (i, j) by the position logits of a query: 1 at i and at AP + j."""
-    c = tl.arange(0, POSITIONS)[None, :]
-    return (c == i[:, None]) | (c == j[:, None] + AP)
+def steps(A: tl.constexpr, WALKED: tl.constexpr):
+    """Return the number of steps that `cells` takes for a window."""
+    ROWS: tl.constexpr = WALKED // A
+    return (A + ROWS - 1) // ROWS if 3 * ROWS * A >= 2 * WALKED else (A * A + WALKED - 1) // WALKED
+
+
+@triton.jit
+def one_hot(i, POSITIONS: tl.constexpr, DTYPE: tl.constexpr):
+    """Return the matrix of cells by the position logits of a query in one table: 1 at i."""
+    # A conversion of truth values takes three instructions, a choice between constants one.
+    hot = tl.arange(0, POSITIONS)[None, :] == i[:, None]
+    return tl.where(hot, 1.0, 0.0).to(DTYPE)
 
 
 @triton.jit
@@ -85,24 +101,10 @@ def known_table(stride_b, stride_h, stride_y, stride_x, TABLE: tl.constexpr):
 
 
 @triton.jit
-def places(y, x, stride_ry, stride_rx, stride_cy, stride_cx, AP: tl.constexpr, POSITIONS: tl.constexpr):
-    """Return the offsets of the position logits of the queries at (y, x) in both tables, AP numbers each, and masks of
-    them."""
+def places(y, x, ok, stride_y, stride_x, AP: tl.constexpr, POSITIONS: tl.constexpr):
+    """Return the offsets of the position logits of the queries at (y, x) in a table, and a mask of those that exist."""
     c = tl.arange(0, POSITIONS)
-    rows = offsets(c, y, x, 1, stride_ry, stride_rx)
-    columns = offsets(c - AP, y, x, 1, stride_cy, stride_cx)
-    return rows, columns, (c < AP)[None, :], ((c >= AP) & (c < 2 * AP))[None, :]
-
-
-@triton.jit
-def positions(
-    rows_ptr, columns_ptr, y, x, ok,
-    stride_ry, stride_rx, stride_cy, stride_cx, AP: tl.constexpr, POSITIONS: tl.constexpr,
-):  # fmt: skip
-    """Load the position logits of the queries at (y, x)."""
-    rows, columns, first, second = places(y, x, stride_ry, stride_rx, stride_cy, stride_cx, AP, POSITIONS)
-    of_rows = tl.load(rows_ptr + rows, ok[:, None] & first, 0.0)
-    return of_rows + tl.load(columns_ptr + columns, ok[:, None] & second, 0.0)
+    return offsets(c, y, x, 1, stride_y, stride_x), ok[:, None] & (c < AP)[None, :]
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES])
@@ -132,23 +134,30 @@ def fwd_kernel(
     q = tl.load(q_ptr + offsets(d, y, x, stride_qc, stride_qy, stride_qx), ok[:, None] & (d < D)[None, :], 0.0)
     rows_ptr += b * stride_rb + head * stride_rh
     columns_ptr += b * stride_cb + head * stride_ch
-    pos = positions(rows_ptr, columns_ptr, y, x, ok, stride_ry, stride_rx, stride_cy, stride_cx, AP, POSITIONS)
+    of_row, of_some = places(y, x, ok, stride_ry, stride_rx, AP, POSITIONS)
+    rows = tl.load(rows_ptr + of_row, of_some, 0.0)
+    of_column, _ = places(y, x, ok, stride_cy, stride_cx, AP, POSITIONS)
+    columns = tl.load(columns_ptr + of_column, of_some, 0.0)
     k_ptr = kv_ptr + b * stride_kb + head * (D + DV) * stride_kc
     v_ptr = k_ptr + tl.full((), D, tl.int64) * stride_kc
 
     most = tl.full((OWN,), FLOOR, tl.float32)
     total = tl.full((OWN,), 0, tl.float32)
     acc = tl.full((OWN, BLOCK_V), 0, tl.float32)
-    for start in range(0, A * A, WALKED):
-        n = start + tl.arange(0, WALKED)
-        i, j, ky, kx, inside = cells(n, I * BLOCK - HALO, J * BLOCK - HALO, H, W, A)
+    for step in range(steps(A, WALKED)):
+        i, j, ok_k = cells(step, A, WALKED)
+        ky = I * BLOCK - HALO + i
+        kx = J * BLOCK - HALO + j
+        inside = ok_k & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
         of_keys, of_values = inside[:, None] & (d < D)[None, :], inside[:, None] & (e < DV)[None, :]
         k = tl.load(k_ptr + offsets(d, ky, kx, stride_kc, stride_ky, stride_kx), of_keys, 0.0)
         v = tl.load(v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), of_values, 0.0)
-        hot = one_hot(i, j, AP, POSITIONS).to(q.dtype)
+        hot_i = one_hot(i, POSITIONS, q.dtype)
+        hot_j = one_hot(j, POSITIONS, q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        s = tl.dot(pos, tl.trans(hot), s, input_precision=PRECISION) * LOG2E
-        s = tl.where((n < A * A)[None, :], s, float("-inf"))
+        s = tl.dot(rows, tl.trans(hot_i), s, input_precision=PRECISION)
+        s = tl.dot(columns, tl.trans(hot_j), s, input_precision=PRECISION) * LOG2E
+        s = tl.where(ok_k[None, :], s, float("-inf"))
         most, total, acc = softmax_step(s, v, most, total, acc, PRECISION)
     lse_ptr += (b * heads + head) * HQ * WQ + y.to(tl.int64) * WQ + x
     tl.store(lse_ptr, most + tl.log2(total), ok)
@@ -197,35 +206,39 @@ def dq_kernel(
     lse = tl.load(lse_ptr + query, ok, 0.0)
     of_rows = b * stride_rb + head * stride_rh
     of_columns = b * stride_cb + head * stride_ch
-    pos = positions(
-        rows_ptr + of_rows, columns_ptr + of_columns, y, x, ok,
-        stride_ry, stride_rx, stride_cy, stride_cx, AP, POSITIONS,
-    )  # fmt: skip
+    of_row, of_some = places(y, x, ok, stride_ry, stride_rx, AP, POSITIONS)
+    rows = tl.load(rows_ptr + of_rows + of_row, of_some, 0.0)
+    of_column, _ = places(y, x, ok, stride_cy, stride_cx, AP, POSITIONS)
+    columns = tl.load(columns_ptr + of_columns + of_column, of_some, 0.0)
     k_ptr = kv_ptr + b * stride_kb + head * (D + DV) * stride_kc
     v_ptr = k_ptr + tl.full((), D, tl.int64) * stride_kc
 
     dq = tl.full((OWN, BLOCK_D), 0, tl.float32)
-    dpos = tl.full((OWN, POSITIONS), 0, tl.float32)
-    for start in range(0, A * A, WALKED):
-        n = start + tl.arange(0, WALKED)
-        i, j, ky, kx, inside = cells(n, I * BLOCK - HALO, J * BLOCK - HALO, H, W, A)
+    drows = tl.full((OWN, POSITIONS), 0, tl.float32)
+    dcolumns = tl.full((OWN, POSITIONS), 0, tl.float32)
+    for step in range(steps(A, WALKED)):
+        i, j, ok_k = cells(step, A, WALKED)
+        ky = I * BLOCK - HALO + i
+        kx = J * BLOCK - HALO + j
+        inside = ok_k & (ky >= 0) & (ky < H) & (kx >= 0) & (kx < W)
         of_keys, of_values = inside[:, None] & (d < D)[None, :], inside[:, None] & (e < DV)[None, :]
         k = tl.load(k_ptr + offsets(d, ky, kx, stride_kc, stride_ky, stride_kx), of_keys, 0.0)
         v = tl.load(v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), of_values, 0.0)
-        hot = one_hot(i, j, AP, POSITIONS).to(q.dtype)
+        hot_i = one_hot(i, POSITIONS, q.dtype)
+        hot_j = one_hot(j, POSITIONS, q.dtype)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        s = tl.dot(pos, tl.trans(hot), s, input_precision=PRECISION) * LOG2E
+        s = tl.dot(rows, tl.trans(hot_i), s, input_precision=PRECISION)
+        s = tl.dot(columns, tl.trans(hot_j), s, input_precision=PRECISION) * LOG2E
         dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
-        ds = tl.where((n < A * A)[None, :], tl.exp2(s - lse[:, None]) * (dp - delta[:, None]), 0.0).to(k.dtype)
+        ds = gradient(s - lse[:, None], dp - delta[:, None], ok_k[None, :])[1].to(k.dtype)
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
-        dpos = tl.dot(ds, hot, dpos, input_precision=PRECISION)
+        drows = tl.dot(ds, hot_i, drows, input_precision=PRECISION)
+        dcolumns = tl.dot(ds, hot_j, dcolumns, input_precision=PRECISION)
     dq_ptr += b * stride_db + head * D * stride_dc
     dq = (dq * scale).to(dq_ptr.dtype.element_ty)
     tl.store(dq_ptr + offsets(d, y, x, stride_dc, stride_dy, stride_dx), dq, of_q)
-    dpos = dpos.to(dq.dtype)
-    rows, columns, first, second = places(y, x, stride_ry, stride_rx, stride_cy, stride_cx, AP, POSITIONS)
-    tl.store(drows_ptr + of_rows + rows, dpos, ok[:, None] & first)
-    tl.store(dcolumns_ptr + of_columns + columns, dpos, ok[:, None] & second)
+    tl.store(drows_ptr + of_rows + of_row, drows.to(dq.dtype), of_some)
+    tl.store(dcolumns_ptr + of_columns + of_column, dcolumns.to(dq.dtype), of_some)
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES])
@@ -238,7 +251,7 @@ def dkdv_kernel(
     Q: tl.constexpr, KV: tl.constexpr, DOUT: tl.constexpr, TO: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, HALO: tl.constexpr, SIDE: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_V: tl.constexpr, AP: tl.constexpr, POSITIONS: tl.constexpr, TABLE: tl.constexpr,
-    OWN: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
+    OWN: tl.constexpr, WIDTH: tl.constexpr, WALKED: tl.constexpr, TILES: tl.constexpr,
     PRECISION: tl.constexpr = "ieee",
 ):  # fmt: skip
     stride_qb, stride_qc, stride_qy, stride_qx = known_strides(stride_qb, stride_qc, stride_qy, stride_qx, Q)
@@ -250,10 +263,16 @@ def dkdv_kernel(
     A: tl.constexpr = BLOCK + 2 * HALO
     STEPS: tl.constexpr = (SIDE * SIDE + WALKED - 1) // WALKED  # to loop over one block's queries
     b, head, I, J, tile = program(heads, M, N, TILES)
-    m = tile * OWN + tl.arange(0, OWN)
-    ky = I * BLOCK + m // BLOCK
-    kx = J * BLOCK + m % BLOCK
-    mine = (m < BLOCK * BLOCK) & (ky < H) & (kx < W)
+    HEIGHT: tl.constexpr = OWN // WIDTH
+    first_y = tile // ((BLOCK + WIDTH - 1) // WIDTH) * HEIGHT
+    first_x = tile % ((BLOCK + WIDTH - 1) // WIDTH) * WIDTH
+    m = tl.arange(0, OWN)
+    ky = first_y + m // WIDTH
+    kx = first_x + m % WIDTH
+    mine = (ky < BLOCK) & (kx < BLOCK)
+    ky += I * BLOCK
+    kx += J * BLOCK
+    mine = mine & (ky < H) & (kx < W)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_V)
     of_k = mine[:, None] & (d < D)[None, :]
@@ -264,12 +283,10 @@ def dkdv_kernel(
     v = tl.load(v_ptr + offsets(e, ky, kx, stride_kc, stride_ky, stride_kx), of_v, 0.0)
 
     # Rows and columns of blocks whose windows contain keys of the tile.
-    top = I * BLOCK + tile * OWN // BLOCK
-    bottom = I * BLOCK + tl.minimum((tile * OWN + OWN - 1) // BLOCK, BLOCK - 1)
-    I0 = tl.maximum(top - HALO, 0) // BLOCK
-    I1 = tl.minimum((bottom + HALO) // BLOCK, M - 1)
-    J0 = tl.maximum(J * BLOCK - HALO, 0) // BLOCK
-    J1 = tl.minimum((J * BLOCK + BLOCK - 1 + HALO) // BLOCK, N - 1)
+    I0 = tl.maximum(I * BLOCK + first_y - HALO, 0) // BLOCK
+    J0 = tl.maximum(J * BLOCK + first_x - HALO, 0) // BLOCK
+    I1 = tl.minimum((I * BLOCK + tl.minimum(first_y + HEIGHT, BLOCK) - 1 + HALO) // BLOCK, M - 1)
+    J1 = tl.minimum((J * BLOCK + tl.minimum(first_x + WIDTH, BLOCK) - 1 + HALO) // BLOCK, N - 1)
     across = J1 - J0 + 1
 
     q_ptr += b * stride_qb + head * D * stride_qc
@@ -293,17 +310,19 @@ def dkdv_kernel(
         dout = tl.load(
             dout_ptr + offsets(e, y, x, stride_gc, stride_gy, stride_gx), ok[:, None] & (e < DV)[None, :], 0.0
         )
-        pos = positions(rows_ptr, columns_ptr, y, x, ok, stride_ry, stride_rx, stride_cy, stride_cx, AP, POSITIONS)
+        of_row, of_some = places(y, x, ok, stride_ry, stride_rx, AP, POSITIONS)
+        rows = tl.load(rows_ptr + of_row, of_some, 0.0)
+        of_column, _ = places(y, x, ok, stride_cy, stride_cx, AP, POSITIONS)
+        columns = tl.load(columns_ptr + of_column, of_some, 0.0)
         i = ky - block_y * BLOCK + HALO
         j = kx - block_x * BLOCK + HALO
         sees = (mine & (i >= 0) & (i < A) & (j >= 0) & (j < A))[:, None]
-        hot = one_hot(i, j, AP, POSITIONS).to(k.dtype)
         s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale
-        s = tl.dot(hot, tl.trans(pos), s, input_precision=PRECISION) * LOG2E
-        p = tl.where(sees, tl.exp2(s - lse[None, :]), 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        s = tl.dot(one_hot(i, POSITIONS, k.dtype), tl.trans(rows), s, input_precision=PRECISION)
+        s = tl.dot(one_hot(j, POSITIONS, k.dtype), tl.trans(columns), s, input_precision=PRECISION) * LOG2E
         dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
-        ds = tl.where(sees, p * (dp - delta[None, :]), 0.0)
+        p, ds = gradient(s - lse[None, :], dp - delta[None, :], sees)
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
     dkv_ptr += b * stride_db + head * (D + DV) * stride_dc
     dk = (dk * scale).to(dkv_ptr.dtype.element_ty)
@@ -315,20 +334,20 @@ def dkdv_kernel(
 
 # By element size in bytes and the wider of the padded head dims: most rows of the program's tile, rows per step, warps,
 # stages. Chosen from ahead-of-time compilation (saccade.ops.aot, tools/kernel_bounds.py), not yet timed on a GPU: the
-# tiles with the fewest instructions that do not spill on sm_90, of those that do not read a window more than twice.
+# tiles with the fewest instructions of those that do not spill on sm_90.
 TILES = {
     (2, 16): (64, 32, 2, 1),
     (2, 32): (64, 32, 4, 1),
     (2, 64): (64, 32, 4, 1),
-    (2, 128): (64, 32, 8, 2),
+    (2, 128): (64, 32, 4, 1),
     (2, 256): (16, 16, 8, 1),
     (4, 16): (32, 32, 8, 1),
     (4, 32): (32, 32, 8, 1),
     (4, 64): (16, 32, 4, 2),
-    (4, 128): (16, 16, 8, 2),
+    (4, 128): (16, 16, 8, 1),
     (4, 256): (16, 16, 4, 1),
 }
-OF_KEYS = {(2, 16): (64, 64, 4, 1), (2, 32): (64, 64, 4, 1), (2, 128): (64, 16, 8, 1)}  # what differs for dkdv_kernel
+OF_KEYS = {(2, 16): (16, 64, 1, 1), (2, 32): (16, 64, 1, 1)}  # what differs for dkdv_kernel
 MAX_HEAD_DIM, MAX_WINDOW = 256, 32  # that the kernels support
 
 
@@ -340,16 +359,29 @@ def launch_options(
     BLOCK_D, BLOCK_V = (max(16, triton.next_power_of_2(n)) for n in (D, Dv))
     most, walked, warps, stages = tiles[itemsize, max(BLOCK_D, BLOCK_V)]
     of_keys = tiles is not TILES
+    positions = max(16, triton.next_power_of_2(table))
+    if itemsize == 4 and positions > 16:  # position logits take twice the registers
+        most, warps, walked = most if warps < 8 else max(16, most // 2), 8, min(walked, 16)
+    elif itemsize == 2 and BLOCK_D > 32 and BLOCK_V == 128:
+        walked, warps = 16, 8
+    elif itemsize == 2 and positions > 16 and BLOCK_V <= 64:  # a row of the window does not fit in 16
+        walked, warps = 64 // (1 + of_keys), 4
+        if BLOCK_D > 32:
+            walked //= 2
     if of_keys:  # of one block's queries at a time
         walked = min(walked, max(16, triton.next_power_of_2(side**2)))
-    positions = max(32, triton.next_power_of_2(2 * table))
-    if positions > 32:  # position logits take twice the registers
-        most, warps = most if warps < 8 or (of_keys and itemsize * BLOCK_D <= 64) else max(16, most // 2), 8
-        walked = min(walked, 64 // itemsize)
     own = max(16, min(most, triton.next_power_of_2(tokens)))
-    if itemsize == 2 and positions == 32 and max(BLOCK_D, BLOCK_V) <= 64:
+    if itemsize == 2 and BLOCK_D + BLOCK_V < 192:
         warps = min(warps, own // 16)  # tensor cores take 16 rows a warp: more would repeat each other's work
-    return dict(
+    more = {}
+    if of_keys:
+        more["WIDTH"] = width = min(2 ** (own.bit_length() // 2), triton.next_power_of_2(block))
+        count = triton.cdiv(block, width) * triton.cdiv(block, own // width)
+        if warps == 1 and not hip:
+            more["maxnreg"] = 255  # without, ptxas aims at 168 registers for some, and spills 8 bytes
+    else:
+        count = triton.cdiv(tokens, own)
+    return more | dict(
         D=D,
         DV=Dv,
         BLOCK=block,
@@ -361,7 +393,7 @@ def launch_options(
         POSITIONS=positions,
         OWN=own,
         WALKED=walked,
-        TILES=triton.cdiv(tokens, own),
+        TILES=count,
         num_warps=warps,
         num_stages=1 if hip else stages,
     )
