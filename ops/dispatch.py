@@ -107,6 +107,44 @@ def is_exporting() -> bool:
     return torch.compiler.is_exporting() if flag is None else flag
 
 
+def is_any_size(height: int, width: int) -> bool:
+    """Return whether a graph is being recorded that must work for other sizes than these, so that neither may be
+    branched on: by torch.jit.trace, or by torch.export where the size of the image is dynamic."""
+    if torch.jit.is_scripting():
+        return False
+    else:
+        return torch.jit.is_tracing() or is_dynamic(height) or is_dynamic(width)
+
+
+def is_dynamic(n: int) -> bool:
+    """Return whether torch.export is recording and n depends on a size that is dynamic."""
+    return is_exporting() and isinstance(n, torch.SymInt)
+
+
+# In a traced graph sizes are tensors, and in an exported one they may be symbols: of both, Python's min and max would
+# record the result, not the choice.
+
+
+def at_most(n: int, limit: int) -> int:
+    """Return min(n, limit)."""
+    if not torch.jit.is_scripting():
+        if isinstance(n, Tensor):
+            return n.clamp(max=limit)
+        if is_dynamic(n):
+            return torch.sym_min(n, limit)
+    return min(n, limit)
+
+
+def at_least_one(n: int) -> int:
+    """Return max(n, 1)."""
+    if not torch.jit.is_scripting():
+        if isinstance(n, Tensor):
+            return n.clamp(min=1)
+        if is_dynamic(n):
+            return torch.sym_max(n, 1)
+    return max(n, 1)
+
+
 def indices_of_largest(x: Tensor, count: int) -> Tensor:
     """Return the indices of the `count` largest values of each row (..., n), largest first; of equal values, the first
     come first. It can be scripted, traced and exported."""
