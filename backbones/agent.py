@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from ..ops import agent_attention, pool_agents, resize_agent_bias, window_attention
 from ..ops.agent_attention.tables import whole
 from ..ops.attention import full_attention
-from ..ops.dispatch import is_exporting
+from ..ops.dispatch import at_most, is_any_size, is_exporting
 from ..ops.precision import full
 from .attention_maps import AttentionMap, QueryMap, describe, softmax_map, split_heads, window_map
 from .base import Isotropic, Pyramid, TokenHead, checked_size, create_model, init_linear, make_cfg, map_norms
@@ -41,7 +41,6 @@ from .layers import (
     as_nhwc,
     can_fuse,
     channels_last,
-    is_traced,
     must_pad,
     position_table,
     project,
@@ -121,7 +120,8 @@ class AgentAttention(nn.Module):
         agents = pool_agents(q[:, self.tokens :].unflatten(1, size), self.grid)
         key_bias = (self.key_block, self.key_rows, self.key_columns)
         query_bias = (self.query_block, self.query_rows, self.query_columns)
-        if self.resize_agents or size[0] != self.size[0] or size[1] != self.size[1] or is_traced():
+        resize = self.resize_agents or is_any_size(size[0], size[1])
+        if resize or size[0] != self.size[0] or size[1] != self.size[1]:
             key_bias = resize_agent_bias(key_bias, size, self.grid)  # type: ignore[assignment]
             query_bias = resize_agent_bias(query_bias, size, self.grid)  # type: ignore[assignment]
         token_bias: tuple[Tensor, Tensor] | None = None
@@ -216,15 +216,16 @@ class WindowAttention(nn.Module):
         return f"heads={self.heads}, window={self.window}, shift={self.shift}"
 
     def shift_for(self, size: tuple[int, int]) -> tuple[int, int]:
+        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
+            if is_any_size(size[0], size[1]) and not self.always_shift:  # n > w as a part of the graph
+                s_h, s_w = (s * at_most(n // (w + 1), 1) for s, n, w in zip(self.shift, size, self.window))
+                return s_h, s_w
         s_h = self.shift[0] * int(self.always_shift or size[0] > self.window[0])
         s_w = self.shift[1] * int(self.always_shift or size[1] > self.window[1])
         return s_h, s_w
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         s_h, s_w = self.shift_for(size)
-        if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
-            if torch.jit.is_tracing() and not self.always_shift:  # as a part of the graph, which serves other sizes too
-                s_h, s_w = (s * (n > w) for s, n, w in zip(self.shift, size, self.window))
         x = x.reshape(x.shape[0], size[0], size[1], x.shape[2])  # no unflatten, after which ONNX has one batch size
         if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
             if can_fuse(self.qkv) and self.qkv.bias is not None:

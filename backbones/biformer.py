@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..ops import bilevel_routing_attention, region_routing
 from ..ops.attention import full_attention
+from ..ops.dispatch import at_least_one, at_most
 from .attention_maps import AttentionMap, QueryMap, describe, hidden_unless, softmax_map, split_heads
 from .base import Pyramid, Stage, create_model, make_cfg, map_norms
 from .layers import (
@@ -27,8 +28,6 @@ from .layers import (
     DepthwiseConv,
     as_nchw,
     as_nhwc,
-    at_least_one,
-    at_most,
     channels_last,
     must_pad,
     project,
@@ -93,8 +92,7 @@ class RoutedAttention(nn.Module):
             h, w = (H + n - 1) // n, (W + n - 1) // n
             rows, cols = n, n
         down, right = rows * h - H, cols * w - W
-        padded = down > 0 or right > 0
-        if padded and not self.auto_pad:
+        if not self.auto_pad and (down > 0 or right > 0):
             raise ValueError(
                 f"auto_pad=False needs maps that n_win={n} divides, got one of {H}x{W}: "
                 "choose another image size or auto_pad=True"

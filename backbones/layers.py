@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils.module_tracker import ModuleTracker
 
-from ..ops.dispatch import is_exporting, is_transformed, use_definition
+from ..ops.dispatch import is_any_size, is_exporting, is_transformed, use_definition
 from ..ops.linear import linear, mlp, uses_onednn
 
 
@@ -164,30 +164,8 @@ def is_traced() -> bool:
 
 
 def must_pad(down: int, right: int) -> bool:
-    """Return whether to pad a map by this much: always in a traced graph, which must work for other sizes too."""
-    if torch.jit.is_scripting():
-        return down > 0 or right > 0
-    else:
-        return torch.jit.is_tracing() or down > 0 or right > 0
-
-
-# In a traced graph sizes are tensors, of which Python's min and max would record the result, not the choice.
-
-
-def at_most(n: int, limit: int) -> int:
-    """Return min(n, limit)."""
-    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
-        if isinstance(n, Tensor):
-            return n.clamp(max=limit)
-    return min(n, limit)
-
-
-def at_least_one(n: int) -> int:
-    """Return max(n, 1)."""
-    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript would compile a second condition)
-        if isinstance(n, Tensor):
-            return n.clamp(min=1)
-    return max(n, 1)
+    """Return whether to pad a map by this much: always in a graph that must work for other sizes too."""
+    return is_any_size(down, right) or down > 0 or right > 0
 
 
 def position_table(tokens: int, dim: int, **dd) -> nn.Parameter:
@@ -197,7 +175,7 @@ def position_table(tokens: int, dim: int, **dd) -> nn.Parameter:
 @register_notrace_function
 def resize_positions(table: Tensor, old: tuple[int, int], new: tuple[int, int], mode: str) -> Tensor:
     """Resize position embeddings (1, [1 +] h·w, C) from a map of size `old` to `new`; the class token's stays."""
-    if old[0] == new[0] and old[1] == new[1] and not is_traced():
+    if not is_any_size(new[0], new[1]) and old[0] == new[0] and old[1] == new[1]:
         return table
     tokens = table.shape[1] - old[0] * old[1]
     x = table[:, tokens:].transpose(1, 2).unflatten(2, old)

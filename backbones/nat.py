@@ -23,10 +23,11 @@ from timm.models._features_fx import register_notrace_module
 from torch import Tensor, nn
 
 from ..ops import neighborhood_attention
+from ..ops.dispatch import at_most
 from ..ops.neighborhood_attention.reference import neighbors
 from .attention_maps import AttentionMap, describe, hidden_unless, softmax_map, split_heads
 from .base import Pyramid, Stage, create_model, init_linear, make_cfg, map_norms
-from .layers import CachedMlp, at_most, channels_last, must_pad, project
+from .layers import CachedMlp, channels_last, must_pad, project
 from .published import Rules, complete, rename_key, unwrap
 
 EPS = 1e-5  # of every LayerNorm

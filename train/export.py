@@ -4,6 +4,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
@@ -181,20 +182,25 @@ def _export(
 
                     openvino.save_model(openvino.convert_model(program), file, compress_to_fp16=False)
         return _compare(net, _runner(file, to), inputs), _describe(sizes)
-    except UserError:
-        raise
     except Exception as error:  # each converter and runtime has its own
-        reason = _reason(error)
-        fixed = "; without --dynamic-size it may be written for one size" if dynamic_size else ""
-        raise UserError(
-            f"{type(net).__name__} cannot be written as {to} for {size[0]}x{size[1]}: {reason}{fixed}"
-        ) from error
+        if not dynamic_size:
+            if isinstance(error, UserError):
+                raise
+            shape, reason = f"{size[0]}x{size[1]}", _reason(error)
+        else:
+            own = isinstance(error, (UserError, ValueError))  # ValueError: the model refuses a size
+            reason = _reason(error) if own else "its program depends on the size"
+            reason += f"; leave out --dynamic-size, and all images have one size, now {size[0]}x{size[1]} (see --size)"
+            shape = "images of any size"
+        raise UserError(f"{type(net).__name__} cannot be written as {to} for {shape}: {reason}") from error
 
 
 def _reason(error: Exception) -> str:
-    """Return the line of an error that says what is wrong; OpenVINO's first lines are places in its source."""
+    """Return the line of an error that says what is wrong, without colours; OpenVINO's first lines are places in its
+    source."""
     lines = [line for line in str(error).strip().splitlines() if line.strip()] or [type(error).__name__]
-    return next((line for line in lines if not line.startswith("Exception from ")), lines[0])
+    line = next((line for line in lines if not line.startswith("Exception from ")), lines[0])
+    return re.sub(r"\x1b\[[0-9;]*m", "", line)
 
 
 def _describe(sizes: Sequence[tuple[int, ...]]) -> str:
@@ -231,10 +237,17 @@ def _one_or_all(outputs: list[Tensor]) -> Any:
 
 def _compare(net: nn.Module, theirs: Callable[[Tensor], Tensor], inputs: Sequence[Tensor]) -> float:
     """Return the largest difference over the largest output. Raises UserError where that is more than rounding's."""
-    worst = 0.0
+    worst, made_from = 0.0, inputs[0].shape[2:]
     for x in inputs:
         with torch.no_grad():
-            expected, found = net(x), theirs(x)
+            expected = net(x)
+            try:
+                found = theirs(x)
+            except Exception as error:  # each runtime has its own
+                if x.shape[2:] == made_from:
+                    raise
+                made, given = (f"{h}x{w}" for h, w in (made_from, x.shape[2:]))
+                raise UserError(f"the file made from images of {made} does not run on images of {given}") from error
         if found.shape != expected.shape:
             raise UserError(f"the exported model gives {tuple(found.shape)} where {tuple(expected.shape)} is expected")
         difference = ((found - expected).abs().max() / expected.abs().max().clamp(min=1e-6)).item()

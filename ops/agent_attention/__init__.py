@@ -132,7 +132,7 @@ def resize_agent_bias(factors: Factors, size: tuple[int, int], grid: tuple[int, 
         _check_factors("factors", factors, factors[0].shape[0], factors[0].shape[1])
         if tables.root(factors[0].shape[1]) ** 2 != factors[0].shape[1]:
             raise ValueError(f"factors must have a square number of agents, got {factors[0].shape[1]}")
-        if min(*size, *grid) < 1:
+        if any(n < 1 for n in (*size, *grid)):  # min would compare symbolic sizes with each other
             raise ValueError(f"size and grid must be at least 1 x 1, got {size} and {grid}")
         with no_autocast(factors[0]):
             return tables.resize_agent_bias(factors, size, grid)

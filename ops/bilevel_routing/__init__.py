@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..dispatch import is_transformed, use_definition, use_triton
+from ..dispatch import is_any_size, is_transformed, use_definition, use_triton
 from ..precision import no_autocast
 from . import eager, reference
 
@@ -132,7 +132,7 @@ def _routing(qkv: Tensor, region_size: tuple[int, int], topk: int) -> Tensor:
     h, w = region_size
     x = qkv.detach()[..., : C3 // 3 * 2]
     full = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if torch.jit.is_tracing():  # no branch on sizes: the graph must work for others too
+    if is_any_size(H, W):
         R, S = (H + h - 1) // h, (W + w - 1) // w
         x = F.pad(x, (0, 0, 0, S * w - W, 0, R * h - H)).reshape(B, R, h, S, w, C3 // 3 * 2).sum(4, dtype=full).sum(2)
         rows = (H - torch.arange(R, device=x.device) * h).clamp(max=h)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..attention import attend
-from ..dispatch import use_definition
+from ..dispatch import is_any_size, use_definition
 
 # Gathered keys and values per chunk, in bytes. Above about 32 MB glibc maps fresh pages for every buffer, and page
 # faults then take longer than the attention (measured: 0.9 ms, and 52 ms for twice the bytes).
@@ -24,8 +24,8 @@ def bilevel_routing_attention(
     t = H * W // max(P, 1)
     # Dense attention under a mask copies nothing but computes P / K times as many logits. It is faster for small
     # regions, whose gather copies many short rows (stage 3 at 224, 4 tokens, P / K = 3: 2.7 ms; gathered 7.1 ms + 11 ms
-    # for the gather). A traced graph must work for other P and t too.
-    if not torch.jit.is_tracing() and (K == P or (P <= 4 * K and t <= 16)):
+    # for the gather).
+    if not is_any_size(P, t) and (K == P or (P <= 4 * K and t <= 16)):
         return _dense(qkv, idx, heads, regions, s)
     return _gather(qkv, idx, heads, regions, s)
 

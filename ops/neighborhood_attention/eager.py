@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import custom_op
 
-from ..dispatch import definition_gradients, is_compiled, wants_definition_gradients
+from ..dispatch import at_most, definition_gradients, is_compiled, wants_definition_gradients
 from ..precision import full, no_autocast
 
 # Queries per tile along an axis: for classes of at least LONG members, and for shorter ones, where the overhead of more
@@ -323,21 +323,13 @@ def axis(L: int, k: int, d: int, s: int, like: Tensor) -> tuple[Tensor, Tensor, 
     n = (L - g + d - 1) // d
     i = torch.minimum(torch.arange(tiles * T, device=like.device).view(1, tiles, T), n - 1)
     first = torch.minimum((i // s * s + s // 2 - k // 2).clamp(min=0), n - k)
-    keys = first[:, :, :1] + torch.arange(U, device=like.device)
+    keys = first[:, :, 0].unsqueeze(2) + torch.arange(U, device=like.device)
     queries, cells = g + d * i, g + d * torch.minimum(keys, n - 1)
     seen = (keys[:, :, None] >= first[..., None]) & (keys[:, :, None] < first[..., None] + k)
     entry = (keys[:, :, None] - i[..., None] + k - 1).clamp(0, 2 * k - 2)
     x = torch.arange(L, device=like.device)
     of_position = x % d * (tiles * T) + x // d
     return queries.flatten(), cells.flatten(), entry.flatten(0, 1), seen.flatten(0, 1), of_position
-
-
-def at_most(n: int, limit: int) -> int:
-    """Return min(n, limit). In traced graphs n is a tensor, for which Python's min would record a constant."""
-    if not torch.jit.is_scripting():  # noqa: SIM102 (TorchScript compiles no second condition)
-        if isinstance(n, Tensor):
-            return n.clamp(max=limit)
-    return min(n, limit)
 
 
 class Part(NamedTuple):

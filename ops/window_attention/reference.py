@@ -47,8 +47,15 @@ def rolled(x: Tensor, down: int, right: int) -> Tensor:
     """Return x.roll((down, right), (1, 2)), in a form that ONNX can export for amounts that depend on the size."""
     if isinstance(down, int) and isinstance(right, int) and down == 0 and right == 0:
         return x
-    y, z = (torch.arange(n, device=x.device) for n in x.shape[1:3])
-    return x.index_select(1, (y - down) % x.shape[1]).index_select(2, (z - right) % x.shape[2])
+    return x.index_select(1, _sources(x.shape[1], down, x.device)).index_select(
+        2, _sources(x.shape[2], right, x.device)
+    )
+
+
+def _sources(n: int, amount: int, device: torch.device) -> Tensor:
+    """Return the n indices modulo n that a roll by `amount`, at most n, reads from."""
+    y = torch.arange(n, device=device) - amount
+    return torch.where(y < 0, y + n, torch.where(y >= n, y - n, y))  # ONNX has no remainder of a symbolic size
 
 
 def gathered(bias: Tensor, window: tuple[int, int]) -> Tensor:  # (heads, 2h-1, 2w-1) -> (heads, N, N)

@@ -15,6 +15,7 @@ from saccade.train.runtime import config
 from saccade.train.runtime.errors import UserError
 from support.families import SMALL, build
 from support.levels import exhaustive
+from torch import Tensor, nn
 
 FORMATS = ["onnx", "openvino", "torch-export", "torchscript", "aoti"]
 FAMILIES = [name for name in SMALL if not name.startswith("dfa3d")]
@@ -117,9 +118,42 @@ def test_dynamic_size(command, classifier_run, tmp_path):
     x = torch.randn(3, 3, 160, 224)
     with torch.no_grad():
         torch.testing.assert_close(export._runner(out, "torch-export")(x), model(x), rtol=1e-4, atol=1e-5)
-    fixed = tmp_path / "fixed.pt2"
-    with pytest.raises(UserError, match=r"cannot be written as torch-export for 64x64: .*without --dynamic-size"):
-        export._export(build("agent_deit_t").eval(), fixed, "torch-export", (64, 64), True)
+
+
+def test_sizes_that_a_model_does_not_take(tmp_path, monkeypatch):
+    """With --dynamic-size a refusal is one sentence of ours: the size made from, the one that fails, what to do."""
+    file = tmp_path / "model.pt2"
+
+    def refusal(net: nn.Module, to: str = "torch-export") -> str:
+        with pytest.raises(UserError) as raised:
+            export._export(net.eval(), file, to, (64, 64), True)
+        return str(raised.value)
+
+    hint = "leave out --dynamic-size, and all images have one size, now 64x64 (see --size)"
+    begin = "Sequential cannot be written as torch-export for images of any size: "
+    flat = nn.Sequential(nn.Conv2d(3, 4, 16, 16), nn.Flatten(), nn.Linear(64, 5))  # of one size only
+    assert refusal(flat) == f"{begin}its program depends on the size; {hint}"
+
+    class Strict(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            if x.shape[2] != 64:
+                raise ValueError(f"images must be 64 rows high, got {x.shape[2]}")
+            return x.mean((2, 3))
+
+    assert refusal(Strict()).endswith(f"of any size: images must be 64 rows high, got 128; {hint}")
+
+    class Rows(nn.Module):  # with a branch on the size that its graph loses
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mean((2, 3)) * (2 if x.shape[2] > 64 else 1)
+
+    assert refusal(Rows()).endswith(f"the file made from images of 64x64 does not run on images of 128x64; {hint}")
+
+    def raw(x: Tensor) -> Tensor:
+        raise RuntimeError("[ONNXRuntimeError] : 1 : FAIL : node_Add_227\x1b[96m")
+
+    monkeypatch.setattr(export, "_runner", lambda *args: raw)
+    with pytest.raises(UserError, match=r"as torch-export for 64x64: \[ONNXRuntimeError\] : 1 : FAIL : node_Add_227$"):
+        export._export(Rows(), file, "torch-export", (64, 64))
 
 
 @pytest.mark.exhaustive
