@@ -102,13 +102,19 @@ def sparse_mask(
 
 def pack(M: Tensor) -> Tensor:  # (..., N) bool -> (..., ceil(N / 32)) int32
     M = torch.nn.functional.pad(M.long(), (0, -M.shape[-1] % 32)).unflatten(-1, (-1, 32))
-    word = (M * 2 ** torch.arange(32, device=M.device)).sum(-1)
+    word = (M * powers(M.device)).sum(-1)
     return torch.where(word < (1 << 31), word, word - (1 << 32)).to(torch.int32)
 
 
 def unpack(mask: Tensor, N: int) -> Tensor:  # (..., ceil(N / 32)) int32 -> (..., N) bool
-    bit = 2 ** torch.arange(32, device=mask.device)
-    return (mask.long().unsqueeze(-1) % (2 * bit) >= bit).flatten(-2)[..., :N]
+    # Times 2 ** (31 - i), bit i is the highest of 32. The divisor is a number: Inductor divides by a tensor also in the
+    # lanes past its end, which are zeros (PyTorch 2.11).
+    return (mask.long().unsqueeze(-1) * powers(mask.device).flip(0) % (1 << 32) >= 1 << 31).flatten(-2)[..., :N]
+
+
+def powers(device: torch.device) -> Tensor:
+    """Return 2 ** arange(32), made of numbers: AOTInductor takes a power of integers for float32 (PyTorch 2.11)."""
+    return torch.tensor([1 << i for i in range(32)], dtype=torch.int64, device=device)
 
 
 def sparse_attention(
