@@ -1,9 +1,9 @@
-"""Fast PyTorch implementation, and what it shares with the Triton kernels: everything but the passes over the map.
+"""Fast PyTorch implementation.
 
 The gate and both norms are one affine map of each channel of each image, y = scale · x + shift, because the statistics
 of x · g follow from those of x: its mean is the mean of g μ over the images, its variance the variance of g μ plus the
 mean of g² σ² (n - 1) / n. So there are two passes forward, `moments` and `affine`, and two backward: `sums` of dy and
-dy · x, and again `affine`, dx = scale · dy + linear · x + constant. They are PyTorch here and Triton in kernel.py.
+dy · x, and again `affine`, dx = scale · dy + linear · x + constant. kernel.py has the same passes.
 """
 
 import torch
@@ -65,8 +65,8 @@ class GaussianGate(torch.autograd.Function):
 
 
 class Gate:
-    """The computation between the passes over the map, forward and backward. The backward pass is written by hand,
-    since a custom operator runs below autograd. All tensors but the weights are (B, C) or smaller."""
+    """The computation between the passes over the map, forward and backward; the derivation of kernel.py's is here.
+    All tensors but the weights are (B, C) or smaller."""
 
     def __init__(self, mean: Tensor, std: Tensor, n: int, *args):
         *tensors, self.training, self.eps = args

@@ -71,6 +71,7 @@ def _(dy, x, weight, norm_weight, norm_bias, *rest):
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # zeros for the outputs that are not differentiable
     *tensors, running_mean, running_var, ctx.training, ctx.eps = inputs
     _, g, batch = output
     ctx.mark_non_differentiable(g, *batch)

@@ -33,20 +33,18 @@ def offsets(c, h, w, stride_c, stride_h, stride_w):
 
 
 @triton.jit
-def program(C, H, W, ROWS, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
+def program(H, W, ROWS, BLOCK_C: tl.constexpr, BLOCK_W: tl.constexpr):
     """Return a program's image, channels, first row and columns, 64-bit if multiplied by strides; and the indices of
     its row tile and column tile."""
-    pid = tl.program_id(0)
+    pid = tl.program_id(0)  # of tiles and images; the second axis is for channels: two divisions less
     column_tiles = (W + BLOCK_W - 1) // BLOCK_W
     row_tiles = (H + ROWS - 1) // ROWS
-    channel_tiles = (C + BLOCK_C - 1) // BLOCK_C
     column_tile = pid % column_tiles
     pid = pid // column_tiles
     row_tile = pid % row_tiles
-    pid = pid // row_tiles
-    c = (pid % channel_tiles * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    c = (tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
     w = (column_tile * BLOCK_W + tl.arange(0, BLOCK_W)).to(tl.int64)
-    return (pid // channel_tiles).to(tl.int64), c, row_tile * ROWS, w, row_tile, column_tile
+    return (pid // row_tiles).to(tl.int64), c, row_tile * ROWS, w, row_tile, column_tile
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES])
@@ -60,7 +58,7 @@ def sums_kernel(
     stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
     stride_db, stride_dc, stride_dh, stride_dw = known_strides(stride_db, stride_dc, stride_dh, stride_dw, DY)
     C, W = known_sizes(C, W, X)
-    b, c, top, w, row_tile, column_tile = program(C, H, W, ROWS, BLOCK_C, BLOCK_W)
+    b, c, top, w, row_tile, column_tile = program(H, W, ROWS, BLOCK_C, BLOCK_W)
     inside = (c < C)[:, None, None] & (w < W)[None, None, :]
     strip = b * C + c  # index in (B, C)
     x_ptr += b * stride_b
@@ -71,7 +69,7 @@ def sums_kernel(
     has_w = (c < C)[:, None] & (w < W)[None, :]
     if GRAD:
         aw = tl.load(aw_ptr + of_w, has_w, 0.0)
-    columns = tl.full((BLOCK_C, BLOCK_W), 0, tl.float32)
+    columns = tl.full((BLOCK_C, BLOCK_H, BLOCK_W), 0, tl.float32)  # summed over rows once, behind the loop
     for start in range(top, min(top + ROWS, H), BLOCK_H):
         h = (start + tl.arange(0, BLOCK_H)).to(tl.int64)
         ok = inside & (h < H)[None, :, None]
@@ -82,14 +80,15 @@ def sums_kernel(
             x *= tl.load(dy_ptr + offsets(c, h, w, stride_dc, stride_dh, stride_dw), ok, 0.0).to(tl.float32)
             ah = tl.load(ah_ptr + of_h, has_h, 0.0)
             rows = tl.sum(x * aw[:, None, :], 2)
-            columns += tl.sum(x * ah[:, :, None], 1)
+            columns += x * ah[:, :, None]
         else:
-            rows = tl.sum(x, 2) / W
-            columns += tl.sum(x, 1)
+            rows = tl.sum(x, 2) * (1 / W.to(tl.float32))
+            columns += x
         tl.store(rows_ptr + of_h, rows, has_h)
+    total = tl.sum(columns, 1)
     if not GRAD:
-        columns = columns / H
-    tl.store(columns_ptr + of_w, columns, has_w)
+        total *= 1 / H.to(tl.float32)
+    tl.store(columns_ptr + of_w, total, has_w)
 
 
 @triton.jit(do_not_specialize=[*SIZES, *STRIDES])
@@ -103,7 +102,7 @@ def gate_kernel(
     stride_b, stride_c, stride_h, stride_w = known_strides(stride_b, stride_c, stride_h, stride_w, X)
     stride_yb, stride_yc, stride_yh, stride_yw = known_strides(stride_yb, stride_yc, stride_yh, stride_yw, Y)
     C, W = known_sizes(C, W, X)
-    b, c, top, w, _, _ = program(C, H, W, BLOCK_H, BLOCK_C, BLOCK_W)
+    b, c, top, w, _, _ = program(H, W, BLOCK_H, BLOCK_C, BLOCK_W)
     h = (top + tl.arange(0, BLOCK_H)).to(tl.int64)
     strip = b * C + c
     of_h = strip[:, None] * H + h[None, :]
@@ -124,11 +123,12 @@ def gate_kernel(
     tl.store(y_ptr, y.to(y_ptr.dtype.element_ty), ok)
 
 
-# Elements of a tile and its warps: 8 elements per thread. Chosen from the registers of ahead-of-time compilation
-# (saccade.ops.aot); not yet timed on a GPU. With 16, dy · x of a channels-last map takes over 200 registers, which
-# halves the occupancy.
-TILE, WARPS = 2048, 8
-ROWS = 32  # rows per program of sums_kernel: the partial sums of z_w have H / 32 rows, a few per cent of the map
+# Elements of a tile, and its warps: 16 elements per thread, since what a program computes once, places and sums, is
+# most of what it does at small maps; 8 of a channels-last map, where 16 of dy · x take over 200 registers and halve the
+# occupancy. Chosen from the code of ahead-of-time compilation (saccade.ops.aot, tools/kernel_bounds.py); not yet timed
+# on a GPU.
+TILE = 2048
+ROWS = 64  # rows per program of sums_kernel: the partial sums of z_w have H / 64 rows, a few per cent of the map
 CHANNELS = 32  # contiguous channels per program of a channels-last map: whole sectors in half precision
 
 
@@ -140,19 +140,18 @@ def tile(C: int, H: int, W: int, channels_last: bool) -> dict:
         h = min(TILE // c // w, ROWS, triton.next_power_of_2(H))
     else:
         w = min(32, triton.next_power_of_2(W))
-        h = min(16, triton.next_power_of_2(H))
+        h = min(8, triton.next_power_of_2(H))
         c = min(TILE // w // h, triton.next_power_of_2(C))
-    return dict(BLOCK_C=c, BLOCK_H=h, BLOCK_W=w, num_warps=WARPS)
+    return dict(BLOCK_C=c, BLOCK_H=h, BLOCK_W=w, num_warps=8 if channels_last else 4)
 
 
 def _tile(x: Tensor) -> dict:
     return tile(*x.shape[1:], x.stride(1) == 1 and x.stride(3) != 1)
 
 
-def _grid(x: Tensor, rows: int, options: dict) -> tuple[int]:
-    B, C, H, W = x.shape
-    cdiv = triton.cdiv
-    return (B * cdiv(C, options["BLOCK_C"]) * cdiv(H, rows) * cdiv(W, options["BLOCK_W"]),)
+def _grid(x: Tensor, rows: int, options: dict) -> tuple[int, int]:
+    (B, C, H, W), cdiv = x.shape, triton.cdiv
+    return B * cdiv(H, rows) * cdiv(W, options["BLOCK_W"]), cdiv(C, options["BLOCK_C"])
 
 
 def _sums(x: Tensor, dy: Tensor | None = None, a_h: Tensor | None = None, a_w: Tensor | None = None):

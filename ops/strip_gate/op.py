@@ -57,6 +57,7 @@ def _(dy, x, weight, norm_weight, norm_bias, z_h, z_w, norm_groups, eps, residua
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # zeros for the outputs that are not differentiable
     *tensors, norm_groups, eps, residual = inputs
     ctx.rest = norm_groups, eps, residual
     ctx.mark_non_differentiable(*output[1:])

@@ -89,6 +89,7 @@ def _(dy, x, *args):
 
 
 def _save(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # zeros for the outputs that are not differentiable
     *tensors, ctx.training, ctx.eps = inputs
     _, *kept, batch = output
     ctx.mark_non_differentiable(*kept, *batch)

@@ -165,8 +165,9 @@ def test_offsets_beyond_31_bits(tmp_path):
     size = 3 * 2**30 + 1024
     apart = far_apart(tmp_path, size).as_strided(x.shape, (size, 4, 2**30, 1))
     apart.copy_(x)
-    mean, std = kernel.moments(x)
-    assert all(map(torch.equal, (mean, std), kernel.moments(apart)))
+    u = kernel.moments(x)
+    assert torch.equal(u, kernel.moments(apart))
+    mean, std = u.unbind(2)
     assert all(map(torch.equal, kernel.sums(x, x), kernel.sums(apart, apart)))
     assert torch.equal(kernel.affine(x, mean, std, x, std), kernel.affine(apart, mean, std, apart, std))
 
@@ -255,9 +256,10 @@ def test_registration(full):
         args = (x.requires_grad_(), *parameters(8, normed=normed), *bare, *running)
         registers(op.fwd, (*args, training, 1e-5), full)
         x = x.detach()
-        y, mean, std, _ = op.fwd(x, *args[1:], training, 1e-5)
+        y, u, t, batch = op.fwd(x, *args[1:], training, 1e-5)
         dy = rand(y.shape, seed=5).transpose(2, 3).contiguous().transpose(2, 3)
-        registers(op.bwd, (dy, x, *args[1:], mean, std, training, 1e-5), full)
+        used = batch if training else [m for m in running if m is not None]
+        registers(op.bwd, (dy, x, *args[1:6], u, t, used, training, 1e-5), full)
 
 
 class TestGate(Gate):
@@ -266,6 +268,7 @@ class TestGate(Gate):
     inputs = staticmethod(inputs)
     statistics = staticmethod(lambda C, dtype=torch.float32: statistics(C, True, dtype))
     MACS = 2 * 8 * 16
+    LAUNCHES = 5, 6  # two passes over the map each way; a product of matrices forward, two backward
     # Nothing of the size of the map but the output and, backward, the gradient: the gated map before its norm, or the
     # products of dy and x apart from the gradient, would be one more each.
     MEMORY: ClassVar = dict(torch=((4, 48, 28, 28), 1.3, 2.5), triton=((2, 4, 32, 32), 1.3, 2.5))

@@ -206,6 +206,7 @@ class TestGate(Gate):
     inputs = staticmethod(inputs)
     statistics = staticmethod(statistics)
     MACS = 2 * 8 * 12
+    LAUNCHES = 22, 23
     # Nothing of the size of the map is kept but the output. The kernels never have the gated map; PyTorch has it for as
     # long as the norm takes, and backward again beside the gradient to it.
     MEMORY: ClassVar = dict(torch=((4, 32, 28, 28), 2.3, 4.5), triton=((2, 8, 32, 32), 1.3, 2.5))

@@ -8,6 +8,7 @@ from saccade.ops import strip_gate
 from saccade.ops.strip_gate import eager, kernel, op, reference
 from support import parity
 from support.budget import assert_close
+from support.gates import launches
 from support.operators import Operator
 from support.ops import (
     DEVICE,
@@ -33,7 +34,7 @@ SHAPES = [
     (1, 24, 3, 3, 8, 7, 4),  # groups of six channels over groups of eight; strips shorter than the kernel
     (3, 16, 1, 9, 8, 5, 2),  # one row
     (1, 40, 9, 1, 1, 7, 8),  # one column; no power of two
-    (1, 2, 35, 150, 2, 3, 1),  # more than one tile both ways
+    (1, 2, 70, 40, 2, 3, 1),  # more than one tile both ways
 ]
 FIXTURES = [
     "ela_t_c64_14x14",
@@ -258,6 +259,13 @@ def test_frozen_parameters_and_frozen_map():
     (dweight,) = torch.autograd.grad(plain(x.detach(), weight.requires_grad_(), *rest), weight, dy)
     assert_close(dx, whole[1])
     assert_close(dweight, whole[2])
+
+
+@pytest.mark.parametrize(("H", "counts"), [(7, (6, 21)), (5, (8, 39))], ids=["square", "not square"])
+def test_little_is_launched(H, counts):
+    """Strips of different lengths are processed one after the other. On a GPU a convolution, here one, is a few."""
+    x, weight, norm_weight, norm_bias, groups = inputs((2, 24, H, 7, 8, 5, 4))
+    assert launches(lambda *args: triton(*args, groups), kernel, x, weight, norm_weight, norm_bias) == counts
 
 
 # Forward: the output, the strips, and no map besides (the published form has one more, the product with one gate).

@@ -1,10 +1,14 @@
 """Tests that gaussian_gate and spatial_gate share: f(x, weight, *affines of norms, *running statistics, training)."""
 
+import importlib
 import math
 from typing import ClassVar
+from unittest import mock
 
 import pytest
 import torch
+from torch._library.custom_ops import OPDEFS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .budget import assert_close
 from .ops import (
@@ -30,6 +34,37 @@ MODES = pytest.mark.parametrize("training", [False, True], ids=["eval", "trainin
 FORMS = pytest.mark.parametrize("name", ["torch", "triton"], ids=["eager", "triton"])
 
 
+class _Launches(TorchDispatchMode):
+    """Count what an operator launches on a GPU: PyTorch's operations, except views and allocations, and kernels."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "saccade":  # its implementation, operation by operation
+            with self:
+                return OPDEFS[func._schema.name]._init_fn(*args, **(kwargs or {}))
+        views = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        self.count += not views and "empty" not in func._schema.name and func.namespace == "aten"
+        return func(*args, **(kwargs or {}))
+
+    def launch(self, kernel, grid):
+        self.count += 1
+        return lambda *args, **options: None
+
+
+def launches(f, kernel, *args) -> tuple[int, int]:
+    """Return how many operations and kernels of the module `kernel` f(*args) launches forward and backward. The kernels
+    do not run, so that results are what was in memory."""
+    args = [a.detach().requires_grad_() for a in args]
+    with mock.patch.object(kernel, "launch", lambda *given: counted.launch(*given)), _Launches() as counted:
+        y = f(*args)
+        dy, forward, counted.count = torch.empty_like(y), counted.count, 0
+        torch.autograd.grad(y, args, dy)
+    return forward, counted.count
+
+
 class Gate:
     """The contract; a subclass names the operator and makes its inputs."""
 
@@ -37,6 +72,7 @@ class Gate:
     reference = None  # its definition, as a staticmethod
     SHAPE = (3, 24, 5, 7)
     MACS = 0  # by the convolution's definition, on a map (2, 8, 4, 3)
+    LAUNCHES = 0, 0  # forward and backward in training, without running statistics
     MEMORY: ClassVar[dict] = {}  # the form's name: shape, and the bounds of forward and of both passes, in maps
 
     @staticmethod
@@ -169,6 +205,12 @@ class Gate:
     def test_flops_are_those_of_the_convolution(self):
         counts = flops(self.run(self.form("triton"), True), *self.inputs((2, 8, 4, 3)))
         assert counts == (2 * self.MACS, 4 * self.MACS)
+
+    def test_little_is_launched(self):
+        f, kernel = self.form("triton"), importlib.import_module(f"{self.operator.__module__}.kernel")
+        none = [None] * len(self.statistics(24))
+        args = self.inputs(self.SHAPE)
+        assert launches(lambda *args: f(*args, *none, True), kernel, *args) == self.LAUNCHES
 
     @LAYOUTS
     @FORMS
